@@ -1,0 +1,435 @@
+"""What a run is: typed settings, read from a recipe and `key.sub=value`, with defaults that know the data's size.
+
+A setting whose default is `None` is derived by `resolve` from the number of images and the length of the run, with the
+reason beside it; whatever the user writes wins. All mistakes of a recipe are reported together.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from nearfar.ssl.backbones.errors import UserError
+
+# Settings marked so may differ when a run is continued: they do not change a single weight.
+FREE = {"resume": "free"}
+
+Share = tuple[float, float]
+
+
+class Settings(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False)
+
+
+class Data(Settings):
+    path: str = Field("", description="training images: class folders, a flat folder, a .txt list or an .npz")
+    val: str | None = Field(None, description="labelled images for the online k-NN and the evaluators")
+    workers: int | None = Field(
+        None,
+        ge=0,
+        description="processes that decode and crop; default: cores - 1, at most 8",
+        json_schema_extra=FREE,
+    )
+    bad_share: float = Field(
+        0.01, ge=0, le=1, description="stop when more than this share of the files is unreadable"
+    )
+    min_side: int = Field(8, ge=1, description="an image with a shorter side is reported as bad, in pixels")
+
+
+class Views(Settings):
+    global_size: int = Field(224, ge=4, description="side of the 2 global views, in pixels")
+    global_scale: Share = Field((0.4, 1.0), description="share of the image's area that a global view covers")
+    local_size: int = Field(96, ge=4, description="side of a local view, in pixels")
+    local_scale: Share = Field((0.05, 0.4), description="share of the image's area that a local view covers")
+    local_count: int = Field(8, ge=0, description="local views of an image")
+    ratio: Share = Field((3 / 4, 4 / 3), description="aspect ratios of a crop, width / height")
+    flip: float = Field(0.5, ge=0, le=1, description="probability of a horizontal flip")
+    jitter: float = Field(0.8, ge=0, le=1, description="probability of colour jitter")
+    brightness: float = Field(0.4, ge=0, le=1, description="jitter: brightness factor within 1 +- this")
+    contrast: float = Field(0.4, ge=0, le=1, description="jitter: contrast factor within 1 +- this")
+    saturation: float = Field(0.2, ge=0, le=1, description="jitter: saturation factor within 1 +- this")
+    hue: float = Field(0.1, ge=0, le=0.5, description="jitter: hue shift within +- this, in turns")
+    grey: float = Field(0.2, ge=0, le=1, description="probability of a grey view")
+    blur: tuple[float, float, float] = Field(
+        (1.0, 0.1, 0.5), description="probability of blur: first global, second global, local views"
+    )
+    blur_sigma: Share = Field((0.1, 2.0), description="standard deviation of the blur, in pixels of the view")
+    solarise: tuple[float, float, float] = Field(
+        (0.0, 0.2, 0.0), description="probability of solarising: first global, second global, local views"
+    )
+    solarise_threshold: int = Field(128, ge=0, le=256, description="grey level from which solarising inverts")
+
+
+class Backbone(Settings):
+    name: str = Field("vit_small_patch16", description="vit_{tiny,small,base}_patch16 or timm/NAME")
+    lgp: bool = Field(False, description="local + wavelet-packet patches, no position embedding")
+    gaug: bool = Field(False, description="Gaussian-augmented attention")
+    prr: bool = Field(False, description="parameter-free patch refinement after the last norm")
+    registers: int = Field(0, ge=0, description="register tokens")
+    drop_path: float = Field(0.1, ge=0, lt=1, description="stochastic depth of the student")
+    patch_size: int | None = Field(None, ge=1, description="overrides the name's patch size, in pixels")
+    embed_dim: int | None = Field(None, ge=1, description="overrides the name's width")
+    depth: int | None = Field(None, ge=1, description="overrides the name's number of blocks")
+    num_heads: int | None = Field(None, ge=1, description="overrides the name's number of heads")
+    pretrained: bool = Field(False, description="start from timm's published weights (timm/NAME only)")
+
+
+class Head(Settings):
+    prototypes: int | None = Field(None, ge=2, description="outputs K; default follows the number of images")
+    hidden: int = Field(2048, ge=1, description="width of the two hidden layers")
+    bottleneck: int = Field(256, ge=1, description="width of the normalised layer before the prototypes")
+    batch_norm: bool | None = Field(
+        None, description="batch norm in the hidden layers; default: on below 100,000 images"
+    )
+
+
+class Loss(Settings):
+    student_temp: float = Field(0.1, gt=0, description="temperature of the student's softmax")
+    teacher_temp: float | None = Field(
+        None, gt=0, description="temperature of the teacher's softmax after warm-up"
+    )
+    teacher_temp_start: float = Field(0.04, gt=0, description="temperature at the start of the warm-up")
+    teacher_temp_epochs: float | None = Field(None, ge=0, description="epochs of temperature warm-up")
+    center_momentum: float = Field(0.9, ge=0, lt=1, description="momentum of the teacher's centre")
+
+
+class Optim(Settings):
+    lr: float | None = Field(None, gt=0, description="peak learning rate; default 5e-4 x batch / 256")
+    min_lr: float = Field(1e-6, ge=0, description="learning rate at the end of the cosine")
+    warmup_epochs: float | None = Field(None, ge=0, description="epochs of linear learning-rate warm-up")
+    weight_decay: float = Field(
+        0.04, ge=0, description="weight decay at the start (none on biases and 1-D tensors)"
+    )
+    weight_decay_end: float = Field(0.4, ge=0, description="weight decay at the end, cosine between")
+    clip: float = Field(3.0, ge=0, description="gradient-norm limit of each tensor, as in DINO; 0 = off")
+    ema: float | None = Field(
+        None, ge=0, le=1, description="teacher's momentum at the start; cosine to 1 at the end"
+    )
+    freeze_last_epochs: float | None = Field(
+        None, ge=0, description="epochs in which the prototypes stay as they are"
+    )
+
+
+class Train(Settings):
+    epochs: int = Field(100, ge=1, description="passes over the training images")
+    batch_size: int = Field(64, ge=2, description="images a step")
+    seed: int = Field(0, ge=0, description="seed of weights, order, views and drop-path")
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="where to train")
+    precision: Literal["auto", "bf16", "fp32"] = Field(
+        "auto", description="autocast; auto takes bf16 where the hardware multiplies it"
+    )
+    threads: int | None = Field(
+        None, ge=1, description="torch's threads on a CPU; part of a run, since sums depend on it"
+    )
+    log_every: int = Field(10, ge=1, description="steps between two lines of metrics", json_schema_extra=FREE)
+    save_minutes: float = Field(
+        5.0, gt=0, description="minutes between two checkpoints", json_schema_extra=FREE
+    )
+    save_steps: int | None = Field(
+        None, ge=1, description="steps between two checkpoints, besides save_minutes", json_schema_extra=FREE
+    )
+    keep: int = Field(2, ge=1, description="checkpoints kept", json_schema_extra=FREE)
+
+
+class Eval(Settings):
+    size: int | None = Field(None, ge=4, description="side of an evaluated image, in pixels; default: global")
+    resize: int | None = Field(None, ge=4, description="shorter side before the centre crop; default: size")
+    knn_every: int | None = Field(
+        None, ge=0, description="epochs between two online k-NN scores; 0 = off", json_schema_extra=FREE
+    )
+    knn_images: int = Field(
+        5000, ge=1, description="training images in the online k-NN's memory", json_schema_extra=FREE
+    )
+
+
+class Run(Settings):
+    """One pretraining run, whole. `config.yaml` in its folder holds it with every derived value filled in."""
+
+    name: str = Field("", description="name of the run's folder; default: the recipe's name")
+    folder: str = Field("runs", description="where run folders are", json_schema_extra=FREE)
+    data: Data = Data()
+    views: Views = Views()
+    backbone: Backbone = Backbone()
+    head: Head = Head()
+    loss: Loss = Loss()
+    optim: Optim = Optim()
+    train: Train = Train()
+    eval: Eval = Eval()
+
+    @property
+    def path(self) -> Path:
+        return Path(self.folder) / self.name
+
+
+class Setting(NamedTuple):
+    """A leaf of `Run`, as `--help` and the comparison of two runs see it."""
+
+    key: str
+    type: str
+    default: Any
+    description: str
+    free: bool
+
+
+def settings() -> Iterator[Setting]:
+    """Every setting with its dotted key, in the order of the recipe."""
+    for section, field in Run.model_fields.items():
+        if isinstance(field.annotation, type) and issubclass(field.annotation, Settings):
+            leaves = [(f"{section}.{name}", leaf) for name, leaf in field.annotation.model_fields.items()]
+        else:
+            leaves = [(section, field)]
+        for key, leaf in leaves:
+            kind = str(leaf.annotation.__name__ if isinstance(leaf.annotation, type) else leaf.annotation)
+            kind = kind.replace("typing.", "").replace(" | None", "")
+            yield Setting(
+                key, kind, leaf.default, leaf.description or "", bool(leaf.json_schema_extra == FREE)
+            )
+
+
+def load(recipe: Path | None, overrides: list[str] | tuple[str, ...] = ()) -> Run:
+    """Read a YAML recipe, lay `key.sub=value` over it, validate.
+
+    Raises:
+        UserError: one paragraph with every unknown key (and the nearest right one), every bad value and every
+            impossible combination.
+    """
+    tree: dict[str, Any] = {}
+    problems: list[str] = []
+    if recipe is not None:
+        tree = _read_yaml(recipe)
+        tree.setdefault("name", recipe.stem)
+    for item in overrides:
+        key, sign, text = item.partition("=")
+        if not sign:
+            problems.append(f"'{item}' is not a setting: write key=value, for example train.epochs=20")
+            continue
+        try:
+            value = yaml.safe_load(text)
+        except yaml.YAMLError:
+            value = text
+        *sections, leaf = key.strip().split(".")
+        node: Any = tree
+        for section in sections:
+            node = node.setdefault(section, {}) if isinstance(node, dict) else node
+        if isinstance(node, dict):
+            node[leaf] = value
+        else:
+            problems.append(f"{key} is unknown{_did_you_mean(key)}")
+    return validate(tree, problems)
+
+
+def validate(tree: dict[str, Any], problems: list[str] | None = None) -> Run:
+    """A `Run` from nested dicts, or one `UserError` with all that is wrong."""
+    problems = list(problems or [])
+    try:
+        run = Run.model_validate(tree)
+    except ValidationError as error:
+        for mistake in error.errors():
+            place = [part for part in mistake["loc"] if isinstance(part, str)]
+            problems.append(_explain(".".join(place), mistake["type"], mistake["msg"], mistake["input"]))
+            _drop(tree, place)
+        run = Run.model_validate(tree)  # what was right is right: the combinations are checked as well
+    problems += combinations(run)
+    if problems:
+        count = f"{len(problems)} mistakes" if len(problems) > 1 else "A mistake"
+        raise UserError(f"{count} in the settings: " + "; ".join(problems) + ".")
+    return run
+
+
+def combinations(run: Run) -> list[str]:
+    """What is wrong between settings that are each fine alone, in words."""
+    views, backbone, found = run.views, run.backbone, []
+    for name in ("global_scale", "local_scale", "ratio", "blur_sigma"):
+        low, high = getattr(views, name)
+        if not 0 < low <= high:
+            found.append(f"views.{name} must rise from above 0, and is [{low:g}, {high:g}]")
+    for name in ("global_scale", "local_scale"):
+        if getattr(views, name)[1] > 1:
+            found.append(f"views.{name} is a share of the image's area and cannot pass 1")
+    for name in ("blur", "solarise"):
+        if not all(0 <= p <= 1 for p in getattr(views, name)):
+            found.append(f"views.{name} holds probabilities between 0 and 1")
+    patch = backbone.patch_size or _patch_in(backbone.name)
+    if patch:
+        for name in ("global_size", "local_size") if views.local_count else ("global_size",):
+            size = getattr(views, name)
+            if size % patch:
+                near = max(patch, round(size / patch) * patch)
+                found.append(
+                    f"views.{name}={size} is no multiple of the patch size {patch} (nearest: {near})"
+                )
+    if views.local_count and views.local_size > views.global_size:
+        found.append(
+            f"local views ({views.local_size} px) are larger than global ones ({views.global_size} px)"
+        )
+    if backbone.embed_dim and backbone.num_heads and backbone.embed_dim % backbone.num_heads:
+        found.append(
+            f"backbone.embed_dim={backbone.embed_dim} does not divide into {backbone.num_heads} heads"
+        )
+    if backbone.pretrained and not backbone.name.startswith("timm/"):
+        found.append(f"backbone.pretrained needs a timm/NAME backbone, not {backbone.name}")
+    for key, epochs in (
+        ("optim.warmup_epochs", run.optim.warmup_epochs),
+        ("loss.teacher_temp_epochs", run.loss.teacher_temp_epochs),
+        ("optim.freeze_last_epochs", run.optim.freeze_last_epochs),
+    ):
+        if epochs is not None and epochs > run.train.epochs:
+            found.append(f"{key}={epochs:g} is longer than the run (train.epochs={run.train.epochs})")
+    if run.eval.resize and run.eval.size and run.eval.resize < run.eval.size:
+        found.append(f"eval.resize={run.eval.resize} is smaller than the crop eval.size={run.eval.size}")
+    if "/" in run.name or run.name in (".", ".."):
+        found.append(f"name={run.name!r} must be a plain folder name (its place is set by folder=)")
+    return found
+
+
+class Derived(NamedTuple):
+    key: str
+    value: Any
+    why: str
+
+
+def resolve(run: Run, images: int) -> tuple[Run, list[Derived]]:
+    """Fill every `None` that follows from the number of images and the length of the run.
+
+    DINO's published values belong to 1.28 M images and 100 epochs or more. On a few thousand images 65,536 prototypes
+    leave the teacher's output flat (loss stays at ln K), and a teacher with momentum .996 never leaves its random start
+    within a thousand steps; so both follow the size of the job.
+    """
+    derived: list[Derived] = []
+
+    def default(section: str, field: str, value: Any, why: str) -> Any:
+        current = getattr(getattr(run, section), field)
+        if current is not None:
+            return current
+        derived.append(Derived(f"{section}.{field}", value, why))
+        return value
+
+    epochs, batch = run.train.epochs, run.train.batch_size
+    steps = max(1, epochs * (images // batch))
+    prototypes = 2 ** round(math.log2(min(65536, max(128, images / 16))))
+    temperature = 0.07 if images >= 100_000 and epochs >= 30 else 0.04
+    momentum = round(min(0.996, max(0.98, 1 - 20 / steps)), 4)
+    filled = {
+        "data": {
+            "workers": default(
+                "data", "workers", max(1, min(8, _cores() - 1)), f"{_cores()} cores on this machine"
+            )
+        },
+        "head": {
+            "prototypes": default(
+                "head", "prototypes", prototypes, f"about 16 images each for {images:,} images"
+            ),
+            "batch_norm": default("head", "batch_norm", images < 100_000, f"{images:,} images"),
+        },
+        "loss": {
+            "teacher_temp": default(
+                "loss", "teacher_temp", temperature, ".07 from 100,000 images and 30 epochs on, else .04"
+            ),
+            "teacher_temp_epochs": default(
+                "loss",
+                "teacher_temp_epochs",
+                round(min(30.0, 0.3 * epochs), 2),
+                "30 epochs or 30 % of the run",
+            ),
+        },
+        "optim": {
+            "lr": default("optim", "lr", 5e-4 * batch / 256, f"5e-4 x {batch} / 256"),
+            "warmup_epochs": default(
+                "optim", "warmup_epochs", round(min(10.0, 0.1 * epochs), 2), "10 epochs or 10 % of the run"
+            ),
+            "ema": default("optim", "ema", momentum, f"1 - 20 / {steps:,} steps, within .98 and .996"),
+            "freeze_last_epochs": default(
+                "optim", "freeze_last_epochs", round(min(1.0, 0.05 * epochs), 2), "1 epoch or 5 % of the run"
+            ),
+        },
+        "train": {"threads": default("train", "threads", _cores(), f"{_cores()} cores on this machine")},
+        "eval": {
+            "size": default("eval", "size", run.views.global_size, "size of the global views"),
+            "resize": default(
+                "eval", "resize", run.eval.size or run.views.global_size, "no border is cut away"
+            ),
+            "knn_every": default("eval", "knn_every", max(1, epochs // 10), "about ten scores a run"),
+        },
+    }
+    sections = {name: getattr(run, name).model_copy(update=values) for name, values in filled.items()}
+    return run.model_copy(update=sections), derived
+
+
+def to_yaml(run: Run) -> str:
+    return yaml.safe_dump(run.model_dump(mode="json"), sort_keys=False, default_flow_style=None, width=110)
+
+
+def differences(old: Run, new: Run) -> list[str]:
+    """Dotted `key: old -> new` for every setting that would change the weights of a continued run."""
+    found = []
+    for setting in settings():
+        before, after = _get(old, setting.key), _get(new, setting.key)
+        if not setting.free and before != after:
+            found.append(f"{setting.key}: {before} -> {after}")
+    return found
+
+
+def _get(run: Run, key: str) -> Any:
+    node: Any = run
+    for part in key.split("."):
+        node = getattr(node, part)
+    return node
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _patch_in(name: str) -> int | None:
+    """The patch size that one of our names states; timm's models say theirs when they are built."""
+    if name.startswith("timm/"):
+        return None
+    tail = name.partition("_patch")[2].partition("_")[0]
+    return int(tail) if tail.isdigit() else None
+
+
+def _read_yaml(recipe: Path) -> dict[str, Any]:
+    try:
+        tree = yaml.safe_load(recipe.read_text())
+    except FileNotFoundError:
+        raise UserError(f"There is no recipe {recipe}.") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"The recipe {recipe} cannot be read: {error}.") from None
+    except yaml.YAMLError as error:
+        raise UserError(f"The recipe {recipe} is not valid YAML: {' '.join(str(error).split())}.") from None
+    if tree is None:
+        return {}
+    if not isinstance(tree, dict):
+        raise UserError(f"The recipe {recipe} must hold sections such as 'data:' and 'train:', not {tree!r}.")
+    return tree
+
+
+def _explain(key: str, kind: str, message: str, value: Any) -> str:
+    if kind == "extra_forbidden":
+        return f"{key} is unknown{_did_you_mean(key)}"
+    message = message[:1].lower() + message[1:]
+    return f"{key}={value!r} is not possible: {message}"
+
+
+def _did_you_mean(key: str) -> str:
+    keys = [setting.key for setting in settings()]
+    leaves = {name.rpartition(".")[2]: name for name in keys}
+    near = difflib.get_close_matches(key, keys, n=1, cutoff=0.75)
+    near = near or [
+        leaves[n] for n in difflib.get_close_matches(key.rpartition(".")[2], leaves, n=1, cutoff=0.6)
+    ]
+    near = near or difflib.get_close_matches(key, list(Run.model_fields), n=1, cutoff=0.6)
+    return f" (did you mean {near[0]}?)" if near else " (see `nearfar pretrain --help`)"
+
+
+def _drop(tree: dict[str, Any], place: list[str]) -> None:
+    for section in place[:-1]:
+        tree = tree[section] if isinstance(tree.get(section), dict) else {}
+    tree.pop(place[-1], None)
