@@ -1,22 +1,24 @@
 """The demo's pictures: real handwritten digits composed into coloured, textured scenes, made on the spot.
 
-The digits are scikit-learn's bundled copy of the UCI optical-recognition test set (`load_digits`): 1,797 real scans of
-8x8 pixels with 17 grey levels. Everything around them is drawn here. One scene is made like this:
+The digits are scikit-learn's bundled copy of the UCI optical-recognition test set (`load_digits`): 1,797 real
+scans of 8x8 pixels with 17 grey levels. Everything around them is drawn here. One scene is made like this:
 
-1. a scan of the wanted class is enlarged smoothly (bicubic), turned into a coverage mask by a soft threshold whose level,
-   and so the stroke width, varies, and placed by an affine map: height, aspect, rotation, shear and position vary;
-2. a background of one of five kinds is drawn (band-limited noise, grating or plaid, linear or radial gradient, soft
-   blobs, checks), running between two random colours;
-3. a little clutter (short strokes and discs, each much smaller than the digit) is laid over the background, *behind* the
-   digit; its luminance moves at most part of the way towards the ink's;
-4. the digit is filled with its own two-colour texture, light on dark or dark on light, and a trace of pixel noise is added.
+1. a scan of the wanted class is enlarged smoothly (bicubic), turned into coverage by a soft threshold whose
+   level, and so the stroke width, varies, and placed by an affine map: height, aspect, rotation, shear and
+   position vary;
+2. a background of one of five kinds is drawn (band-limited noise, grating or plaid, linear or radial
+   gradient, soft blobs, checks), running between two random colours;
+3. a little clutter (short strokes and discs, each much smaller than the digit) is laid over the background,
+   *behind* the digit; its luminance moves at most part of the way towards the ink's;
+4. the digit is filled with its own two-colour texture, light on dark or dark on light, and a trace of pixel
+   noise is added.
 
-Colours are drawn as luminance plus chroma. Luminance is what keeps a scene readable: the background's whole range and the
-ink's whole range are kept apart by construction, whatever the hues. Nothing else ties the ink to the class: colour, texture,
-polarity and place are independent of the label, so nearest neighbours in pixel space mostly find alike *backgrounds*.
+Colours are drawn as luminance plus chroma. Luminance is what keeps a scene readable: the background's whole
+range and the ink's are kept apart by construction, whatever the hues. Colour, texture, polarity and place are
+independent of the label, so that nearest neighbours in pixel space mostly find alike *backgrounds*.
 
-Train and val scenes never share a scan (within each class, every fifth scan belongs to val). The test set of the scans
-was written by 13 people, and both splits hold digits of all of them.
+Train and val scenes never share a scan: within each class, every fifth scan belongs to val. The scans come
+from 13 people and the file does not say whose each is, so one hand may be seen in both splits.
 """
 
 from __future__ import annotations
@@ -41,8 +43,8 @@ _UPSCALE = 6  # a scan of 8x8 becomes 48x48 (60x60 with its margin of one cell):
 
 
 class Scenes(NamedTuple):
-    """`images` uint8 (n, size, size, 3) RGB; `labels` int64 (n,), the digit; `masks` uint8 (n, size, size): digit + 1 on the
-    digit's pixels, 0 elsewhere (11 classes)."""
+    """`images` uint8 (n, size, size, 3) RGB; `labels` int64 (n,), the digit; `masks` uint8 (n, size, size):
+    digit + 1 on the digit's pixels, 0 elsewhere (11 classes)."""
 
     images: NDArray[np.uint8]
     labels: NDArray[np.int64]
@@ -59,8 +61,9 @@ def make_scenes(
     aspect: Range = (0.8, 1.2),
     rotation: float = 15.0,
     shear: float = 0.2,
+    shift: float = 0.75,
     polarity: float = 0.5,
-    contrast: Range = (0.35, 0.7),
+    contrast: Range = (0.4, 0.75),
     texture: float = 1.0,
     colour: float = 1.0,
     clutter: int = 4,
@@ -73,9 +76,11 @@ def make_scenes(
         aspect: factor on the digit's width (log-uniform).
         rotation: largest rotation either way, in degrees.
         shear: largest horizontal shear either way, in widths per height.
+        shift: share of the room around the digit that its place uses; 0 = always centred, 1 = anywhere.
         polarity: share of scenes with light ink on a dark background.
         contrast: difference between the mean luminances of ink and background, of 1.
-        texture: strength of the textures of background and ink; 0 = flat colours, 1 = up to 55 % and 20 % of the contrast.
+        texture: strength of the textures of background and ink; 0 = flat colours, 1 = half ranges of up to
+            45 % and 20 % of the contrast.
         colour: saturation; 0 = grey scenes, 1 = as saturated as the luminance allows.
         clutter: most pieces of clutter in a scene (the number is uniform in 0..clutter).
         noise: standard deviation of the pixel noise, of 1.
@@ -91,7 +96,7 @@ def make_scenes(
     for start in range(0, n, _CHUNK):
         part = slice(start, min(start + _CHUNK, n))
         wanted = labels[part]
-        cover = _digits(rng, wanted, split, size, digit_height, aspect, rotation, shear)
+        cover = _digits(rng, wanted, split, size, digit_height, aspect, rotation, shear, shift)
         paint = _luminances(rng, len(wanted), polarity, contrast, texture)
 
         field = _background(rng, len(wanted), size)
@@ -122,13 +127,13 @@ def _check(
         raise ValueError(f"polarity and texture lie in 0..1, not {polarity} and {texture}")
 
 
-# --- the digit ---------------------------------------------------------------------------------------------------------
+# --- the digit --------------------------------------------------------------------------------------------
 
 
 @lru_cache(maxsize=1)
 def _scans() -> tuple[Floats, NDArray[np.int64], NDArray[np.bool_], Floats]:
-    """All scans enlarged, (1797, s, s) in about [0, 1]; their labels; which are val's; and the box of the ink of each, as
-    (centre x, centre y, height) in the [-1, 1] coordinates of the enlarged scan."""
+    """All scans enlarged, (1797, s, s) in about [0, 1]; their labels; which are val's; and the box of the ink
+    of each, as (centre x, centre y, height) in the [-1, 1] coordinates of the enlarged scan."""
     digits = load_digits()
     labels = digits.target.astype(np.int64)
     cells = np.pad(digits.images.astype(np.float32) / 16, ((0, 0), (1, 1), (1, 1)))
@@ -146,7 +151,7 @@ def _scans() -> tuple[Floats, NDArray[np.int64], NDArray[np.bool_], Floats]:
 
     inked = scans > 0.4
     boxes = np.empty((len(labels), 3), np.float32)
-    for i, (rows, columns) in enumerate(zip(inked.any(2), inked.any(1), strict=True)):
+    for i, (rows, columns) in enumerate(zip(np.any(inked, 2), np.any(inked, 1), strict=True)):
         top, bottom = np.flatnonzero(rows)[[0, -1]]
         left, right = np.flatnonzero(columns)[[0, -1]]
         boxes[i] = (left + right + 1) / side - 1, (top + bottom + 1) / side - 1, 2 * (bottom + 1 - top) / side
@@ -162,8 +167,9 @@ def _digits(
     aspect: Range,
     rotation: float,
     shear: float,
+    shift: float,
 ) -> Floats:
-    """Coverage (n, size, size) in [0, 1] of one digit of each wanted class, placed at random but wholly in the frame."""
+    """Coverage (n, size, size) in [0, 1] of one digit of each wanted class, placed at random, not cut off."""
     scans, labels, val, boxes = _scans()
     n = len(wanted)
     pick = rng.random(n)
@@ -173,7 +179,7 @@ def _digits(
         here = wanted == digit
         chosen[here] = pool[(pick[here] * len(pool)).astype(int)]
 
-    # Forward map of a scan's point s (in [-1, 1]) to the frame: f = A (s - centre of the ink) + shift.
+    # Forward map of a scan's point s (in [-1, 1]) to the frame: f = A (s - centre of the ink) + place.
     height = rng.uniform(*digit_height, n)
     angle = np.deg2rad(rng.uniform(-rotation, rotation, n))
     scale_y = 2 * height / boxes[chosen, 2]
@@ -186,22 +192,22 @@ def _digits(
     # The room left on each side: measured on the placed outline of the ink, so that no digit is cut off.
     inverse = np.linalg.inv(matrix)
     centred = _sample(scans[chosen], inverse, boxes[chosen, :2], size * 2, zoom=2.0) > 0.4
-    x_low, x_high = _extent(centred.any(1))
-    y_low, y_high = _extent(centred.any(2))
+    x_low, x_high = _extent(np.any(centred, 1))
+    y_low, y_high = _extent(np.any(centred, 2))
     margin = 2 / size
     low = np.stack([-1 + margin - x_low, -1 + margin - y_low], 1)
     high = np.stack([1 - margin - x_high, 1 - margin - y_high], 1)
     low, high = np.minimum(low, (low + high) / 2), np.maximum(high, (low + high) / 2)
-    shift = low + rng.random((n, 2)) * (high - low)
+    place = (low + high) / 2 + shift * (rng.random((n, 2)) - 0.5) * (high - low)
 
-    centre = boxes[chosen, :2] - np.einsum("nij,nj->ni", inverse, shift)
+    centre = boxes[chosen, :2] - np.einsum("nij,nj->ni", inverse, place)
     level = rng.uniform(0.36, 0.54, n).astype(np.float32)[:, None, None]
     ink = _sample(scans[chosen], inverse, centre, size)
     return np.clip((ink - level) / 0.2 + 0.5, 0, 1)
 
 
 def _sample(scans: Floats, inverse: NDArray, centre: NDArray, size: int, zoom: float = 1.0) -> Floats:
-    """Scans seen through the map frame -> scan (`inverse` (n, 2, 2), `centre` (n, 2)), on a frame of +-zoom."""
+    """Scans seen through the map frame -> scan, `inverse` (n, 2, 2) f + `centre` (n, 2), for f in +-zoom."""
     x, y = _axes(size)
     grid = np.stack(
         [
@@ -224,7 +230,7 @@ def _extent(any_ink: NDArray[np.bool_]) -> tuple[NDArray, NDArray]:
     return first / m * 4 - 2, last / m * 4 - 2
 
 
-# --- colours -----------------------------------------------------------------------------------------------------------
+# --- colours ----------------------------------------------------------------------------------------------
 
 
 class _Paint(NamedTuple):
@@ -237,9 +243,9 @@ class _Paint(NamedTuple):
 
 
 def _luminances(rng: np.random.Generator, n: int, polarity: float, contrast: Range, texture: float) -> _Paint:
-    """Two luminance ranges that never meet: the gap is at least a quarter of the contrast drawn."""
+    """Two luminance ranges that never meet: the gap is at least a third of the contrast drawn."""
     apart = rng.uniform(*contrast, n)
-    ground_half = texture * apart * rng.uniform(0.05, 0.55, n)
+    ground_half = texture * apart * rng.uniform(0.05, 0.45, n)
     ink_half = texture * apart * rng.uniform(0.0, 0.2, n)
     # Both ranges must fit into [.03, .97] with the means `apart` from each other.
     fit = np.minimum(1, (0.94 - apart) / np.maximum(ground_half + ink_half, 1e-6))
@@ -262,8 +268,8 @@ def _chroma(rng: np.random.Generator, n: int, colour: float) -> Floats:
 
 
 def _in_gamut(luminance: Floats, chroma: Floats) -> Floats:
-    """luminance (...,) + chroma (..., 3), the chroma shrunk where a channel would leave [0, 1]: clipping would shift the
-    luminance, and with it the contrast."""
+    """luminance (...,) + chroma (..., 3), the chroma shrunk where a channel would leave [0, 1]: clipping
+    would shift the luminance, and with it the contrast."""
     share = np.ones_like(chroma[..., 0])
     for c in np.moveaxis(chroma, -1, 0):  # a reduction over an axis of three is several times slower
         np.minimum(share, np.where(c > 0, 1 - luminance, luminance) / np.maximum(np.abs(c), 1e-6), out=share)
@@ -271,7 +277,7 @@ def _in_gamut(luminance: Floats, chroma: Floats) -> Floats:
 
 
 def _colourise(rng: np.random.Generator, field: Floats, mean: Floats, half: Floats, colour: float) -> Floats:
-    """A field (n, s, s) in [-1, 1] as RGB (n, s, s, 3) running between two hues, at luminance mean +- half."""
+    """A field (n, s, s) in [-1, 1] as RGB (n, s, s, 3) between two hues, at luminance mean +- half."""
     first, second = (_chroma(rng, len(field), colour)[:, None, None] for _ in range(2))
     luminance = mean[:, None, None] + half[:, None, None] * field
     return _in_gamut(luminance, first + (0.5 + 0.5 * field[..., None]) * (second - first))
@@ -285,7 +291,7 @@ def _piece_colour(rng: np.random.Generator, paint: _Paint, colour: float) -> Flo
     return _in_gamut(luminance, _chroma(rng, n, colour))
 
 
-# --- backgrounds and clutter -------------------------------------------------------------------------------------------
+# --- backgrounds and clutter ------------------------------------------------------------------------------
 
 
 def _axes(size: int) -> tuple[Floats, Floats]:
@@ -317,7 +323,7 @@ def _background(rng: np.random.Generator, n: int, size: int) -> Floats:
 
 
 def _noise_field(rng: np.random.Generator, n: int, size: int) -> Floats:
-    """Band-limited noise: random grids of 3, 6, 12 and 24 cells a side, enlarged smoothly, mixed in random shares."""
+    """Band-limited noise: grids of 3 to 24 random cells a side, enlarged smoothly, in random shares."""
     shares = rng.dirichlet([0.6] * 4, n)
     total = np.zeros((n, size, size), np.float32)
     for octave, cells in enumerate((3, 6, 12, 24)):
@@ -328,7 +334,7 @@ def _noise_field(rng: np.random.Generator, n: int, size: int) -> Floats:
 
 
 def _grating(rng: np.random.Generator, n: int, size: int) -> Floats:
-    """Sine waves of 2 to 11 periods a frame, from soft to nearly square; half of them crossed by a second (plaid)."""
+    """Sine waves of 2 to 11 periods a frame, soft to nearly square; half are crossed by a second (plaid)."""
     x, y = _axes(size)
     total = np.zeros((n, size, size), np.float32)
     for wave in range(2):
@@ -368,7 +374,7 @@ def _checks(rng: np.random.Generator, n: int, size: int) -> Floats:
     angle, tiles = rng.uniform(0, np.pi / 2, n), rng.uniform(3, 8, n)
     u = _column(np.cos(angle)) * x + _column(np.sin(angle)) * y
     v = _column(-np.sin(angle)) * x + _column(np.cos(angle)) * y
-    # A unit square turned by 45 degrees reaches sqrt 2; 16 tiles a side cover eight tiles across 2 units with room.
+    # The frame turned by 45 degrees reaches sqrt 2, 5.7 of at most 8 tiles from the centre: 16 a side do.
     row = np.clip(np.floor(_column(tiles / 2) * u).astype(int) + 8, 0, 15)
     column = np.clip(np.floor(_column(tiles / 2) * v).astype(int) + 8, 0, 15)
     table = rng.uniform(-1, 1, (n, 16, 16)).astype(np.float32)
@@ -377,7 +383,7 @@ def _checks(rng: np.random.Generator, n: int, size: int) -> Floats:
 
 
 def _piece(rng: np.random.Generator, n: int, size: int) -> Floats:
-    """Coverage (n, size, size) of one short stroke or disc a scene; longest side at most a third of the frame."""
+    """Coverage (n, size, size) of one stroke or disc a scene, at most a third of the frame long."""
     x, y = _axes(size)
     x0, y0, angle = rng.uniform(-1, 1, n), rng.uniform(-1, 1, n), rng.uniform(0, np.pi, n)
     disc = rng.random(n) < 0.4
