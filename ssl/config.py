@@ -1,7 +1,7 @@
-"""What a run is: typed settings, read from a recipe and `key.sub=value`, with defaults that know the data's size.
+"""What a run is: typed settings from a recipe and `key.sub=value`, with defaults that know the data's size.
 
-A setting whose default is `None` is derived by `resolve` from the number of images and the length of the run, with the
-reason beside it; whatever the user writes wins. All mistakes of a recipe are reported together.
+A setting whose default is `None` is derived by `resolve` from the number of images and the length of the run,
+with the reason beside it; whatever the user writes wins. All mistakes of a recipe are reported together.
 """
 
 from __future__ import annotations
@@ -37,9 +37,7 @@ class Data(Settings):
         description="processes that decode and crop; default: cores - 1, at most 8",
         json_schema_extra=FREE,
     )
-    bad_share: float = Field(
-        0.01, ge=0, le=1, description="stop when more than this share of the files is unreadable"
-    )
+    bad_share: float = Field(0.01, ge=0, le=1, description="stop when more than this share of the files is unreadable")
     min_side: int = Field(8, ge=1, description="an image with a shorter side is reported as bad, in pixels")
 
 
@@ -92,9 +90,7 @@ class Head(Settings):
 
 class Loss(Settings):
     student_temp: float = Field(0.1, gt=0, description="temperature of the student's softmax")
-    teacher_temp: float | None = Field(
-        None, gt=0, description="temperature of the teacher's softmax after warm-up"
-    )
+    teacher_temp: float | None = Field(None, gt=0, description="temperature of the teacher's softmax after warm-up")
     teacher_temp_start: float = Field(0.04, gt=0, description="temperature at the start of the warm-up")
     teacher_temp_epochs: float | None = Field(None, ge=0, description="epochs of temperature warm-up")
     center_momentum: float = Field(0.9, ge=0, lt=1, description="momentum of the teacher's centre")
@@ -104,17 +100,11 @@ class Optim(Settings):
     lr: float | None = Field(None, gt=0, description="peak learning rate; default 5e-4 x batch / 256")
     min_lr: float = Field(1e-6, ge=0, description="learning rate at the end of the cosine")
     warmup_epochs: float | None = Field(None, ge=0, description="epochs of linear learning-rate warm-up")
-    weight_decay: float = Field(
-        0.04, ge=0, description="weight decay at the start (none on biases and 1-D tensors)"
-    )
+    weight_decay: float = Field(0.04, ge=0, description="weight decay at the start (none on biases and 1-D tensors)")
     weight_decay_end: float = Field(0.4, ge=0, description="weight decay at the end, cosine between")
     clip: float = Field(3.0, ge=0, description="gradient-norm limit of each tensor, as in DINO; 0 = off")
-    ema: float | None = Field(
-        None, ge=0, le=1, description="teacher's momentum at the start; cosine to 1 at the end"
-    )
-    freeze_last_epochs: float | None = Field(
-        None, ge=0, description="epochs in which the prototypes stay as they are"
-    )
+    ema: float | None = Field(None, ge=0, le=1, description="teacher's momentum at the start; cosine to 1 at the end")
+    freeze_last_epochs: float | None = Field(None, ge=0, description="epochs in which the prototypes stay as they are")
 
 
 class Train(Settings):
@@ -129,9 +119,7 @@ class Train(Settings):
         None, ge=1, description="torch's threads on a CPU; part of a run, since sums depend on it"
     )
     log_every: int = Field(10, ge=1, description="steps between two lines of metrics", json_schema_extra=FREE)
-    save_minutes: float = Field(
-        5.0, gt=0, description="minutes between two checkpoints", json_schema_extra=FREE
-    )
+    save_minutes: float = Field(5.0, gt=0, description="minutes between two checkpoints", json_schema_extra=FREE)
     save_steps: int | None = Field(
         None, ge=1, description="steps between two checkpoints, besides save_minutes", json_schema_extra=FREE
     )
@@ -188,9 +176,7 @@ def settings() -> Iterator[Setting]:
         for key, leaf in leaves:
             kind = str(leaf.annotation.__name__ if isinstance(leaf.annotation, type) else leaf.annotation)
             kind = kind.replace("typing.", "").replace(" | None", "")
-            yield Setting(
-                key, kind, leaf.default, leaf.description or "", bool(leaf.json_schema_extra == FREE)
-            )
+            yield Setting(key, kind, leaf.default, leaf.description or "", bool(leaf.json_schema_extra == FREE))
 
 
 def load(recipe: Path | None, overrides: list[str] | tuple[str, ...] = ()) -> Run:
@@ -262,17 +248,11 @@ def combinations(run: Run) -> list[str]:
             size = getattr(views, name)
             if size % patch:
                 near = max(patch, round(size / patch) * patch)
-                found.append(
-                    f"views.{name}={size} is no multiple of the patch size {patch} (nearest: {near})"
-                )
+                found.append(f"views.{name}={size} is no multiple of the patch size {patch} (nearest: {near})")
     if views.local_count and views.local_size > views.global_size:
-        found.append(
-            f"local views ({views.local_size} px) are larger than global ones ({views.global_size} px)"
-        )
+        found.append(f"local views ({views.local_size} px) are larger than global ones ({views.global_size} px)")
     if backbone.embed_dim and backbone.num_heads and backbone.embed_dim % backbone.num_heads:
-        found.append(
-            f"backbone.embed_dim={backbone.embed_dim} does not divide into {backbone.num_heads} heads"
-        )
+        found.append(f"backbone.embed_dim={backbone.embed_dim} does not divide into {backbone.num_heads} heads")
     if backbone.pretrained and not backbone.name.startswith("timm/"):
         found.append(f"backbone.pretrained needs a timm/NAME backbone, not {backbone.name}")
     for key, epochs in (
@@ -298,9 +278,9 @@ class Derived(NamedTuple):
 def resolve(run: Run, images: int) -> tuple[Run, list[Derived]]:
     """Fill every `None` that follows from the number of images and the length of the run.
 
-    DINO's published values belong to 1.28 M images and 100 epochs or more. On a few thousand images 65,536 prototypes
-    leave the teacher's output flat (loss stays at ln K), and a teacher with momentum .996 never leaves its random start
-    within a thousand steps; so both follow the size of the job.
+    DINO's published values belong to 1.28 M images and 100 epochs or more. On a few thousand images 65,536
+    prototypes leave the teacher's output flat (loss stays at ln K), and a teacher with momentum .996 never leaves
+    its random start within a thousand steps; so both follow the size of the job.
     """
     derived: list[Derived] = []
 
@@ -318,14 +298,10 @@ def resolve(run: Run, images: int) -> tuple[Run, list[Derived]]:
     momentum = round(min(0.996, max(0.98, 1 - 20 / steps)), 4)
     filled = {
         "data": {
-            "workers": default(
-                "data", "workers", max(1, min(8, _cores() - 1)), f"{_cores()} cores on this machine"
-            )
+            "workers": default("data", "workers", max(1, min(8, _cores() - 1)), f"{_cores()} cores on this machine")
         },
         "head": {
-            "prototypes": default(
-                "head", "prototypes", prototypes, f"about 16 images each for {images:,} images"
-            ),
+            "prototypes": default("head", "prototypes", prototypes, f"about 16 images each for {images:,} images"),
             "batch_norm": default("head", "batch_norm", images < 100_000, f"{images:,} images"),
         },
         "loss": {
@@ -352,14 +328,22 @@ def resolve(run: Run, images: int) -> tuple[Run, list[Derived]]:
         "train": {"threads": default("train", "threads", _cores(), f"{_cores()} cores on this machine")},
         "eval": {
             "size": default("eval", "size", run.views.global_size, "size of the global views"),
-            "resize": default(
-                "eval", "resize", run.eval.size or run.views.global_size, "no border is cut away"
-            ),
+            "resize": default("eval", "resize", run.eval.size or run.views.global_size, "no border is cut away"),
             "knn_every": default("eval", "knn_every", max(1, epochs // 10), "about ten scores a run"),
         },
     }
     sections = {name: getattr(run, name).model_copy(update=values) for name, values in filled.items()}
     return run.model_copy(update=sections), derived
+
+
+def inherit(run: Run, saved: Run) -> Run:
+    """Fill every `None` of `run` from a resolved run: a requeue on other cores must not derive other values."""
+    tree = run.model_dump()
+    for section, values in saved.model_dump().items():
+        if isinstance(values, dict):
+            kept = {key: value for key, value in tree[section].items() if value is not None}
+            tree[section] = values | kept
+    return Run.model_validate(tree)
 
 
 def to_yaml(run: Run) -> str:
@@ -422,9 +406,7 @@ def _did_you_mean(key: str) -> str:
     keys = [setting.key for setting in settings()]
     leaves = {name.rpartition(".")[2]: name for name in keys}
     near = difflib.get_close_matches(key, keys, n=1, cutoff=0.75)
-    near = near or [
-        leaves[n] for n in difflib.get_close_matches(key.rpartition(".")[2], leaves, n=1, cutoff=0.6)
-    ]
+    near = near or [leaves[n] for n in difflib.get_close_matches(key.rpartition(".")[2], leaves, n=1, cutoff=0.6)]
     near = near or difflib.get_close_matches(key, list(Run.model_fields), n=1, cutoff=0.6)
     return f" (did you mean {near[0]}?)" if near else " (see `nearfar pretrain --help`)"
 

@@ -1,0 +1,1 @@
+"""Tokens or features -> outputs."""

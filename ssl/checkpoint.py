@@ -1,0 +1,282 @@
+"""Checkpoints: atomic, without pickle, strict, and describing themselves.
+
+    step-000001200/
+        tensors.safetensors      student, teacher, heads, centre and optimiser, by name
+        state.json               step, the resolved config, the data's fingerprint, versions
+        manifest.json            sha256 and size of the two files above
+
+A folder appears under its final name only when it is whole and on the disk. Reading checks every digest; a damaged
+checkpoint is set aside under `.damaged` and the one before it is used.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from nearfar.ssl.backbones import Backbone, UserError, create
+
+TENSORS, STATE, MANIFEST = "tensors.safetensors", "state.json", "manifest.json"
+
+
+class Checkpoint(NamedTuple):
+    path: Path
+    tensors: dict[str, Tensor]
+    state: dict[str, Any]
+
+
+class DamagedError(Exception):
+    """A checkpoint that is not what was written, and what is wrong with it."""
+
+
+def save(folder: Path, step: int, tensors: Mapping[str, Tensor], state: dict[str, Any], keep: int = 2) -> Path:
+    """Write `folder/step-XXXXXXXXX` atomically, then drop all but the newest `keep` checkpoints.
+
+    Raises:
+        UserError: the disk refused (no space, no right to write). Earlier checkpoints are untouched.
+    """
+    final = folder / f"step-{step:09d}"
+    partial = folder / f".writing-{final.name}"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir()
+        save_file({name: t.detach().contiguous() for name, t in tensors.items()}, partial / TENSORS)
+        (partial / STATE).write_text(json.dumps(state, indent=1))
+        (partial / MANIFEST).write_text(json.dumps(_manifest(partial), indent=1))
+        for name in (TENSORS, STATE, MANIFEST):
+            _fsync(partial / name)
+        _fsync(partial)
+        if final.exists():  # the same step again, after a restart: never leave a moment without it
+            old = folder / f".replaced-{final.name}"
+            shutil.rmtree(old, ignore_errors=True)
+            final.rename(old)
+            partial.rename(final)
+            shutil.rmtree(old)
+        else:
+            partial.rename(final)
+        _fsync(folder)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        kept = [path.name for path in steps(folder)]
+        safe = f"{kept[-1]} is intact and the run continues from it" if kept else "no earlier checkpoint exists"
+        raise UserError(
+            f"The checkpoint of step {step} could not be written to {folder}: {error}. Nothing half-written was left; "
+            f"{safe}. Free some space (or choose folder= on another disk) and start the same command again."
+        ) from error
+    for old in steps(folder)[:-keep]:
+        shutil.rmtree(old, ignore_errors=True)
+    return final
+
+
+def steps(folder: Path) -> list[Path]:
+    """The finished checkpoints of a folder, oldest first (damaged ones that were set aside are not among them)."""
+    return sorted(path for path in folder.glob("step-?????????") if path.is_dir())
+
+
+def read(path: Path) -> Checkpoint:
+    """One checkpoint, every digest checked.
+
+    Raises:
+        DamagedError: a file is missing, cut off or changed.
+    """
+    try:
+        manifest = json.loads((path / MANIFEST).read_text())
+        for name, written in manifest["files"].items():
+            file = path / name
+            if not file.is_file():
+                raise DamagedError(f"{name} is missing")
+            size = file.stat().st_size
+            if size != written["bytes"]:
+                raise DamagedError(f"{name} has {size:,} bytes instead of {written['bytes']:,}")
+            if _sha256(file) != written["sha256"]:
+                raise DamagedError(f"{name} was changed after it was written (its digest differs)")
+        return Checkpoint(path, load_file(path / TENSORS), json.loads((path / STATE).read_text()))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
+        raise DamagedError(f"{MANIFEST} or its files cannot be read: {error}") from error
+
+
+def latest(folder: Path, say: Callable[[str], None] = lambda _: None) -> Checkpoint | None:
+    """The newest checkpoint that is whole; damaged newer ones are told of and set aside. None where there is none.
+
+    Raises:
+        UserError: there were checkpoints, and every one is damaged.
+    """
+    wrong: list[str] = []
+    for path in reversed(steps(folder)):
+        try:
+            checkpoint = read(path)
+        except DamagedError as error:
+            wrong.append(f"{path.name}: {error}")
+            continue
+        for text in wrong:
+            name = text.partition(":")[0]
+            aside = folder / f"{name}.damaged"
+            shutil.rmtree(aside, ignore_errors=True)
+            (folder / name).rename(aside)
+            say(f"Checkpoint {text}. It was set aside as {aside.name}; continuing from {path.name}.")
+        return checkpoint
+    if wrong:
+        raise UserError(
+            f"No checkpoint in {folder} is whole ({'; '.join(wrong)}). Put a good copy there, or remove the folder to "
+            "start the run afresh."
+        )
+    return None
+
+
+def load_strict(module: nn.Module, tensors: Mapping[str, Tensor], what: str) -> None:
+    """Copy `tensors` into `module`: every name and shape must agree.
+
+    Raises:
+        UserError: naming the missing, unexpected and misshapen tensors.
+    """
+    own = module.state_dict()
+    problems = []
+    if missing := sorted(own.keys() - tensors.keys()):
+        problems.append("missing: " + _some(missing))
+    if extra := sorted(tensors.keys() - own.keys()):
+        problems.append("unexpected: " + _some(extra))
+    misshapen = [
+        f"{name} {tuple(tensors[name].shape)} instead of {tuple(own[name].shape)}"
+        for name in sorted(own.keys() & tensors.keys())
+        if tensors[name].shape != own[name].shape
+    ]
+    if misshapen:
+        problems.append("misshapen: " + _some(misshapen))
+    if problems:
+        raise UserError(f"The weights of {what} do not fit this model: {'; '.join(problems)}.")
+    module.load_state_dict(dict(tensors), strict=True)
+
+
+def optimizer_tensors(optimizer: torch.optim.Optimizer, names: dict[nn.Parameter, str]) -> dict[str, Tensor]:
+    """The optimiser's state as named tensors: `exp_avg/blocks.0...` and so on."""
+    return {
+        f"{key}/{names[parameter]}": value
+        for parameter, state in optimizer.state.items()
+        for key, value in state.items()
+    }
+
+
+def load_optimizer(
+    optimizer: torch.optim.Optimizer, names: dict[nn.Parameter, str], tensors: Mapping[str, Tensor]
+) -> None:
+    """The inverse of `optimizer_tensors`; a parameter that had no state yet gets none."""
+    parameters = {name: parameter for parameter, name in names.items()}
+    for full, value in tensors.items():
+        key, _, name = full.partition("/")
+        if name not in parameters:
+            raise UserError(f"The checkpoint holds optimiser state for {name}, which this model does not have.")
+        parameter = parameters[name]
+        if key != "step" and value.shape != parameter.shape:
+            raise UserError(
+                f"The optimiser state {full} has shape {tuple(value.shape)} instead of {tuple(parameter.shape)}."
+            )
+        device = "cpu" if key == "step" and not _capturable(optimizer) else parameter.device
+        optimizer.state[parameter][key] = value.to(device)
+
+
+def export(path: Path, backbone: Backbone, about: dict[str, Any]) -> None:
+    """Write a backbone as one safetensors file that tells its architecture: see `load`."""
+    partial = path.with_name(f".writing-{path.name}")
+    metadata = {"format": "pt", "nearfar": json.dumps({"arch": backbone.arch, **about})}
+    try:
+        save_file({k: v.detach().contiguous() for k, v in backbone.state_dict().items()}, partial, metadata)
+        _fsync(partial)
+        partial.rename(path)
+    except (OSError, SafetensorError) as error:
+        partial.unlink(missing_ok=True)
+        raise UserError(f"{path} could not be written: {error}.") from error
+
+
+def load(path: str | Path) -> Backbone:
+    """The teacher backbone of an exported file, a checkpoint folder or a run folder, in evaluation mode.
+
+    Raises:
+        UserError: nothing there, not nearfar's, damaged, or weights that do not fit the architecture they name.
+    """
+    file = weights_file(path)
+    if file.name == TENSORS:
+        try:
+            checkpoint = read(file.parent)
+        except DamagedError as error:
+            raise UserError(f"The checkpoint {file.parent} is damaged: {error}.") from None
+        prefix = "learner/teacher.backbone."
+        tensors = {name.removeprefix(prefix): t for name, t in checkpoint.tensors.items() if name.startswith(prefix)}
+        arch = checkpoint.state["arch"]
+    else:
+        tensors, arch = load_file(file), about(file)["arch"]
+    backbone = create(**arch)
+    load_strict(backbone, tensors, str(file))
+    return backbone.eval().requires_grad_(False)
+
+
+def about(file: Path) -> dict[str, Any]:
+    """What an exported file says of itself: `arch`, `step`, `run`, ..."""
+    try:
+        with safe_open(file, "pt") as handle:
+            metadata = handle.metadata() or {}
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{file} is not a whole safetensors file: {error}.") from None
+    if "nearfar" not in metadata:
+        raise UserError(f"{file} was not written by nearfar: it does not say which architecture it holds.")
+    return dict(json.loads(metadata["nearfar"]))
+
+
+def weights_file(path: str | Path) -> Path:
+    """The file of weights that a user means by a run folder, a checkpoint folder or a file."""
+    path = Path(path)
+    if path.is_file():
+        return path
+    for file in (path / "teacher.safetensors", path / TENSORS):
+        if file.is_file():
+            return file
+    if found := steps(path / "checkpoints"):
+        return found[-1] / TENSORS
+    state = "has no weights in it (yet)" if path.is_dir() else "does not exist"
+    raise UserError(f"{path} {state}. Give a run folder, a checkpoint folder (step-XXXXXXXXX) or a .safetensors file.")
+
+
+def digest(path: str | Path) -> str:
+    """sha256 of the weights that `path` means: names a feature store's origin."""
+    return _sha256(weights_file(path))
+
+
+def _manifest(folder: Path) -> dict[str, Any]:
+    return {
+        "format": "nearfar checkpoint 1",
+        "files": {
+            name: {"sha256": _sha256(folder / name), "bytes": (folder / name).stat().st_size}
+            for name in (TENSORS, STATE)
+        },
+    }
+
+
+def _sha256(file: Path) -> str:
+    with file.open("rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()
+
+
+def _fsync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _capturable(optimizer: torch.optim.Optimizer) -> bool:
+    return any(group.get("capturable") or group.get("fused") for group in optimizer.param_groups)
+
+
+def _some(names: list[str], most: int = 5) -> str:
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")

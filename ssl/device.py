@@ -1,0 +1,46 @@
+"""Where a run computes, and in which precision."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, NamedTuple
+
+import torch
+
+from nearfar.ssl.backbones import UserError
+
+# Casting costs more than bf16 matrix products save on narrow networks. See bench/precision.py.
+NARROW = 192
+
+
+class Compute(NamedTuple):
+    device: torch.device
+    autocast: Callable[[], AbstractContextManager[Any]]  # a fresh context for every forward pass
+    precision: str  # in words
+
+
+def choose(device: str, precision: str, width: int) -> Compute:
+    """Resolve `train.device` and `train.precision` on this machine, for a backbone of `width`.
+
+    Raises:
+        UserError: an explicit wish that the hardware cannot meet.
+    """
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UserError("train.device=cuda, but torch sees no CUDA device here. Use train.device=cpu or auto.")
+    place = torch.device("cuda" if device != "cpu" and torch.cuda.is_available() else "cpu")
+    able = has_bf16(place)
+    if precision == "bf16" and not able:
+        raise UserError(f"train.precision=bf16, but this {place.type} does not multiply bf16. Use fp32 or auto.")
+    worth_it = place.type == "cuda" or width >= NARROW
+    if precision == "bf16" or (precision == "auto" and able and worth_it):
+        return Compute(place, lambda: torch.autocast(place.type, torch.bfloat16), "bf16 autocast")
+    return Compute(place, nullcontext, "float32")
+
+
+def has_bf16(device: torch.device) -> bool:
+    """Does the hardware have bf16 matrix products (and not only emulate them)?"""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    capabilities = torch.cpu.get_capabilities()
+    return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))

@@ -1,0 +1,47 @@
+"""The projection head of DINO: features -> logits over prototypes."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class DINOHead(nn.Module):
+    """MLP, L2 normalisation, cosine with K unit prototypes (DINO, section 3.1; METHODS section 5).
+
+    Three linear layers with GELU between (`batch_norm` before each GELU, which DINO leaves out and short runs on
+    little data need), then a weight-normed layer without bias whose gain stays 1: only directions are learnt.
+    """
+
+    def __init__(
+        self,
+        in_dim: int,
+        prototypes: int,
+        hidden: int = 2048,
+        bottleneck: int = 256,
+        batch_norm: bool = False,
+    ) -> None:
+        super().__init__()
+        layers: list[nn.Module] = []
+        width = in_dim
+        for _ in range(2):
+            layers.append(nn.Linear(width, hidden, bias=not batch_norm))
+            if batch_norm:
+                layers.append(nn.BatchNorm1d(hidden))
+            layers.append(nn.GELU())
+            width = hidden
+        layers.append(nn.Linear(width, bottleneck))
+        self.mlp = nn.Sequential(*layers)
+        for layer in layers:
+            if isinstance(layer, nn.Linear):
+                nn.init.trunc_normal_(layer.weight, std=0.02)
+                if layer.bias is not None:
+                    nn.init.zeros_(layer.bias)
+        # Uniform as in torch's Linear: only the direction counts, but the length sets the effective learning rate.
+        self.prototypes = nn.Parameter(torch.empty(prototypes, bottleneck).uniform_(-1, 1) * bottleneck**-0.5)
+
+    def forward(self, features: Tensor) -> Tensor:
+        """(N, in_dim) -> cosines (N, K), each within [-1, 1]."""
+        embedding = F.normalize(self.mlp(features), dim=-1, eps=1e-6)
+        return F.linear(embedding, F.normalize(self.prototypes, dim=-1).to(embedding.dtype))

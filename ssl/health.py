@@ -1,0 +1,100 @@
+"""Is the run alive? Numbers that show collapse, and the plain words for it (METHODS section 7)."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+@torch.no_grad()
+def teacher_health(probabilities: Tensor, features: Tensor) -> dict[str, float]:
+    """Collapse indicators of one step.
+
+    Args:
+        probabilities: the teacher's (..., K).
+        features: the teacher's backbone features (..., D).
+
+    Returns:
+        entropy: mean entropy of a row / ln K. 1 = every image gets the flat answer, 0 = a single prototype each.
+        kl: mean KL(row || mean row) in nats. 0 = every image gets the same answer, whatever it is.
+        prototypes_used: share of the prototypes, among as many as there are rows, that win at least one row.
+        feature_std: mean over dimensions of the std of L2-normalised features, times sqrt(D). Healthy near 1.
+        rankme: exp of the entropy of the normalised singular values (RankMe, eq. 1); at most min(rows, D).
+    """
+    rows = probabilities.flatten(0, -2).float()
+    prototypes = rows.shape[1]
+    log_rows = rows.clamp_min(1e-12).log()
+    entropy = -(rows * log_rows).sum(-1).mean()
+    mean = rows.mean(0)
+    entropy_of_mean = -(mean * mean.clamp_min(1e-12).log()).sum()
+    used = rows.argmax(-1).unique().numel() / min(prototypes, rows.shape[0])
+    return {
+        "entropy": float(entropy) / math.log(prototypes),
+        "kl": float(entropy_of_mean - entropy),  # the mean of KL(row || mean) is the gap between the entropies
+        "prototypes_used": used,
+        "feature_std": feature_std(features),
+        "rankme": rankme(features),
+    }
+
+
+@torch.no_grad()
+def feature_std(features: Tensor) -> float:
+    """Mean std over dimensions of L2-normalised features (..., D), times sqrt(D)."""
+    rows = F.normalize(features.flatten(0, -2).float(), dim=-1)
+    return float(rows.std(0).mean()) * math.sqrt(rows.shape[1])
+
+
+@torch.no_grad()
+def rankme(features: Tensor) -> float:
+    """Effective rank of features (..., D) (Garrido et al. 2023, eq. 1)."""
+    rows = features.flatten(0, -2).double()
+    values = torch.linalg.svdvals(rows)
+    share = values / values.sum().clamp_min(1e-12) + 1e-7
+    return float(torch.exp(-(share * share.log()).sum()))
+
+
+def collapse(metrics: dict[str, float]) -> str | None:
+    """What is wrong with these numbers of `teacher_health`, in plain words with the mend; None when nothing is."""
+    if metrics["feature_std"] < 0.05:
+        return (
+            f"Collapse: all images get nearly the same features (std {metrics['feature_std']:.3f}, healthy near 1). "
+            "Try a lower optim.lr or more warm-up."
+        )
+    if metrics["entropy"] > 0.98:
+        return (
+            f"Collapse to the flat answer: the teacher's entropy is {metrics['entropy']:.3f} of ln K, so the loss "
+            "stays near ln K. Try fewer head.prototypes, a lower loss.teacher_temp, head.batch_norm=true, or a "
+            "higher optim.lr."
+        )
+    if metrics["kl"] < 0.02:
+        return (
+            "Collapse to one answer: the teacher tells no image from another (KL to its own mean is "
+            f"{metrics['kl']:.3f} nats). Try a higher loss.teacher_temp or a lower loss.center_momentum."
+        )
+    return None
+
+
+class CollapseWatch:
+    """Tells of a collapse once it lasts, and of the recovery; silent on single bad steps and before `grace`."""
+
+    def __init__(self, grace: int, patience: int = 5) -> None:
+        """`grace`: first step that counts. `patience`: looks in a row that must agree."""
+        self.grace = grace
+        self.patience = patience
+        self._bad = 0
+        self._told = False
+
+    def look(self, step: int, metrics: dict[str, float]) -> str | None:
+        """The message that is due after this step's `teacher_health`, or None."""
+        message = collapse(metrics) if step >= self.grace else None
+        self._bad = self._bad + 1 if message else 0
+        if self._told and not message:
+            self._told = False
+            return f"Recovered by step {step}: the teacher tells images apart again."
+        if message and self._bad >= self.patience and not self._told:
+            self._told = True
+            return message
+        return None

@@ -1,0 +1,104 @@
+"""Student and teacher: what is trained, what follows it, and what is exported."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from nearfar.ssl.backbones import Backbone
+from nearfar.ssl.heads.dino import DINOHead
+from nearfar.ssl.losses import DINOLoss
+
+
+class Step(NamedTuple):
+    """One forward pass. Shapes: B images, G = 2 global views, K prototypes, D features."""
+
+    loss: Tensor  # scalar, with gradient
+    teacher_logits: Tensor  # (G, B, K), before centring
+    teacher_probabilities: Tensor  # (G, B, K)
+    teacher_features: Tensor  # (G, B, D)
+
+
+class Network(nn.Module):
+    """A backbone and its projection head."""
+
+    def __init__(self, backbone: Backbone, head: DINOHead) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.head = head
+
+    def forward(self, groups: list[Tensor]) -> tuple[Tensor, Tensor]:
+        """Groups of equally sized views [(G, B, 3, s, s), ...] -> logits (V, B, K), features (V, B, D).
+
+        One backbone pass per size, one head pass for all.
+        """
+        features = torch.cat([self.backbone(group.flatten(0, 1)).cls for group in groups])
+        batch = groups[0].shape[1]
+        return self.head(features).unflatten(0, (-1, batch)), features.unflatten(0, (-1, batch))
+
+
+class Learner(nn.Module):
+    """DINO: a student that matches, on every view, what its own moving average says of the global views.
+
+    Both networks run in training mode, as in the reference: batch norm (of a head or of a convolutional backbone)
+    uses the statistics of the step in each. The teacher must be built without drop-path.
+    """
+
+    def __init__(self, student: Network, teacher: Network, loss: DINOLoss) -> None:
+        super().__init__()
+        self.student = student
+        self.teacher = teacher
+        self.loss = loss
+        self.teacher.load_state_dict(self.student.state_dict())
+        self.teacher.requires_grad_(False)
+
+    @torch.no_grad()
+    def do_teacher(self, globals_: Tensor) -> tuple[Tensor, Tensor]:
+        """Global views (G, B, 3, s, s) -> logits (G, B, K), features (G, B, D)."""
+        logits, features = self.teacher([globals_])
+        return logits, features
+
+    def do_student(self, groups: list[Tensor]) -> Tensor:
+        """All views, grouped by size -> logits (V, B, K)."""
+        logits, _ = self.student(groups)
+        return logits
+
+    def forward(self, groups: list[Tensor], teacher_temp: float) -> Step:
+        """Normalised views, the global group first -> the loss and what the monitors look at."""
+        teacher_logits, features = self.do_teacher(groups[0])
+        probabilities = self.loss.teacher_probabilities(teacher_logits, teacher_temp)
+        loss = self.loss(self.do_student(groups), probabilities)
+        return Step(loss, teacher_logits, probabilities, features)
+
+    @torch.no_grad()
+    def update_teacher(self, momentum: float) -> None:
+        """theta_teacher <- momentum * theta_teacher + (1 - momentum) * theta_student, after the optimiser's step."""
+        teacher, student = list(self.teacher.parameters()), list(self.student.parameters())
+        torch._foreach_lerp_(teacher, student, weight=1 - momentum)
+
+
+def parameter_groups(student: nn.Module) -> list[dict[str, object]]:
+    """AdamW's two groups: matrices and kernels decay; biases and other tensors of at most one dimension do not."""
+    skip = {f"backbone.{name}" for name in getattr(student.backbone, "no_weight_decay", set)()}
+    decay, rest = [], []
+    for name, parameter in student.named_parameters():
+        if parameter.requires_grad:
+            (rest if parameter.ndim <= 1 or name.endswith(".bias") or name in skip else decay).append(parameter)
+    return [{"params": decay, "decays": True}, {"params": rest, "decays": False, "weight_decay": 0.0}]
+
+
+@torch.no_grad()
+def clip_gradients(parameters: list[nn.Parameter], limit: float) -> Tensor:
+    """Scale each tensor's gradient to at most `limit` (DINO clips per tensor; 0 = off).
+
+    Returns:
+        The norm of the whole gradient before clipping: not finite as soon as one of its numbers is not.
+    """
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    norms = torch.stack(torch._foreach_norm(gradients))
+    if limit > 0:
+        scales = (limit / (norms + 1e-6)).clamp(max=1.0)
+        torch._foreach_mul_(gradients, list(scales.unbind()))
+    return norms.norm()

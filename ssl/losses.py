@@ -1,0 +1,52 @@
+"""What the student is asked for: the DINO loss and the centre of the teacher (METHODS section 5)."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+def dino_loss(student: Tensor, teacher: Tensor) -> Tensor:
+    """Mean cross-entropy over all pairs (teacher's global view, another view of the student).
+
+    Args:
+        student: log-probabilities (V, B, K), views in order, the G global ones first.
+        teacher: probabilities (G, B, K).
+
+    Returns:
+        Scalar: the mean over the G*V - G pairs that do not show the same view, and over the batch.
+    """
+    globals_, views = teacher.shape[0], student.shape[0]
+    pairs = -torch.einsum("gbk,vbk->gv", teacher, student) / teacher.shape[1]
+    same_view = torch.eye(globals_, views, dtype=torch.bool, device=pairs.device)
+    return pairs.masked_fill(same_view, 0).sum() / (globals_ * views - globals_)
+
+
+class DINOLoss(nn.Module):
+    """`dino_loss` on logits, with temperatures and the running centre of the teacher's logits."""
+
+    center: Tensor
+
+    def __init__(self, prototypes: int, student_temp: float = 0.1, center_momentum: float = 0.9) -> None:
+        super().__init__()
+        self.student_temp = student_temp
+        self.center_momentum = center_momentum
+        self.register_buffer("center", torch.zeros(prototypes))
+
+    @torch.no_grad()
+    def teacher_probabilities(self, logits: Tensor, temperature: float) -> Tensor:
+        """Centred and sharpened teacher: logits (G, B, K) -> probabilities, in float32 or wider."""
+        logits = logits.to(self.center.dtype)
+        return F.softmax((logits - self.center) / temperature, dim=-1)
+
+    def forward(self, student_logits: Tensor, teacher_probabilities: Tensor) -> Tensor:
+        """Logits (V, B, K) of the student against probabilities (G, B, K) of the teacher -> scalar."""
+        student = F.log_softmax(student_logits.to(self.center.dtype) / self.student_temp, dim=-1)
+        return dino_loss(student, teacher_probabilities)
+
+    @torch.no_grad()
+    def update_center(self, teacher_logits: Tensor) -> None:
+        """Move the centre towards the mean of this step's teacher logits (G, B, K). Call it after the loss."""
+        mean = teacher_logits.to(self.center.dtype).mean(dim=(0, 1))
+        self.center.lerp_(mean, 1 - self.center_momentum)

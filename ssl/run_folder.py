@@ -1,0 +1,111 @@
+"""The folder of a run: one owner at a time, one config for ever, metrics that match the weights.
+
+runs/NAME/ config.yaml  metrics.jsonl  run.log  events.out.tfevents...  checkpoints/  teacher.safetensors  lock
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import socket
+from pathlib import Path
+from types import TracebackType
+from typing import IO, Any
+
+from nearfar.ssl import config
+from nearfar.ssl.backbones import UserError
+from nearfar.ssl.config import Derived, Run
+
+
+class RunFolder:
+    """Context manager that owns `path` while a process trains in it.
+
+    Raises (on entering):
+        UserError: another process owns it, it cannot be written, or it belongs to a run with other settings.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.checkpoints = path / "checkpoints"
+        self.metrics = path / "metrics.jsonl"
+        self._lock: IO[str] | None = None
+
+    def __enter__(self) -> RunFolder:
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._lock = (self.path / "lock").open("a+")
+        except OSError as error:
+            raise UserError(f"The run folder {self.path} cannot be written: {error}.") from None
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            self._lock.seek(0)
+            owner = self._lock.read().strip() or "another process"
+            self._lock.close()
+            self._lock = None
+            raise UserError(
+                f"{self.path} is in use by {owner}. Two processes in one run folder would overwrite each other: wait "
+                "for it, stop it, or choose another name=."
+            ) from None
+        self._lock.truncate(0)
+        self._lock.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+        self._lock.flush()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        assert self._lock is not None
+        self._lock.truncate(0)
+        self._lock.close()  # gives the lock back, as does the end of the process however it dies
+
+    def settle(self, run: Run, images: int) -> tuple[Run, list[Derived]]:
+        """The resolved settings of this run: those saved here if it was begun before, else derived and saved now.
+
+        Raises:
+            UserError: the folder holds a run with other settings; names each one.
+        """
+        file = self.path / "config.yaml"
+        if file.exists():
+            try:
+                saved = config.load(file)
+            except UserError as error:
+                raise UserError(f"{file} does not fit this version of nearfar. {error}") from None
+            run = config.inherit(run, saved)
+            if changed := config.differences(saved, run):
+                raise UserError(
+                    f"{self.path} holds a run with other settings ({'; '.join(changed)}). Continue it with its own "
+                    "settings, or choose another name=."
+                )
+        resolved, derived = config.resolve(run, images)
+        partial = file.with_suffix(".writing")
+        try:
+            partial.write_text(config.to_yaml(resolved))
+            partial.replace(file)
+        except OSError as error:
+            raise UserError(f"{file} could not be written: {error}.") from None
+        return resolved, derived
+
+    def forget_metrics_after(self, step: int) -> None:
+        """Drop the lines of metrics past `step`: those steps are run again, and give the same lines."""
+        if not self.metrics.exists():
+            return
+        kept = [line for line in self.metrics.read_text().splitlines() if _step(line) <= step]
+        partial = self.metrics.with_suffix(".writing")
+        partial.write_text("".join(f"{line}\n" for line in kept))
+        partial.replace(self.metrics)
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The whole lines of a `metrics.jsonl`; a last line that a crash cut off is left out."""
+    if not path.exists():
+        return []
+    return [json.loads(line) for line in path.read_text().splitlines() if _step(line) != float("inf")]
+
+
+def _step(line: str) -> float:
+    try:
+        return float(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):
+        return float("inf")

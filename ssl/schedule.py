@@ -1,0 +1,56 @@
+"""The values that change from step to step: learning rate, weight decay, EMA momentum, teacher temperature."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from nearfar.ssl.config import Run
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """The values of one step, from the run's settings and the step alone: nothing to save, nothing to drift."""
+
+    run: Run
+    steps_per_epoch: int
+
+    @property
+    def steps(self) -> int:
+        return self.run.train.epochs * self.steps_per_epoch
+
+    def at(self, step: int) -> dict[str, float]:
+        optim, loss, steps = self.run.optim, self.run.loss, self.steps
+        assert optim.lr is not None and optim.warmup_epochs is not None and optim.ema is not None
+        assert loss.teacher_temp is not None and loss.teacher_temp_epochs is not None
+        warmup = round(optim.warmup_epochs * self.steps_per_epoch)
+        temp_steps = round(loss.teacher_temp_epochs * self.steps_per_epoch)
+        start = min(loss.teacher_temp_start, loss.teacher_temp)
+        return {
+            "lr": warmup_cosine(optim.lr, optim.min_lr, step, steps, warmup),
+            "wd": cosine(optim.weight_decay, optim.weight_decay_end, step, steps),
+            "ema": cosine(optim.ema, 1.0, step, steps),
+            "teacher_temp": linear(start, loss.teacher_temp, step, temp_steps),
+        }
+
+    def prototypes_frozen(self, step: int) -> bool:
+        assert self.run.optim.freeze_last_epochs is not None
+        return step < round(self.run.optim.freeze_last_epochs * self.steps_per_epoch)
+
+
+def cosine(start: float, end: float, step: int, steps: int) -> float:
+    """Half a cosine from `start` at step 0 to `end` at the last step."""
+    progress = min(1.0, step / max(1, steps - 1))
+    return end + 0.5 * (start - end) * (1 + math.cos(math.pi * progress))
+
+
+def warmup_cosine(peak: float, end: float, step: int, steps: int, warmup: int) -> float:
+    """Linear from 0 to `peak` over `warmup` steps, then half a cosine to `end`."""
+    if step < warmup:
+        return peak * step / max(1, warmup - 1) if warmup > 1 else peak
+    return cosine(peak, end, step - warmup, steps - warmup)
+
+
+def linear(start: float, end: float, step: int, steps: int) -> float:
+    """Linear from `start` at step 0 to `end` at the last of `steps`, then constant."""
+    return end if step >= steps - 1 else start + (end - start) * step / (steps - 1)
