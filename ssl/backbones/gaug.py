@@ -1,0 +1,60 @@
+"""GAug, Gaussian-augmented attention (METHODS section 2): each query looks around itself as far as it chooses."""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class GaugBias(nn.Module):
+    """Predicts from each query a Gaussian window to add to its attention logits.
+
+    One predictor for all heads of a layer, 3 * (head_dim + 1) parameters. `grid` is the token grid (h, w) the model
+    is made for: it bounds the variance (C = max(h, w)**2), and on another grid the variance is scaled by
+    min(current) / min(initial). Everything is float32, whatever autocast says.
+    """
+
+    def __init__(self, head_dim: int, grid: tuple[int, int], eps: float = 0.1) -> None:
+        super().__init__()
+        self.grid = grid
+        self.eps = eps
+        self.ceiling = float(max(grid) ** 2)
+        self.shift = math.log(self.ceiling - 1) if self.ceiling > 2 else 0.0  # so that the variance starts at 1
+        self.var = nn.Linear(head_dim, 2)
+        self.alpha = nn.Linear(head_dim, 1)
+        for layer in (self.var, self.alpha):
+            nn.init.trunc_normal_(layer.weight, std=0.02)
+            nn.init.zeros_(layer.bias)
+
+    def tables(self, q: Tensor, grid: tuple[int, int]) -> tuple[Tensor, Tensor]:
+        """Two tables whose outer product is the bias, which is separable.
+
+        `q` is (..., h*w, head_dim), queries of patch tokens before scaling and before any rotation. Returns
+        (..., h*w, h), which carries alpha, and (..., h*w, w).
+        """
+        with torch.autocast(q.device.type, enabled=False):
+            weight = torch.cat([self.var.weight, self.alpha.weight]).float()
+            bias = torch.cat([self.var.bias, self.alpha.bias]).float()
+            u = F.linear(q.float(), weight, bias)
+            variance = self.ceiling * torch.sigmoid(u[..., :2] - self.shift)
+            if grid != self.grid:
+                variance = variance * (min(grid) / min(self.grid))
+            precision = -0.5 / (variance + self.eps)
+            height, width = grid
+            y = torch.arange(height, device=q.device)
+            x = torch.arange(width, device=q.device)
+            rows = (y[:, None] - y).square().float().repeat_interleave(width, 0)  # (h*w, h), squared distances
+            columns = (x[:, None] - x).square().float().repeat(height, 1)  # (h*w, w)
+            alpha = F.softplus(u[..., 2:])
+            return alpha * torch.exp(precision[..., :1] * rows), torch.exp(precision[..., 1:] * columns)
+
+    def forward(self, q: Tensor, grid: tuple[int, int]) -> Tensor:
+        """Queries (B, heads, R + h*w, head_dim) to a float32 bias (B, heads, R + h*w, R + h*w).
+
+        Rows and columns of the R prefix tokens (CLS, registers) are 0.
+        """
+        prefix = q.shape[-2] - grid[0] * grid[1]
+        rows, columns = self.tables(q[..., prefix:, :], grid)
+        bias = (rows.unsqueeze(-1) * columns.unsqueeze(-2)).flatten(-2)
+        return F.pad(bias, (prefix, 0, prefix, 0)) if prefix else bias

@@ -1,0 +1,190 @@
+"""LGP, local and global patching (METHODS section 1): a patch embedding that makes positions unnecessary.
+
+The "global" path reads a full 2-D wavelet packet of the image. With Haar and as many levels as the patch size has
+doublings, that packet is an orthonormal map of every patch by itself: it carries nothing across patches (the 3x3
+convolutions behind it do), and it folds exactly into the projection behind it. Longer wavelets or more levels do
+reach across patches and are computed in full.
+"""
+
+import difflib
+import math
+from functools import lru_cache
+from typing import Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from timm.layers import DropPath
+from torch import Tensor, nn
+
+from nearfar.ssl.backbones.errors import UserError
+
+COLOURS = 3
+
+
+class Separable(nn.Sequential):
+    """Depthwise 3x3 (no bias), then pointwise 1x1 (bias)."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__(nn.Conv2d(dim, dim, 3, padding=1, groups=dim, bias=False), nn.Conv2d(dim, dim, 1))
+
+
+class LGPPatchEmbed(nn.Module):
+    """Images (B, 3, H, W), sides multiples of `patch_size`, to patch tokens (B, h*w, embed_dim).
+
+    Args:
+        levels: depth of the wavelet packet; "auto" is log2(patch_size), whose sub-bands lie exactly on the token
+            grid. Any other depth is resampled to the grid.
+        wavelet: a PyWavelets name of a discrete wavelet.
+        drop_path: share of training samples for which the fused path is dropped and the local one passes alone.
+
+    Raises UserError for an unknown wavelet, and for a patch size that is no power of two when levels is "auto".
+    """
+
+    def __init__(
+        self,
+        patch_size: int,
+        embed_dim: int,
+        levels: int | Literal["auto"] = "auto",
+        wavelet: str = "haar",
+        drop_path: float = 0.0,
+    ) -> None:
+        super().__init__()
+        log2 = int(math.log2(patch_size)) if patch_size > 0 else 0
+        if levels == "auto":
+            if patch_size < 2 or 2**log2 != patch_size:
+                raise UserError(
+                    f"LGP cuts patches by halving, so its patch size must be a power of two (2, 4, 8, 16, ...), not "
+                    f"{patch_size}; choose another patch size, or set the number of wavelet levels yourself."
+                )
+            levels = log2
+        if levels < 1:
+            raise UserError(f"LGP needs at least one wavelet level, not {levels}.")
+        self.patch_size = patch_size
+        self.levels = levels
+        self.filters = wavelet_filters(wavelet)
+        self.folds = len(self.filters[0]) == 2 and 2**levels == patch_size
+        bands = COLOURS * 4**levels
+
+        self.proj = nn.Conv2d(COLOURS, embed_dim, patch_size, patch_size)
+        self.local_mix = Separable(embed_dim)
+        self.bands_proj = nn.Conv2d(bands, embed_dim, 1)
+        self.bands_mix = Separable(embed_dim)
+        self.bands_out = nn.Conv2d(embed_dim, embed_dim, 1)
+        self.gate = nn.Parameter(torch.zeros(embed_dim))
+        self.fuse = nn.Sequential(Separable(embed_dim), nn.ReLU(), Separable(embed_dim), nn.ReLU())
+        self.drop_path = DropPath(drop_path) if drop_path else nn.Identity()
+        self.out = Separable(embed_dim)
+        self.norm = nn.LayerNorm(embed_dim, eps=1e-5)
+        if self.folds:
+            packet = torch.from_numpy(packet_basis(patch_size, levels, self.filters)).float()
+            self.register_buffer("packet", packet, persistent=False)
+
+    def forward(self, images: Tensor) -> Tensor:
+        local, bands = self.project(images)
+        local = self.local_mix(F.gelu(local))
+        bands = self.bands_out(F.gelu(self.bands_mix(F.gelu(bands))))
+        gate = (torch.tanh(self.gate)[:, None, None] + 1) / 2
+        fused = local + gate * (bands - local)
+        x = self.out(local + self.drop_path(self.fuse(fused)))
+        return self.norm(x.flatten(2).transpose(1, 2))
+
+    def project(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """The two projections, each (B, embed_dim, h, w): of the raw patches, and of the wavelet packet.
+
+        float32 whatever autocast says: high-frequency bands are small differences of large pixel values.
+        """
+        size = self.patch_size
+        with torch.autocast(images.device.type, enabled=False):
+            images = images.float()
+            if self.folds:
+                basis = self.bands_proj.weight.flatten(1).unflatten(1, (-1, COLOURS)).transpose(1, 2)
+                folded = (basis @ self.packet).unflatten(2, (size, size))
+                weight = torch.cat([self.proj.weight, folded])
+                bias = torch.cat([_bias(self.proj), _bias(self.bands_proj)])
+                local, bands = F.conv2d(images, weight, bias, stride=size).chunk(2, 1)
+            else:
+                local = self.proj(images)
+                bands = self.bands_proj(self.resample(self.packet_of(images), local.shape[-2:]))
+        return local, bands
+
+    def packet_of(self, images: Tensor) -> Tensor:
+        """The packet in full, (B, 3 * 4**levels, H / 2**levels, W / 2**levels), channel = 3 * packet + colour."""
+        height, width = images.shape[-2:]
+        down, across = (
+            torch.from_numpy(packet_matrix(side, self.levels, self.filters)).to(images) for side in (height, width)
+        )
+        x = torch.einsum("pyh,bchw,qxw->bpqcyx", down, images, across)
+        return x.flatten(1, 2)[:, _interleaved(self.levels)].flatten(1, 2)
+
+    @staticmethod
+    def resample(packet: Tensor, grid: torch.Size) -> Tensor:
+        if packet.shape[-2:] == grid:
+            return packet
+        return F.interpolate(packet, size=grid, mode="bilinear", antialias=True)
+
+
+def _bias(layer: nn.Conv2d) -> Tensor:
+    assert layer.bias is not None
+    return layer.bias
+
+
+Filters = tuple[tuple[float, ...], tuple[float, ...]]
+
+
+def wavelet_filters(wavelet: str) -> Filters:
+    """Low-pass and high-pass analysis filters of a discrete wavelet, in convolution order."""
+    if wavelet in ("haar", "db1"):
+        root = math.sqrt(0.5)
+        return (root, root), (-root, root)
+    import pywt  # only needed for wavelets other than Haar
+
+    names: list[str] = pywt.wavelist(kind="discrete")
+    if wavelet not in names:
+        near = difflib.get_close_matches(wavelet, names, n=3, cutoff=0.4)
+        hint = f" Did you mean {' or '.join(near)}?" if near else " haar, db2, db4, sym4 and coif1 are some."
+        raise UserError(f"There is no discrete wavelet called {wavelet!r}.{hint}")
+    found = pywt.Wavelet(wavelet)
+    return tuple(found.dec_lo), tuple(found.dec_hi)
+
+
+@lru_cache(maxsize=32)
+def packet_matrix(length: int, levels: int, filters: Filters) -> np.ndarray:
+    """The 1-D periodised packet transform of a signal, as a (2**levels, ceil(length / 2**levels), length) matrix.
+
+    Natural order, the first level being the most significant bit (0 = low-pass). A level of odd length repeats its
+    last sample. The 2-D packet is this matrix along both sides, because every level of it is separable.
+    """
+    signal = np.eye(length)[None]  # (packets, samples, length)
+    taps = np.arange(len(filters[0]))
+    for _ in range(levels):
+        if signal.shape[1] % 2:
+            signal = np.concatenate([signal, signal[:, -1:]], 1)
+        samples = signal.shape[1]
+        at = (2 * np.arange(samples // 2)[:, None] + taps + 1 - len(taps) // 2) % samples
+        halves = [np.einsum("t,pstl->psl", np.array(f)[::-1], signal[:, at]) for f in filters]
+        signal = np.stack(halves, 1).reshape(-1, samples // 2, length)
+    return signal.astype(np.float32)
+
+
+def packet_basis(patch_size: int, levels: int, filters: Filters) -> np.ndarray:
+    """The 2-D packet of one patch as a (4**levels, patch_size**2) matrix: for Haar, +-1 / patch_size everywhere."""
+    side = packet_matrix(patch_size, levels, filters)[:, 0].astype(np.float64)
+    basis = np.einsum("ph,qw->pqhw", side, side).reshape(4**levels, patch_size**2)
+    return basis[_interleaved(levels)]
+
+
+@lru_cache(maxsize=8)
+def _interleaved(levels: int) -> np.ndarray:
+    """For each packet in natural order (base-4 digits LL, LH, HL, HH) its place in a (rows, columns) pair table.
+
+    LH is low along the width and high along the height, as in pytorch_wavelets.
+    """
+    place = []
+    for packet in range(4**levels):
+        row = column = 0
+        for level in reversed(range(levels)):
+            digit = packet >> 2 * level & 3
+            row, column = 2 * row + (digit & 1), 2 * column + (digit >> 1)
+        place.append(row * 2**levels + column)
+    return np.array(place)

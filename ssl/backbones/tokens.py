@@ -1,0 +1,88 @@
+"""The contract between backbones and everything above them: images in, tokens out."""
+
+import logging
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+log = logging.getLogger(__name__)
+
+
+class Tokens(NamedTuple):
+    """What a backbone makes of a batch of images.
+
+    `prefix` (B, R, D) holds CLS and then registers (R may be 0), `patches` (B, h*w, D) the patch tokens row by row,
+    and `grid` is (h, w).
+    """
+
+    prefix: Tensor
+    patches: Tensor
+    grid: tuple[int, int]
+
+    @property
+    def cls(self) -> Tensor:
+        """(B, D): the first prefix token, or the mean over patches where there is none."""
+        return self.prefix[:, 0] if self.prefix.shape[1] else self.mean
+
+    @property
+    def mean(self) -> Tensor:
+        """(B, D): the mean over patch tokens."""
+        return self.patches.mean(1)
+
+    def map(self) -> Tensor:
+        """(B, D, h, w): the patch tokens as a feature map."""
+        return self.patches.transpose(1, 2).unflatten(2, self.grid)
+
+
+class Backbone(nn.Module):
+    """Images (B, 3, H, W), ImageNet-normalised, to `Tokens`; any H and W.
+
+    Sides that are not multiples of `patch_size` are padded on the right and at the bottom with zeros (the mean
+    colour), and the log says so once for each size. `patch_size` is the side in pixels of what one patch token
+    stands for (the total stride of a convolutional network). `create(**arch)` builds the same architecture.
+    """
+
+    embed_dim: int
+    patch_size: int
+    num_heads: int
+    arch: dict[str, Any]
+
+    def forward(self, images: Tensor) -> Tokens:
+        """Tokens of the whole network: after its final norm, and after PRR when that is on."""
+        raise NotImplementedError
+
+    # `blocks` is a method here, so the network itself lives one attribute below (`model`), where its ViT
+    # blocks can keep the name every published weight file uses.
+    def blocks(self, images: Tensor, n: int, norm: bool = False) -> list[Tokens]:
+        """Tokens after each of the last `n` blocks (stages, where a network has stages), the last one last.
+
+        PRR is never applied; `norm=True` applies the final norm to each.
+        """
+        raise NotImplementedError
+
+    def attention(self, images: Tensor) -> Tensor:
+        """(B, heads, R+N, R+N): softmax attention of the last block, GAug included, PRR not.
+
+        Raises UserError for a network that has no global attention.
+        """
+        raise NotImplementedError
+
+
+def pad_to_multiple(images: Tensor, multiple: int) -> Tensor:
+    """Pad (B, C, H, W) with zeros on the right and at the bottom until H and W are multiples of `multiple`."""
+    height, width = images.shape[-2:]
+    bottom, right = -height % multiple, -width % multiple
+    if not (bottom or right):
+        return images
+    _say_padded(height, width, height + bottom, width + right, multiple)
+    return F.pad(images, (0, right, 0, bottom))
+
+
+@lru_cache(maxsize=256)  # once for each size
+def _say_padded(height: int, width: int, padded_height: int, padded_width: int, multiple: int) -> None:
+    log.warning(
+        "images of %dx%d (height x width) are padded to %dx%d, the next multiple of the patch size %d",
+        height, width, padded_height, padded_width, multiple,
+    )  # fmt: skip
