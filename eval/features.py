@@ -1,0 +1,300 @@
+"""Frozen features: images through a backbone once, then kept as arrays that every evaluator reads.
+
+Pooled features see a centre crop (`eval_view`); patch grids see the whole image, resized to `size`, so that a
+mask of the original image still lies exactly under the grid. An image that cannot be read is left out
+together with its label and mask, and named in the manifest.
+"""
+
+import hashlib
+import json
+import signal
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+
+from nearfar.ssl.augment import normalise
+from nearfar.ssl.backbones.errors import UserError
+from nearfar.ssl.backbones.tokens import Backbone, Tokens
+from nearfar.ssl.data import eval_view
+from nearfar.ssl.sources import BadImage, Source
+
+POOLINGS = ("cls", "mean", "cls+mean", "grid")
+IGNORE = 255
+Size = int | tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Features:
+    """One row an image, in source order without the unreadable images.
+
+    x: (n, D), or (n, h, w, D) for grids; float32. labels: int64 (n,) or None. masks: uint8 (n, H, W) or None;
+    smaller masks are filled up with 255 (ignore) below and right, and mask_size (n, 2) holds their true
+    height and width. index: int64 (n,), the row of each in the source. manifest: JSON-able, what these
+    features are (see `describe`).
+    """
+
+    x: np.ndarray
+    index: np.ndarray
+    labels: np.ndarray | None = None
+    masks: np.ndarray | None = None
+    mask_size: np.ndarray | None = None
+    manifest: dict[str, Any] = field(default_factory=dict)
+
+    def mask_list(self) -> list[np.ndarray]:
+        """The masks at their own sizes, uint8 (H, W) each. Raises UserError where there are none."""
+        if self.masks is None or self.mask_size is None:
+            raise UserError("These features carry no masks: segmentation needs a source with masks, read as a grid.")
+        return [mask[:h, :w] for mask, (h, w) in zip(self.masks, self.mask_size.tolist(), strict=True)]
+
+
+# Reading a backbone -----------------------------------------------------------------------------------------
+
+
+def pool(tokens: Tokens, pooling: str) -> Tensor:
+    """Tokens of B images -> (B, D), (B, 2D) for "cls+mean", or (B, h, w, D) for "grid"."""
+    if pooling == "cls":
+        return tokens.cls
+    if pooling == "mean":
+        return tokens.mean
+    if pooling == "cls+mean":
+        return torch.cat([tokens.cls, tokens.mean], dim=-1)
+    return tokens.patches.unflatten(1, tokens.grid)
+
+
+def read(backbone: Backbone, images: Tensor, layer: str = "final", pooling: str = "cls") -> Tensor:
+    """Features of normalised images (B, 3, H, W); several blocks are concatenated along the last axis,
+    deepest last.
+
+    layer "final": what the model outputs (final norm, and PRR when on). "last-block": the last block as it
+    is, no norm and no PRR, as LocAt's dense evaluation reads it (METHODS section 3). "blocks-N": the last N
+    blocks, each through the final norm, no PRR; blocks-4 with CLS is DINO's linear protocol for ViT-S.
+    """
+    if layer == "final":
+        return pool(backbone(images), pooling)
+    if layer == "last-block":
+        return pool(backbone.blocks(images, 1)[-1], pooling)
+    blocks = backbone.blocks(images, _count(layer), norm=True)
+    if pooling == "grid" and len({tokens.grid for tokens in blocks}) > 1:
+        raise UserError(f"The grids of {layer} differ in size in this network: read a single layer of it.")
+    return torch.cat([pool(tokens, pooling) for tokens in blocks], dim=-1)
+
+
+def _count(layer: str) -> int:
+    number = layer.removeprefix("blocks-")
+    if number == layer or not number.isdigit() or int(number) < 1:
+        raise UserError(f'Unknown layer "{layer}": use "final", "last-block", or "blocks-N" such as "blocks-4".')
+    return int(number)
+
+
+def digest(backbone: nn.Module) -> str:
+    """SHA-256 over names, shapes and bytes of all parameters and buffers: which weights made a feature."""
+    sha = hashlib.sha256()
+    for name, tensor in sorted(backbone.state_dict().items()):
+        sha.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        sha.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return sha.hexdigest()
+
+
+def describe(
+    backbone: Backbone, source: Source, *, size: Size, layer: str, pooling: str, amp: bool, resize: int | None
+) -> dict[str, Any]:
+    """What decides the values of a feature: equal descriptions mean equal features. JSON-able.
+
+    Raises UserError for an unknown layer or pooling and for a size that the request cannot take.
+    """
+    if layer not in ("final", "last-block"):
+        _count(layer)
+    if pooling not in POOLINGS:
+        raise UserError(f'Unknown pooling "{pooling}": use one of {", ".join(POOLINGS)}.')
+    height, width = (size, size) if isinstance(size, int) else size
+    if pooling == "grid":
+        patch = backbone.patch_size
+        if height % patch or width % patch:
+            raise UserError(
+                f"A patch grid of images resized to {height} x {width} needs both sides to be multiples of the "
+                f"patch size {patch}, or masks would not lie under their patches. Try "
+                f"{_near(height, patch)} x {_near(width, patch)}."
+            )
+    elif height != width:
+        raise UserError(f"Pooled features read square centre crops: give one size, not {height} x {width}.")
+    elif resize is not None and resize < height:
+        raise UserError(f"A crop of {height} pixels does not fit into images resized to {resize}.")
+    return {
+        "format": 1,
+        "checkpoint": digest(backbone),
+        "arch": json.loads(json.dumps(backbone.arch)),  # as it will read back, tuples as lists
+        "dataset": source.fingerprint,
+        "images": len(source),
+        "layer": layer,
+        "pooling": pooling,
+        "norm": layer != "last-block",
+        "prr": layer == "final" and any(getattr(part, "prr", False) is True for part in backbone.modules()),
+        "size": [height, width],
+        "view": "whole image" if pooling == "grid" else "centre crop",
+        "resize": resize,
+        "compute": "bfloat16" if amp else "float32",
+    }
+
+
+def _near(side: int, patch: int) -> int:
+    return max(patch, round(side / patch) * patch)
+
+
+def extract(
+    backbone: Backbone,
+    source: Source,
+    *,
+    size: Size,
+    layer: str = "final",
+    pooling: str = "cls",
+    batch_size: int = 64,
+    workers: int = 0,
+    amp: bool = False,
+    resize: int | None = None,
+    progress: Callable[[int], object] | None = None,
+) -> Features:
+    """Features of every readable image of `source`, in memory, on the backbone's own device and in eval mode.
+
+    size: the side of the square crop, or (H, W) for grids. resize: shorter side before the crop
+    (`eval_view`). amp: bfloat16 autocast, float32 otherwise. progress: called with the number of images after
+    each batch. The global random state is neither read nor changed. Raises UserError as `describe` does, and
+    when no image can be read.
+    """
+    manifest = describe(backbone, source, size=size, layer=layer, pooling=pooling, amp=amp, resize=resize)
+    parts: list[np.ndarray] = []
+    rows = Rows()
+    for batch, x in stream(backbone, source, manifest, batch_size, workers):
+        rows.add(batch)
+        if x is not None:
+            parts.append(x)
+        if progress:
+            progress(len(batch.index) + len(batch.bad))
+    return rows.features(np.concatenate(parts) if parts else np.empty(0), source, manifest)
+
+
+# Images -> batches ------------------------------------------------------------------------------------------
+
+
+class Batch(NamedTuple):
+    images: Tensor | None  # uint8 (B, 3, H, W); None when no image of the batch could be read
+    index: list[int]
+    masks: list[np.ndarray | None]
+    bad: list[tuple[str, str]]
+
+
+class _Images(Dataset):
+    """What the workers run: one image (and its mask) at evaluation size, or the reason why there is none."""
+
+    def __init__(self, source: Source, size: tuple[int, int], resize: int | None, whole: bool) -> None:
+        self.source, self.size, self.resize, self.whole = source, size, resize, whole
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, i: int) -> Batch:
+        try:
+            image = self.source.read(i)
+            mask = self.source.mask(i) if self.whole else None
+        except BadImage as error:
+            return Batch(None, [], [], [(error.name, error.why)])
+        height, width = self.size
+        if self.whole:
+            if image.size != (width, height):
+                image = image.resize((width, height), Image.Resampling.BICUBIC)
+            pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)
+        else:
+            pixels = torch.as_tensor(eval_view(image, height, self.resize))
+        return Batch(pixels.contiguous(), [i], [mask], [])
+
+
+def _collate(items: list[Batch]) -> Batch:
+    images = [item.images for item in items if item.images is not None]
+    return Batch(
+        torch.stack(images) if images else None,
+        [i for item in items for i in item.index],
+        [mask for item in items for mask in item.masks],
+        [bad for item in items for bad in item.bad],
+    )
+
+
+def _quiet_worker(_: int) -> None:
+    # signals are the main process's business: it stops its workers when it leaves
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2):
+        signal.signal(number, signal.SIG_IGN)
+
+
+def stream(
+    backbone: Backbone, source: Source, manifest: dict[str, Any], batch_size: int, workers: int
+) -> Iterator[tuple[Batch, np.ndarray | None]]:
+    """(what was read, float32 features of it or None) batch by batch, in source order."""
+    height, width = manifest["size"]
+    loader = DataLoader(
+        _Images(source, (height, width), manifest["resize"], whole=manifest["pooling"] == "grid"),
+        batch_size=batch_size,
+        num_workers=workers,
+        collate_fn=_collate,
+        worker_init_fn=_quiet_worker,
+        generator=torch.Generator(),  # else the loader draws from, and so changes, the global random state
+    )
+    device = next(backbone.parameters()).device
+    amp = torch.autocast(device.type, torch.bfloat16, enabled=manifest["compute"] == "bfloat16")
+    training = [module for module in backbone.modules() if module.training]
+    backbone.eval()
+    try:
+        for batch in loader:
+            if batch.images is None:
+                yield batch, None
+                continue
+            with torch.inference_mode(), amp:
+                images = normalise(batch.images.to(device).float() / 255)
+                x = read(backbone, images, manifest["layer"], manifest["pooling"])
+            yield batch, x.float().cpu().numpy()
+    finally:
+        for module in training:
+            module.training = True
+
+
+class Rows:
+    """What is collected beside the features themselves."""
+
+    def __init__(self) -> None:
+        self.index: list[int] = []
+        self.masks: list[np.ndarray | None] = []
+        self.bad: dict[str, str] = {}
+
+    def add(self, batch: Batch) -> None:
+        self.index += batch.index
+        self.masks += batch.masks
+        self.bad |= dict(batch.bad)
+
+    def features(self, x: np.ndarray, source: Source, manifest: dict[str, Any]) -> Features:
+        if not self.index:
+            some = "; ".join(f"{name}: {why}" for name, why in list(self.bad.items())[:3])
+            raise UserError(f"None of the {len(source)} images could be read, so there are no features. {some}")
+        index = np.asarray(self.index, dtype=np.int64)
+        labels = None if source.labels is None else np.asarray(source.labels, dtype=np.int64)[index]
+        masks, mask_size = self._stack()
+        manifest = {**manifest, "shape": list(x.shape), "dtype": str(x.dtype), "bad": self.bad}
+        manifest["classes"] = source.classes
+        return Features(x, index, labels, masks, mask_size, manifest)
+
+    def _stack(self) -> tuple[np.ndarray | None, np.ndarray | None]:
+        masks = [mask for mask in self.masks if mask is not None]
+        if not masks:
+            return None, None
+        if len(masks) < len(self.masks):
+            raise UserError(
+                f"Only {len(masks)} of {len(self.masks)} images have a mask: give every image one "
+                f"(all {IGNORE} = ignore is allowed), or leave the masks out."
+            )
+        size = np.asarray([mask.shape for mask in masks], dtype=np.int64)
+        stacked = np.full((len(masks), *size.max(0)), IGNORE, dtype=np.uint8)
+        for row, mask in zip(stacked, masks, strict=True):
+            row[: mask.shape[0], : mask.shape[1]] = mask
+        return stacked, size

@@ -1,0 +1,55 @@
+"""Pixels as features: the floor that every backbone has to leave behind."""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from nearfar.eval.features import Features, Rows, Size
+from nearfar.ssl.backbones.errors import UserError
+from nearfar.ssl.sources import BadImage, Source
+
+
+def pixel_features(source: Source, side: int = 16) -> Features:
+    """Thumbnails of side x side pixels (box-averaged, whole image), in [0, 1]: (n, side*side*3)."""
+
+    def thumbnail(image: Image.Image) -> np.ndarray:
+        return _pixels(image.resize((side, side), Image.Resampling.BOX)).reshape(-1)
+
+    return _of_pixels(source, thumbnail, {"features": "pixels", "side": side}, masks=False)
+
+
+def pixel_grid(source: Source, size: Size, patch: int) -> Features:
+    """Raw pixels of the patches of the image resized to `size`, in [0, 1]: (n, h, w, patch*patch*3)."""
+    height, width = (size, size) if isinstance(size, int) else size
+    if height % patch or width % patch:
+        raise UserError(f"{height} x {width} pixels do not divide into patches of {patch}.")
+
+    def patches(image: Image.Image) -> np.ndarray:
+        x = _pixels(image.resize((width, height), Image.Resampling.BICUBIC))
+        x = x.reshape(height // patch, patch, width // patch, patch, 3).swapaxes(1, 2)
+        return x.reshape(height // patch, width // patch, -1)
+
+    return _of_pixels(source, patches, {"features": "pixels", "size": [height, width], "patch": patch}, masks=True)
+
+
+def _of_pixels(
+    source: Source, read_pixels: Callable[[Image.Image], np.ndarray], what: dict[str, Any], masks: bool
+) -> Features:
+    rows, x = Rows(), []
+    for i in range(len(source)):
+        try:
+            image = source.read(i)
+            mask = source.mask(i) if masks else None
+        except BadImage as error:
+            rows.bad[error.name] = error.why
+            continue
+        x.append(read_pixels(image))
+        rows.index.append(i)
+        rows.masks.append(mask)
+    return rows.features(np.stack(x) if x else np.empty(0), source, {**what, "dataset": source.fingerprint})
+
+
+def _pixels(image: Image.Image) -> np.ndarray:
+    return np.asarray(image, dtype=np.float32) / 255

@@ -1,0 +1,260 @@
+"""Features: the right tokens of the right pixels, the same however they are read, and never of a broken image."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from nearfar.eval.features import describe, digest, extract, read
+from nearfar.eval.pixels import pixel_features, pixel_grid
+from nearfar.eval.store import FeatureStore
+from nearfar.ssl.backbones import create
+from nearfar.ssl.backbones.errors import UserError
+from nearfar.ssl.backbones.tokens import Backbone, Tokens
+from nearfar.ssl.sources import ArraySource, BadImage, Subset
+
+MEAN, STD = np.array([0.485, 0.456, 0.406]), np.array([0.229, 0.224, 0.225])
+
+
+class Averages(Backbone):
+    """Patch token = mean colour of the patch; CLS = mean colour of the image; block k adds k; the norm doubles."""
+
+    patch_size, embed_dim, num_heads = 8, 3, 1
+
+    def __init__(self):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.ones(1))
+        self.dropout = torch.nn.Dropout(0.5)
+        self.arch = {"name": "averages", "grid": (1, 2)}
+
+    def blocks(self, images, n, norm=False):
+        h, w = images.shape[2] // 8, images.shape[3] // 8
+        patches = torch.nn.functional.avg_pool2d(images, 8).flatten(2).transpose(1, 2)
+        out = []
+        for k in range(n, 0, -1):
+            patch = self.dropout(patches + k - 1) * self.weight * (2 if norm else 1)
+            out.append(Tokens(patch.mean(1, keepdim=True), patch, (h, w)))
+        return out
+
+    def forward(self, images):
+        return self.blocks(images, 1, norm=True)[0]
+
+
+class SomeBad(ArraySource):
+    """Images 1 and 4 cannot be read."""
+
+    def read(self, i):
+        if i in (1, 4):
+            raise BadImage(f"image-{i}", "cut off")
+        return super().read(i)
+
+
+@pytest.fixture
+def images():
+    return np.random.default_rng(0).integers(0, 256, (7, 16, 24, 3), dtype=np.uint8)
+
+
+@pytest.fixture
+def source(images):
+    masks = np.arange(7, dtype=np.uint8)[:, None, None] * np.ones((1, 16, 24), np.uint8)
+    return SomeBad(images, labels=np.arange(7) % 3, masks=masks, classes=["a", "b", "c"])
+
+
+def patch_colours(images):
+    x = (images / 255 - MEAN) / STD
+    n, h, w, _ = x.shape
+    return x.reshape(n, h // 8, 8, w // 8, 8, 3).mean((2, 4))
+
+
+GOOD = [0, 2, 3, 5, 6]
+
+
+def test_grids_hold_the_patches_of_the_whole_image(source, images):
+    features = extract(Averages(), source, size=(16, 24), layer="last-block", pooling="grid", batch_size=2)
+    np.testing.assert_allclose(features.x, patch_colours(images)[GOOD], atol=1e-5)
+    assert features.x.dtype == np.float32
+
+
+def test_unreadable_images_go_with_label_and_mask_and_are_named(source):
+    features = extract(Averages(), source, size=(16, 24), pooling="grid", batch_size=2)
+    assert features.index.tolist() == GOOD
+    assert features.labels.tolist() == [i % 3 for i in GOOD]
+    assert [mask[0, 0] for mask in features.mask_list()] == GOOD
+    assert features.manifest["bad"] == {"image-1": "cut off", "image-4": "cut off"}
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 64])
+def test_batches_and_workers_change_nothing(source, batch_size):
+    want = extract(Averages(), source, size=16, batch_size=7)
+    got = extract(Averages(), source, size=16, batch_size=batch_size, workers=2 if batch_size == 3 else 0)
+    np.testing.assert_allclose(got.x, want.x, atol=1e-6)
+    assert got.index.tolist() == GOOD
+
+
+def test_layers_and_poolings(images):
+    model, x = Averages().eval(), torch.rand(2, 3, 16, 24)
+    colour = x.mean((2, 3))
+    torch.testing.assert_close(read(model, x, "final", "cls"), 2 * colour)
+    torch.testing.assert_close(read(model, x, "last-block", "mean"), colour)
+    torch.testing.assert_close(read(model, x, "blocks-1", "cls+mean"), torch.cat([2 * colour] * 2, 1))
+    torch.testing.assert_close(read(model, x, "blocks-2", "cls"), torch.cat([2 * colour + 2, 2 * colour], 1))
+    assert read(model, x, "blocks-2", "grid").shape == (2, 2, 3, 6)
+
+
+def test_model_is_read_in_eval_mode_and_left_as_it_was(source):
+    model = Averages()
+    model.train()
+    model.dropout.eval()
+    first = extract(model, source, size=16).x
+    model.dropout.train()
+    np.testing.assert_array_equal(extract(model, source, size=16).x, first)
+    assert model.training
+    assert model.dropout.training
+    assert not torch.is_inference_mode_enabled()
+
+
+def test_global_random_state_is_left_alone(source):
+    before = torch.random.get_rng_state()
+    extract(Averages(), source, size=16, workers=1)
+    assert torch.equal(torch.random.get_rng_state(), before)
+
+
+def test_our_network_gives_its_own_outputs(images):
+    torch.manual_seed(0)
+    model = create("vit_tiny_patch8", img_size=16, embed_dim=24, depth=2, num_heads=2, prr=True, gaug=True)
+    source = ArraySource(images[:, :16, :16])
+    x = torch.from_numpy((images[:, :16, :16] / 255 - MEAN) / STD).permute(0, 3, 1, 2).float()
+    model.eval()
+    with torch.no_grad():
+        tokens, block = model(x), model.blocks(x, 1)[0]
+    final = extract(model, source, size=16)
+    torch.testing.assert_close(torch.from_numpy(final.x), tokens.cls)
+    assert final.manifest["prr"] and final.manifest["norm"]
+    grid = extract(model, source, size=16, layer="last-block", pooling="grid")
+    torch.testing.assert_close(torch.from_numpy(grid.x).flatten(1, 2), block.patches)
+    assert not grid.manifest["prr"] and not grid.manifest["norm"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"size": 16, "layer": "block-4"}, "blocks-N"),
+        ({"size": 16, "pooling": "max"}, "cls, mean"),
+        ({"size": (20, 24), "pooling": "grid"}, "16 x 24|24 x 24"),
+        ({"size": (16, 24)}, "square"),
+        ({"size": 16, "resize": 8}, "does not fit"),
+    ],
+)
+def test_impossible_readings_are_explained(source, settings, words):
+    with pytest.raises(UserError, match=words):
+        extract(Averages(), source, **settings)
+
+
+def test_nothing_readable_is_an_error(images):
+    with pytest.raises(UserError, match="None of the 2 images.*image-1: cut off"):
+        extract(Averages(), Subset(SomeBad(images[:5]), [1, 4]), size=16)
+
+
+# The folder -------------------------------------------------------------------------------------------------
+
+
+def test_store_equals_memory_and_is_memory_mapped(tmp_path, source):
+    settings = {"size": (16, 24), "pooling": "grid", "batch_size": 2}
+    stored = FeatureStore.write(tmp_path / "store", Averages(), source, **settings)
+    memory = extract(Averages(), source, **settings)
+    assert isinstance(stored.x, np.memmap)
+    for name in ("x", "index", "labels", "masks", "mask_size"):
+        np.testing.assert_array_equal(getattr(stored, name), getattr(memory, name))
+    assert {k: v for k, v in stored.manifest.items() if k != "arrays"} == memory.manifest
+    assert [path.name for path in tmp_path.iterdir()] == ["store"]
+
+
+def test_matching_store_is_reused_and_any_other_replaced(tmp_path, source, monkeypatch):
+    folder, model = tmp_path / "store", Averages()
+    FeatureStore.write(folder, model, source, size=16)
+    stamp = (folder / "manifest.json").stat().st_mtime_ns
+    FeatureStore.write(folder, model, source, size=16)
+    assert (folder / "manifest.json").stat().st_mtime_ns == stamp
+    with torch.no_grad():
+        model.weight.mul_(3)
+    again = FeatureStore.write(folder, model, source, size=16)
+    assert again.manifest["checkpoint"] == digest(model)
+    np.testing.assert_allclose(again.x, extract(model, source, size=16).x)
+
+
+def test_failure_leaves_the_old_store(tmp_path, source):
+    folder, model = tmp_path / "store", Averages()
+    old = FeatureStore.write(folder, model, source, size=16).x.copy()
+
+    def stop(count):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        FeatureStore.write(folder, model, source, size=24, progress=stop)
+    np.testing.assert_array_equal(FeatureStore.open(folder).x, old)
+    assert [path.name for path in tmp_path.iterdir()] == ["store"]
+
+
+def test_other_folders_are_not_overwritten(tmp_path, source):
+    (tmp_path / "thesis.txt").write_text("three years")
+    with pytest.raises(UserError, match="no feature store"):
+        FeatureStore.write(tmp_path, Averages(), source, size=16)
+    assert (tmp_path / "thesis.txt").read_text() == "three years"
+
+
+def test_open_names_what_is_off(tmp_path, source):
+    folder = tmp_path / "store"
+    FeatureStore.write(folder, Averages(), source, size=16)
+    with pytest.raises(UserError, match="checkpoint = .*, not abc"):
+        FeatureStore.open(folder, {"checkpoint": "abc"})
+    data = (folder / "features.npy").read_bytes()
+    (folder / "features.npy").write_bytes(data[:-4])
+    with pytest.raises(UserError, match=r"damaged: features\.npy"):
+        FeatureStore.open(folder)
+    (folder / "features.npy").write_bytes(data)
+    np.save(folder / "labels.npy", np.zeros(3, np.int64))
+    with pytest.raises(UserError, match=r"labels\.npy has shape \(3,\)"):
+        FeatureStore.open(folder)
+    (folder / "labels.npy").unlink()
+    with pytest.raises(UserError, match=r"labels\.npy"):
+        FeatureStore.open(folder)
+    (folder / "manifest.json").write_text("{")
+    with pytest.raises(UserError, match=r"manifest\.json"):
+        FeatureStore.open(folder)
+    # and a damaged store is simply made again
+    assert len(FeatureStore.write(folder, Averages(), source, size=16).x) == 5
+
+
+def test_manifest_is_json(source):
+    manifest = describe(Averages(), source, size=16, layer="blocks-2", pooling="cls", amp=False, resize=None)
+    assert json.loads(json.dumps(manifest)) == manifest
+
+
+def test_masks_of_different_sizes_keep_their_own(tmp_path):
+    class Sizes(ArraySource):
+        def mask(self, i):
+            return np.full((10 + i, 20 - i), i, np.uint8)
+
+    source = Sizes(np.zeros((3, 16, 16, 3), np.uint8))
+    features = FeatureStore.write(tmp_path / "store", Averages(), source, size=16, pooling="grid")
+    assert [mask.shape for mask in features.mask_list()] == [(10, 20), (11, 19), (12, 18)]
+    assert all((mask == i).all() for i, mask in enumerate(features.mask_list()))
+    assert set(np.unique(features.masks)) == {0, 1, 2, 255}
+
+
+# Pixels -----------------------------------------------------------------------------------------------------
+
+
+def test_thumbnails_are_box_means(source, images):
+    x = pixel_features(source, side=2)
+    want = images[GOOD].reshape(5, 2, 8, 2, 12, 3).mean((2, 4)).reshape(5, -1) / 255
+    np.testing.assert_allclose(x.x, want, atol=1 / 255)  # Pillow rounds to 8 bits in each direction
+    assert x.labels.tolist() == [i % 3 for i in GOOD]
+
+
+def test_pixel_grid_holds_each_patch(source, images):
+    grid = pixel_grid(source, (16, 24), 8)
+    assert grid.x.shape == (5, 2, 3, 8 * 8 * 3)
+    np.testing.assert_allclose(grid.x[1, 1, 2], images[2, 8:16, 16:24].reshape(-1) / np.float32(255), rtol=1e-6)
+    assert [mask[0, 0] for mask in grid.mask_list()] == GOOD

@@ -1,0 +1,111 @@
+"""k-NN against brute force in float64 and against scikit-learn."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from sklearn.datasets import load_digits
+from sklearn.neighbors import KNeighborsClassifier
+
+from nearfar.eval import knn as module
+from nearfar.eval.knn import knn
+from nearfar.ssl.backbones.errors import UserError
+
+
+def brute_force(train_x, train_y, test_x, test_y, k, temperature=0.07):
+    """One query at a time, in float64, sorted by (-similarity, index)."""
+    a = train_x / np.linalg.norm(train_x, axis=1, keepdims=True)
+    b = test_x / np.linalg.norm(test_x, axis=1, keepdims=True)
+    hits = 0
+    for query, truth in zip(b, test_y, strict=True):
+        similarity = a @ query
+        nearest = sorted(range(len(a)), key=lambda i: (-similarity[i], i))[:k]
+        votes = np.zeros(max(train_y.max(), test_y.max()) + 1)
+        for i in nearest:
+            votes[train_y[i]] += np.exp(similarity[i] / temperature)
+        hits += int(votes.argmax() == truth)
+    return 100 * hits / len(test_y)
+
+
+def blobs(n, m, dim, classes, seed):
+    rng = np.random.default_rng(seed)
+    centres = rng.normal(size=(classes, dim))
+    y = rng.integers(0, classes, n + m)
+    x = centres[y] + rng.normal(scale=1.5, size=(n + m, dim))
+    return x[:n], y[:n], x[n:], y[n:]
+
+
+@settings(max_examples=20, deadline=None)
+@given(
+    n=st.integers(5, 80), dim=st.integers(2, 12), classes=st.integers(2, 6), seed=st.integers(0, 99),
+)  # fmt: skip
+def test_agrees_with_brute_force(n, dim, classes, seed):
+    data = blobs(n, 40, dim, classes, seed)
+    ours = knn(*data, ks=(1, 3, 10))
+    assert ours == {k: brute_force(*data, k) for k in sorted({1, 3, min(10, n)})}
+
+
+def test_agrees_with_scikit_learn_on_digits():
+    x, y = load_digits(return_X_y=True)
+    for k, ours in knn(x[:900], y[:900], x[900:], y[900:], ks=(10, 20, 100)).items():
+        # sklearn's cosine distance is 1 - similarity
+        judge = KNeighborsClassifier(k, metric="cosine", weights=lambda d: np.exp((1 - d) / 0.07))
+        theirs = 100 * judge.fit(x[:900], y[:900]).score(x[900:], y[900:])
+        assert ours == pytest.approx(theirs, abs=0.12)  # one image: votes that float32 cannot tell apart
+
+
+def test_k_beyond_the_training_set_becomes_its_size():
+    data = blobs(30, 10, 4, 3, 0)
+    assert list(knn(*data, ks=(10, 20, 100, 200))) == [10, 20, 30]
+
+
+def test_length_of_a_feature_does_not_matter():
+    a, ya, b, yb = blobs(60, 30, 5, 3, 1)
+    scale = np.random.default_rng(0).uniform(0.1, 50, size=(60, 1))
+    assert knn(a * scale, ya, b, yb, ks=(5,)) == knn(a, ya, b, yb, ks=(5,))
+
+
+def test_equal_neighbours_are_taken_by_index():
+    # eight copies of one point: k = 2 must see the first two of them, whatever topk would pick
+    x = np.ones((8, 3))
+    assert knn(x, np.array([1, 1, 0, 0, 0, 0, 0, 0]), x[:1], np.array([1]), ks=(2,)) == {2: 100.0}
+    assert knn(x, np.array([0, 0, 1, 1, 1, 1, 1, 1]), x[:1], np.array([1]), ks=(2,)) == {2: 0.0}
+
+
+def test_equal_votes_go_to_the_smaller_class():
+    x = np.ones((2, 3))
+    assert knn(x, np.array([4, 2]), x[:1], np.array([2]), ks=(2,)) == {2: 100.0}
+
+
+def test_chunks_do_not_change_the_answer(monkeypatch):
+    data = blobs(200, 150, 6, 4, 2)
+    whole = knn(*data, ks=(1, 10))
+    monkeypatch.setattr(module, "_CHUNK", 200 * 7)
+    assert knn(*data, ks=(1, 10)) == whole
+
+
+def test_takes_tensors_and_half_precision():
+    a, ya, b, yb = blobs(60, 30, 5, 3, 3)
+    half = knn(a.astype(np.float16), ya, torch.from_numpy(b).half(), torch.from_numpy(yb), ks=(1,))
+    assert half[1] == pytest.approx(knn(a, ya, b, yb, ks=(1,))[1], abs=7)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda a, ya, b, yb: (a[:0], ya[:0], b, yb), "empty"),
+        (lambda a, ya, b, yb: (a, ya[:-1], b, yb), "shape"),
+        (lambda a, ya, b, yb: (a, ya, b[:, :2], yb), "dimensions"),
+        (lambda a, ya, b, yb: (np.where(np.arange(20)[:, None] == 3, np.nan, a), ya, b, yb), "1 of 20"),
+        (lambda a, ya, b, yb: (a, ya - 9, b, yb), "negative"),
+    ],
+)
+def test_unusable_arrays_are_named(change, words):
+    with pytest.raises(UserError, match=words):
+        knn(*change(*blobs(20, 10, 4, 3, 4)), ks=(1,))
+
+
+def test_k_of_zero_is_refused():
+    with pytest.raises(UserError, match="at least 1"):
+        knn(*blobs(20, 10, 4, 3, 4), ks=(0,))
