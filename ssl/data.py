@@ -7,6 +7,7 @@ import signal
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
@@ -214,8 +215,8 @@ class Loader:
             some = "; ".join(f"{name}: {why}" for name, why in list(self.bad.items())[:5])
             raise UserError(
                 f"{len(self.bad)} of the {seen} images read so far cannot be used, more than "
-                f"data.bad_share = {self.bad_share} allows. {'Some of them' if len(self.bad) > 5 else 'They are'}: {some}. "
-                "Mend or remove them, or allow a larger share."
+                f"data.bad_share = {self.bad_share} allows. "
+                f"{'Some of them' if len(self.bad) > 5 else 'They are'}: {some}. Mend or remove them, or allow a larger share."
             )
         return batch
 
@@ -230,7 +231,7 @@ class _Sampler:
         return self._loader._tasks()
 
 
-def _same(batch: Batch) -> Batch:
+def _same(batch: Any) -> Any:
     return batch
 
 

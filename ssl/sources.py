@@ -309,8 +309,8 @@ class ListSource(PathSource):
             raise UserError(f"{file} cannot be read as a list of image paths: {error}.") from error
         if not lines:
             raise UserError(f"{file} is empty: one image path a line is needed.")
-        names, _, labels = zip(*(line.partition("\t") for line in lines), strict=True)
-        names = [name.strip() for name in names]
+        names = [line.partition("\t")[0].strip() for line in lines]
+        labels = [line.partition("\t")[2].strip() for line in lines]
         if not any(os.path.isfile(file.parent / name) for name in names[:20]):
             raise UserError(f"{file} lists {names[0]}, which does not exist (relative paths start at {file.parent}).")
         if not any(labels):
@@ -320,10 +320,10 @@ class ListSource(PathSource):
             raise UserError(
                 f"{file} has labels, but none for {names[where]}: give every line one after a tab, or no line."
             )
-        elif all(label.strip().isdecimal() for label in labels):
+        elif all(label.isdecimal() for label in labels):
             super().__init__(file.parent, names, [int(label) for label in labels])
         else:
-            classes, numbers = np.unique([label.strip() for label in labels], return_inverse=True)
+            classes, numbers = np.unique(labels, return_inverse=True)
             super().__init__(file.parent, names, numbers, classes.tolist())
 
 

@@ -101,7 +101,7 @@ def _per_view(role: tuple[float, float, float], count: int) -> NDArray[np.float6
 
 
 def _boxes(
-    views: Views, tries: NDArray[np.float64], place: NDArray[np.float64], size: NDArray[np.int64]
+    views: Views, tries: NDArray[np.floating], place: NDArray[np.floating], size: NDArray[np.int64]
 ) -> NDArray[np.int32]:
     """RandomResizedCrop: (n, V, 10, 2) draws of area and log ratio, (n, V, 2) of the place -> (n, V, 4) boxes."""
     count = place.shape[1]
