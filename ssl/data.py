@@ -18,7 +18,8 @@ from torch.utils.data import DataLoader, Dataset
 
 from nearfar.ssl.backbones.errors import UserError
 from nearfar.ssl.config import Views
-from nearfar.ssl.sources import BadImage, Source
+from nearfar.ssl.decode import BadImage
+from nearfar.ssl.sources import Source
 from nearfar.ssl.views import ViewPlan, epoch_order, plan_views
 
 _BICUBIC = Image.Resampling.BICUBIC
@@ -216,7 +217,8 @@ class Loader:
             raise UserError(
                 f"{len(self.bad)} of the {seen} images read so far cannot be used, more than "
                 f"data.bad_share = {self.bad_share} allows. "
-                f"{'Some of them' if len(self.bad) > 5 else 'They are'}: {some}. Mend or remove them, or allow a larger share."
+                f"{'Some of them' if len(self.bad) > 5 else 'They are'}: {some}. "
+                "Mend or remove them, or allow a larger share."
             )
         return batch
 

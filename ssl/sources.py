@@ -1,7 +1,7 @@
 """Where images come from: class folders, a flat folder, a list of paths, an .npz file, arrays in memory.
 
 A source knows how many images there are and reads one of them as an upright 8-bit RGB Pillow image; everything that
-makes a file unreadable is told as `BadImage`. Alpha is dropped, as in torchvision's folder data set.
+makes a file unreadable is told as `decode.BadImage`.
 """
 
 import hashlib
@@ -10,28 +10,17 @@ from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
 from io import BytesIO
 from pathlib import Path
-from typing import IO, Protocol
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from PIL import Image, ImageOps
+from PIL import Image
 
 from nearfar.ssl.backbones.errors import UserError
+from nearfar.ssl.decode import decode, decode_path
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
 _NO_CLASSES = {"train", "training", "val", "valid", "validation", "test", "images", "masks"}
-_ORIENTATION = 0x0112
-
-
-class BadImage(Exception):  # noqa: N818  "BadImageError" would say it twice
-    """An image that cannot be used: `name` says which, `why` says what is wrong with it."""
-
-    def __init__(self, name: str, why: str) -> None:
-        super().__init__(name, why)
-        self.name, self.why = name, why
-
-    def __str__(self) -> str:
-        return f"{self.name}: {self.why}"
 
 
 class Source(Protocol):
@@ -59,51 +48,6 @@ class Source(Protocol):
 
     def mask(self, i: int) -> NDArray[np.uint8] | None:
         """The class of each pixel of image i, (H, W), 255 = ignore; None where there are no masks."""
-
-
-def decode(file: str | Path | IO[bytes], name: str) -> Image.Image:
-    """Decode a file into an upright RGB image, 16-bit grey scaled (not clipped) to 8 bits. Raises BadImage."""
-    try:
-        with Image.open(file) as image:
-            if Image.MAX_IMAGE_PIXELS and image.width * image.height > Image.MAX_IMAGE_PIXELS:
-                raise BadImage(name, f"{image.width} x {image.height} pixels are more than Pillow deems safe")
-            image.load()
-            if image.getexif().get(_ORIENTATION, 1) != 1:
-                return _rgb(ImageOps.exif_transpose(image), name)
-            return _rgb(image, name)
-    except (BadImage, MemoryError):
-        raise
-    except Exception as error:  # damaged files make Pillow's decoders raise nearly anything, from SyntaxError up
-        raise BadImage(name, _reason(error, file)) from error
-
-
-def _reason(error: Exception, file: str | Path | IO[bytes]) -> str:
-    if isinstance(file, str | Path) and os.path.isfile(file) and os.path.getsize(file) == 0:
-        return "the file is empty (zero bytes)"
-    if type(error).__name__ == "UnidentifiedImageError":
-        return "not an image of a known format"
-    return str(error) or type(error).__name__
-
-
-def _rgb(image: Image.Image, name: str) -> Image.Image:
-    if image.mode == "RGB":
-        return image
-    if image.mode.startswith("I"):  # convert() would clip at 255
-        pixels = np.asarray(image).astype(np.int64)
-        if pixels.min() < 0 or pixels.max() > 65535:
-            raise BadImage(name, f"integer pixels from {pixels.min()} to {pixels.max()}, beyond 16 bits")
-        return Image.fromarray(np.rint(pixels / 257).astype(np.uint8)).convert("RGB")
-    if image.mode == "F":
-        raise BadImage(name, "floating-point pixels, whose range is unknown")
-    if "transparency" in image.info:  # straight to RGB, Pillow warns
-        image = image.convert("RGBA")
-    return image.convert("RGB")
-
-
-def _decode_path(path: str, name: str) -> Image.Image:
-    if not os.path.isfile(path):  # a missing file, or a pipe, on which open() would hang
-        raise BadImage(name, "no such file" if not os.path.exists(path) else "not a regular file")
-    return decode(path, name)
 
 
 def _digest(parts: Iterable[bytes | str]) -> str:
@@ -197,7 +141,7 @@ class PathSource:
         return os.path.join(self.root, self.names[i])
 
     def read(self, i: int) -> Image.Image:
-        return _decode_path(self.path(i), self.names[i])
+        return decode_path(self.path(i), self.names[i])
 
     def name(self, i: int) -> str:
         return self.names[i]
