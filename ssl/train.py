@@ -147,7 +147,7 @@ def pretrain(
                     learner.student.head.prototypes.grad = None
                 grad_norm = clip_gradients(list(learner.student.parameters()), run.optim.clip)
                 if not bool(torch.isfinite(out.loss.detach() + grad_norm)):  # before it reaches the weights
-                    raise UserError(_not_finite(step, float(out.loss), float(grad_norm), batch, source, folder.path))
+                    raise UserError(_not_finite(step, float(out.loss.detach()), float(grad_norm), batch, source, folder.path))
                 for group in optimizer.param_groups:
                     group["lr"] = values["lr"]
                     group["weight_decay"] = values["wd"] if group["decays"] else 0.0
@@ -166,7 +166,7 @@ def pretrain(
                         "data_wait": waited / seconds,
                         "time": time.time(),
                     }
-                    measured = {"loss": float(out.loss), "grad_norm": float(grad_norm), **values, **health}
+                    measured = {"loss": float(out.loss.detach()), "grad_norm": float(grad_norm), **values, **health}
                     journal.record(step, {"epoch": step / loader.steps_per_epoch, **measured, **speed})
                     journal.progress(
                         step,
@@ -203,7 +203,7 @@ def colour_views(batch: Batch, solarise_threshold: int, place: torch.device) -> 
     coloured, first = [], 0
     for group in batch.groups:
         count = group.shape[0]
-        plan = colour_of(batch.plan, slice(first, first + count)).to(place)
+        plan = colour_of(batch.plan, slice(first, first + count))
         images = group.to(place, non_blocking=True).flatten(0, 1)
         coloured.append(colour(images, plan, solarise_threshold).unflatten(0, group.shape[:2]))
         first += count

@@ -1,0 +1,166 @@
+"""The `nearfar` command. Every verb is a few lines over a function that can be called without it."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.resources
+import shutil
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+
+from nearfar.ssl.backbones.errors import UserError
+
+RECIPES = importlib.resources.files("nearfar.recipes")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one verb. Exit codes: 0 done (or stopped on request, saved), 2 a mistake of the user's, 130 a hard Ctrl-C."""
+    arguments = build_parser().parse_args(argv)
+    try:
+        arguments.verb(arguments)
+    except UserError as error:
+        Console(stderr=True).print(f"nearfar: {error}", highlight=False, markup=False, soft_wrap=True)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="nearfar",
+        description="Self-supervised pretraining for vision, and what the frozen features are worth.",
+    )
+    verbs = parser.add_subparsers(required=True, metavar="VERB")
+
+    demo = verbs.add_parser("demo", help="pretrain and score on drawn scenes, in minutes, without a download")
+    demo.add_argument("--seed", type=int, default=0, help="of scenes, weights and views (default 0)")
+    _add_settings(demo)
+    demo.set_defaults(verb=run_demo)
+
+    pretrain = verbs.add_parser(
+        "pretrain",
+        help="train a backbone on images without labels; the same command continues it",
+        add_help=False,
+    )
+    pretrain.add_argument("-h", "--help", action=_HelpWithSettings, nargs=0, help="show this and every setting")
+    pretrain.add_argument("recipe", help="a .yaml file, or the name of one that comes with nearfar: " + _bundled())
+    _add_settings(pretrain)
+    pretrain.set_defaults(verb=run_pretrain)
+
+    features = verbs.add_parser("features", help="write the frozen features of a folder of images")
+    _add_model(features)
+    features.add_argument("data", help="images: class folders, a flat folder, a .txt list or an .npz")
+    features.add_argument("out", type=Path, help="folder to write")
+    _add_reading(features)
+    features.add_argument("--pooling", default="cls", help="cls, mean, cls+mean or grid (default cls)")
+    features.set_defaults(verb=run_features)
+
+    evaluate = verbs.add_parser("eval", help="score frozen features: knn, linear, segment or all")
+    evaluate.add_argument("what", choices=["knn", "linear", "segment", "all"])
+    _add_model(evaluate)
+    evaluate.add_argument("--train", help="labelled images to learn from (default: data.path of the run)")
+    evaluate.add_argument("--val", help="labelled images to score (default: data.val of the run)")
+    evaluate.add_argument("--baselines", action="store_true", help="also score the untrained network and raw pixels")
+    evaluate.add_argument("--head", choices=["linear", "mlp"], default="linear", help="of the segmentation probe")
+    evaluate.add_argument("--out", type=Path, help="results file (default: results.json beside the weights)")
+    _add_reading(evaluate)
+    evaluate.set_defaults(verb=run_eval)
+
+    export = verbs.add_parser("export", help="write the teacher backbone as one self-describing safetensors file")
+    _add_model(export)
+    export.add_argument("out", type=Path, help="file to write, NAME.safetensors")
+    export.set_defaults(verb=run_export)
+
+    report = verbs.add_parser("report", help="write report.html of a run: curves, scores, pictures")
+    report.add_argument("run", type=Path, help="run folder")
+    report.set_defaults(verb=run_report)
+    return parser
+
+
+def run_demo(arguments: argparse.Namespace) -> None:
+    from nearfar.launch.demo import demo
+
+    demo(arguments.seed, arguments.settings, Console())
+
+
+def run_pretrain(arguments: argparse.Namespace) -> None:
+    from nearfar.launch.pretrain import pretrain
+    from nearfar.ssl import config
+
+    pretrain(config.load(find_recipe(arguments.recipe), arguments.settings), Console())
+
+
+def run_features(arguments: argparse.Namespace) -> None:
+    from nearfar.eval.evaluate import Reading
+    from nearfar.eval.store import FeatureStore
+    from nearfar.ssl import checkpoint
+    from nearfar.ssl.sources import open_source
+
+    source = open_source(arguments.data)
+    features = FeatureStore.write(
+        arguments.out,
+        checkpoint.load(arguments.model),
+        source,
+        size=arguments.size or Reading.of(arguments.model).size,
+        resize=arguments.resize,
+        layer=arguments.layer,
+        pooling=arguments.pooling,
+        workers=arguments.workers,
+    )
+    print(f"{arguments.out}: {features.x.shape} {features.x.dtype}, {len(source) - len(features.x)} unreadable images")
+
+
+def find_recipe(name: str) -> Path:
+    """A recipe by path, or by the name of one that comes with nearfar."""
+    bundled = Path(str(RECIPES.joinpath(f"{name}.yaml")))
+    path = Path(name)
+    if path.suffix not in (".yaml", ".yml") and bundled.is_file():
+        return bundled
+    if not path.is_file():
+        raise UserError(f"There is no recipe {name}. Give a .yaml file or one of: {_bundled()}.")
+    return path
+
+
+def _bundled() -> str:
+    return ", ".join(sorted(Path(str(item)).stem for item in RECIPES.iterdir() if str(item).endswith(".yaml")))
+
+
+def _add_settings(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("settings", nargs="*", metavar="key=value", help="settings, such as train.epochs=20")
+
+
+def _add_model(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", type=Path, help="run folder, checkpoint folder or exported .safetensors")
+
+
+def _add_reading(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--size", type=int, help="side of the image in pixels (default: eval.size of the run)")
+    parser.add_argument("--resize", type=int, help="shorter side before the centre crop (default: eval.resize)")
+    parser.add_argument("--layer", default="final", help="final, last-block or blocks-N (default final)")
+    parser.add_argument("--workers", type=int, default=0, help="decoding processes (default 0: in this one)")
+
+
+class _HelpWithSettings(argparse.Action):
+    def __call__(self, parser: argparse.ArgumentParser, *_: object, **__: object) -> None:
+        print(parser.format_help() + "\n" + _settings_help())
+        parser.exit()
+
+
+def _settings_help() -> str:
+    from nearfar.ssl import config
+
+    width = shutil.get_terminal_size().columns
+    lines = ["settings (key=value, or sections of the recipe; 'derived' follows the data and the length of the run):"]
+    for setting in config.settings():
+        default = "derived" if setting.default is None else setting.default
+        lines.append(f"  {setting.key}={default}"[: width - 2])
+        lines.append(f"      {setting.description} [{setting.type}]")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

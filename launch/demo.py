@@ -1,0 +1,49 @@
+"""`nearfar demo`: draw scenes, pretrain on them, score the frozen features, write the report. No download."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+from rich.console import Console
+
+from nearfar.eval.evaluate import print_table, score_run
+from nearfar.eval.report import write_report
+from nearfar.eval.scenes import CLASSES, make_scenes
+from nearfar.launch.cli import find_recipe
+from nearfar.launch.pretrain import pretrain
+from nearfar.ssl import config
+
+TRAIN, VAL = 2500, 1000  # scenes
+
+
+def demo(seed: int, settings: list[str], console: Console) -> None:
+    """All of it, into runs/demo (other seeds: runs/demo-seedN). A second call continues, or only shows the results."""
+    name = "demo" if seed == 0 else f"demo-seed{seed}"
+    preset = [f"name={name}", f"train.seed={seed}"]
+    run = config.load(find_recipe("demo"), preset + settings)
+    data = run.path / "data"
+    paths = draw(data, seed)
+    run = config.load(find_recipe("demo"), [*preset, *(f"data.{k}={v}" for k, v in paths.items()), *settings])
+    console.print(f"Scenes: {TRAIN:,} to learn from without labels, {VAL:,} to score, in {data}", highlight=False)
+    outcome = pretrain(run, console)
+    if not outcome.finished:
+        return
+    results = score_run(outcome.folder, baselines=True, console=console)
+    report = write_report(outcome.folder)
+    print_table(results, console)
+    console.print(f"Report: {report}   Curves: tensorboard --logdir {outcome.folder}", highlight=False, soft_wrap=True)
+
+
+def draw(folder: Path, seed: int) -> dict[str, Path]:
+    """The demo's two files of scenes, drawn unless they are there: {"path": train.npz, "val": val.npz}."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "classes.txt").write_text("".join(f"{name}\n" for name in CLASSES[1:]))
+    files = {"path": folder / "train.npz", "val": folder / "val.npz"}
+    for (key, file), count in zip(files.items(), (TRAIN, VAL), strict=True):
+        if not file.exists():
+            scenes = make_scenes(count, seed, "train" if key == "path" else "val")
+            partial = file.with_name(f"writing-{file.name}")
+            np.savez(partial, images=scenes.images, label=scenes.labels, mask=scenes.masks)
+            partial.rename(file)
+    return files

@@ -1,0 +1,41 @@
+"""Signals -> a flag that the training loop reads between two steps."""
+
+from __future__ import annotations
+
+import os
+import signal
+from types import FrameType, TracebackType
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)
+
+
+class StopFlag:
+    """Context manager: SIGTERM, Ctrl-C and SIGUSR2 ask for a stop at the next step; a second Ctrl-C stops at once.
+
+    Forked children inherit handlers; only the process that installed them answers.
+    """
+
+    def __init__(self) -> None:
+        self.received: signal.Signals | None = None
+        self._pid = os.getpid()
+        self._previous: dict[int, object] = {}
+
+    def __call__(self) -> bool:
+        return self.received is not None
+
+    def __enter__(self) -> StopFlag:
+        self._previous = {number: signal.signal(number, self._handle) for number in SIGNALS}
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)  # type: ignore[arg-type]
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if os.getpid() != self._pid:
+            return
+        if number == signal.SIGINT and self.received == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.received = signal.Signals(number)

@@ -1,0 +1,70 @@
+"""One pretraining run from the command line: the loop of `nearfar.ssl.train` with signals, pictures and online k-NN."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+from rich.console import Console
+from torch import Tensor
+
+from nearfar.eval.features import extract
+from nearfar.eval.knn import knn
+from nearfar.eval.pictures import contact_sheet
+from nearfar.launch.preempt import StopFlag
+from nearfar.ssl import train
+from nearfar.ssl.backbones import Backbone, UserError
+from nearfar.ssl.config import Run
+from nearfar.ssl.data import Batch
+from nearfar.ssl.sources import Source, Subset, open_source
+
+
+def pretrain(run: Run, console: Console) -> train.Outcome:
+    """Train `run`, or continue it. SIGTERM, SIGUSR2 and Ctrl-C save a checkpoint and return an unfinished outcome.
+
+    Raises:
+        UserError: as `nearfar.ssl.train.pretrain`, and when `data.path` or `data.val` holds no images.
+    """
+    if not run.data.path:
+        raise UserError("data.path is not set: name the training images, for example data.path=~/pictures.")
+    source = open_source(run.data.path)
+    probe = OnlineKNN(source, open_source(run.data.val), run.eval.knn_images) if run.data.val else None
+    with StopFlag() as stop:
+        return train.pretrain(run, source, train.Observers(save_views, probe), stop, console)
+
+
+def save_views(batch: Batch, coloured: list[Tensor], folder: Path) -> None:
+    """The first batch as the networks see it, one row an image: runs/NAME/views.png."""
+    contact_sheet(batch, coloured).save(folder / "views.png")
+
+
+class OnlineKNN:
+    """20-NN accuracy of the teacher during training, on labelled validation images; silent where labels are missing.
+
+    The memory is every m-th training image, so that it holds at most `images` and all classes.
+    """
+
+    def __init__(self, source: Source, val: Source, images: int) -> None:
+        self.labelled = source.labels is not None and val.labels is not None
+        self.memory = Subset(source, np.arange(0, len(source), -(-len(source) // images)))
+        self.val = val
+
+    def __call__(self, backbone: Backbone, run: Run) -> dict[str, float]:
+        if not self.labelled:
+            return {}
+        assert run.eval.size is not None and run.data.workers is not None
+
+        def read(source: Source) -> tuple[np.ndarray, np.ndarray]:
+            features = extract(
+                backbone,
+                source,
+                size=run.eval.size,
+                resize=run.eval.resize,
+                workers=run.data.workers,
+                batch_size=256,
+            )
+            assert features.labels is not None
+            return features.x, features.labels
+
+        (score,) = knn(*read(self.memory), *read(self.val), ks=(20,)).values()
+        return {"knn_top1": score}
