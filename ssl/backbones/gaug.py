@@ -12,7 +12,7 @@ class GaugBias(nn.Module):
 
     One predictor for all heads of a layer, 3 * (head_dim + 1) parameters. `grid` is the token grid (h, w) the model
     is made for: it bounds the variance (C = max(h, w)**2), and on another grid the variance is scaled by
-    min(current) / min(initial). Everything is float32, whatever autocast says.
+    min(current) / min(initial). Everything is float32 (or float64), whatever autocast says.
     """
 
     def __init__(self, head_dim: int, grid: tuple[int, int], eps: float = 0.1) -> None:
@@ -34,9 +34,10 @@ class GaugBias(nn.Module):
         (..., h*w, h), which carries alpha, and (..., h*w, w).
         """
         with torch.autocast(q.device.type, enabled=False):
-            weight = torch.cat([self.var.weight, self.alpha.weight]).float()
-            bias = torch.cat([self.var.bias, self.alpha.bias]).float()
-            u = F.linear(q.float(), weight, bias)
+            precise = torch.promote_types(q.dtype, torch.float32)
+            weight = torch.cat([self.var.weight, self.alpha.weight]).to(precise)
+            bias = torch.cat([self.var.bias, self.alpha.bias]).to(precise)
+            u = F.linear(q.to(precise), weight, bias)
             variance = self.ceiling * torch.sigmoid(u[..., :2] - self.shift)
             if grid != self.grid:
                 variance = variance * (min(grid) / min(self.grid))
@@ -44,13 +45,13 @@ class GaugBias(nn.Module):
             height, width = grid
             y = torch.arange(height, device=q.device)
             x = torch.arange(width, device=q.device)
-            rows = (y[:, None] - y).square().float().repeat_interleave(width, 0)  # (h*w, h), squared distances
-            columns = (x[:, None] - x).square().float().repeat(height, 1)  # (h*w, w)
+            rows = (y[:, None] - y).square().to(precise).repeat_interleave(width, 0)  # (h*w, h), squared distances
+            columns = (x[:, None] - x).square().to(precise).repeat(height, 1)  # (h*w, w)
             alpha = F.softplus(u[..., 2:])
             return alpha * torch.exp(precision[..., :1] * rows), torch.exp(precision[..., 1:] * columns)
 
     def forward(self, q: Tensor, grid: tuple[int, int]) -> Tensor:
-        """Queries (B, heads, R + h*w, head_dim) to a float32 bias (B, heads, R + h*w, R + h*w).
+        """Queries (B, heads, R + h*w, head_dim) to a bias (B, heads, R + h*w, R + h*w).
 
         Rows and columns of the R prefix tokens (CLS, registers) are 0.
         """

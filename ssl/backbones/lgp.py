@@ -96,13 +96,15 @@ class LGPPatchEmbed(nn.Module):
         """
         size = self.patch_size
         with torch.autocast(images.device.type, enabled=False):
-            images = images.float()
+            images = images.to(self.proj.weight.dtype)
             if self.folds:
                 basis = self.bands_proj.weight.flatten(1).unflatten(1, (-1, COLOURS)).transpose(1, 2)
-                folded = (basis @ self.packet).unflatten(2, (size, size))
-                weight = torch.cat([self.proj.weight, folded])
+                folded = basis @ self.packet  # (embed_dim, 3, patch_size**2)
+                weight = torch.cat([self.proj.weight.flatten(1), folded.flatten(1)])
                 bias = torch.cat([_bias(self.proj), _bias(self.bands_proj)])
-                local, bands = F.conv2d(images, weight, bias, stride=size).chunk(2, 1)
+                cells = images.unflatten(3, (-1, size)).unflatten(2, (-1, size)).permute(0, 2, 4, 1, 3, 5)
+                # Channels come last from here on, which is also the quicker layout for the 3x3 convolutions.
+                local, bands = F.linear(cells.flatten(3), weight, bias).permute(0, 3, 1, 2).chunk(2, 1)
             else:
                 local = self.proj(images)
                 bands = self.bands_proj(self.resample(self.packet_of(images), local.shape[-2:]))

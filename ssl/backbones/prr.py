@@ -1,7 +1,8 @@
 """PRR, patch representation refinement (METHODS section 3): parameter-free self-attention over the final tokens."""
 
-import torch.nn.functional as F
 from torch import Tensor
+
+from nearfar.ssl.backbones.attention import attend
 
 
 def prr(x: Tensor, num_heads: int, fused: bool = True) -> Tensor:
@@ -11,7 +12,7 @@ def prr(x: Tensor, num_heads: int, fused: bool = True) -> Tensor:
     """
     heads = x.unflatten(-1, (num_heads, -1)).transpose(1, 2)
     if fused:
-        y = F.scaled_dot_product_attention(heads, heads, heads)
+        y = attend(heads, heads, heads)
     else:
         logits = heads @ heads.transpose(-2, -1) * heads.shape[-1] ** -0.5
         y = logits.softmax(-1) @ heads

@@ -15,6 +15,7 @@ from timm.models import register_model
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from nearfar.ssl.backbones.attention import attend
 from nearfar.ssl.backbones.errors import UserError
 from nearfar.ssl.backbones.gaug import GaugBias
 from nearfar.ssl.backbones.lgp import LGPPatchEmbed
@@ -52,8 +53,7 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, grid: Grid) -> Tensor:
         q, k, v = self._heads(x)
         bias = None if self.gaug is None else self.gaug(q, grid).to(q.dtype)
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
-        out: Tensor = self.proj(y.transpose(1, 2).flatten(2))
+        out: Tensor = self.proj(attend(q, k, v, bias).transpose(1, 2).flatten(2))
         return out
 
     def weights(self, x: Tensor, grid: Grid) -> Tensor:
@@ -169,7 +169,7 @@ class VisionTransformer(nn.Module):
         images = pad_to_multiple(images, self.patch_size)
         grid = (images.shape[-2] // self.patch_size, images.shape[-1] // self.patch_size)
         patches = self.patch_embed(images)
-        cls = self.cls_token
+        cls: Tensor = self.cls_token
         if self.pos_embed is not None:
             patches = patches + self._patch_positions(grid)
             cls = cls + self.pos_embed[:, :1]
@@ -181,7 +181,7 @@ class VisionTransformer(nn.Module):
         positions = self.pos_embed[:, 1:]
         if grid == self.grid_size:
             return positions
-        table = positions.float().transpose(1, 2).unflatten(2, self.grid_size)
+        table = positions.transpose(1, 2).unflatten(2, self.grid_size)
         table = F.interpolate(table, size=grid, mode="bicubic", antialias=True)
         return table.flatten(2).transpose(1, 2)
 

@@ -30,14 +30,15 @@ class Adapter(Backbone):
         super().__init__()
         self.model = model
         self.arch = arch
-        self.embed_dim = int(model.num_features)  # type: ignore[arg-type]
+        features: Any = model.num_features
+        self.embed_dim = int(features)
         stages: Any = model.feature_info
         self.stages = len(stages)
         self.isotropic = len({(stage["num_chs"], stage["reduction"]) for stage in stages}) == 1
         self.patch_size = int(stages[-1]["reduction"])
         self.num_heads = _num_heads(model, self.embed_dim)
         self.refines = prr and not isinstance(model, VisionTransformer)  # ours does it itself
-        self.num_prefix = int(getattr(model, "num_prefix_tokens", 0))  # type: ignore[arg-type]
+        self.num_prefix = int(getattr(model, "num_prefix_tokens", 0))
         self.final_norm = _take_head_norm(model)
         self._sizes_seen: set[tuple[int, ...]] = set()
 
@@ -101,7 +102,7 @@ class Adapter(Backbone):
         """After the final norm, before PRR (but our own ViT has its PRR inside)."""
         images = pad_to_multiple(images, self.patch_size)
         size = tuple(images.shape[-2:])
-        if size in self._sizes_seen:
+        if size in self._sizes_seen or isinstance(self.model, VisionTransformer):
             return self._tokens(self.final_norm(self.model.forward_features(images)), size)  # type: ignore[operator]
         try:
             features = self.final_norm(self.model.forward_features(images))  # type: ignore[operator]
@@ -192,8 +193,8 @@ def create(
         for switch, value in switches.items():
             if value:
                 raise UserError(
-                    f"{switch} is not supported for {name}: timm models can take prr, while lgp, gaug and registers are "
-                    "for our own (vit_tiny_patch16, vit_small_patch16, vit_base_patch16)."
+                    f"{switch} is not supported for {name}: timm models can take prr, while lgp, gaug and registers "
+                    "are for our own (vit_tiny_patch16, vit_small_patch16, vit_base_patch16)."
                 )
         return _create_timms(name, img_size, prr, drop_path, sizes, pretrained)
     match = OUR_NAME.fullmatch(name)
@@ -240,11 +241,12 @@ def _create_timms(
         try:
             model = timm.create_model(plain, pretrained=pretrained, num_classes=0, **asked, **wished)
         except TypeError as error:
-            refused = re.search(r"unexpected keyword argument '(\w+)'", str(error))
-            if refused is None or refused[1] not in asked | wished:
+            refused = re.findall(r"'(\w+)'", str(error).partition("unexpected keyword argument")[2])
+            if not refused or not set(refused) <= set(asked | wished):
                 raise
-            if wished.pop(refused[1], None) is None:
-                raise UserError(f"{name} cannot take {refused[1].removesuffix('_rate')}; leave it out.") from None
+            for key in refused:
+                if wished.pop(key, None) is None:
+                    raise UserError(f"{name} cannot take {key.removesuffix('_rate')}; leave it out.") from None
         except (OSError, RuntimeError, ValueError, AssertionError) as error:
             what = "its published weights cannot be had" if pretrained else "these settings do not fit it"
             raise UserError(f"{name} cannot be made: {what} ({error}).") from error

@@ -1,0 +1,136 @@
+"""LGP against an explicit recursion through pytorch_wavelets, written from METHODS section 1."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from nearfar.ssl.backbones import LGPPatchEmbed, UserError
+
+
+def recursion(images: Tensor, levels: int, wavelet: str = "haar") -> Tensor:
+    """The packet, one 2-D transform at a time; children LL, LH, HL, HH, first level the most significant digit."""
+    from pytorch_wavelets import DWTForward
+
+    transform = DWTForward(J=1, wave=wavelet, mode="periodization").to(images)
+    packets = [images]
+    for _ in range(levels):
+        children = []
+        for packet in packets:
+            low, high = transform(packet)
+            children += [low, *high[0].unbind(2)]
+        packets = children
+    return torch.cat(packets, 1)
+
+
+def relative(a: Tensor, b: Tensor) -> float:
+    return float((a - b).detach().abs().max() / b.detach().abs().max())
+
+
+@pytest.mark.parametrize(("patch", "size"), [(2, (6, 10)), (4, (24, 8)), (8, (24, 40)), (16, (48, 32))])
+def test_fold_equals_the_explicit_packet_with_gradients(patch: int, size: tuple[int, int]) -> None:
+    torch.manual_seed(0)
+    embed = LGPPatchEmbed(patch, 12)
+    assert embed.folds
+    images = torch.randn(2, 3, *size, requires_grad=True)
+    wanted = embed.proj(images), embed.bands_proj(recursion(images, embed.levels))
+    got = embed.project(images)
+    up = [torch.randn_like(y) for y in wanted]
+    leaves = [images, embed.bands_proj.weight, embed.bands_proj.bias, embed.proj.weight, embed.proj.bias]
+    gradients = [torch.autograd.grad(pair, leaves, up) for pair in (got, wanted)]
+    for a, b in zip((*got, *gradients[0]), (*wanted, *gradients[1]), strict=True):
+        assert relative(a, b) < 1e-5
+
+
+@pytest.mark.parametrize("wavelet", ["haar", "db2", "db4", "sym4", "coif1", "bior2.2"])
+def test_packet_of_any_wavelet_equals_pytorch_wavelets(wavelet: str) -> None:
+    images = torch.randn(2, 3, 64, 96)
+    got = LGPPatchEmbed(8, 4, wavelet=wavelet).packet_of(images)
+    assert relative(got, recursion(images, 3, wavelet)) < 1e-5
+
+
+@pytest.mark.parametrize(("size", "levels"), [((56, 40), 3), ((24, 24), 4), ((8, 12), 2)])
+def test_haar_packet_of_any_size_and_depth_equals_pytorch_wavelets(size: tuple[int, int], levels: int) -> None:
+    images = torch.randn(1, 3, *size)
+    got = LGPPatchEmbed(4, 4, levels=levels).packet_of(images)
+    assert relative(got, recursion(images, levels)) < 1e-5
+
+
+def test_haar_stays_inside_a_patch_and_db2_does_not() -> None:
+    images = torch.randn(1, 3, 32, 32)
+    other = images.clone()
+    other[..., 8:16, 16:24] += 1  # patch (1, 2)
+    touched = {}
+    for wavelet in ("haar", "db2"):
+        embed = LGPPatchEmbed(8, 16, wavelet=wavelet)
+        change = (embed.project(images)[1] - embed.project(other)[1]).abs().amax((0, 1)) > 1e-5
+        touched[wavelet] = change
+    assert touched["haar"].nonzero().tolist() == [[1, 2]]
+    assert touched["db2"].sum() > 1
+
+
+def test_packet_keeps_energy() -> None:
+    images = torch.randn(2, 3, 32, 64)
+    for wavelet in ("haar", "db4"):
+        packet = LGPPatchEmbed(8, 4, wavelet=wavelet).packet_of(images)
+        assert packet.shape == (2, 192, 4, 8)
+        torch.testing.assert_close(packet.square().sum(), images.square().sum(), rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"levels": 2}, {"levels": 5}, {"wavelet": "db2"}, {"levels": 4, "wavelet": "sym4"}]
+)
+def test_any_size_gives_its_token_grid(options: dict) -> None:
+    embed = LGPPatchEmbed(8, 16, **options)
+    assert embed(torch.randn(2, 3, 24, 56)).shape == (2, 21, 16)
+    assert embed(torch.randn(2, 3, 8, 8)).shape == (2, 1, 16)
+
+
+def test_whole_embedding_follows_methods() -> None:
+    """Every formula of METHODS section 1 written out again, at a gate that is not its initial half."""
+    from torch.nn import functional as F
+
+    embed = LGPPatchEmbed(4, 8).double()
+    with torch.no_grad():
+        embed.gate.normal_()
+    images = torch.randn(2, 3, 16, 12, dtype=torch.float64)
+
+    def mix(x: Tensor, layers: torch.nn.Sequential) -> Tensor:
+        depthwise, pointwise = layers[0], layers[1]
+        x = F.conv2d(x, depthwise.weight, padding=1, groups=8)
+        return F.conv2d(x, pointwise.weight, pointwise.bias)
+
+    local = mix(F.gelu(F.conv2d(images, embed.proj.weight, embed.proj.bias, stride=4)), embed.local_mix)
+    bands = F.conv2d(recursion(images, 2), embed.bands_proj.weight, embed.bands_proj.bias)
+    bands = F.conv2d(F.gelu(mix(F.gelu(bands), embed.bands_mix)), embed.bands_out.weight, embed.bands_out.bias)
+    g = ((embed.gate.tanh() + 1) / 2)[:, None, None]
+    x = (1 - g) * local + g * bands
+    x = F.relu(mix(F.relu(mix(x, embed.fuse[0])), embed.fuse[2]))
+    x = mix(local + x, embed.out).flatten(2).transpose(1, 2)
+    wanted = F.layer_norm(x, (8,), embed.norm.weight, embed.norm.bias, 1e-5)
+    torch.testing.assert_close(embed(images), wanted, rtol=1e-6, atol=1e-6)  # the oracle's filters are float32
+
+
+def test_fused_path_can_be_dropped() -> None:
+    embed = LGPPatchEmbed(4, 8, drop_path=1 - 1e-9).train()
+    images = torch.randn(2, 3, 8, 8)
+    local = embed.local_mix(torch.nn.functional.gelu(embed.project(images)[0]))
+    torch.testing.assert_close(embed(images), embed.norm(embed.out(local).flatten(2).transpose(1, 2)))
+
+
+def test_packet_is_float32_under_autocast() -> None:
+    embed = LGPPatchEmbed(8, 16)
+    images = torch.randn(1, 3, 16, 16)
+    with torch.autocast("cpu", torch.bfloat16):
+        local, bands = embed.project(images)
+    assert local.dtype == bands.dtype == torch.float32
+    assert torch.equal(bands, embed.project(images)[1])
+
+
+def test_mistakes_are_told() -> None:
+    with pytest.raises(UserError, match="power of two"):
+        LGPPatchEmbed(14, 8)
+    with pytest.raises(UserError, match=r"'dbb2'.*Did you mean .*db2"):
+        LGPPatchEmbed(8, 8, wavelet="dbb2")
+    with pytest.raises(UserError, match="at least one"):
+        LGPPatchEmbed(8, 8, levels=0)
+    LGPPatchEmbed(14, 8, levels=3)
