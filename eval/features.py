@@ -10,7 +10,7 @@ import json
 import signal
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,7 +22,8 @@ from nearfar.ssl.augment import normalise
 from nearfar.ssl.backbones.errors import UserError
 from nearfar.ssl.backbones.tokens import Backbone, Tokens
 from nearfar.ssl.data import eval_view
-from nearfar.ssl.sources import BadImage, Source
+from nearfar.ssl.decode import BadImage
+from nearfar.ssl.sources import Source
 
 POOLINGS = ("cls", "mean", "cls+mean", "grid")
 IGNORE = 255
@@ -181,7 +182,8 @@ def extract(
 # Images -> batches ------------------------------------------------------------------------------------------
 
 
-class Batch(NamedTuple):
+@dataclass(frozen=True)
+class Batch:
     images: Tensor | None  # uint8 (B, 3, H, W); None when no image of the batch could be read
     index: list[int]
     masks: list[np.ndarray | None]

@@ -121,7 +121,7 @@ def losses(logits: Tensor, y: Tensor) -> Tensor:
 @torch.inference_mode()
 def score(heads: LinearHeads, x: Tensor, y: Tensor) -> dict[str, list[Any]]:
     """Per head: top1, top5 (beyond five classes) in percent, and loss (None where it is not finite)."""
-    count, classes = heads.shape
+    count, classes = heads.bias.shape
     hits = torch.zeros(count, min(5, classes), device=x.device)
     loss = torch.zeros(count, device=x.device)
     for rows in torch.arange(len(x), device=x.device).split(4096):

@@ -1,4 +1,8 @@
-"""Pixels as features: the floor that every backbone has to leave behind."""
+"""Pixels as features: the floor that every backbone has to leave behind.
+
+They are normalised exactly as a backbone's input. Without that all colours are positive, all cosines nearly 1, and
+k-NN some 7 points lower on CIFAR-10: too easy a floor.
+"""
 
 from collections.abc import Callable
 from typing import Any
@@ -7,12 +11,16 @@ import numpy as np
 from PIL import Image
 
 from nearfar.eval.features import Features, Rows, Size
+from nearfar.ssl.augment import MEAN, STD
 from nearfar.ssl.backbones.errors import UserError
-from nearfar.ssl.sources import BadImage, Source
+from nearfar.ssl.decode import BadImage
+from nearfar.ssl.sources import Source
+
+_MEAN, _STD = np.asarray(MEAN, np.float32), np.asarray(STD, np.float32)
 
 
 def pixel_features(source: Source, side: int = 16) -> Features:
-    """Thumbnails of side x side pixels (box-averaged, whole image), in [0, 1]: (n, side*side*3)."""
+    """Thumbnails of side x side pixels (box-averaged, whole image), normalised: (n, side*side*3)."""
 
     def thumbnail(image: Image.Image) -> np.ndarray:
         return _pixels(image.resize((side, side), Image.Resampling.BOX)).reshape(-1)
@@ -21,7 +29,7 @@ def pixel_features(source: Source, side: int = 16) -> Features:
 
 
 def pixel_grid(source: Source, size: Size, patch: int) -> Features:
-    """Raw pixels of the patches of the image resized to `size`, in [0, 1]: (n, h, w, patch*patch*3)."""
+    """Pixels of the patches of the image resized to `size`, normalised: (n, h, w, patch*patch*3)."""
     height, width = (size, size) if isinstance(size, int) else size
     if height % patch or width % patch:
         raise UserError(f"{height} x {width} pixels do not divide into patches of {patch}.")
@@ -52,4 +60,4 @@ def _of_pixels(
 
 
 def _pixels(image: Image.Image) -> np.ndarray:
-    return np.asarray(image, dtype=np.float32) / 255
+    return (np.asarray(image, dtype=np.float32) / 255 - _MEAN) / _STD

@@ -1,5 +1,7 @@
 """Many linear classifiers side by side on the same features: what a learning-rate sweep trains in one go."""
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 
@@ -11,11 +13,8 @@ class LinearHeads(nn.Module):
 
     def __init__(self, dim: int, classes: int, heads: int = 1) -> None:
         super().__init__()
-        self.linear = nn.Linear(dim, heads * classes)
-        nn.init.zeros_(self.linear.weight)
-        nn.init.zeros_(self.linear.bias)
-        self.shape = (heads, classes)
+        self.weight = nn.Parameter(torch.zeros(heads, classes, dim))
+        self.bias = nn.Parameter(torch.zeros(heads, classes))
 
     def forward(self, x: Tensor) -> Tensor:
-        logits: Tensor = self.linear(x).unflatten(-1, self.shape)
-        return logits
+        return F.linear(x, self.weight.flatten(0, 1), self.bias.flatten()).unflatten(-1, self.bias.shape)

@@ -1,0 +1,186 @@
+"""Frozen segmentation: a small head on patch grids, scored by mIoU at the masks' own size (METHODS section 3)."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from nearfar.ssl.backbones.errors import UserError
+from nearfar.ssl.heads.segmentation import SegmentationHead
+
+IGNORE = 255
+Masks = Sequence[np.ndarray] | np.ndarray
+
+
+def segment_probe(
+    train_grid: np.ndarray,
+    train_masks: Masks,
+    test_grid: np.ndarray,
+    test_masks: Masks,
+    *,
+    classes: int,
+    head: str = "linear",
+    steps: int = 1000,
+    batch_size: int = 32,
+    lr: float = 1e-3,
+    seed: int = 0,
+    ignore: int = IGNORE,
+    detail: int = 4,
+) -> dict[str, Any]:
+    """mIoU in percent of a "linear" or "mlp" head trained on frozen patch grids (n, h, w, D).
+
+    Masks are one uint8 (H, W) an image, sizes may differ. AdamW, weight decay .01, one linear cycle up to `lr`,
+    cross-entropy on bilinearly upsampled logits, `ignore` pixels left out. Training compares at `detail` times
+    the grid (or the mask's size where that is smaller; masks by nearest neighbour), which costs a fraction of
+    full size; the score is always taken at each mask's own size. Features are standardised per channel with
+    training statistics: with the linear head this stays a linear map. Same seed, same answer.
+
+    Returns miou, pixel_accuracy, per_class (None for a class in neither prediction nor truth; such classes are
+    not in the mean), steps, train, test. Raises UserError for unusable arrays.
+    """
+    _check(train_grid, train_masks, classes, ignore, "training set of the segmentation probe")
+    _check(test_grid, test_masks, classes, ignore, "test set of the segmentation probe")
+    mean, std = _statistics(train_grid)
+    model = train(
+        train_grid,
+        train_masks,
+        mean,
+        std,
+        classes=classes,
+        head=head,
+        steps=steps,
+        batch_size=batch_size,
+        lr=lr,
+        seed=seed,
+        ignore=ignore,
+        detail=detail,
+    )
+    table = np.zeros((classes, classes), dtype=np.int64)
+    for i in range(len(test_grid)):
+        logits = predict(model, _map(test_grid[i : i + 1], mean, std), test_masks[i].shape)
+        predicted = logits.max(1).indices[0].numpy()  # ten times as fast as argmax
+        table += confusion(predicted, test_masks[i], classes, ignore)
+    return {**scores(table), "steps": steps, "train": len(train_grid), "test": len(test_grid)}
+
+
+def train(
+    grid: np.ndarray,
+    masks: Masks,
+    mean: Tensor,
+    std: Tensor,
+    *,
+    classes: int,
+    head: str,
+    steps: int,
+    batch_size: int,
+    lr: float,
+    seed: int,
+    ignore: int,
+    detail: int,
+) -> SegmentationHead:
+    """The head trained on grids (n, h, w, D) and their masks; see `segment_probe`."""
+    n, h, w, dim = grid.shape
+    size = (min(h * detail, masks[0].shape[0]), min(w * detail, masks[0].shape[1]))
+    targets = torch.from_numpy(np.stack([nearest(mask, size) for mask in masks]))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = SegmentationHead(dim, classes, head)
+    optimiser = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.01)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimiser, lr, total_steps=steps, anneal_strategy="linear", cycle_momentum=False
+    )
+    generator = torch.Generator().manual_seed(seed)
+    for rows in _batches(n, batch_size, steps, generator):
+        logits = model(_map(grid[rows.numpy()], mean, std), size)
+        target = targets[rows].long()
+        # a batch may hold nothing but ignored pixels: its mean would be 0/0
+        counted = (target != ignore).sum().clamp(min=1)
+        loss = F.cross_entropy(logits, target, ignore_index=ignore, reduction="sum") / counted
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+        schedule.step()
+    return model
+
+
+@torch.inference_mode()
+def predict(model: SegmentationHead, features: Tensor, size: tuple[int, ...]) -> Tensor:
+    """Logits (B, classes, H, W) at the size of a mask."""
+    logits: Tensor = model(features, (size[0], size[1]))
+    return logits
+
+
+def nearest(mask: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """The mask at another size: each pixel takes the class at its own centre. (H, W) -> size."""
+    rows, columns = (
+        ((np.arange(new) + 0.5) * old / new).astype(np.int64) for old, new in zip(mask.shape, size, strict=True)
+    )
+    return np.asarray(mask[rows[:, None], columns])
+
+
+def confusion(predicted: np.ndarray, truth: np.ndarray, classes: int, ignore: int = IGNORE) -> np.ndarray:
+    """Pixel counts, int64 (truth, predicted), without pixels whose truth is `ignore`."""
+    counted = truth != ignore
+    pairs = truth[counted].astype(np.int64) * classes + predicted[counted]
+    return np.bincount(pairs, minlength=classes * classes).reshape(classes, classes)
+
+
+def scores(table: np.ndarray) -> dict[str, Any]:
+    """miou, pixel_accuracy and per_class IoU in percent from one confusion matrix over a whole data set.
+
+    A class in neither truth nor prediction has no IoU (None) and is left out of the mean.
+    """
+    hit = np.diag(table)
+    union = table.sum(0) + table.sum(1) - hit
+    iou = [100.0 * float(h) / float(u) if u else None for h, u in zip(hit, union, strict=True)]
+    present = [value for value in iou if value is not None]
+    if not present:
+        raise UserError("Segmentation: every pixel of the test masks is ignored, so there is nothing to score.")
+    accuracy = 100.0 * float(hit.sum()) / float(table.sum())
+    return {"miou": sum(present) / len(present), "pixel_accuracy": accuracy, "per_class": iou}
+
+
+def _check(grid: np.ndarray, masks: Masks, classes: int, ignore: int, what: str) -> None:
+    if grid.ndim != 4 or not len(grid) or len(grid) != len(masks):
+        raise UserError(
+            f"The {what} needs patch grids (n, h, w, D) and as many masks, not {grid.shape} and {len(masks)} masks."
+        )
+    for i, mask in enumerate(masks):
+        if mask.ndim != 2:
+            raise UserError(f"The {what} needs one class for each pixel, (H, W); mask {i} is {mask.shape}.")
+        highest = np.max(mask, where=mask != ignore, initial=0)
+        if highest >= classes:
+            raise UserError(
+                f"The {what} has class {highest} in mask {i}, but there are only {classes} classes (0 to "
+                f"{classes - 1}; {ignore} = ignore)."
+            )
+    if not all(np.isfinite(row).all() for row in grid):
+        raise UserError(f"The {what} has features that are not finite; the backbone has most likely diverged.")
+
+
+def _statistics(grid: np.ndarray) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation of each channel, (D,) each, summed image by image in float64."""
+    count = grid.shape[0] * grid.shape[1] * grid.shape[2]
+    mean = sum(np.asarray(row, np.float64).sum((0, 1)) for row in grid) / count
+    square = sum((np.asarray(row, np.float64) - mean).__pow__(2).sum((0, 1)) for row in grid) / count
+    std = np.sqrt(square)
+    std[std <= 1e-6 * std.max()] = 1.0  # a channel that never changes stays at 0
+    return torch.from_numpy(mean).float(), torch.from_numpy(std).float()
+
+
+def _map(grid: np.ndarray, mean: Tensor, std: Tensor) -> Tensor:
+    """Grids (B, h, w, D) -> standardised feature maps (B, D, h, w)."""
+    return torch.from_numpy(np.array(grid, np.float32)).sub_(mean).div_(std).permute(0, 3, 1, 2)
+
+
+def _batches(n: int, batch_size: int, steps: int, generator: torch.Generator) -> list[Tensor]:
+    """`steps` batches of row numbers: one shuffled pass after another, the incomplete end of a pass dropped."""
+    batch_size = min(batch_size, n)
+    batches: list[Tensor] = []
+    while len(batches) < steps:
+        order = torch.randperm(n, generator=generator)
+        batches += order[: n - n % batch_size].split(batch_size)
+    return batches[:steps]

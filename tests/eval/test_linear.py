@@ -1,0 +1,152 @@
+"""Linear probe: one step against numpy, the answer against scikit-learn, and the choice of rate without the test set."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from sklearn.datasets import load_digits
+from sklearn.linear_model import LogisticRegression
+from sklearn.preprocessing import StandardScaler
+
+from nearfar.eval.linear import linear_probe, score, stratified, train
+from nearfar.ssl.backbones.errors import UserError
+
+
+@pytest.fixture(scope="module")
+def digits():
+    x, y = load_digits(return_X_y=True)
+    order = np.random.default_rng(0).permutation(len(x))
+    x, y = x[order], y[order]
+    return x[:1200], y[:1200], x[1200:], y[1200:]
+
+
+def test_accuracy_of_logistic_regression_on_digits(digits):
+    a, ya, b, yb = digits
+    scale = StandardScaler().fit(a)
+    judge = LogisticRegression(C=10, max_iter=2000).fit(scale.transform(a), ya)
+    result = linear_probe(*digits, epochs=60)
+    assert result["top1"] == pytest.approx(100 * judge.score(scale.transform(b), yb), abs=1.5)
+    assert result["top5"] >= result["top1"]
+    assert (result["train"], result["test"], result["classes"]) == (1200, 597, 10)
+
+
+def sgd_in_numpy(x, y, classes, lrs, batches):
+    """Momentum SGD of softmax regression with a cosine to 0, in float64, one rate after another."""
+    out = []
+    steps = len(batches)
+    for lr in lrs:
+        w, b = np.zeros((classes, x.shape[1])), np.zeros(classes)
+        vw, vb = np.zeros_like(w), np.zeros_like(b)
+        for step, rows in enumerate(batches):
+            logits = x[rows] @ w.T + b
+            p = np.exp(logits - logits.max(1, keepdims=True))
+            p /= p.sum(1, keepdims=True)
+            p[np.arange(len(rows)), y[rows]] -= 1
+            p /= len(rows)
+            vw, vb = 0.9 * vw + p.T @ x[rows], 0.9 * vb + p.sum(0)
+            now = lr * 0.5 * (1 + np.cos(np.pi * step / steps))
+            w, b = w - now * vw, b - now * vb
+        out.append((w, b))
+    return out
+
+
+@pytest.mark.parametrize("batch_size", [20, 7])  # one step an epoch; three, the last one short
+def test_steps_agree_with_numpy_in_float64(batch_size):
+    rng = np.random.default_rng(0)
+    x, y = rng.normal(size=(20, 5)), rng.integers(0, 3, 20)
+    lrs, epochs = (0.5, 3.0), 2
+    heads = train(
+        torch.from_numpy(x).float(),
+        torch.from_numpy(y),
+        classes=3,
+        lrs=lrs,
+        epochs=epochs,
+        batch_size=batch_size,
+        seed=4,
+    )
+    generator = torch.Generator().manual_seed(4)
+    batches = [
+        rows.numpy() for _ in range(epochs) for rows in torch.randperm(20, generator=generator).split(batch_size)
+    ]
+    want = sgd_in_numpy(x, y, 3, [lr * batch_size / 256 for lr in lrs], batches)
+    weight, bias = heads.weight.detach().numpy(), heads.bias.detach().numpy()
+    for i, (w, b) in enumerate(want):
+        np.testing.assert_allclose(weight[i], w, atol=1e-6)
+        np.testing.assert_allclose(bias[i], b, atol=1e-6)
+
+
+def test_a_diverging_rate_spoils_no_other(digits):
+    x, y = torch.from_numpy(digits[0]).float(), torch.from_numpy(digits[1])
+    common = {"classes": 10, "epochs": 3, "batch_size": 256, "seed": 0}
+    together = train(x, y, lrs=(0.001, 1e38), **common)
+    alone = train(x, y, lrs=(0.001,), **common)
+    torch.testing.assert_close(together.weight[:1], alone.weight)
+    scores = score(together, x, y)
+    assert scores["loss"][1] is None
+    assert scores["loss"][0] == pytest.approx(score(alone, x, y)["loss"][0], rel=1e-5)
+
+
+def test_rate_is_chosen_without_the_test_set(digits):
+    a, ya, b, yb = digits
+    one = linear_probe(a, ya, b, yb, epochs=5)
+    other = linear_probe(a, ya, b[:50][::-1].copy(), (yb[:50] + 3) % 10, epochs=5)
+    assert one["lr"] == other["lr"]
+    assert one["holdout"] == other["holdout"]
+    best = max(one["holdout"], key=lambda row: (row["top1"], -row["loss"]))
+    assert one["lr"] == best["lr"]
+
+
+def test_same_seed_same_answer_and_no_global_state(digits):
+    before = torch.random.get_rng_state()
+    assert linear_probe(*digits, epochs=3, seed=5) == linear_probe(*digits, epochs=3, seed=5)
+    assert torch.equal(torch.random.get_rng_state(), before)
+
+
+def test_offset_scale_and_dead_dimensions_do_not_matter(digits):
+    a, ya, b, yb = digits
+    plain = linear_probe(a, ya, b, yb, epochs=10)["top1"]
+    moved = linear_probe(a * 1e-4 + 7e-3, ya, b * 1e-4 + 7e-3, yb, epochs=10)["top1"]
+    assert moved == pytest.approx(plain, abs=0.7)
+
+
+def test_scores_against_brute_force():
+    rng = np.random.default_rng(1)
+    x, y = torch.from_numpy(rng.normal(size=(50, 4))).float(), torch.from_numpy(rng.integers(0, 9, 50))
+    heads = train(x, y, classes=9, lrs=(0.1, 1.0), epochs=2, batch_size=10, seed=0)
+    got = score(heads, x, y)
+    logits = heads(x).detach().double().numpy()
+    for i in range(2):
+        order = np.argsort(-logits[:, i], axis=1)
+        hits = order == y.numpy()[:, None]
+        assert got["top1"][i] == pytest.approx(100 * hits[:, :1].any(1).mean(), abs=1e-4)
+        assert got["top5"][i] == pytest.approx(100 * hits[:, :5].any(1).mean(), abs=1e-4)
+        log_p = logits[:, i] - np.log(np.exp(logits[:, i]).sum(1, keepdims=True))
+        assert got["loss"][i] == pytest.approx(-log_p[np.arange(50), y.numpy()].mean(), abs=1e-5)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    y=st.lists(st.integers(0, 5), min_size=2, max_size=80).filter(lambda y: len(set(y)) < len(y)),
+    share=st.sampled_from([0.1, 0.3, 0.9]),
+)
+def test_every_class_stays_in_training_and_is_held_out_where_it_can(y, share):
+    held = stratified(torch.tensor(y), share, seed=0).numpy()
+    for label in set(y):
+        of_class = held[np.array(y) == label]
+        assert not of_class.all()
+        assert of_class.sum() == (
+            0 if len(of_class) == 1 else min(max(1, round(share * len(of_class))), len(of_class) - 1)
+        )
+
+
+def test_unusable_input_is_explained(digits):
+    a, ya, b, yb = digits
+    with pytest.raises(UserError, match="diverged at every rate"):
+        linear_probe(a, ya, b, yb, epochs=2, lrs=(1e38, 2e38))
+    with pytest.raises(UserError, match="two images"):
+        linear_probe(a[:3], np.arange(3), b, yb)
+    with pytest.raises(UserError, match="64 dimensions, test features 63"):
+        linear_probe(a, ya, b[:, 1:], yb)
+    with pytest.raises(UserError, match="between 0 and 1"):
+        linear_probe(a, ya, b, yb, holdout=0.0)
