@@ -75,7 +75,7 @@ def plan_views(views: Views, seed: int, epoch: int, index: ArrayLike, size: Arra
     counter[1] = np.arange(count)[:, None]
     counter[2] = sample[:, None, None]
     counter[3] = epoch
-    words = np.moveaxis(philox(counter, _key(seed)), 0, -1).reshape(n, count, -1)
+    words = np.moveaxis(philox(counter, _key(seed)), 0, -1).reshape(n, count, 16 + 2 * _TRIES)
     u = (words + 0.5) * 2.0**-32  # float64 in the open interval (0, 1)
 
     shift = np.array([views.brightness, views.contrast, views.saturation, views.hue])
