@@ -120,11 +120,12 @@ def nice_ticks(low: float, high: float) -> list[float]:
 
 
 def number(value: float) -> str:
-    """Short, for people: 3 significant digits, thousands with commas, small ones as 1e-05."""
+    """Short, for people: 3 significant digits, thousands with commas, small ones as 2.5e-4."""
     if value == 0:
         return "0"
     if abs(value) >= 1000:
         return f"{value:,.0f}"
-    if abs(value) < 1e-3:
-        return f"{value:.2g}"
+    if abs(value) < 0.01:
+        mantissa, exponent = f"{value:.2e}".split("e")
+        return f"{float(mantissa):g}e{int(exponent)}"
     return f"{value:.3g}"

@@ -214,7 +214,7 @@ def _results(results: dict[str, Any]) -> str:
     heads = "".join(f'<th scope="col">{_SCORES[key]}</th>' for key in keys)
     return _section(
         "Frozen features",
-        "<p class='soft'>In percent, on images that were not trained on; the best of each column is bold.</p>"
+        "<p class='soft'>In percent; the best of each column is bold.</p>"
         f"<table><thead><tr><th></th>{heads}</tr></thead><tbody>{''.join(rows)}</tbody></table>",
     )
 

@@ -138,15 +138,11 @@ def _scans() -> tuple[Floats, NDArray[np.int64], NDArray[np.bool_], Floats]:
     labels = digits.target.astype(np.int64)
     cells = np.pad(digits.images.astype(np.float32) / 16, ((0, 0), (1, 1), (1, 1)))
     side = cells.shape[1] * _UPSCALE
-    large = F.interpolate(
-        torch.from_numpy(cells)[:, None], size=(side, side), mode="bicubic", align_corners=False
-    )
+    large = F.interpolate(torch.from_numpy(cells)[:, None], size=(side, side), mode="bicubic", align_corners=False)
     scans = F.avg_pool2d(large, 3, stride=1, padding=1)[:, 0].numpy()  # rounds off the bicubic's ripples
 
     val = np.zeros(len(labels), bool)
-    for digit in range(
-        10
-    ):  # within a class: the file repeats 0..9, so a plain every-fifth would hold two classes only
+    for digit in range(10):  # within a class: the file repeats 0..9, so a plain every-fifth would hold two classes only
         val[np.flatnonzero(labels == digit)[::5]] = True
 
     inked = scans > 0.4
@@ -211,9 +207,7 @@ def _sample(scans: Floats, inverse: NDArray, centre: NDArray, size: int, zoom: f
     x, y = _axes(size)
     grid = np.stack(
         [
-            _column(inverse[:, i, 0] * zoom) * x
-            + _column(inverse[:, i, 1] * zoom) * y
-            + _column(centre[:, i])
+            _column(inverse[:, i, 0] * zoom) * x + _column(inverse[:, i, 1] * zoom) * y + _column(centre[:, i])
             for i in (0, 1)
         ],
         axis=-1,
