@@ -81,11 +81,10 @@ class Learner(nn.Module):
 
 def parameter_groups(student: nn.Module) -> list[dict[str, object]]:
     """AdamW's two groups: matrices and kernels decay; biases and other tensors of at most one dimension do not."""
-    skip = {f"backbone.{name}" for name in getattr(student.backbone, "no_weight_decay", set)()}
     decay, rest = [], []
     for name, parameter in student.named_parameters():
         if parameter.requires_grad:
-            (rest if parameter.ndim <= 1 or name.endswith(".bias") or name in skip else decay).append(parameter)
+            (rest if parameter.ndim <= 1 or name.endswith(".bias") else decay).append(parameter)
     return [{"params": decay, "decays": True}, {"params": rest, "decays": False, "weight_decay": 0.0}]
 
 
