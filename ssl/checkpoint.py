@@ -49,7 +49,8 @@ def save(folder: Path, step: int, tensors: Mapping[str, Tensor], state: dict[str
     partial = folder / f".writing-{final.name}"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(partial, ignore_errors=True)
+        for left in folder.glob(".writing-*"):  # by a process that was killed
+            shutil.rmtree(left, ignore_errors=True)
         partial.mkdir()
         save_file({name: t.detach().contiguous() for name, t in tensors.items()}, partial / TENSORS)
         (partial / STATE).write_text(json.dumps(state, indent=1))
@@ -182,7 +183,7 @@ def load_optimizer(
                 f"The optimiser state {full} has shape {tuple(value.shape)} instead of {tuple(parameter.shape)}."
             )
         device = "cpu" if key == "step" and not _capturable(optimizer) else parameter.device
-        optimizer.state[parameter][key] = value.to(device)
+        optimizer.state[parameter][key] = value.to(device, copy=True)  # the file's pages stay the file's
 
 
 def export(path: Path, backbone: Backbone, about: dict[str, Any]) -> None:
@@ -205,23 +206,27 @@ def load(path: str | Path) -> Backbone:
         UserError: nothing there, not nearfar's, damaged, or weights that do not fit the architecture they name.
     """
     file = weights_file(path)
+    state = about(file)
     if file.name == TENSORS:
-        try:
-            checkpoint = read(file.parent)
-        except DamagedError as error:
-            raise UserError(f"The checkpoint {file.parent} is damaged: {error}.") from None
         prefix = "learner/teacher.backbone."
-        tensors = {name.removeprefix(prefix): t for name, t in checkpoint.tensors.items() if name.startswith(prefix)}
-        arch = checkpoint.state["arch"]
+        whole = _whole(file.parent).tensors
+        tensors = {name.removeprefix(prefix): t for name, t in whole.items() if name.startswith(prefix)}
     else:
-        tensors, arch = load_file(file), about(file)["arch"]
-    backbone = create(**arch)
+        tensors = load_file(file)
+    backbone = create(**state["arch"])
     load_strict(backbone, tensors, str(file))
     return backbone.eval().requires_grad_(False)
 
 
-def about(file: Path) -> dict[str, Any]:
-    """What an exported file says of itself: `arch`, `step`, `run`, ..."""
+def about(path: str | Path) -> dict[str, Any]:
+    """What the weights of `path` (as in `load`) say of themselves: `arch`, `step`, `run`, `data`, `versions`.
+
+    Raises:
+        UserError: nothing there, not nearfar's, or damaged.
+    """
+    file = weights_file(path)
+    if file.name == TENSORS:
+        return _whole(file.parent).state
     try:
         with safe_open(file, "pt") as handle:
             metadata = handle.metadata() or {}
@@ -246,9 +251,11 @@ def weights_file(path: str | Path) -> Path:
     raise UserError(f"{path} {state}. Give a run folder, a checkpoint folder (step-XXXXXXXXX) or a .safetensors file.")
 
 
-def digest(path: str | Path) -> str:
-    """sha256 of the weights that `path` means: names a feature store's origin."""
-    return _sha256(weights_file(path))
+def _whole(folder: Path) -> Checkpoint:
+    try:
+        return read(folder)
+    except DamagedError as error:
+        raise UserError(f"The checkpoint {folder} is damaged: {error}.") from None
 
 
 def _manifest(folder: Path) -> dict[str, Any]:
