@@ -17,6 +17,18 @@ from nearfar.ssl import config
 from nearfar.ssl.backbones import UserError
 from nearfar.ssl.config import Derived, Run
 
+# A forked worker holds its parent's lock as well, and would keep it for seconds after the parent was killed.
+_held: set[IO[str]] = set()
+
+
+def _release_in_child() -> None:
+    for lock in _held:
+        lock.close()
+    _held.clear()
+
+
+os.register_at_fork(after_in_child=_release_in_child)
+
 
 class RunFolder:
     """Context manager that owns `path` while a process trains in it.
@@ -51,6 +63,7 @@ class RunFolder:
         self._lock.truncate(0)
         self._lock.write(f"process {os.getpid()} on {socket.gethostname()}\n")
         self._lock.flush()
+        _held.add(self._lock)
         return self
 
     def __exit__(
@@ -58,6 +71,7 @@ class RunFolder:
     ) -> None:
         assert self._lock is not None
         self._lock.truncate(0)
+        _held.discard(self._lock)
         self._lock.close()  # gives the lock back, as does the end of the process however it dies
 
     def settle(self, run: Run, images: int) -> tuple[Run, list[Derived]]:
@@ -67,7 +81,7 @@ class RunFolder:
             UserError: the folder holds a run with other settings; names each one.
         """
         file = self.path / "config.yaml"
-        if file.exists():
+        if file.exists() and self._begun():
             try:
                 saved = config.load(file)
             except UserError as error:
@@ -86,6 +100,10 @@ class RunFolder:
         except OSError as error:
             raise UserError(f"{file} could not be written: {error}.") from None
         return resolved, derived
+
+    def _begun(self) -> bool:
+        """Is there anything that other settings would put at risk? A start that failed leaves only its config."""
+        return any(self.checkpoints.glob("step-*")) or (self.path / "teacher.safetensors").exists()
 
     def forget_metrics_after(self, step: int) -> None:
         """Drop the lines of metrics past `step`: those steps are run again, and give the same lines."""
