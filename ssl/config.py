@@ -213,7 +213,7 @@ def load(recipe: Path | None, overrides: list[str] | tuple[str, ...] = ()) -> Ru
 
 def validate(tree: dict[str, Any], problems: list[str] | None = None) -> Run:
     """A `Run` from nested dicts, or one `UserError` with all that is wrong."""
-    problems = list(problems or [])
+    tree, problems = _string_keys(tree), list(problems or [])
     try:
         run = Run.model_validate(tree)
     except ValidationError as error:
@@ -262,8 +262,9 @@ def combinations(run: Run) -> list[str]:
     ):
         if epochs is not None and epochs > run.train.epochs:
             found.append(f"{key}={epochs:g} is longer than the run (train.epochs={run.train.epochs})")
-    if run.eval.resize and run.eval.size and run.eval.resize < run.eval.size:
-        found.append(f"eval.resize={run.eval.resize} is smaller than the crop eval.size={run.eval.size}")
+    size = run.eval.size or views.global_size
+    if run.eval.resize and run.eval.resize < size:
+        found.append(f"eval.resize={run.eval.resize} is smaller than the crop eval.size={size}")
     if "/" in run.name or run.name in (".", ".."):
         found.append(f"name={run.name!r} must be a plain folder name (its place is set by folder=)")
     return found
@@ -392,7 +393,13 @@ def _read_yaml(recipe: Path) -> dict[str, Any]:
         return {}
     if not isinstance(tree, dict):
         raise UserError(f"The recipe {recipe} must hold sections such as 'data:' and 'train:', not {tree!r}.")
-    return tree
+    return {
+        key: value for key, value in tree.items() if value is not None
+    }  # a section with all its lines commented out
+
+
+def _string_keys(node: Any) -> Any:
+    return {str(key): _string_keys(value) for key, value in node.items()} if isinstance(node, dict) else node
 
 
 def _explain(key: str, kind: str, message: str, value: Any) -> str:
@@ -405,10 +412,17 @@ def _explain(key: str, kind: str, message: str, value: Any) -> str:
 def _did_you_mean(key: str) -> str:
     keys = [setting.key for setting in settings()]
     leaves = {name.rpartition(".")[2]: name for name in keys}
-    near = difflib.get_close_matches(key, keys, n=1, cutoff=0.75)
-    near = near or [leaves[n] for n in difflib.get_close_matches(key.rpartition(".")[2], leaves, n=1, cutoff=0.6)]
-    near = near or difflib.get_close_matches(key, list(Run.model_fields), n=1, cutoff=0.6)
+    near: list[str] = []
+    if "." not in key and key not in leaves:  # most likely a section: training for train, heads for head
+        sections = list(Run.model_fields)
+        near = [name for name in sections if key.startswith(name)] or _near(key, sections, 0.6)
+    near = near or _near(key, keys, 0.75)
+    near = near or [leaves[name] for name in _near(key.rpartition(".")[2], list(leaves), 0.6)]
     return f" (did you mean {near[0]}?)" if near else " (see `nearfar pretrain --help`)"
+
+
+def _near(word: str, words: list[str], cutoff: float) -> list[str]:
+    return difflib.get_close_matches(word, words, n=1, cutoff=cutoff)
 
 
 def _drop(tree: dict[str, Any], place: list[str]) -> None:
