@@ -147,7 +147,9 @@ def pretrain(
                     learner.student.head.prototypes.grad = None
                 grad_norm = clip_gradients(list(learner.student.parameters()), run.optim.clip)
                 if not bool(torch.isfinite(out.loss.detach() + grad_norm)):  # before it reaches the weights
-                    raise UserError(_not_finite(step, float(out.loss.detach()), float(grad_norm), batch, source, folder.path))
+                    raise UserError(
+                        _not_finite(step, float(out.loss.detach()), float(grad_norm), batch, source, folder.path)
+                    )
                 for group in optimizer.param_groups:
                     group["lr"] = values["lr"]
                     group["weight_decay"] = values["wd"] if group["decays"] else 0.0
