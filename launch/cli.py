@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-import importlib.resources
+import importlib.util
 import shutil
 import sys
 from collections.abc import Sequence
@@ -13,7 +13,15 @@ from rich.console import Console
 
 from nearfar.ssl.backbones.errors import UserError
 
-RECIPES = importlib.resources.files("nearfar.recipes")
+
+def _recipes() -> Path:
+    """The folder of bundled recipes; an editable install lists a place that is no folder beside it."""
+    spec = importlib.util.find_spec("nearfar.recipes")
+    places = (spec.submodule_search_locations if spec else None) or []
+    return next(Path(place) for place in places if Path(place).is_dir())
+
+
+RECIPES = _recipes()
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -66,6 +74,13 @@ def build_parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--val", help="labelled images to score (default: data.val of the run)")
     evaluate.add_argument("--baselines", action="store_true", help="also score the untrained network and raw pixels")
     evaluate.add_argument("--head", choices=["linear", "mlp"], default="linear", help="of the segmentation probe")
+    evaluate.add_argument(
+        "--grid-size",
+        type=int,
+        nargs=2,
+        metavar=("HEIGHT", "WIDTH"),
+        help="size of the whole image for segmentation, in pixels (default: that of the first image)",
+    )
     evaluate.add_argument("--out", type=Path, help="results file (default: results.json beside the weights)")
     _add_reading(evaluate)
     evaluate.set_defaults(verb=run_eval)
@@ -95,18 +110,17 @@ def run_pretrain(arguments: argparse.Namespace) -> None:
 
 
 def run_features(arguments: argparse.Namespace) -> None:
-    from nearfar.eval.evaluate import Reading
     from nearfar.eval.store import FeatureStore
-    from nearfar.ssl import checkpoint
+    from nearfar.launch.score import Subject
     from nearfar.ssl.sources import open_source
 
-    source = open_source(arguments.data)
+    subject, source = Subject.of(arguments.model), open_source(arguments.data)
     features = FeatureStore.write(
         arguments.out,
-        checkpoint.load(arguments.model),
+        subject.backbone,
         source,
-        size=arguments.size or Reading.of(arguments.model).size,
-        resize=arguments.resize,
+        size=arguments.size or subject.run.eval.size,
+        resize=arguments.resize or subject.run.eval.resize,
         layer=arguments.layer,
         pooling=arguments.pooling,
         workers=arguments.workers,
@@ -114,9 +128,47 @@ def run_features(arguments: argparse.Namespace) -> None:
     print(f"{arguments.out}: {features.x.shape} {features.x.dtype}, {len(source) - len(features.x)} unreadable images")
 
 
+def run_eval(arguments: argparse.Namespace) -> None:
+    from nearfar.eval.evaluate import TASKS
+    from nearfar.launch.score import Subject, score, sources
+
+    subject = Subject.of(arguments.model)
+    train, val = sources(subject.run, arguments.train, arguments.val)
+    score(
+        subject,
+        train,
+        val,
+        tasks=TASKS if arguments.what == "all" else (arguments.what,),
+        baselines=arguments.baselines,
+        results=arguments.out,
+        console=Console(),
+        size=arguments.size,
+        resize=arguments.resize,
+        layer=arguments.layer,
+        grid_layer=arguments.layer if arguments.what == "segment" else None,
+        grid_size=arguments.grid_size,
+        head=arguments.head,
+        workers=arguments.workers,
+    )
+
+
+def run_export(arguments: argparse.Namespace) -> None:
+    from nearfar.ssl import checkpoint
+
+    state = checkpoint.about(arguments.model)
+    checkpoint.export(arguments.out, checkpoint.load(arguments.model), state)
+    print(f"{arguments.out}: {state['arch']['name']} of step {state['step']}")
+
+
+def run_report(arguments: argparse.Namespace) -> None:
+    from nearfar.eval.report import write_report
+
+    print(write_report(arguments.run))
+
+
 def find_recipe(name: str) -> Path:
     """A recipe by path, or by the name of one that comes with nearfar."""
-    bundled = Path(str(RECIPES.joinpath(f"{name}.yaml")))
+    bundled = RECIPES / f"{name}.yaml"
     path = Path(name)
     if path.suffix not in (".yaml", ".yml") and bundled.is_file():
         return bundled
@@ -126,7 +178,7 @@ def find_recipe(name: str) -> Path:
 
 
 def _bundled() -> str:
-    return ", ".join(sorted(Path(str(item)).stem for item in RECIPES.iterdir() if str(item).endswith(".yaml")))
+    return ", ".join(sorted(file.stem for file in RECIPES.glob("*.yaml")))
 
 
 def _add_settings(parser: argparse.ArgumentParser) -> None:
