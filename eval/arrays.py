@@ -16,8 +16,9 @@ def labelled(x: Array, y: Array, what: str) -> tuple[Tensor, Tensor]:
 
     Raises UserError, naming `what`, for no rows, unequal lengths, non-finite features or negative labels.
     """
-    features = torch.as_tensor(x)
-    features = features.to(torch.float32)
+    if isinstance(x, np.ndarray) and not x.flags.writeable:
+        x = np.array(x)  # a memory map: read it once, torch wants memory it may write to
+    features = torch.as_tensor(x).to(torch.float32)
     labels = torch.as_tensor(y).to(features.device, torch.int64)
     if features.ndim != 2 or labels.ndim != 1 or len(features) != len(labels):
         raise UserError(

@@ -115,9 +115,7 @@ def predict(model: SegmentationHead, features: Tensor, size: tuple[int, ...]) ->
 
 def nearest(mask: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     """The mask at another size: each pixel takes the class at its own centre. (H, W) -> size."""
-    rows, columns = (
-        ((np.arange(new) + 0.5) * old / new).astype(np.int64) for old, new in zip(mask.shape, size, strict=True)
-    )
+    rows, columns = ((2 * np.arange(new) + 1) * old // (2 * new) for old, new in zip(mask.shape, size, strict=True))
     return np.asarray(mask[rows[:, None], columns])
 
 

@@ -1,4 +1,4 @@
-"""Linear probe: one step against numpy, the answer against scikit-learn, and the choice of rate without the test set."""
+"""Linear probe: its steps against numpy, its answer against scikit-learn, its choice blind to the test set."""
 
 import numpy as np
 import pytest
