@@ -7,11 +7,11 @@ from pathlib import Path
 import numpy as np
 from rich.console import Console
 
-from nearfar.eval.evaluate import print_table, score_run
 from nearfar.eval.report import write_report
 from nearfar.eval.scenes import CLASSES, make_scenes
 from nearfar.launch.cli import find_recipe
 from nearfar.launch.pretrain import pretrain
+from nearfar.launch.score import Subject, draw_tokens, score, sources
 from nearfar.ssl import config
 
 TRAIN, VAL = 2500, 1000  # scenes
@@ -29,9 +29,11 @@ def demo(seed: int, settings: list[str], console: Console) -> None:
     outcome = pretrain(run, console)
     if not outcome.finished:
         return
-    results = score_run(outcome.folder, baselines=True, console=console)
+    subject = Subject.of(outcome.folder)
+    train, val = sources(run, None, None)
+    score(subject, train, val, baselines=True, console=console)
+    draw_tokens(subject, val, outcome.folder)
     report = write_report(outcome.folder)
-    print_table(results, console)
     console.print(f"Report: {report}   Curves: tensorboard --logdir {outcome.folder}", highlight=False, soft_wrap=True)
 
 

@@ -1,0 +1,131 @@
+"""What a run's features are worth: trained, untrained and raw pixels in one table, with pictures for the report."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from nearfar.eval.evaluate import TASKS, evaluate, evaluate_pixels, merge_results
+from nearfar.eval.features import digest
+from nearfar.eval.pictures import attention_maps, tile, token_pca
+from nearfar.ssl import checkpoint, config
+from nearfar.ssl.augment import normalise
+from nearfar.ssl.backbones import Backbone, UserError
+from nearfar.ssl.config import Run
+from nearfar.ssl.data import eval_view
+from nearfar.ssl.sources import Source, open_source
+from nearfar.ssl.train import build_learner
+
+COLUMNS = {"knn_top1": "k-NN top-1", "linear_top1": "linear top-1", "miou": "mIoU"}
+PICTURED = 6  # images in the attention and PCA pictures
+
+
+class Subject(NamedTuple):
+    """Weights to be scored, the run they come from, and where their results belong."""
+
+    backbone: Backbone
+    run: Run
+    folder: Path
+
+    @staticmethod
+    def of(model: Path) -> Subject:
+        """From a run folder, a checkpoint folder or an exported file.
+
+        Raises:
+            UserError: nothing there, or weights that were not exported from a run.
+        """
+        file = checkpoint.weights_file(model)
+        state = checkpoint.about(file)
+        if "run" not in state:
+            raise UserError(f"{file} does not say which run it comes from.")
+        return Subject(checkpoint.load(file), config.validate(state["run"]), file.parent)
+
+
+def score(
+    subject: Subject,
+    train: Source,
+    val: Source,
+    *,
+    tasks: Iterable[str] = TASKS,
+    baselines: bool = False,
+    results: Path | None = None,
+    console: Console,
+    **reading: Any,
+) -> dict[str, Any]:
+    """Evaluate the trained backbone (and the baselines), merge the scores into results.json, print the table.
+
+    The untrained network has the same architecture and the weights of the same seed at step 0. `reading` goes to
+    `nearfar.eval.evaluate.evaluate`; size and resize follow the run's settings unless given. Scores that results.json
+    already holds for the same weights, data and reading are not computed again.
+    """
+    run = subject.run
+    file = results or subject.folder / "results.json"
+    reading = {"size": run.eval.size, "resize": run.eval.resize, **{k: v for k, v in reading.items() if v is not None}}
+    names = ["trained", "untrained", "pixels"] if baselines else ["trained"]
+    for name in names:
+        key = _key(name, subject, train, val, tasks, reading)
+        if merge_results(file, name, {}).get(name, {}).get("key") == key:
+            continue
+        with console.status(f"Scoring {name} features: {', '.join(tasks)} ..."):
+            if name == "pixels":
+                shared = {k: v for k, v in reading.items() if k in ("grid_size", "head", "steps", "epochs", "seed")}
+                scores = evaluate_pixels(train, val, tasks=tasks, patch=subject.backbone.patch_size, **shared)
+            else:
+                backbone = subject.backbone if name == "trained" else untrained(run)
+                scores = evaluate(backbone, train, val, tasks=tasks, **reading)
+        merge_results(file, name, {**scores, "key": key})
+    found = merge_results(file, "trained", {})
+    console.print(table(found))
+    return found
+
+
+def untrained(run: Run) -> Backbone:
+    """The backbone as it was at step 0 of the run."""
+    return build_learner(run).teacher.backbone.eval().requires_grad_(False)
+
+
+def table(results: dict[str, Any]) -> Table:
+    """The headline scores in percent, a row for each kind of features."""
+    shown = Table(title="Frozen features, percent")
+    shown.add_column("")
+    for title in COLUMNS.values():
+        shown.add_column(title, justify="right")
+    for name in ("trained", "untrained", "pixels"):
+        if scores := results.get(name):
+            cells = [f"{scores[key]:.1f}" if key in scores else "-" for key in COLUMNS]
+            shown.add_row("raw pixels" if name == "pixels" else name, *cells)
+    return shown
+
+
+def draw_tokens(subject: Subject, val: Source, folder: Path) -> None:
+    """attention.png (for networks that have attention maps) and pca.png of a few validation images."""
+    size = subject.run.eval.size or subject.run.views.global_size
+    chosen = torch.linspace(0, len(val) - 1, min(PICTURED, len(val))).long().tolist()
+    views = torch.stack([eval_view(val.read(i), size, size) for i in chosen])
+    images = normalise(views.float() / 255)
+    tile(token_pca(subject.backbone, images)).save(folder / "pca.png")
+    try:
+        tile(attention_maps(subject.backbone, images), columns=1).save(folder / "attention.png")
+    except UserError:  # a convolutional network, say: the report leaves the picture out and says so
+        (folder / "attention.png").unlink(missing_ok=True)
+
+
+def sources(run: Run, train: str | None, val: str | None) -> tuple[Source, Source]:
+    """The two labelled sources: as given, else those of the run."""
+    train, val = train or run.data.path, val or run.data.val
+    if not val:
+        raise UserError("Nothing to score on: the run has no data.val, so name labelled images with --val.")
+    return open_source(train), open_source(val)
+
+
+def _key(name: str, subject: Subject, train: Source, val: Source, tasks: Iterable[str], reading: dict[str, Any]) -> str:
+    """Changes as soon as anything changes that a score depends on."""
+    weights = digest(subject.backbone) if name == "trained" else subject.run.model_dump_json()
+    parts = (name, weights, train.fingerprint, val.fingerprint, sorted(tasks), sorted(reading.items()))
+    return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
