@@ -2,11 +2,11 @@
 
 import atexit
 import math
-import multiprocessing
 import signal
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -190,22 +190,14 @@ class Loader:
                 multiprocessing_context="fork" if sys.platform.startswith("linux") else None,
             )
         )
-        processes: list[multiprocessing.Process] = stream._workers  # type: ignore[attr-defined]
-
-        def kill() -> None:  # at exit multiprocessing would send the SIGTERM that workers ignore, and wait for ever
-            for process in processes:
-                process.kill()
-
-        atexit.register(kill)
+        stop = partial(_stop, stream)
+        atexit.register(stop)  # before multiprocessing's own, which sends the SIGTERM that workers ignore, and waits
         try:
-            for batch in stream:
+            for batch in _watched(stream):
                 yield self._checked(batch)
         finally:
-            del stream  # asks the workers to finish what they are at
-            kill()
-            for process in processes:
-                process.join()
-            atexit.unregister(kill)
+            stop()
+            atexit.unregister(stop)
 
     def _checked(self, batch: Batch) -> Batch:
         self.decoded += batch.decoded
@@ -235,6 +227,32 @@ class _Sampler:
 
 def _same(batch: Any) -> Any:
     return batch
+
+
+def _watched(stream: Any) -> Iterator[Batch]:
+    """The batches of a DataLoader's iterator; whatever a dead worker's half-sent batch raises is told as its death."""
+    while True:
+        try:
+            batch = next(stream)
+        except StopIteration:
+            return
+        except Exception as error:
+            for process in stream._workers:
+                if process.exitcode:
+                    raise RuntimeError(
+                        f"A data worker died with exit code {process.exitcode} (-9: often too little memory, "
+                        "-7: too little shared memory, /dev/shm)."
+                    ) from error
+            raise
+        yield batch
+
+
+def _stop(stream: Any) -> None:
+    """Ask a DataLoader's workers to leave when they are done with a batch; kill the one that is not within seconds."""
+    stream._shutdown_workers()
+    for process in stream._workers:
+        process.kill()
+        process.join()
 
 
 def _start_worker(_: int) -> None:
