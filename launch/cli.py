@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import shutil
 import sys
 from collections.abc import Sequence
@@ -11,17 +10,8 @@ from pathlib import Path
 
 from rich.console import Console
 
+from nearfar.launch.recipes import bundled, find_recipe
 from nearfar.ssl.backbones.errors import UserError
-
-
-def _recipes() -> Path:
-    """The folder of bundled recipes; an editable install lists a place that is no folder beside it."""
-    spec = importlib.util.find_spec("nearfar.recipes")
-    places = (spec.submodule_search_locations if spec else None) or []
-    return next(Path(place) for place in places if Path(place).is_dir())
-
-
-RECIPES = _recipes()
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -55,7 +45,7 @@ def build_parser() -> argparse.ArgumentParser:
         add_help=False,
     )
     pretrain.add_argument("-h", "--help", action=_HelpWithSettings, nargs=0, help="show this and every setting")
-    pretrain.add_argument("recipe", help="a .yaml file, or the name of one that comes with nearfar: " + _bundled())
+    pretrain.add_argument("recipe", help=f"a .yaml file, or the name of a bundled one: {', '.join(bundled())}")
     _add_settings(pretrain)
     pretrain.set_defaults(verb=run_pretrain)
 
@@ -119,7 +109,7 @@ def run_features(arguments: argparse.Namespace) -> None:
         arguments.out,
         subject.backbone,
         source,
-        size=arguments.size or subject.run.eval.size,
+        size=arguments.size or subject.image_size,
         resize=arguments.resize or subject.run.eval.resize,
         layer=arguments.layer,
         pooling=arguments.pooling,
@@ -164,21 +154,6 @@ def run_report(arguments: argparse.Namespace) -> None:
     from nearfar.eval.report import write_report
 
     print(write_report(arguments.run))
-
-
-def find_recipe(name: str) -> Path:
-    """A recipe by path, or by the name of one that comes with nearfar."""
-    bundled = RECIPES / f"{name}.yaml"
-    path = Path(name)
-    if path.suffix not in (".yaml", ".yml") and bundled.is_file():
-        return bundled
-    if not path.is_file():
-        raise UserError(f"There is no recipe {name}. Give a .yaml file or one of: {_bundled()}.")
-    return path
-
-
-def _bundled() -> str:
-    return ", ".join(sorted(file.stem for file in RECIPES.glob("*.yaml")))
 
 
 def _add_settings(parser: argparse.ArgumentParser) -> None:

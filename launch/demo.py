@@ -9,8 +9,8 @@ from rich.console import Console
 
 from nearfar.eval.report import write_report
 from nearfar.eval.scenes import CLASSES, make_scenes
-from nearfar.launch.cli import find_recipe
 from nearfar.launch.pretrain import pretrain
+from nearfar.launch.recipes import find_recipe
 from nearfar.launch.score import Subject, draw_tokens, score, sources
 from nearfar.ssl import config
 

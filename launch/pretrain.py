@@ -52,15 +52,16 @@ class OnlineKNN:
     def __call__(self, backbone: Backbone, run: Run) -> dict[str, float]:
         if not self.labelled:
             return {}
-        assert run.eval.size is not None and run.data.workers is not None
+        size, workers = run.eval.size, run.data.workers
+        assert size is not None and workers is not None
 
         def read(source: Source) -> tuple[np.ndarray, np.ndarray]:
             features = extract(
                 backbone,
                 source,
-                size=run.eval.size,
+                size=size,
                 resize=run.eval.resize,
-                workers=run.data.workers,
+                workers=workers,
                 batch_size=256,
             )
             assert features.labels is not None

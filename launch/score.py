@@ -33,6 +33,10 @@ class Subject(NamedTuple):
     run: Run
     folder: Path
 
+    @property
+    def image_size(self) -> int:
+        return self.run.eval.size or self.run.views.global_size
+
     @staticmethod
     def of(model: Path) -> Subject:
         """From a run folder, a checkpoint folder or an exported file.
@@ -66,7 +70,11 @@ def score(
     """
     run = subject.run
     file = results or subject.folder / "results.json"
-    reading = {"size": run.eval.size, "resize": run.eval.resize, **{k: v for k, v in reading.items() if v is not None}}
+    reading = {
+        "size": subject.image_size,
+        "resize": run.eval.resize,
+        **{k: v for k, v in reading.items() if v is not None},
+    }
     names = ["trained", "untrained", "pixels"] if baselines else ["trained"]
     for name in names:
         key = _key(name, subject, train, val, tasks, reading)
@@ -105,7 +113,7 @@ def table(results: dict[str, Any]) -> Table:
 
 def draw_tokens(subject: Subject, val: Source, folder: Path) -> None:
     """attention.png (for networks that have attention maps) and pca.png of a few validation images."""
-    size = subject.run.eval.size or subject.run.views.global_size
+    size = subject.image_size
     chosen = torch.linspace(0, len(val) - 1, min(PICTURED, len(val))).long().tolist()
     views = torch.stack([eval_view(val.read(i), size, size) for i in chosen])
     images = normalise(views.float() / 255)

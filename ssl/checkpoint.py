@@ -162,9 +162,9 @@ def load_strict(module: nn.Module, tensors: Mapping[str, Tensor], what: str) -> 
 def optimizer_tensors(optimizer: torch.optim.Optimizer, names: dict[nn.Parameter, str]) -> dict[str, Tensor]:
     """The optimiser's state as named tensors: `exp_avg/blocks.0...` and so on."""
     return {
-        f"{key}/{names[parameter]}": value
-        for parameter, state in optimizer.state.items()
-        for key, value in state.items()
+        f"{key}/{name}": value
+        for parameter, name in names.items()
+        for key, value in optimizer.state.get(parameter, {}).items()
     }
 
 

@@ -75,13 +75,15 @@ class Learner(nn.Module):
     @torch.no_grad()
     def update_teacher(self, momentum: float) -> None:
         """theta_teacher <- momentum * theta_teacher + (1 - momentum) * theta_student, after the optimiser's step."""
-        teacher, student = list(self.teacher.parameters()), list(self.student.parameters())
+        teacher: list[Tensor] = list(self.teacher.parameters())
+        student: list[Tensor] = list(self.student.parameters())
         torch._foreach_lerp_(teacher, student, weight=1 - momentum)
 
 
 def parameter_groups(student: nn.Module) -> list[dict[str, object]]:
     """AdamW's two groups: matrices and kernels decay; biases and other tensors of at most one dimension do not."""
-    decay, rest = [], []
+    decay: list[nn.Parameter] = []
+    rest: list[nn.Parameter] = []
     for name, parameter in student.named_parameters():
         if parameter.requires_grad:
             (rest if parameter.ndim <= 1 or name.endswith(".bias") else decay).append(parameter)

@@ -52,16 +52,17 @@ def build_learner(run: Run) -> Learner:
     """Student and teacher as the settings say, seeded: the same weights on every machine and every start."""
     torch.manual_seed(run.train.seed)
     backbone, head, loss = run.backbone, run.head, run.loss
-    assert head.prototypes is not None and head.batch_norm is not None
+    prototypes, batch_norm = head.prototypes, head.batch_norm
+    assert prototypes is not None and batch_norm is not None
     switches = backbone.model_dump(exclude={"drop_path"})
     size = run.views.global_size
 
     def network(drop_path: float) -> Network:
         body = create(img_size=size, drop_path=drop_path, **switches)
-        return Network(body, DINOHead(body.embed_dim, head.prototypes, head.hidden, head.bottleneck, head.batch_norm))
+        return Network(body, DINOHead(body.embed_dim, prototypes, head.hidden, head.bottleneck, batch_norm))
 
     student, teacher = network(backbone.drop_path), network(0.0)
-    learner = Learner(student, teacher, DINOLoss(head.prototypes, loss.student_temp, loss.center_momentum))
+    learner = Learner(student, teacher, DINOLoss(prototypes, loss.student_temp, loss.center_momentum))
     return learner.train()
 
 
@@ -250,7 +251,7 @@ def _about(run: Run, learner: Learner, step: int, fingerprint: str) -> dict[str,
 
 def _probe_due(run: Run, step: int, steps_per_epoch: int, steps: int) -> bool:
     every = run.eval.knn_every
-    return bool(every) and (step == steps or step % (every * steps_per_epoch) == 0)
+    return every is not None and every > 0 and (step == steps or step % (every * steps_per_epoch) == 0)
 
 
 def _start_lines(
