@@ -1,0 +1,301 @@
+"""Settings: every mistake told at once with the mend, defaults that follow the data, one file that holds it all."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from nearfar.ssl import config
+from nearfar.ssl.backbones.errors import UserError
+from nearfar.ssl.config import Run
+
+
+def mistakes(*overrides: str, recipe: Path | None = None) -> str:
+    with pytest.raises(UserError) as caught:
+        config.load(recipe, overrides)
+    return str(caught.value)
+
+
+def write(folder: Path, text: str, name: str = "mine.yaml") -> Path:
+    file = folder / name
+    file.write_text(text)
+    return file
+
+
+# Reading
+
+
+def test_a_recipe_is_named_after_its_file_and_overridden_by_key_and_value(tmp_path: Path) -> None:
+    recipe = write(tmp_path, "train: {epochs: 7, batch_size: 8}\nbackbone: {lgp: true}\n")
+    run = config.load(recipe, ["train.epochs=9", "views.blur=[1, 0, 0.5]", "data.val=null"])
+    assert (run.name, run.train.epochs, run.train.batch_size) == ("mine", 9, 8)
+    assert run.backbone.lgp and run.views.blur == (1, 0, 0.5) and run.data.val is None
+    assert config.load(recipe, ["name=other"]).name == "other"
+
+
+def test_nothing_given_is_dino_as_published() -> None:
+    run = config.load(None)
+    assert run == Run()
+    assert run.views.local_count == 8 and run.optim.clip == 3.0 and run.backbone.drop_path == 0.1
+
+
+@pytest.mark.parametrize("written", ["1e-4", "'1e-4'", "0.0001", "1.0e-4"])
+def test_scientific_notation_is_a_number_though_yaml_calls_it_text(written: str) -> None:
+    assert config.load(None, [f"optim.lr={written}"]).optim.lr == 1e-4
+
+
+def test_an_equals_sign_may_stand_in_a_value() -> None:
+    assert config.load(None, ["data.path=a=b"]).data.path == "a=b"
+
+
+def test_an_empty_recipe_and_an_empty_section_are_fine(tmp_path: Path) -> None:
+    assert config.load(write(tmp_path, "")).name == "mine"
+    recipe = write(tmp_path, "data:\n  # path: later\ntrain:\n  epochs: 3\n")
+    assert config.load(recipe, ["data.path=x"]).data.path == "x"
+
+
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        (b"- a\n- b\n", "must hold sections"),
+        (b"just words", "must hold sections"),
+        (b"train: {epochs: 3", "not valid YAML"),
+        (b"\x89PNG\r\n\x1a\n\x00\x00\xff", "cannot be read"),
+        (b"text with \x00 in it", "not valid YAML"),
+    ],
+)
+def test_a_file_that_is_no_recipe_is_told_as_such(tmp_path: Path, content: bytes, told: str) -> None:
+    file = tmp_path / "mine.yaml"
+    file.write_bytes(content)
+    message = mistakes(recipe=file)
+    assert told in message and str(file) in message
+
+
+def test_a_missing_recipe_and_a_folder(tmp_path: Path) -> None:
+    assert "There is no recipe" in mistakes(recipe=tmp_path / "no.yaml")
+    assert "cannot be read" in mistakes(recipe=tmp_path)
+
+
+# Mistakes
+
+
+def test_all_mistakes_are_told_at_once(tmp_path: Path) -> None:
+    recipe = write(tmp_path, "trian: {epochs: 3}\ntrain: {epochs: -1, seed: one}\nviews: {global_size: 225}\n")
+    told = mistakes("optim.lrr=1", "optim.min_lr=-1", "nonsense", "optim.warmup_epochs=200", recipe=recipe)
+    assert told.startswith("8 mistakes in the settings: ")
+    for part in (
+        "trian is unknown (did you mean train?)",
+        "train.epochs=-1",
+        "train.seed='one'",
+        "views.global_size=225 is no multiple of the patch size 16 (nearest: 224)",
+        "optim.lrr is unknown (did you mean optim.lr?)",
+        "optim.min_lr=-1",
+        "'nonsense' is not a setting",
+        "optim.warmup_epochs=200 is longer than the run",
+    ):
+        assert part in told
+
+
+@pytest.mark.parametrize(
+    ("wrong", "right"),
+    [
+        ("trian.epochs=3", "train"),
+        ("heads.hidden=3", "head"),
+        ("training.epochs=3", "train"),
+        ("evaluation.size=3", "eval"),
+        ("epochs=3", "train.epochs"),
+        ("seed=3", "train.seed"),
+        ("batchsize=3", "train.batch_size"),
+        ("train.epoch=3", "train.epochs"),
+        ("train.lr=3", "optim.lr"),
+        ("head.prototyps=3", "head.prototypes"),
+        ("views.solarize_threshold=3", "views.solarise_threshold"),
+        ("optim.warmup=3", "optim.warmup_epochs"),
+    ],
+)
+def test_an_unknown_name_is_answered_with_the_nearest(wrong: str, right: str) -> None:
+    assert f"(did you mean {right}?)" in mistakes(wrong)
+
+
+def test_a_name_like_nothing_points_to_the_help() -> None:
+    assert "xyzzy is unknown (see `nearfar pretrain --help`)" in mistakes("xyzzy.q=1")
+
+
+def test_keys_that_are_no_text(tmp_path: Path) -> None:
+    told = mistakes(recipe=write(tmp_path, "5: 2\ntrain: {3: 4}\nyes: no\n"))
+    assert "5 is unknown" in told and "train.3 is unknown" in told and "True is unknown" in told
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        "train.batch_size=1",
+        "train.batch_size=3.5",
+        "train.epochs=many",
+        "train.device=gpu",
+        "train.precision=fp16",
+        "optim.lr=0",
+        "optim.lr=.nan",
+        "optim.weight_decay=.inf",
+        "views.flip=1.5",
+        "views.hue=0.6",
+        "views.global_scale=[0.4]",
+        "views.blur=[1, 0.1]",
+        "backbone.drop_path=1",
+        "backbone.lgp=perhaps",
+        "head.prototypes=1",
+        "loss.student_temp=0",
+        "data.workers=-1",
+        "optim=3",
+        "optim.lr.peak=1",
+        "train.epochs=",
+    ],
+)
+def test_bad_types_and_ranges(setting: str) -> None:
+    told = mistakes(setting)
+    assert told.startswith("A mistake in the settings: ") and "is not possible" in told
+    assert setting.partition("=")[0].removesuffix(".peak") in told
+
+
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        (["views.global_size=100"], "views.global_size=100 is no multiple of the patch size 16 (nearest: 96)"),
+        (["views.local_size=90"], "views.local_size=90 is no multiple"),
+        (["backbone.patch_size=14", "views.local_count=0", "views.global_size=225"], "patch size 14 (nearest: 224)"),
+        (["views.global_size=64"], "local views (96 px) are larger than global ones (64 px)"),
+        (["views.global_scale=[0.4, 1.2]"], "cannot pass 1"),
+        (["views.local_scale=[0.5, 0.2]"], "views.local_scale must rise from above 0"),
+        (["views.ratio=[0, 1]"], "views.ratio must rise"),
+        (["views.blur_sigma=[2, 1]"], "views.blur_sigma must rise"),
+        (["views.blur=[1, 2, 0]"], "views.blur holds probabilities"),
+        (["views.solarise=[0, -1, 0]"], "views.solarise holds probabilities"),
+        (["train.epochs=5", "optim.warmup_epochs=6"], "optim.warmup_epochs=6 is longer than the run (train.epochs=5)"),
+        (["train.epochs=5", "loss.teacher_temp_epochs=6"], "loss.teacher_temp_epochs=6 is longer"),
+        (["train.epochs=5", "optim.freeze_last_epochs=6"], "optim.freeze_last_epochs=6 is longer"),
+        (["backbone.pretrained=true"], "backbone.pretrained needs a timm/NAME backbone"),
+        (["backbone.embed_dim=100", "backbone.num_heads=3"], "does not divide into 3 heads"),
+        (["eval.size=64", "eval.resize=32"], "eval.resize=32 is smaller than the crop eval.size=64"),
+        (["eval.resize=100"], "eval.resize=100 is smaller than the crop eval.size=224"),
+        (["name=a/b"], "must be a plain folder name"),
+        (["name=.."], "must be a plain folder name"),
+    ],
+)
+def test_impossible_combinations(settings: list[str], told: str) -> None:
+    message = mistakes(*settings)
+    assert message.startswith("A mistake in the settings: ") and told in message
+
+
+def test_what_does_not_apply_is_no_mistake() -> None:
+    config.load(None, ["views.local_count=0", "views.local_size=90"])  # there are no local views
+    config.load(None, ["backbone.name=timm/resnet18", "views.global_size=100", "backbone.pretrained=true"])
+
+
+def test_validate_leaves_what_it_is_given_as_it_was() -> None:
+    tree = {"train": {"epochs": "x"}}
+    with pytest.raises(UserError):
+        config.validate(tree)
+    assert tree == {"train": {"epochs": "x"}}
+
+
+# Derived values
+
+
+def derived(images: int, *overrides: str) -> Run:
+    return config.resolve(config.load(None, overrides), images)[0]
+
+
+@pytest.mark.parametrize(
+    ("images", "prototypes", "batch_norm", "teacher_temp"),
+    [(2_000, 128, True, 0.04), (50_000, 4096, True, 0.04), (1_281_167, 65_536, False, 0.07)],
+)
+def test_size_aware_defaults(images: int, prototypes: int, batch_norm: bool, teacher_temp: float) -> None:
+    run = derived(images)
+    assert (run.head.prototypes, run.head.batch_norm, run.loss.teacher_temp) == (prototypes, batch_norm, teacher_temp)
+
+
+def test_imagenet_for_a_hundred_epochs_is_dino_as_published() -> None:
+    run = derived(1_281_167, "train.batch_size=1024")
+    assert run.optim.lr == pytest.approx(5e-4 * 4) and run.optim.warmup_epochs == 10 and run.optim.ema == 0.996
+    assert run.loss.teacher_temp_start == 0.04 and run.loss.teacher_temp_epochs == 30
+    assert run.optim.freeze_last_epochs == 1
+
+
+def test_a_short_run_has_shorter_warm_ups_and_a_faster_teacher() -> None:
+    run = derived(2_000, "train.epochs=10")  # 31 steps an epoch
+    assert run.optim.warmup_epochs == 1 and run.loss.teacher_temp_epochs == 3 and run.optim.freeze_last_epochs == 0.5
+    assert run.optim.ema == 0.98
+    assert derived(2_000, "train.epochs=100").optim.ema == pytest.approx(1 - 20 / 3100, abs=1e-4)
+
+
+def test_nothing_is_left_open_and_every_derived_value_is_told_with_its_reason() -> None:
+    before = config.load(None)
+    run, told = config.resolve(before, 50_000)
+    open_before = {s.key for s in config.settings() if s.default is None}
+    open_after = {s.key for s in config.settings() if config._get(run, s.key) is None}
+    named = {"patch_size", "embed_dim", "depth", "num_heads"}  # the backbone's name says these
+    assert {key.rpartition(".")[2] for key in open_after} == named | {"val", "save_steps"}
+    assert {d.key for d in told} == open_before - open_after
+    assert all(d.why and config._get(run, d.key) == d.value for d in told)
+    assert config.resolve(run, 50_000) == (run, [])
+
+
+def test_explicit_values_win() -> None:
+    given = [
+        "head.prototypes=65536", "head.batch_norm=false", "loss.teacher_temp=0.06", "loss.teacher_temp_epochs=0",
+        "optim.lr=0.1", "optim.warmup_epochs=0", "optim.ema=0.5", "optim.freeze_last_epochs=0", "data.workers=0",
+        "train.threads=1", "eval.size=64", "eval.resize=64", "eval.knn_every=0",
+    ]  # fmt: skip
+    run, told = config.resolve(config.load(None, given), 2_000)
+    assert told == []
+    assert run == config.load(None, given)
+
+
+def test_tiny_data_still_resolves() -> None:
+    assert derived(1).head.prototypes == 128
+
+
+# One run, written down and continued
+
+
+def test_yaml_round_trip(tmp_path: Path) -> None:
+    run, _ = config.resolve(config.load(None, ["name=x", "views.blur=[0.1, 0.2, 0.3]", "optim.lr=3e-5"]), 2_000)
+    text = config.to_yaml(run)
+    assert config.load(write(tmp_path, text, "config.yaml")) == run
+    assert yaml.safe_load(text)["optim"]["lr"] == 3e-5
+
+
+def test_inherit_keeps_what_was_derived_and_lets_what_is_written_win() -> None:
+    saved, _ = config.resolve(config.load(None, ["train.threads=3"]), 2_000)
+    again = config.inherit(config.load(None, ["train.log_every=3"]), saved)
+    assert again.train.threads == 3 and again.head.prototypes == saved.head.prototypes and again.train.log_every == 3
+    assert config.differences(saved, again) == []
+    other = config.inherit(config.load(None, ["head.prototypes=512"]), saved)
+    assert config.differences(saved, other) == ["head.prototypes: 128 -> 512"]
+
+
+def test_differences_name_every_setting_that_changes_weights_and_no_free_one() -> None:
+    saved, _ = config.resolve(config.load(None), 2_000)
+    free = {s.key for s in config.settings() if s.free}
+    assert free == {
+        "folder", "data.workers", "train.log_every", "train.save_minutes", "train.save_steps", "train.keep",
+        "eval.knn_every", "eval.knn_images",
+    }  # fmt: skip
+    changed = [
+        "folder=elsewhere", "data.workers=7", "train.log_every=1", "train.save_minutes=1", "train.save_steps=1",
+        "train.keep=9", "eval.knn_every=3", "eval.knn_images=10",
+    ]  # fmt: skip
+    assert config.differences(saved, config.inherit(config.load(None, changed), saved)) == []
+    changed = ["train.seed=1", "train.threads=64", "views.flip=0", "backbone.name=vit_tiny_patch16"]
+    named = config.differences(saved, config.inherit(config.load(None, changed), saved))
+    assert {line.partition(":")[0] for line in named} == {item.partition("=")[0] for item in changed}
+
+
+def test_every_setting_has_a_meaning_and_a_readable_type() -> None:
+    found = list(config.settings())
+    assert len({s.key for s in found}) == len(found) > 60
+    for setting in found:
+        assert setting.description and setting.type
+        assert "None" not in setting.type

@@ -1,0 +1,58 @@
+"""Where and in which precision: a wish that cannot be met is told, `auto` takes what is there."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from nearfar.ssl import device
+from nearfar.ssl.backbones.errors import UserError
+
+
+@pytest.fixture(params=[True, False])
+def bf16(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
+    monkeypatch.setattr(device, "has_bf16", lambda _: request.param)
+    return bool(request.param)
+
+
+def in_autocast(compute: device.Compute) -> torch.dtype:
+    x = torch.ones(4, 4)
+    with compute.autocast():
+        return (x @ x).dtype
+
+
+def test_auto_takes_bf16_where_the_hardware_has_it_and_the_model_is_wide_enough(bf16: bool) -> None:
+    wide, narrow = device.choose("cpu", "auto", 384), device.choose("cpu", "auto", 24)
+    assert wide.device.type == narrow.device.type == "cpu"
+    assert in_autocast(wide) == (torch.bfloat16 if bf16 else torch.float32)
+    assert wide.precision == ("bf16 autocast" if bf16 else "float32")
+    assert in_autocast(narrow) == torch.float32 and narrow.precision == "float32"
+
+
+def test_fp32_is_fp32_everywhere(bf16: bool) -> None:
+    assert in_autocast(device.choose("cpu", "fp32", 384)) == torch.float32
+
+
+def test_an_explicit_bf16_is_met_or_refused(bf16: bool) -> None:
+    if bf16:
+        assert in_autocast(device.choose("cpu", "bf16", 24)) == torch.bfloat16
+    else:
+        with pytest.raises(UserError, match=r"train.precision=bf16, but this cpu does not multiply bf16"):
+            device.choose("cpu", "bf16", 384)
+
+
+def test_a_context_may_be_entered_again_and_again() -> None:
+    compute = device.choose("cpu", "auto", 384)
+    for _ in range(3):
+        in_autocast(compute)
+
+
+def test_cuda_where_there_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(UserError, match=r"train.device=cuda.*Use train.device=cpu or auto"):
+        device.choose("cuda", "auto", 384)
+    assert device.choose("auto", "fp32", 384).device.type == "cpu"
+
+
+def test_asking_the_hardware_gives_an_answer() -> None:
+    assert device.has_bf16(torch.device("cpu")) in (True, False)

@@ -1,0 +1,119 @@
+"""Collapse indicators against closed forms and numpy."""
+
+from __future__ import annotations
+
+import math
+import re
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from scipy.stats import entropy as scipy_entropy
+from torch import Tensor
+
+from nearfar.ssl import config
+from nearfar.ssl.health import CollapseWatch, collapse, feature_std, rankme, teacher_health
+
+HEALTHY = {"entropy": 0.6, "kl": 1.0, "feature_std": 0.9, "rankme": 30.0, "prototypes_used": 0.7}
+FLAT = {**HEALTHY, "entropy": 0.995}
+
+
+@pytest.fixture
+def features() -> Tensor:
+    return torch.randn(2, 64, 48, generator=torch.Generator().manual_seed(0))
+
+
+def test_flat_rows_have_entropy_one_and_no_kl(features: Tensor) -> None:
+    health = teacher_health(torch.full((2, 64, 32), 1 / 32), features)
+    assert health["entropy"] == pytest.approx(1, abs=1e-6) and health["kl"] == pytest.approx(0, abs=1e-5)
+
+
+def test_one_hot_rows_have_entropy_zero_and_kl_of_their_spread(features: Tensor) -> None:
+    rows = F.one_hot(torch.arange(128) % 32, 32).float().unflatten(0, (2, 64))
+    health = teacher_health(rows, features)
+    assert health["entropy"] == pytest.approx(0, abs=1e-6)
+    assert health["kl"] == pytest.approx(math.log(32), rel=1e-5)
+    assert health["prototypes_used"] == 1
+
+
+def test_identical_rows_have_no_kl_whatever_they_say(features: Tensor) -> None:
+    row = torch.softmax(torch.randn(32, generator=torch.Generator().manual_seed(1)), 0)
+    health = teacher_health(row.expand(2, 64, 32), features)
+    assert health["kl"] == pytest.approx(0, abs=1e-5) and 0 < health["entropy"] < 1
+    assert health["prototypes_used"] == 1 / 32
+
+
+def test_entropy_and_kl_against_scipy(features: Tensor) -> None:
+    logits = torch.randn(2, 64, 32, generator=torch.Generator().manual_seed(2)) * 3
+    rows = logits.softmax(-1).flatten(0, 1).double().numpy()
+    health = teacher_health(logits.softmax(-1), features)
+    assert health["entropy"] == pytest.approx(scipy_entropy(rows, axis=1).mean() / np.log(32), rel=1e-5)
+    mean = np.broadcast_to(rows.mean(0), rows.shape)
+    assert health["kl"] == pytest.approx(scipy_entropy(rows, mean, axis=1).mean(), rel=1e-4)
+    assert health["prototypes_used"] == len(set(rows.argmax(1))) / 32
+
+
+def test_prototypes_used_counts_among_as_many_as_there_are_rows(features: Tensor) -> None:
+    rows = F.one_hot(torch.arange(128), 1000).float().unflatten(0, (2, 64))
+    assert teacher_health(rows, features)["prototypes_used"] == 1
+
+
+def test_feature_std_is_near_one_for_random_features_and_zero_for_equal_ones(features: Tensor) -> None:
+    assert feature_std(features) == pytest.approx(1, abs=0.03)
+    assert feature_std(features * 100) == pytest.approx(feature_std(features), rel=1e-5)
+    assert feature_std(features[:1, :1].expand(2, 64, 48)) == pytest.approx(0, abs=1e-5)
+
+
+def test_rankme_against_numpy(features: Tensor) -> None:
+    rows = features.flatten(0, 1).numpy().astype(np.float64) * np.linspace(0.01, 1, 48)
+    values = np.linalg.svd(rows, compute_uv=False)
+    p = values / np.abs(values).sum() + 1e-7
+    assert rankme(torch.from_numpy(rows).float()) == pytest.approx(np.exp(-(p * np.log(p)).sum()), rel=1e-5)
+
+
+def test_rankme_counts_dimensions() -> None:
+    basis = torch.linalg.qr(torch.randn(64, 5, generator=torch.Generator().manual_seed(3))).Q
+    assert rankme(basis @ torch.eye(5, 40)) == pytest.approx(5, rel=1e-3)
+    assert rankme(torch.ones(64, 40)) == pytest.approx(1, rel=1e-3)
+
+
+def test_health_says_the_same_of_bf16(features: Tensor) -> None:
+    rows = torch.randn(2, 64, 32, generator=torch.Generator().manual_seed(4)).softmax(-1)
+    wide, narrow = teacher_health(rows, features), teacher_health(rows, features.bfloat16())
+    for key in wide:
+        assert narrow[key] == pytest.approx(wide[key], rel=0.02)
+
+
+@pytest.mark.parametrize(
+    ("changed", "words"),
+    [
+        ({"entropy": 0.99}, ["flat", "ln K", "head.prototypes"]),
+        ({"kl": 0.001}, ["one answer", "loss.center_momentum"]),
+        ({"feature_std": 0.01}, ["same features", "optim.lr"]),
+    ],
+)
+def test_each_collapse_is_told_with_its_mend(changed: dict[str, float], words: list[str]) -> None:
+    assert collapse(HEALTHY) is None
+    message = collapse({**HEALTHY, **changed})
+    assert message is not None and all(word in message for word in words)
+
+
+def test_the_words_name_settings_that_exist() -> None:
+    keys = {setting.key for setting in config.settings()}
+    for changed in ({"entropy": 0.99}, {"kl": 0.0}, {"feature_std": 0.0}):
+        named = set(re.findall(r"(?:head|loss|optim)\.\w+", collapse({**HEALTHY, **changed}) or ""))
+        assert named and named <= keys
+
+
+def test_the_watch_waits_until_a_collapse_lasts_tells_it_once_and_tells_the_recovery() -> None:
+    watch = CollapseWatch(grace=100, patience=3)
+    assert [watch.look(step, FLAT) for step in range(95, 100)] == [None] * 5  # before grace
+    assert [watch.look(step, FLAT) for step in (100, 101)] == [None, None]
+    assert watch.look(102, HEALTHY) is None  # single bad steps are no collapse, nor is this a recovery
+    told = [watch.look(step, FLAT) for step in range(103, 110)]
+    assert told[:2] == [None, None] and "flat" in str(told[2]) and told[3:] == [None] * 4
+    assert "Recovered by step 110" in str(watch.look(110, HEALTHY))
+    assert watch.look(111, HEALTHY) is None
+    again = [watch.look(step, FLAT) for step in range(112, 116)]
+    assert [bool(message) for message in again] == [False, False, True, False]

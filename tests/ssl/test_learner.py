@@ -1,0 +1,147 @@
+"""Student and teacher: who is trained, who follows, what decays, what is clipped."""
+
+from __future__ import annotations
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from nearfar.ssl import config
+from nearfar.ssl.learner import Learner, clip_gradients, parameter_groups
+from nearfar.ssl.train import build_learner
+
+TINY = [
+    "views.global_size=32", "views.local_size=16", "views.local_count=3", "backbone.name=vit_tiny_patch16",
+    "backbone.patch_size=8", "backbone.embed_dim=24", "backbone.depth=2", "backbone.num_heads=2", "head.prototypes=20",
+    "head.hidden=16", "head.bottleneck=8",
+]  # fmt: skip
+
+
+def tiny(*overrides: str) -> Learner:
+    return build_learner(config.resolve(config.load(None, [*TINY, *overrides]), 2_000)[0])
+
+
+def groups(batch: int = 4, seed: int = 0) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return [
+        torch.randn(2, batch, 3, 32, 32, generator=generator),
+        torch.randn(3, batch, 3, 16, 16, generator=generator),
+    ]
+
+
+def test_a_step_has_the_shapes_it_says() -> None:
+    out = tiny()(groups(), teacher_temp=0.04)
+    assert out.loss.shape == () and out.loss.requires_grad
+    assert out.teacher_logits.shape == out.teacher_probabilities.shape == (2, 4, 20)
+    assert out.teacher_features.shape == (2, 4, 24)
+    assert not out.teacher_logits.requires_grad and not out.teacher_features.requires_grad
+
+
+def test_views_come_out_in_order_globals_first() -> None:
+    learner = tiny("head.batch_norm=false", "backbone.drop_path=0")
+    views = groups()
+    logits = learner.do_student(views)
+    assert logits.shape == (5, 4, 20)
+    for v, view in enumerate([*views[0], *views[1]]):
+        alone = learner.student.head(learner.student.backbone(view).cls)
+        torch.testing.assert_close(logits[v], alone, rtol=1e-4, atol=1e-5)
+
+
+def test_the_teacher_begins_as_the_student_and_is_not_trained() -> None:
+    learner = tiny("head.batch_norm=true", "backbone.lgp=true", "backbone.gaug=true", "backbone.prr=true")
+    student, teacher = learner.student.state_dict(), learner.teacher.state_dict()
+    assert student.keys() == teacher.keys()
+    assert all(torch.equal(student[name], teacher[name]) for name in student)
+    learner(groups(), 0.04).loss.backward()
+    assert all(p.grad is None and not p.requires_grad for p in learner.teacher.parameters())
+    assert all(p.grad is not None for p in learner.student.parameters())
+    shared = {p.data_ptr() for p in learner.student.parameters()} & {p.data_ptr() for p in learner.teacher.parameters()}
+    assert not shared
+
+
+def test_the_same_seed_gives_the_same_weights() -> None:
+    one, two, other = tiny(), tiny(), tiny("train.seed=1")
+    assert all(torch.equal(a, b) for a, b in zip(one.parameters(), two.parameters(), strict=True))
+    assert not torch.equal(one.student.head.prototypes, other.student.head.prototypes)
+
+
+def test_only_the_student_drops_paths() -> None:
+    learner, views = tiny("backbone.drop_path=0.5", "head.batch_norm=false"), groups(batch=16)
+    first, again = learner.do_teacher(views[0])[0], learner.do_teacher(views[0])[0]
+    assert torch.equal(first, again)
+    assert not torch.equal(learner.do_student(views), learner.do_student(views))
+    assert learner.teacher.backbone.arch["drop_path"] == 0  # so is what is exported
+
+
+def test_ema_against_brute_force() -> None:
+    learner = tiny("head.batch_norm=true").double()
+    expected = {name: p.detach().numpy().copy() for name, p in learner.teacher.named_parameters()}
+    for k, momentum in enumerate((0.9, 0.996, 1.0, 0.0, 0.5)):
+        with torch.no_grad():
+            for p in learner.student.parameters():
+                p.add_(torch.randn_like(p) * (k + 1))
+        learner.update_teacher(momentum)
+        for name, p in learner.student.named_parameters():
+            expected[name] = momentum * expected[name] + (1 - momentum) * p.detach().numpy()
+    for name, p in learner.teacher.named_parameters():
+        np.testing.assert_allclose(p.numpy(), expected[name], rtol=1e-12, atol=1e-14)
+
+
+def test_batch_norm_statistics_of_the_teacher_are_its_own() -> None:
+    learner = tiny("head.batch_norm=true")
+    norm = learner.teacher.head.mlp[1]
+    assert isinstance(norm, nn.BatchNorm1d)
+    views, rows = groups(), {}
+    learner.teacher.head.mlp[0].register_forward_hook(lambda _, __, out: rows.update(x=out.detach()))
+    learner(views, 0.04)
+    torch.testing.assert_close(norm.running_mean, 0.1 * rows["x"].mean(0))
+    before = norm.running_mean.clone()
+    with torch.no_grad():
+        learner.student.head.mlp[1].running_mean.fill_(100)
+    learner.update_teacher(0.0)
+    assert torch.equal(norm.running_mean, before)
+
+
+@pytest.mark.parametrize("switches", [[], ["backbone.name=timm/resnet18", "head.batch_norm=true"]])
+def test_parameter_groups_lose_none_and_take_none_twice(switches: list[str]) -> None:
+    small = [key for key in TINY if not key.startswith("backbone.")] if switches else TINY
+    run = config.load(None, [*small, "backbone.drop_path=0", *switches])
+    learner = build_learner(config.resolve(run, 2_000)[0])
+    decay, rest = parameter_groups(learner.student)
+    names = {parameter: name for name, parameter in learner.student.named_parameters()}
+    listed = [*decay["params"], *rest["params"]]
+    assert len(listed) == len(set(listed)) == len(names) and set(listed) == set(names)
+    for parameter in rest["params"]:
+        assert parameter.ndim <= 1 or names[parameter].endswith(".bias")
+    for parameter in decay["params"]:
+        assert parameter.ndim > 1 and not names[parameter].endswith(".bias")
+    assert learner.student.head.prototypes in set(decay["params"])
+    assert (decay["decays"], rest["decays"], rest["weight_decay"]) == (True, False, 0.0)
+
+
+def test_each_tensor_is_clipped_alone() -> None:
+    generator = torch.Generator().manual_seed(0)
+    parameters = [nn.Parameter(torch.zeros(shape)) for shape in [(4, 4), (9,), (2, 3, 3), (1,)]]
+    lengths = [10.0, 3.5, 2.0]
+    for p, length in zip(parameters, lengths, strict=False):
+        p.grad = torch.randn(p.shape, generator=generator)
+        p.grad *= length / p.grad.norm()
+    before = copy.deepcopy([p.grad for p in parameters])
+    whole = clip_gradients(parameters, 3.0)
+    assert float(whole) == pytest.approx(np.linalg.norm(lengths), rel=1e-5)
+    for p, old, length in zip(parameters, before, lengths, strict=False):
+        assert p.grad is not None and old is not None
+        torch.testing.assert_close(p.grad, old * min(1.0, 3.0 / (length + 1e-6)))
+    assert parameters[3].grad is None
+
+
+def test_no_limit_only_measures_and_a_number_that_is_not_finite_shows() -> None:
+    p = nn.Parameter(torch.zeros(3))
+    p.grad = torch.tensor([3.0, 4.0, 0.0])
+    assert float(clip_gradients([p], 0)) == 5 and p.grad.tolist() == [3, 4, 0]
+    for bad in (float("nan"), float("inf")):
+        p.grad[1] = bad
+        assert not torch.isfinite(clip_gradients([p], 3.0))

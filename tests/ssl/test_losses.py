@@ -1,0 +1,94 @@
+"""The DINO loss against the published double loop, and the centre against its recurrence."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+
+from nearfar.ssl.losses import DINOLoss, dino_loss
+
+Array = NDArray[np.float64]
+
+
+def softmax(x: Array) -> Array:
+    e = np.exp(x - x.max(-1, keepdims=True))
+    return e / e.sum(-1, keepdims=True)
+
+
+def published(student: Array, teacher: Array, center: Array, student_temp: float, teacher_temp: float) -> float:
+    """The loop over pairs of views of DINO's Algorithm 1 with multi-crop: (V, B, K), (G, B, K) -> scalar."""
+    total, terms = 0.0, 0
+    for iq, t in enumerate(teacher):
+        q = softmax((t - center) / teacher_temp)
+        for v, s in enumerate(student):
+            if v == iq:
+                continue
+            total += (-q * np.log(softmax(s / student_temp))).sum(-1).mean()
+            terms += 1
+    return total / terms
+
+
+@given(views=st.integers(2, 6), batch=st.integers(1, 5), prototypes=st.integers(2, 9), seed=st.integers(0, 999))
+@settings(max_examples=40, deadline=None)
+def test_it_is_the_mean_over_all_pairs_of_different_views(views: int, batch: int, prototypes: int, seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    student, teacher = rng.uniform(-1, 1, (views, batch, prototypes)), rng.uniform(-1, 1, (2, batch, prototypes))
+    loss = DINOLoss(prototypes, student_temp=0.1).double()
+    loss.center += torch.from_numpy(rng.normal(0, 0.1, prototypes))
+    probabilities = loss.teacher_probabilities(torch.from_numpy(teacher), 0.05)
+    value = loss(torch.from_numpy(student), probabilities)
+    assert float(value) == pytest.approx(published(student, teacher, loss.center.numpy(), 0.1, 0.05), rel=1e-9)
+
+
+def test_two_views_are_the_symmetric_loss_of_the_paper() -> None:
+    student = torch.randn(2, 3, 5).log_softmax(-1)
+    teacher = torch.randn(2, 3, 5).softmax(-1)
+    symmetric = -(teacher[0] * student[1]).sum(-1).mean() / 2 - (teacher[1] * student[0]).sum(-1).mean() / 2
+    torch.testing.assert_close(dino_loss(student, teacher), symmetric)
+
+
+def test_the_flat_answer_costs_ln_k_and_a_perfect_one_nothing() -> None:
+    flat = torch.zeros(4, 3, 50)
+    loss = DINOLoss(50)
+    assert float(loss(flat, loss.teacher_probabilities(flat[:2], 0.04))) == pytest.approx(np.log(50), rel=1e-6)
+    sure = torch.nn.functional.one_hot(torch.tensor([1, 2, 3]), 50).float().expand(4, 3, 50) * 100
+    assert float(loss(sure, loss.teacher_probabilities(sure[:2], 0.04))) == pytest.approx(0, abs=1e-6)
+
+
+def test_the_same_view_is_skipped_in_the_gradient_too() -> None:
+    student = torch.randn(2, 3, 5, requires_grad=True)
+    loss = DINOLoss(5)
+    teacher = loss.teacher_probabilities(torch.randn(2, 3, 5), 0.04)
+    teacher[1] = 0  # then only the pair (teacher 0, student 1) is left
+    loss(student, teacher).backward()
+    assert student.grad is not None and not student.grad[0].any() and student.grad[1].any()
+
+
+def test_no_gradient_reaches_the_teacher() -> None:
+    logits = torch.randn(2, 3, 5, requires_grad=True)
+    assert not DINOLoss(5).teacher_probabilities(logits, 0.04).requires_grad
+
+
+def test_the_centre_follows_the_mean_of_all_teacher_logits() -> None:
+    loss, center = DINOLoss(5, center_momentum=0.9).double(), np.zeros(5)
+    for seed in range(4):
+        logits = np.random.default_rng(seed).normal(1, 1, (2, 3, 5))
+        loss.update_center(torch.from_numpy(logits))
+        center = 0.9 * center + 0.1 * logits.reshape(6, 5).mean(0)
+        np.testing.assert_allclose(loss.center.numpy(), center, rtol=1e-12)
+
+
+def test_the_centre_is_saved_with_the_run() -> None:
+    assert set(DINOLoss(5).state_dict()) == {"center"}
+
+
+def test_half_precision_logits_are_widened_before_the_softmax() -> None:
+    loss, logits = DINOLoss(5), torch.randn(2, 3, 5).bfloat16()
+    assert loss.teacher_probabilities(logits, 0.04).dtype == torch.float32
+    assert loss(logits, loss.teacher_probabilities(logits, 0.04)).dtype == torch.float32
+    loss.update_center(logits)
+    assert loss.center.dtype == torch.float32
