@@ -37,7 +37,7 @@ def evaluate(
     grid_size: Size | None = None,
     grid_layer: str = "last-block",
     head: str = "linear",
-    steps: int = 1000,
+    steps: int | None = None,
     epochs: int = 100,
     seed: int = 0,
     batch_size: int = 64,
@@ -93,7 +93,7 @@ def evaluate_pixels(
     side: int = 16,
     grid_size: Size | None = None,
     head: str = "linear",
-    steps: int = 1000,
+    steps: int | None = None,
     epochs: int = 100,
     seed: int = 0,
 ) -> dict[str, Any]:
@@ -129,7 +129,7 @@ def linear_scores(train: Features, test: Features, epochs: int = 100, seed: int 
 
 
 def segment_scores(
-    train: Features, test: Features, *, head: str = "linear", steps: int = 1000, seed: int = 0
+    train: Features, test: Features, *, head: str = "linear", steps: int | None = None, seed: int = 0
 ) -> dict[str, Any]:
     """miou, and everything else that `segment_probe` says under "segment". Classes are those of the masks."""
     masks = train.mask_list(), test.mask_list()

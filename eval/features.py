@@ -182,6 +182,17 @@ def extract(
 # Images -> batches ------------------------------------------------------------------------------------------
 
 
+def fitting_mask(source: Source, i: int, image: Image.Image) -> np.ndarray | None:
+    """The mask of image i, at any resolution. Raises BadImage where its shape is another, such as turned by 90 degrees."""
+    mask = source.mask(i)
+    if mask is not None:
+        (height, width), (image_width, image_height) = mask.shape, image.size
+        if abs(height * image_width - width * image_height) > max(height * image_width, width * image_height) / 20:
+            why = f"its mask of {width} x {height} does not fit an image of {image_width} x {image_height}"
+            raise BadImage(source.name(i), why)
+    return mask
+
+
 @dataclass(frozen=True)
 class Batch:
     images: Tensor | None  # uint8 (B, 3, H, W); None when no image of the batch could be read
@@ -202,7 +213,7 @@ class _Images(Dataset):
     def __getitem__(self, i: int) -> Batch:
         try:
             image = self.source.read(i)
-            mask = self.source.mask(i) if self.whole else None
+            mask = fitting_mask(self.source, i, image) if self.whole else None
         except BadImage as error:
             return Batch(None, [], [], [(error.name, error.why)])
         height, width = self.size

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from nearfar.eval.features import Features, Rows, Size
+from nearfar.eval.features import Features, Rows, Size, fitting_mask
 from nearfar.ssl.augment import MEAN, STD
 from nearfar.ssl.backbones.errors import UserError
 from nearfar.ssl.decode import BadImage
@@ -49,7 +49,7 @@ def _of_pixels(
     for i in range(len(source)):
         try:
             image = source.read(i)
-            mask = source.mask(i) if masks else None
+            mask = fitting_mask(source, i, image) if masks else None
         except BadImage as error:
             rows.bad[error.name] = error.why
             continue

@@ -23,12 +23,12 @@ def segment_probe(
     *,
     classes: int,
     head: str = "linear",
-    steps: int = 1000,
+    steps: int | None = None,
     batch_size: int = 32,
     lr: float = 1e-3,
     seed: int = 0,
     ignore: int = IGNORE,
-    detail: int = 4,
+    detail: int = 2,
 ) -> dict[str, Any]:
     """mIoU in percent of a "linear" or "mlp" head trained on frozen patch grids (n, h, w, D).
 
@@ -38,12 +38,19 @@ def segment_probe(
     full size; the score is always taken at each mask's own size. Features are standardised per channel with
     training statistics: with the linear head this stays a linear map. Same seed, same answer.
 
+    Default steps: 2,000 for the linear head, 500 for the mlp, which learns in fewer and costs ten times as much.
+
     Returns miou, pixel_accuracy, per_class (None for a class in neither prediction nor truth; such classes are
     not in the mean), steps, train, test. Raises UserError for unusable arrays.
     """
     _check(train_grid, train_masks, classes, ignore, "training set of the segmentation probe")
     _check(test_grid, test_masks, classes, ignore, "test set of the segmentation probe")
     mean, std = _statistics(train_grid)
+    steps = (500 if head == "mlp" else 2000) if steps is None else steps
+    if steps < 1 or batch_size < 1:
+        raise UserError(
+            f"The segmentation probe needs at least one step and one image a batch, not {steps} and {batch_size}."
+        )
     model = train(
         train_grid,
         train_masks,

@@ -96,7 +96,7 @@ class FeatureStore:
                     f"The feature store {folder} is damaged: {file.name} has shape {arrays[name].shape}, but "
                     f"the manifest says {shape if name == 'features' else f'{shape[0]} rows'}."
                 )
-        small = {name: np.asarray(arrays[name]) for name in arrays if name in ("index", "labels", "mask_size")}
+        small = {name: np.array(arrays[name]) for name in arrays if name in ("index", "labels", "mask_size")}
         return Features(x=arrays["features"], masks=arrays.get("masks"), manifest=manifest, **small)
 
 

@@ -235,13 +235,24 @@ def test_manifest_is_json(source):
 def test_masks_of_different_sizes_keep_their_own(tmp_path):
     class Sizes(ArraySource):
         def mask(self, i):
-            return np.full((10 + i, 20 - i), i, np.uint8)
+            return np.full((20 * (i + 1), 20 * (i + 1)), i, np.uint8)
 
     source = Sizes(np.zeros((3, 16, 16, 3), np.uint8))
     features = FeatureStore.write(tmp_path / "store", Averages(), source, size=16, pooling="grid")
-    assert [mask.shape for mask in features.mask_list()] == [(10, 20), (11, 19), (12, 18)]
+    assert [mask.shape for mask in features.mask_list()] == [(20, 20), (40, 40), (60, 60)]
     assert all((mask == i).all() for i, mask in enumerate(features.mask_list()))
     assert set(np.unique(features.masks)) == {0, 1, 2, 255}
+
+
+def test_turned_mask_is_an_unreadable_image(images):
+    class Turned(ArraySource):
+        def mask(self, i):
+            return np.zeros((24, 16) if i == 2 else (16, 24), np.uint8)
+
+    source = Turned(images)
+    for features in (extract(Averages(), source, size=16, pooling="grid"), pixel_grid(source, 16, 8)):
+        assert features.index.tolist() == [0, 1, 3, 4, 5, 6]
+        assert "mask of 16 x 24 does not fit an image of 24 x 16" in next(iter(features.manifest["bad"].values()))
 
 
 # Pixels -----------------------------------------------------------------------------------------------------

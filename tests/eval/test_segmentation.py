@@ -69,6 +69,11 @@ def stripes(n, seed, h=4, w=6, scale=8):
     return x * [1, 30, 1, 1, 0] + [0, 5, 0, 100, 7], masks
 
 
+def test_one_step_is_enough_to_run():
+    data = (*stripes(4, 0), *stripes(2, 1))
+    assert segment_probe(*data, classes=3, steps=1)["steps"] == 1
+
+
 @pytest.mark.parametrize("head", ["linear", "mlp"])
 def test_learns_what_patches_say(head):
     a, ma = stripes(96, 0)
@@ -103,6 +108,7 @@ def test_masks_are_scored_at_their_own_size():
     whole = segment_probe(a, ma, b, mb, classes=3, steps=20)
     sizes = [m if i % 2 else m.repeat(2, 0).repeat(2, 1) for i, m in enumerate(mb)]
     mixed = segment_probe(a, ma, b, sizes, classes=3, steps=20)
+    assert mixed["miou"] != whole["miou"]
     assert mixed["miou"] == pytest.approx(whole["miou"], abs=3)
 
 
@@ -125,5 +131,7 @@ def test_unusable_input_is_explained():
     broken[0, 0, 0, 0] = np.nan
     with pytest.raises(UserError, match="not finite"):
         segment_probe(a, ma, broken, ma, classes=3)
+    with pytest.raises(UserError, match="at least one step"):
+        segment_probe(a, ma, a, ma, classes=3, steps=0)
     with pytest.raises(UserError, match="linear"):
         segment_probe(a, ma, a, ma, classes=3, head="conv")
