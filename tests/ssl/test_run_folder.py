@@ -1,0 +1,157 @@
+"""The folder of a run: one owner, one config, metrics that match the weights."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+from nearfar.ssl import config
+from nearfar.ssl.backbones.errors import UserError
+from nearfar.ssl.run_folder import RunFolder, read_metrics
+
+
+def run(*overrides: str) -> config.Run:
+    return config.load(None, ["name=r", *overrides])
+
+
+def begin(path: Path, *overrides: str) -> config.Run:
+    """A run that has a checkpoint."""
+    with RunFolder(path) as folder:
+        resolved, _ = folder.settle(run(*overrides), 2_000)
+        (folder.checkpoints / "step-000000001").mkdir(parents=True)
+    return resolved
+
+
+# One owner
+
+
+def test_a_second_owner_is_refused_and_told_who_is_there(tmp_path: Path) -> None:
+    with RunFolder(tmp_path / "r"):
+        with pytest.raises(UserError, match=f"is in use by process {os.getpid()} on ") as caught:
+            RunFolder(tmp_path / "r").__enter__()
+        assert "choose another name=" in str(caught.value)
+    with RunFolder(tmp_path / "r"):
+        pass
+
+
+def test_the_lock_goes_with_its_process_however_it_dies(tmp_path: Path) -> None:
+    child = os.fork()
+    if child == 0:
+        RunFolder(tmp_path / "r").__enter__()
+        os.kill(os.getpid(), 9)
+    os.waitpid(child, 0)
+    assert "process" in (tmp_path / "r" / "lock").read_text()
+    with RunFolder(tmp_path / "r"):
+        pass
+
+
+def test_a_forked_worker_neither_holds_the_lock_nor_frees_it(tmp_path: Path) -> None:
+    reading, writing = os.pipe()
+    with RunFolder(tmp_path / "r"):
+        child = os.fork()
+        if child == 0:
+            os.close(writing)
+            os.read(reading, 1)  # lives on until the parent is done
+            os._exit(0)
+        with pytest.raises(UserError, match="in use"):
+            RunFolder(tmp_path / "r").__enter__()
+    with RunFolder(tmp_path / "r"):  # the worker is alive
+        pass
+    os.close(writing)
+    os.waitpid(child, 0)
+
+
+def test_the_lock_is_given_back_after_an_error(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path / "r")
+    with pytest.raises(ZeroDivisionError), folder:
+        raise ZeroDivisionError
+    with folder:
+        assert (tmp_path / "r" / "lock").read_text().count("\n") == 1
+
+
+def test_a_place_that_cannot_be_written(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="cannot be written"):
+        RunFolder(tmp_path / "file" / "r").__enter__()
+
+
+# One config
+
+
+def test_the_resolved_config_is_saved_and_found_again(tmp_path: Path) -> None:
+    with RunFolder(tmp_path / "r") as folder:
+        resolved, told = folder.settle(run("train.threads=3"), 2_000)
+    assert told and resolved.head.prototypes == 128
+    assert config.load(tmp_path / "r" / "config.yaml") == resolved
+
+
+def test_a_continued_run_keeps_what_was_derived(tmp_path: Path) -> None:
+    first = begin(tmp_path / "r", "train.threads=3")
+    with RunFolder(tmp_path / "r") as folder:
+        again, told = folder.settle(run(), 2_000_000)  # even where more would be derived now
+    assert again == first and told == []
+
+
+def test_free_settings_may_change_and_are_saved(tmp_path: Path) -> None:
+    begin(tmp_path / "r", "train.log_every=10")
+    with RunFolder(tmp_path / "r") as folder:
+        again, _ = folder.settle(run("train.log_every=3", "data.workers=5"), 2_000)
+    assert again.train.log_every == 3 and again.data.workers == 5
+    assert config.load(tmp_path / "r" / "config.yaml") == again
+
+
+def test_other_settings_are_refused_by_name_and_the_config_stays(tmp_path: Path) -> None:
+    first = begin(tmp_path / "r")
+    with RunFolder(tmp_path / "r") as folder:
+        with pytest.raises(UserError) as caught:
+            folder.settle(run("optim.clip=1", "train.epochs=7"), 2_000)
+        for part in ("optim.clip: 3.0 -> 1.0", "train.epochs: 100 -> 7", "choose another name="):
+            assert part in str(caught.value)
+    assert config.load(tmp_path / "r" / "config.yaml") == first
+
+
+def test_a_start_that_failed_before_its_first_checkpoint_may_be_corrected(tmp_path: Path) -> None:
+    with RunFolder(tmp_path / "r") as folder:
+        folder.settle(run("backbone.name=vit_smal_patch16"), 2_000)
+    with RunFolder(tmp_path / "r") as folder:
+        again, told = folder.settle(run("backbone.name=vit_small_patch16"), 2_000_000)
+    assert again.backbone.name == "vit_small_patch16" and told and again.head.prototypes == 65536
+
+
+def test_weights_alone_are_protected_from_other_settings(tmp_path: Path) -> None:
+    with RunFolder(tmp_path / "r") as folder:
+        folder.settle(run(), 2_000)
+        (tmp_path / "r" / "teacher.safetensors").write_text("weights of months")
+        with pytest.raises(UserError, match="other settings"):
+            folder.settle(run("optim.clip=1"), 2_000)
+
+
+def test_a_config_that_this_version_does_not_know_is_told(tmp_path: Path) -> None:
+    begin(tmp_path / "r")
+    with (tmp_path / "r" / "config.yaml").open("a") as file:
+        file.write("future: {setting: 1}\n")
+    with RunFolder(tmp_path / "r") as folder, pytest.raises(UserError, match="does not fit this version"):
+        folder.settle(run(), 2_000)
+
+
+# Metrics
+
+
+def test_metrics_past_the_checkpoint_are_forgotten_with_a_cut_off_line(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    lines = [json.dumps({"step": step, "loss": step / 7}) for step in (1, 2, 2, 3, 4)]
+    folder.metrics.write_text("\n".join([*lines, '{"step": 5, "lo']))
+    assert [line["step"] for line in read_metrics(folder.metrics)] == [1, 2, 2, 3, 4]
+    folder.forget_metrics_after(2)
+    assert folder.metrics.read_text() == "".join(f"{line}\n" for line in lines[:3])
+    folder.forget_metrics_after(0)
+    assert folder.metrics.read_text() == ""
+
+
+def test_no_metrics_are_no_mistake(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    folder.forget_metrics_after(0)
+    assert read_metrics(folder.metrics) == [] and not folder.metrics.exists()
