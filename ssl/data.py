@@ -7,6 +7,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import partial
+from multiprocessing import connection
 from typing import Any
 
 import numpy as np
@@ -237,7 +238,9 @@ def _watched(stream: Any) -> Iterator[Batch]:
         except StopIteration:
             return
         except Exception as error:
+            ending = connection.wait([process.sentinel for process in stream._workers], timeout=1)
             for process in stream._workers:
+                process.join(1 if process.sentinel in ending else 0)
                 if process.exitcode:
                     raise RuntimeError(
                         f"A data worker died with exit code {process.exitcode} (-9: often too little memory, "
