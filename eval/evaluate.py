@@ -54,15 +54,17 @@ def evaluate(
     found again; without it they live in memory. Every detail says which weights, layer, norm and PRR it read.
     Raises UserError for unknown tasks, missing labels or masks, and as `describe` and the evaluators do.
     """
-    chosen = _known(tasks)
+    chosen, crop = _known(tasks), size
 
     def features(size: Size, layer: str, pooling: str) -> tuple[Features, Features]:
+        reading: dict[str, Any] = {"size": size, "layer": layer, "pooling": pooling, "amp": amp}
+        reading |= {"batch_size": batch_size, "workers": workers, "progress": progress}
+        if isinstance(size, tuple):  # larger images in smaller batches: attention maps grow with the square
+            reading["batch_size"] = max(1, min(batch_size, batch_size * crop**2 // (size[0] * size[1])))
+        else:
+            reading["resize"] = resize
         pair = []
         for split, source in (("train", train), ("test", test)):
-            reading: dict[str, Any] = {"size": size, "layer": layer, "pooling": pooling, "resize": resize, "amp": amp}
-            if pooling == "grid":
-                reading["resize"] = None
-            reading |= {"batch_size": batch_size, "workers": workers, "progress": progress}
             if store is None:
                 pair.append(extract(backbone, source, **reading))
             else:
@@ -79,7 +81,8 @@ def evaluate(
             score = knn_scores(*pooled[depth]) if task == "knn" else linear_scores(*pooled[depth], epochs, seed)
             results |= score
     if "segment" in chosen:
-        grids = features(grid_size or native_grid(train, backbone.patch_size), grid_layer, "grid")
+        grid = grid_size or native_grid(train, backbone.patch_size)
+        grids = features((grid, grid) if isinstance(grid, int) else grid, grid_layer, "grid")
         results |= segment_scores(*grids, head=head, steps=steps, seed=seed)
     return results
 

@@ -183,7 +183,7 @@ def extract(
 
 
 def fitting_mask(source: Source, i: int, image: Image.Image) -> np.ndarray | None:
-    """The mask of image i, at any resolution. Raises BadImage where its shape is another, such as turned by 90 degrees."""
+    """The mask of image i, at any resolution. Raises BadImage where its shape is another (say turned by 90 degrees)."""
     mask = source.mask(i)
     if mask is not None:
         (height, width), (image_width, image_height) = mask.shape, image.size
