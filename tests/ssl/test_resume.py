@@ -1,0 +1,236 @@
+"""Stopped, killed, damaged: a continued run ends with the bits of the uninterrupted one."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import pytest
+import torch
+from rich.console import Console
+
+from nearfar.ssl import checkpoint, train
+from nearfar.ssl.backbones import UserError
+from nearfar.ssl.config import Run
+from nearfar.ssl.run_folder import RunFolder, read_metrics
+from nearfar.ssl.sources import ArraySource
+
+Make = Callable[..., Run]
+CLOCK = {"img_per_s", "data_wait", "time"}
+STEPS = 20
+
+
+@pytest.fixture(scope="module")
+def data() -> ArraySource:
+    return ArraySource(np.random.default_rng(0).integers(0, 256, (40, 32, 32, 3), np.uint8))
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # before any fork
+    yield
+    torch.set_num_threads(threads)
+
+
+Result = tuple[dict[str, bytes], list[dict[str, Any]]]
+
+
+@pytest.fixture
+def reference(tiny: Make, data: ArraySource, quiet: Console) -> Result:
+    """The uninterrupted run."""
+    run = tiny(folder="reference")
+    assert train.pretrain(run, data, console=quiet).finished
+    return result(run)
+
+
+def result(run: Run) -> Result:
+    """The last checkpoint's bits and the metrics without what the clock says."""
+    saved = checkpoint.latest(run.path / "checkpoints")
+    assert saved is not None and saved.state["step"] == STEPS
+    bits = {
+        name: f"{t.dtype} {tuple(t.shape)} ".encode() + t.reshape(-1).view(torch.uint8).numpy().tobytes()
+        for name, t in saved.tensors.items()
+    }
+    assert any(name.startswith("optimizer/exp_avg_sq/") for name in bits) and "learner/loss.center" in bits
+    metrics = read_metrics(run.path / "metrics.jsonl")
+    assert [line["step"] for line in metrics] == list(range(1, STEPS + 1))
+    return bits, [{key: value for key, value in line.items() if key not in CLOCK} for line in metrics]
+
+
+def same(one: Result, two: Result) -> None:
+    assert one[0].keys() == two[0].keys()
+    assert [name for name in one[0] if one[0][name] != two[0][name]] == []
+    assert one[1] == two[1]
+
+
+def start(run: Run, source: ArraySource) -> int:
+    """The run in a process of its own; returns its id."""
+    child = os.fork()
+    if child == 0:
+        os.setpgid(0, 0)
+        with Path(os.devnull).open("w") as nowhere:
+            train.pretrain(run, source, console=Console(file=nowhere))
+        os._exit(0)
+    return child
+
+
+def kill_at(child: int, run: Run, lines: int) -> bool:
+    """SIGKILL as soon as there are so many lines of metrics; False when it had already ended."""
+    metrics, until = run.path / "metrics.jsonl", time.monotonic() + 60
+    while time.monotonic() < until:
+        if os.waitpid(child, os.WNOHANG)[0]:
+            return False
+        if metrics.exists() and metrics.read_bytes().count(b"\n") >= lines:
+            time.sleep(random.random() * 0.02)  # anywhere in a step, or in a checkpoint
+            os.kill(child, signal.SIGKILL)
+            os.waitpid(child, 0)
+            return True
+        time.sleep(0.002)
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    raise AssertionError("the run did not get anywhere")
+
+
+def test_twice_the_same_run_is_the_same(tiny: Make, data: ArraySource, quiet: Console, reference: Result) -> None:
+    """Without this the other tests here would mean nothing."""
+    again, other = tiny(folder="again"), tiny("train.seed=1", folder="other")
+    for run in (again, other):
+        train.pretrain(run, data, console=quiet)
+    same(result(again), reference)
+    assert result(other)[1][0]["loss"] != reference[1][0]["loss"]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_stopped_at_random_steps_and_continued(
+    tiny: Make, data: ArraySource, quiet: Console, reference: Result, workers: int
+) -> None:
+    run, step = tiny(f"data.workers={workers}"), 0
+    stops = sorted(random.sample(range(1, STEPS), 3))
+    for stop in stops:
+        steps_asked = iter(range(step + 1, STEPS + 1))
+        outcome = train.pretrain(run, data, should_stop=lambda k=steps_asked, s=stop: next(k) == s, console=quiet)
+        step = stop
+        assert outcome.step == stop and not outcome.finished
+        assert (run.path / "checkpoints" / f"step-{stop:09d}").is_dir()
+    assert train.pretrain(run, data, console=quiet).finished
+    same(result(run), reference)
+    log = (run.path / "run.log").read_text()
+    for stop in stops:
+        assert f"Stopped after step {stop} of 20. The same command continues" in log
+        assert f"Continuing from step {stop} of 20." in log
+
+
+def test_killed_at_random_moments_and_started_again(tiny: Make, data: ArraySource, reference: Result) -> None:
+    run = tiny("train.save_steps=2")
+    killed = [kill_at(start(run, data), run, lines) for lines in (random.randrange(1, 9), random.randrange(10, 19))]
+    assert killed == [True, True]
+    assert os.waitpid(start(run, data), 0)[1] == 0
+    same(result(run), reference)
+    assert not list(run.path.glob("checkpoints/.*"))
+
+
+def test_killed_before_the_first_checkpoint(tiny: Make, data: ArraySource, reference: Result) -> None:
+    run = tiny()
+    assert kill_at(start(run, data), run, 3)
+    assert os.waitpid(start(run, data), 0)[1] == 0
+    same(result(run), reference)
+
+
+def test_killed_with_workers_and_started_again_at_once(
+    tiny: Make, data: ArraySource, quiet: Console, reference: Result
+) -> None:
+    """The workers outlive their parent by seconds; they must not keep the folder's lock, and must go by themselves."""
+    run = tiny("data.workers=2", "train.save_steps=3")
+    child = start(run, data)
+    assert kill_at(child, run, 8)
+    assert train.pretrain(run, data, console=quiet).finished
+    same(result(run), reference)
+    until = time.monotonic() + 20
+    while (left := members(child)) and time.monotonic() < until:
+        time.sleep(0.2)
+    for process in left:
+        process.kill()
+    assert left == []
+
+
+def members(group: int) -> list[psutil.Process]:
+    found = []
+    for process in psutil.process_iter():
+        try:
+            if os.getpgid(process.pid) == group and process.status() != psutil.STATUS_ZOMBIE:
+                found.append(process)
+        except (ProcessLookupError, psutil.NoSuchProcess):
+            pass
+    return found
+
+
+def test_a_damaged_checkpoint_falls_back_and_ends_the_same(
+    tiny: Make, data: ArraySource, quiet: Console, reference: Result
+) -> None:
+    run = tiny("train.save_steps=5")
+    asked = iter(range(1, STEPS))
+    train.pretrain(run, data, should_stop=lambda: next(asked) == 13, console=quiet)
+    file = run.path / "checkpoints" / "step-000000013" / "tensors.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+    assert train.pretrain(run, data, console=quiet).finished
+    same(result(run), reference)
+    log = (run.path / "run.log").read_text()
+    assert "step-000000013: tensors.safetensors has" in log and "continuing from step-000000010" in log
+
+
+def test_free_settings_may_change_on_the_way(tiny: Make, data: ArraySource, quiet: Console, reference: Result) -> None:
+    train.pretrain(tiny(), data, should_stop=lambda: True, console=quiet)
+    run = tiny("data.workers=1", "train.save_minutes=0.0001", "train.keep=1", "eval.knn_every=3")
+    assert train.pretrain(run, data, console=quiet).finished
+    same(result(run), reference)
+    assert len(list((run.path / "checkpoints").iterdir())) == 1
+
+
+def untouched(run: Run) -> dict[str, bytes]:
+    kept = ("config.yaml", "metrics.jsonl", "teacher.safetensors", "checkpoints/*/*")
+    return {str(file): file.read_bytes() for pattern in kept for file in run.path.glob(pattern)}
+
+
+def test_other_images_and_other_settings_are_refused_and_nothing_is_lost(
+    tiny: Make, data: ArraySource, quiet: Console
+) -> None:
+    run = tiny()
+    train.pretrain(run, data, should_stop=lambda: True, console=quiet)
+    before = untouched(run)
+    other = ArraySource(np.random.default_rng(1).integers(0, 256, (40, 32, 32, 3), np.uint8))
+    with pytest.raises(UserError, match=r"begun on other images.*choose another name="):
+        train.pretrain(run, other, console=quiet)
+    with pytest.raises(UserError, match=r"optim.lr: 0.001 -> 0.002; train.epochs: 4 -> 5"):
+        train.pretrain(tiny("optim.lr=2e-3", "train.epochs=5"), data, console=quiet)
+    with RunFolder(run.path), pytest.raises(UserError, match="is in use by process"):
+        train.pretrain(run, data, console=quiet)
+    assert untouched(run) == before
+
+
+def test_all_checkpoints_damaged_is_told_and_nothing_is_lost(tiny: Make, data: ArraySource, quiet: Console) -> None:
+    run = tiny("train.save_steps=1")
+    asked = iter(range(STEPS))
+    train.pretrain(run, data, should_stop=lambda: next(asked) == 2, console=quiet)
+    for file in run.path.glob("checkpoints/*/tensors.safetensors"):
+        file.write_bytes(b"")
+    before = untouched(run)
+    with pytest.raises(UserError, match=r"step-000000003.*step-000000002.*start the run afresh"):
+        train.pretrain(run, data, console=quiet)
+    assert untouched(run) == before
+
+
+def test_a_checkpoint_of_another_network_is_refused_by_name(tiny: Make, data: ArraySource, quiet: Console) -> None:
+    run, other = tiny(), tiny("backbone.lgp=false", folder="other")
+    for each in (run, other):
+        train.pretrain(each, data, should_stop=lambda: True, console=quiet)
+    (other.path / "checkpoints" / "step-000000001").rename(run.path / "checkpoints" / "step-000000009")
+    with pytest.raises(UserError, match=r"step-000000009 do not fit this model: missing: .*; unexpected: "):
+        train.pretrain(run, data, console=quiet)

@@ -1,0 +1,364 @@
+"""The loop: every step as METHODS section 5 says, re-computed in float64 from the formulas alone."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from rich.console import Console
+from torch import Tensor, nn
+
+from nearfar.ssl import checkpoint, train
+from nearfar.ssl.backbones import Backbone, Tokens, UserError
+from nearfar.ssl.config import Run
+from nearfar.ssl.data import Batch
+from nearfar.ssl.run_folder import read_metrics
+from nearfar.ssl.sources import ArraySource
+
+Make = Callable[..., Run]
+Weights = dict[str, Tensor]
+
+
+class TwoLayers(Backbone):
+    """The smallest network that keeps the contract; every parameter has a gradient, also under batch norm."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed_dim, self.patch_size, self.num_heads = 12, 8, 1
+        self.arch = {"name": "two_layers"}
+        self.embed = nn.Conv2d(3, 10, 8, 8)
+        self.second = nn.Linear(10, 12)
+        self.norm = nn.LayerNorm(10)
+
+    def forward(self, images: Tensor) -> Tokens:
+        x = self.embed(images)
+        patches = F.gelu(self.second(self.norm(x.flatten(2).transpose(1, 2))))
+        return Tokens(patches[:, :0], patches, (x.shape[2], x.shape[3]))
+
+
+# The same from the formulas
+
+
+def project(w: Weights, views: list[Tensor], batch_norm: bool) -> Tensor:
+    """Views (B, 3, s, s), any sizes -> cosines (V, B, K)."""
+    features = []
+    for view in views:
+        patches = F.unfold(view, 8, stride=8).transpose(1, 2)
+        x = patches @ w["backbone.embed.weight"].flatten(1).T + w["backbone.embed.bias"]
+        x = (x - x.mean(-1, keepdim=True)) / (x.var(-1, unbiased=False, keepdim=True) + 1e-5).sqrt()
+        x = x * w["backbone.norm.weight"] + w["backbone.norm.bias"]
+        features.append(gelu(x @ w["backbone.second.weight"].T + w["backbone.second.bias"]).mean(1))
+    h = torch.cat(features)
+    layers = [value for name, value in w.items() if name.startswith("head.mlp")]
+    for _ in range(2):
+        h = h @ layers.pop(0).T
+        if batch_norm:
+            h = (h - h.mean(0)) / (h.var(0, unbiased=False) + 1e-5).sqrt() * layers.pop(0)
+        h = gelu(h + layers.pop(0))
+    h = h @ layers.pop(0).T + layers.pop(0)
+    w_ = w["head.prototypes"]
+    cosines = (h / h.norm(dim=1, keepdim=True)) @ (w_ / w_.norm(dim=1, keepdim=True)).T
+    return cosines.view(len(views), -1, cosines.shape[1])
+
+
+def gelu(x: Tensor) -> Tensor:
+    return x * (1 + torch.erf(x / math.sqrt(2))) / 2
+
+
+def half_cosine(start: float, end: float, t: float) -> float:
+    return end + (start - end) * (1 + math.cos(math.pi * t)) / 2
+
+
+class Oracle:
+    """DINO, AdamW and EMA written out; settings as in `golden`."""
+
+    def __init__(self, weights: Weights, batch_norm: bool) -> None:
+        self.student = {name: value.clone() for name, value in weights.items()}
+        self.teacher = {name: value.clone() for name, value in weights.items()}
+        self.center = torch.zeros(20, dtype=torch.float64)
+        self.moments = {name: (torch.zeros_like(v), torch.zeros_like(v), 0) for name, v in weights.items()}
+        self.batch_norm = batch_norm
+        self.clipped: list[bool] = []
+
+    def step(self, step: int, views: list[Tensor]) -> float:
+        t = step / 19  # 4 epochs of 5 steps
+        lr = 0.01 * step / 1 if step < 2 else half_cosine(0.01, 1e-6, (step - 2) / 17)
+        wd, momentum = half_cosine(0.04, 0.4, t), half_cosine(0.9, 1.0, t)
+        teacher_temp = 0.04 + 0.03 * step / 9 if step < 10 else 0.07
+        mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
+        views = [(view - mean.view(3, 1, 1)) / std.view(3, 1, 1) for view in views]
+
+        q = project(self.teacher, views[:2], self.batch_norm)
+        target = ((q - self.center) / teacher_temp).softmax(-1)
+        trained = {name: value.requires_grad_() for name, value in self.student.items()}
+        s = project(trained, views, self.batch_norm)
+        total, pairs = torch.zeros(()), 0
+        for iq in range(2):
+            for v in range(len(views)):
+                if v != iq:
+                    total = total + (-target[iq] * (s[v] / 0.1).log_softmax(-1)).sum(-1).mean()
+                    pairs += 1
+        loss = total / pairs
+        gradients = dict(zip(trained, torch.autograd.grad(loss, list(trained.values())), strict=True))
+
+        with torch.no_grad():
+            for name, gradient in gradients.items():
+                if name == "head.prototypes" and step < 2:  # frozen
+                    continue
+                norm = float(gradient.norm())
+                self.clipped.append(norm > CLIP)
+                g = gradient * min(1.0, CLIP / (norm + 1e-6))
+                m, v, k = self.moments[name]
+                m, v, k = 0.9 * m + 0.1 * g, 0.999 * v + 0.001 * g * g, k + 1
+                self.moments[name] = m, v, k
+                w = self.student[name].detach()
+                decay = 0.0 if w.ndim == 1 else wd
+                w = w * (1 - lr * decay) - lr * (m / (1 - 0.9**k)) / ((v / (1 - 0.999**k)).sqrt() + 1e-8)
+                self.student[name] = w
+            self.center = 0.9 * self.center + 0.1 * q.mean((0, 1))
+            for name, w in self.student.items():
+                self.teacher[name] = momentum * self.teacher[name] + (1 - momentum) * w.detach()
+            self.student = {name: w.detach() for name, w in self.student.items()}
+        return float(loss.detach())
+
+
+CLIP = 0.2
+
+
+@pytest.fixture
+def float64() -> Iterator[None]:
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+@pytest.mark.usefixtures("float64")
+@pytest.mark.parametrize("batch_norm", [False, True])
+def test_golden_steps(
+    tiny: Make, images: ArraySource, quiet: Console, monkeypatch: pytest.MonkeyPatch, batch_norm: bool
+) -> None:
+    """Loss, all weights of student and teacher, centre and AdamW's moments, after 1, 2 and 4 steps of the real loop."""
+    run = tiny(
+        f"head.batch_norm={batch_norm}", "optim.lr=0.01", "optim.warmup_epochs=0.4", "optim.ema=0.9",
+        f"optim.clip={CLIP}", "optim.freeze_last_epochs=0.4", "loss.teacher_temp=0.07", "loss.teacher_temp_epochs=2",
+        "train.save_steps=1", "train.keep=99",
+    )  # fmt: skip
+    seen: list[list[Tensor]] = []
+
+    def uncoloured(batch: Batch, _: int, __: torch.device) -> list[Tensor]:
+        groups = [group.double() / 255 for group in batch.groups]
+        seen.append([view for group in groups for view in group])
+        return groups
+
+    monkeypatch.setattr(train, "colour_views", uncoloured)
+    monkeypatch.setattr(train, "create", lambda name, **_: TwoLayers())
+    start = {name: p.detach().clone() for name, p in train.build_learner(_resolved(run)).student.named_parameters()}
+    outcome = train.pretrain(run, images, should_stop=lambda: len(seen) == 4, console=quiet)
+    assert outcome.step == 4 and not outcome.finished
+
+    oracle, losses = Oracle(start, batch_norm), []
+    for step in range(4):
+        losses.append(oracle.step(step, seen[step]))
+        found = checkpoint.read(outcome.folder / "checkpoints" / f"step-{step + 1:09d}").tensors
+        for name in start:
+            for who, weights in (("student", oracle.student), ("teacher", oracle.teacher)):
+                saved = found[f"learner/{who}.{name}"]
+                assert saved.dtype == torch.float64
+                torch.testing.assert_close(saved, weights[name], rtol=1e-9, atol=1e-11, msg=f"{step} {who} {name}")
+            m, v, k = oracle.moments[name]
+            if k:
+                torch.testing.assert_close(found[f"optimizer/exp_avg/{name}"], m, rtol=1e-8, atol=1e-12)
+                torch.testing.assert_close(found[f"optimizer/exp_avg_sq/{name}"], v, rtol=1e-8, atol=1e-14)
+                assert float(found[f"optimizer/step/{name}"]) == k
+            else:
+                assert f"optimizer/exp_avg/{name}" not in found
+        torch.testing.assert_close(found["learner/loss.center"], oracle.center, rtol=1e-9, atol=1e-12)
+    logged = [line["loss"] for line in read_metrics(outcome.folder / "metrics.jsonl")]
+    np.testing.assert_allclose(logged, losses, rtol=1e-9)
+    assert (
+        len(oracle.clipped) / 4 < sum(oracle.clipped) < len(oracle.clipped)
+    )  # the limit met some tensors and spared others
+    assert not torch.equal(start["head.prototypes"], oracle.student["head.prototypes"])
+
+
+def _resolved(run: Run) -> Run:
+    from nearfar.ssl import config
+
+    return config.resolve(run, 40)[0]
+
+
+# What a run leaves behind
+
+
+def test_a_whole_run_leaves_what_it_promises(tiny: Make, images: ArraySource, quiet: Console) -> None:
+    seen: list[tuple[Any, ...]] = []
+    observers = train.Observers(
+        views=lambda batch, coloured, folder: seen.append((batch, coloured, folder)),
+        probe=lambda backbone, run: {"knn_top1": 50.0 + backbone.training},
+    )
+    run = tiny("train.log_every=3", "eval.knn_every=2")
+    outcome = train.pretrain(run, images, observers, console=quiet)
+    assert outcome.finished and outcome.step == outcome.steps == 20 and outcome.folder == run.path
+
+    ((batch, coloured, folder),) = seen
+    assert folder == run.path and batch.epoch == batch.step == 0
+    assert [tuple(group.shape) for group in coloured] == [(2, 8, 3, 32, 32), (2, 8, 3, 16, 16)]
+    assert all(group.min() >= 0 and group.max() <= 1 for group in coloured)
+
+    metrics = read_metrics(run.path / "metrics.jsonl")
+    assert [line["step"] for line in metrics if "loss" in line] == [3, 6, 9, 12, 15, 18, 20]
+    keys = {
+        "step", "epoch", "loss", "lr", "wd", "ema", "teacher_temp", "grad_norm", "img_per_s", "data_wait", "entropy",
+        "feature_std", "rankme", "kl", "prototypes_used", "time",
+    }  # fmt: skip
+    assert all(set(line) == keys for line in metrics if "loss" in line)
+    probed = [line for line in metrics if "knn_top1" in line]
+    assert probed == [{"step": 10, "epoch": 2.0, "knn_top1": 50.0}, {"step": 20, "epoch": 4.0, "knn_top1": 50.0}]
+    assert metrics[-2]["lr"] == 1e-6 and metrics[-2]["wd"] == 0.4 and metrics[-2]["ema"] == 1.0
+
+    tensors = checkpoint.read(run.path / "checkpoints" / "step-000000020").tensors
+    exported = checkpoint.load(run.path)
+    assert all(
+        torch.equal(tensor, tensors[f"learner/teacher.backbone.{name}"])
+        for name, tensor in exported.state_dict().items()
+    )
+    assert list(run.path.glob("events.out.tfevents*"))
+    log = (run.path / "run.log").read_text()
+    assert "derived loss.teacher_temp = 0.04" in log and "4 epochs = 20 steps; cpu, float32" in log
+
+
+def test_what_observers_do_changes_nothing(tiny: Make, images: ArraySource, quiet: Console) -> None:
+    def probe(backbone: Backbone, run: Run) -> dict[str, float]:
+        torch.manual_seed(1)
+        backbone(torch.randn(2, 3, 32, 32))
+        return {"knn_top1": float(torch.rand(()))}
+
+    def look(*_: object) -> None:
+        torch.rand(9)
+
+    watched, alone = tiny("eval.knn_every=1", folder="a"), tiny(folder="b")
+    train.pretrain(watched, images, train.Observers(look, probe), console=quiet)
+    train.pretrain(alone, images, console=quiet)
+    one, two = (checkpoint.latest(run.path / "checkpoints") for run in (watched, alone))
+    assert one is not None and two is not None and one.tensors.keys() == two.tensors.keys()
+    assert all(torch.equal(one.tensors[name], two.tensors[name]) for name in one.tensors)
+
+
+def test_a_finished_run_does_nothing_again(tiny: Make, images: ArraySource, quiet: Console) -> None:
+    run = tiny()
+    train.pretrain(run, images, console=quiet)
+
+    def state() -> dict[str, bytes]:
+        files = [run.path / "metrics.jsonl", run.path / "teacher.safetensors", *run.path.glob("checkpoints/*/*")]
+        return {str(file): file.read_bytes() for file in files}
+
+    before = state()
+    calls: list[Any] = []
+    watch = train.Observers(views=lambda *a: calls.append(a), probe=lambda *a: calls.append(a) or {})
+    outcome = train.pretrain(run, images, watch, console=quiet)
+    assert outcome.finished and state() == before and not calls
+    assert "already finished (step 20)" in (run.path / "run.log").read_text()
+
+
+def test_the_seed_of_a_step_differs_from_step_to_step_and_from_run_to_run() -> None:
+    seeds = {train._step_seed(seed, step, rank) for seed in range(5) for step in range(50) for rank in range(3)}
+    assert len(seeds) == 750
+    assert 0 <= train._step_seed(2**40, 2**40, 2**20) < 2**63
+    torch.manual_seed(train._step_seed(2**20 - 1, 2**31 - 1, 2**12 - 1))
+
+
+# What goes wrong
+
+
+def test_a_loss_that_is_not_finite_stops_before_it_reaches_the_weights(
+    tiny: Make, images: ArraySource, quiet: Console, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clean, run = tiny(folder="clean"), tiny("train.save_steps=3")
+    train.pretrain(clean, images, console=quiet)
+    colour_views, seen = train.colour_views, []
+
+    def poisoned(batch: Batch, *rest: Any) -> list[Tensor]:
+        groups = colour_views(batch, *rest)
+        seen.append(batch)
+        if len(seen) == 8:
+            groups[1][0, 2, 0, 3, 3] = float("nan")
+        return groups
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "colour_views", poisoned)
+        with pytest.raises(UserError) as caught:
+            train.pretrain(run, images, console=quiet)
+    message = str(caught.value)
+    assert "At step 7 the loss is nan" in message and "optim.lr" in message
+    assert all(images.name(int(index)) in message for index in seen[-1].index[:4])
+    saved = checkpoint.latest(run.path / "checkpoints")
+    assert saved is not None and saved.state["step"] == 6
+    assert all(torch.isfinite(tensor).all() for tensor in saved.tensors.values())
+    assert train.pretrain(run, images, console=quiet).finished  # the cause is mended
+    one, two = (checkpoint.latest(r.path / "checkpoints") for r in (clean, run))
+    assert one is not None and two is not None
+    assert all(torch.equal(one.tensors[name], two.tensors[name]) for name in one.tensors)
+
+
+def test_a_run_that_blows_up_says_so(tiny: Make, images: ArraySource, quiet: Console) -> None:
+    run = tiny("optim.lr=1e38", "optim.warmup_epochs=0", "train.save_steps=1")
+    with pytest.raises(UserError, match=r"At step \d+ the loss is .*not finite"):
+        train.pretrain(run, images, console=quiet)
+
+
+def test_a_failed_start_may_be_corrected(tiny: Make, images: ArraySource, quiet: Console) -> None:
+    with pytest.raises(UserError, match="40 images do not fill one batch of 64"):
+        train.pretrain(tiny("train.batch_size=64"), images, console=quiet)
+    with pytest.raises(UserError, match="no backbone called"):
+        train.pretrain(tiny("backbone.name=vit_tinny_patch8"), images, console=quiet)
+    assert train.pretrain(tiny(), images, console=quiet).finished
+
+
+def test_bad_images_are_named_once_and_the_run_goes_on(tiny: Make, quiet: Console) -> None:
+    from nearfar.ssl.decode import BadImage
+
+    class Torn(ArraySource):
+        def read(self, i: int) -> Any:
+            if i == 17:
+                raise BadImage(self.name(i), "torn")
+            return super().read(i)
+
+    source = Torn(np.random.default_rng(0).integers(0, 256, (40, 32, 32, 3), np.uint8))
+    run = tiny("data.bad_share=0.1")
+    assert train.pretrain(run, source, console=quiet).finished
+    assert (run.path / "run.log").read_text().count("Bad image image 17: torn.") == 1
+
+
+def test_too_many_bad_images_end_it_with_the_checkpoint_kept(tiny: Make, quiet: Console) -> None:
+    from nearfar.ssl.decode import BadImage
+
+    class Torn(ArraySource):
+        torn = False
+
+        def read(self, i: int) -> Any:
+            if self.torn and i % 2:
+                raise BadImage(self.name(i), "torn")
+            return super().read(i)
+
+    source = Torn(np.random.default_rng(0).integers(0, 256, (40, 32, 32, 3), np.uint8))
+    run = tiny()
+    train.pretrain(run, source, should_stop=lambda: True, console=quiet)
+    source.torn = True
+    with pytest.raises(UserError, match=r"cannot be used, more than data.bad_share"):
+        train.pretrain(run, source, console=quiet)
+    saved = checkpoint.latest(run.path / "checkpoints")
+    assert saved is not None and saved.state["step"] == 1
+
+
+def test_metrics_are_json_lines(tiny: Make, images: ArraySource, quiet: Console, tmp_path: Path) -> None:
+    run = tiny()
+    train.pretrain(run, images, should_stop=lambda: True, console=quiet)
+    (line,) = (run.path / "metrics.jsonl").read_text().splitlines()
+    assert json.loads(line)["step"] == 1
