@@ -1,0 +1,265 @@
+"""The `nearfar` command: exit codes, one paragraph for a mistake, runs that stop and continue."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from PIL import Image
+
+from nearfar.launch import cli
+from nearfar.ssl import checkpoint, config
+from nearfar.ssl.run_folder import RunFolder, read_metrics
+
+RECIPE = {
+    "data": {"workers": 0},
+    "views": {"global_size": 32, "local_size": 16, "local_count": 2},
+    "backbone": {
+        "name": "vit_tiny_patch8", "embed_dim": 24, "depth": 2, "num_heads": 2,
+        "lgp": True, "gaug": True, "prr": True, "drop_path": 0.2,
+    },
+    "head": {"prototypes": 20, "hidden": 16, "bottleneck": 8},
+    "train": {"epochs": 5, "batch_size": 8, "device": "cpu", "precision": "fp32", "threads": 1, "log_every": 1},
+}  # fmt: skip
+STEPS = 25
+
+Refused = Callable[..., str]
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder to work in, with pictures/ (two classes of 20) and mine.yaml."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "200")
+    rng = np.random.default_rng(0)
+    for k in range(40):
+        file = tmp_path / "pictures" / ("cat", "dog")[k % 2] / f"{k}.png"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(rng.integers(0, 256, (32, 32, 3), np.uint8)).save(file)
+    (tmp_path / "mine.yaml").write_text(yaml.safe_dump(RECIPE))
+    return tmp_path
+
+
+@pytest.fixture
+def refused(capsys: pytest.CaptureFixture[str]) -> Refused:
+    """Run a command that must fail as a user's mistake; the paragraph it tells."""
+
+    def run(*argv: str) -> str:
+        capsys.readouterr()
+        assert cli.main(argv) == 2
+        told = capsys.readouterr().err
+        assert told.startswith("nearfar: ") and told.count("\n") == 1 and "Traceback" not in told
+        return told
+
+    return run
+
+
+PRETRAIN = ("pretrain", "mine.yaml", "data.path=pictures")
+
+
+# Mistakes
+
+
+def test_settings_are_checked_before_anything_is_touched(here: Path, refused: Refused) -> None:
+    told = refused(*PRETRAIN, "train.epoch=3", "views.global_size=33", "optim.lr=-1")
+    for part in ("3 mistakes", "did you mean train.epochs?", "no multiple of the patch size 8", "optim.lr=-1"):
+        assert part in told
+    assert not (here / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("path", "words"),
+    [
+        ("nowhere", ["nowhere"]),
+        ("empty", ["empty"]),
+        ("texts", ["texts"]),
+        ("pictures.npz", ["pictures.npz"]),
+        ("", ["data.path is not set"]),
+    ],
+)
+def test_data_that_is_none(here: Path, refused: Refused, path: str, words: list[str]) -> None:
+    (here / "empty").mkdir()
+    (here / "texts").mkdir()
+    (here / "texts" / "a.txt").write_text("a")
+    (here / "pictures.npz").write_bytes(b"no zip file")
+    told = refused("pretrain", "mine.yaml", *([f"data.path={path}"] if path else []))
+    assert all(word in told for word in words)
+    assert not (here / "runs").exists()
+
+
+def test_validation_data_that_is_none(here: Path, refused: Refused) -> None:
+    assert "nowhere" in refused(*PRETRAIN, "data.val=nowhere")
+
+
+def test_recipes_that_are_none(here: Path, refused: Refused) -> None:
+    told = refused("pretrain", "cifar100")
+    assert "There is no recipe cifar100" in told and "demo" in told
+    assert "There is no recipe missing.yaml" in refused("pretrain", "missing.yaml")
+    assert "cannot be read" in refused("pretrain", "pictures/cat/0.png")
+    (here / "list.yaml").write_text("- 1\n")
+    assert "must hold sections" in refused("pretrain", "list.yaml")
+
+
+def test_a_backbone_that_is_none_may_be_corrected(here: Path, refused: Refused) -> None:
+    assert "Did you mean" in refused(*PRETRAIN, "backbone.name=vit_tinny_patch8")
+    assert "lgp is not supported for timm/resnet18" in refused(*PRETRAIN, "backbone.name=timm/resnet18")
+    told = refused(*PRETRAIN, "train.batch_size=64")
+    assert "40 images do not fill one batch of 64" in told
+    assert cli.main([*PRETRAIN, "train.epochs=1"]) == 0
+
+
+def test_a_run_of_other_settings_and_a_folder_in_use(here: Path, refused: Refused) -> None:
+    assert cli.main([*PRETRAIN, "train.epochs=1"]) == 0
+    assert "train.epochs: 1 -> 5" in refused(*PRETRAIN)
+    with RunFolder(Path("runs/mine")):
+        assert "runs/mine is in use by process" in refused(*PRETRAIN, "train.epochs=1")
+
+
+def test_no_space_left_is_told_with_the_checkpoint_before_intact(here: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    child = os.fork()
+    if child == 0:
+        writes = iter(range(99))
+        save_file = checkpoint.save_file
+
+        def fails_later(*arguments: object) -> None:
+            if next(writes) >= 4:  # two checkpoints, each with its export
+                raise OSError(28, "No space left on device")
+            save_file(*arguments)  # type: ignore[arg-type]
+
+        checkpoint.save_file = fails_later  # type: ignore[assignment]
+        os._exit(cli.main([*PRETRAIN, "train.save_steps=5"]))
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 2
+    told = capfd.readouterr().err
+    assert "No space left on device" in told and "step-000000010 is intact" in told
+    assert cli.main(list(PRETRAIN)) == 0
+    assert "Continuing from step 10 of 25." in Path("runs/mine/run.log").read_text()
+
+
+@pytest.mark.parametrize("argv", [[], ["pretrian"], ["pretrain"], ["eval", "colour", "x"], ["pretrain", "demo", "-x"]])
+def test_what_is_no_command_is_answered_with_the_usage(argv: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        cli.main(argv)
+    assert caught.value.code == 2 and "usage: nearfar" in capsys.readouterr().err
+
+
+def test_a_model_that_is_none(here: Path, refused: Refused) -> None:
+    assert "nowhere does not exist" in refused("export", "nowhere", "out.safetensors")
+
+
+# Help and recipes
+
+
+def test_help_lists_every_setting_with_default_and_meaning(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "150")
+    with pytest.raises(SystemExit) as caught:
+        cli.main(["pretrain", "--help"])
+    told = capsys.readouterr().out
+    assert caught.value.code == 0
+    for setting in config.settings():
+        default = "derived" if setting.default is None else setting.default
+        assert f"  {setting.key}={default}\n" in told
+        assert setting.description in told
+    assert "demo" in told
+
+
+@pytest.mark.parametrize("verb", ["", "demo", "pretrain", "features", "eval", "export", "report"])
+def test_every_verb_has_help(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        cli.main([verb, "--help"] if verb else ["--help"])
+    assert caught.value.code == 0 and "usage: nearfar" in capsys.readouterr().out
+
+
+def test_bundled_recipes_are_found_by_name_and_are_right() -> None:
+    folder = Path(__file__).resolve().parents[2] / "recipes"
+    names = {file.stem for file in folder.glob("*.yaml")}
+    assert "demo" in names
+    for name in names:
+        file = cli.find_recipe(name)
+        assert file.samefile(folder / f"{name}.yaml")
+        assert config.load(file).name == name
+
+
+def test_a_file_of_that_name_beside_you_is_meant_by_its_suffix(here: Path) -> None:
+    (here / "demo.yaml").write_text("train: {epochs: 3}\n")
+    assert config.load(cli.find_recipe("demo.yaml")).train.epochs == 3
+    assert config.load(cli.find_recipe("demo")).train.epochs != 3
+
+
+# Runs
+
+
+def bits(run: Path) -> dict[str, torch.Tensor]:
+    saved = checkpoint.latest(run / "checkpoints")
+    assert saved is not None and saved.state["step"] == STEPS
+    return saved.tensors
+
+
+def same(one: Path, two: Path) -> None:
+    left, right = bits(one), bits(two)
+    assert left.keys() == right.keys()
+    assert [name for name in left if not torch.equal(left[name], right[name])] == []
+    losses = [
+        [(m["step"], m["loss"]) for m in read_metrics(run / "metrics.jsonl") if "loss" in m] for run in (one, two)
+    ]
+    assert losses[0] == losses[1] and [step for step, _ in losses[0]] == list(range(1, STEPS + 1))
+
+
+def test_a_run_with_its_pictures_scores_and_export(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main([*PRETRAIN, "data.val=pictures", "eval.knn_every=2"]) == 0
+    run = here / "runs" / "mine"
+    assert Image.open(run / "views.png").size[0] > 64
+    scored = [line for line in read_metrics(run / "metrics.jsonl") if "knn_top1" in line]
+    assert [line["step"] for line in scored] == [10, 20, 25] and all(0 <= line["knn_top1"] <= 100 for line in scored)
+    told = capsys.readouterr().out
+    assert "derived optim.lr = " in told and "25/25" in told
+
+    assert cli.main(["export", "runs/mine", "out.safetensors"]) == 0
+    one, two = checkpoint.load(here / "out.safetensors").state_dict(), checkpoint.load(run).state_dict()
+    assert one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
+
+    before = (run / "metrics.jsonl").read_bytes()
+    assert cli.main([*PRETRAIN, "data.val=pictures", "eval.knn_every=2"]) == 0
+    assert "already finished" in capsys.readouterr().out and (run / "metrics.jsonl").read_bytes() == before
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("sent", "workers"), [(signal.SIGTERM, 2), (signal.SIGINT, 0)])
+def test_a_signal_saves_and_ends_with_0_and_the_same_command_continues(
+    here: Path, sent: signal.Signals, workers: int
+) -> None:
+    """The real command in a process of its own; Ctrl-C reaches its whole process group, as in a terminal."""
+    command = [str(Path(sys.executable).with_name("nearfar")), *PRETRAIN, f"data.workers={workers}"]
+    metrics = here / "runs" / "mine" / "metrics.jsonl"
+    child = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    until = time.monotonic() + 90
+    while not (metrics.exists() and metrics.read_bytes().count(b"\n") >= 3) and time.monotonic() < until:
+        assert child.poll() is None, child.communicate()
+        time.sleep(0.005)
+    os.killpg(child.pid, sent)
+    out, err = child.communicate(timeout=60)
+    assert child.returncode == 0, err
+    assert "Traceback" not in err
+    stopped = len(read_metrics(metrics))
+    assert 3 <= stopped < STEPS
+    assert f"Stopped after step {stopped} of 25. The same command continues from here." in out
+    assert (here / "runs" / "mine" / "checkpoints" / f"step-{stopped:09d}").is_dir()
+    with pytest.raises(ProcessLookupError):
+        os.killpg(child.pid, 0)  # no worker is left
+
+    assert cli.main(PRETRAIN) == 0
+    assert cli.main([*PRETRAIN, "folder=reference"]) == 0
+    same(here / "runs" / "mine", here / "reference" / "mine")
