@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import shutil
 import sys
 from collections.abc import Sequence
@@ -20,11 +21,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         arguments.verb(arguments)
     except UserError as error:
-        Console(stderr=True).print(f"nearfar: {error}", highlight=False, markup=False, soft_wrap=True)
-        return 2
+        return _refuse(str(error))
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        where = f" at {error.filename}" if error.filename else ""
+        return _refuse(
+            f"No space left on the disk{where}. Checkpoints saved before are intact: free some space and start the "
+            "same command again."
+        )
     except KeyboardInterrupt:
         return 130
     return 0
+
+
+def _refuse(paragraph: str) -> int:
+    Console(stderr=True).print(f"nearfar: {paragraph}", highlight=False, markup=False, soft_wrap=True)
+    return 2
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -144,6 +144,12 @@ def test_no_space_left_is_told_with_the_checkpoint_before_intact(here: Path, cap
     assert "Continuing from step 10 of 25." in Path("runs/mine/run.log").read_text()
 
 
+def test_no_space_left_between_two_checkpoints_is_told_too(here: Path, refused: Refused) -> None:
+    (here / "runs" / "mine").mkdir(parents=True)
+    (here / "runs" / "mine" / "run.log").symlink_to("/dev/full")
+    assert "No space left on the disk. Checkpoints saved before are intact" in refused(*PRETRAIN)
+
+
 @pytest.mark.parametrize("argv", [[], ["pretrian"], ["pretrain"], ["eval", "colour", "x"], ["pretrain", "demo", "-x"]])
 def test_what_is_no_command_is_answered_with_the_usage(argv: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as caught:
