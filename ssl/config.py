@@ -6,7 +6,6 @@ with the reason beside it; whatever the user writes wins. All mistakes of a reci
 
 from __future__ import annotations
 
-import difflib
 import math
 import os
 from collections.abc import Iterator
@@ -14,12 +13,13 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError
 
 from nearfar.ssl.backbones.errors import UserError
+from nearfar.ssl.mistakes import impossible, unknown
 
 # Settings marked so may differ when a run is continued: they do not change a single weight.
-FREE = {"resume": "free"}
+FREE: dict[str, JsonValue] = {"resume": "free"}
 
 Share = tuple[float, float]
 
@@ -179,6 +179,9 @@ def settings() -> Iterator[Setting]:
             yield Setting(key, kind, leaf.default, leaf.description or "", bool(leaf.json_schema_extra == FREE))
 
 
+KEYS = [setting.key for setting in settings()]
+
+
 def load(recipe: Path | None, overrides: list[str] | tuple[str, ...] = ()) -> Run:
     """Read a YAML recipe, lay `key.sub=value` over it, validate.
 
@@ -207,7 +210,7 @@ def load(recipe: Path | None, overrides: list[str] | tuple[str, ...] = ()) -> Ru
         if isinstance(node, dict):
             node[leaf] = value
         else:
-            problems.append(f"{key} is unknown{_did_you_mean(key)}")
+            problems.append(unknown(key, KEYS))
     return validate(tree, problems)
 
 
@@ -219,7 +222,11 @@ def validate(tree: dict[str, Any], problems: list[str] | None = None) -> Run:
     except ValidationError as error:
         for mistake in error.errors():
             place = [part for part in mistake["loc"] if isinstance(part, str)]
-            problems.append(_explain(".".join(place), mistake["type"], mistake["msg"], mistake["input"]))
+            key = ".".join(place)
+            if mistake["type"] == "extra_forbidden":
+                problems.append(unknown(key, KEYS))
+            else:
+                problems.append(impossible(key, mistake["input"], mistake["msg"]))
             _drop(tree, place)
         run = Run.model_validate(tree)  # what was right is right: the combinations are checked as well
     problems += combinations(run)
@@ -400,29 +407,6 @@ def _read_yaml(recipe: Path) -> dict[str, Any]:
 
 def _string_keys(node: Any) -> Any:
     return {str(key): _string_keys(value) for key, value in node.items()} if isinstance(node, dict) else node
-
-
-def _explain(key: str, kind: str, message: str, value: Any) -> str:
-    if kind == "extra_forbidden":
-        return f"{key} is unknown{_did_you_mean(key)}"
-    message = message[:1].lower() + message[1:]
-    return f"{key}={value!r} is not possible: {message}"
-
-
-def _did_you_mean(key: str) -> str:
-    keys = [setting.key for setting in settings()]
-    leaves = {name.rpartition(".")[2]: name for name in keys}
-    near: list[str] = []
-    if "." not in key and key not in leaves:  # most likely a section: training for train, heads for head
-        sections = list(Run.model_fields)
-        near = [name for name in sections if key.startswith(name)] or _near(key, sections, 0.6)
-    near = near or _near(key, keys, 0.75)
-    near = near or [leaves[name] for name in _near(key.rpartition(".")[2], list(leaves), 0.6)]
-    return f" (did you mean {near[0]}?)" if near else " (see `nearfar pretrain --help`)"
-
-
-def _near(word: str, words: list[str], cutoff: float) -> list[str]:
-    return difflib.get_close_matches(word, words, n=1, cutoff=cutoff)
 
 
 def _drop(tree: dict[str, Any], place: list[str]) -> None:
