@@ -49,19 +49,24 @@ def test_the_lock_goes_with_its_process_however_it_dies(tmp_path: Path) -> None:
 
 
 def test_a_forked_worker_neither_holds_the_lock_nor_frees_it(tmp_path: Path) -> None:
-    reading, writing = os.pipe()
+    ready, tell_ready = os.pipe()
+    go, tell_go = os.pipe()
     with RunFolder(tmp_path / "r"):
         child = os.fork()
         if child == 0:
-            os.close(writing)
-            os.read(reading, 1)  # lives on until the parent is done
+            os.close(tell_go)
+            os.write(tell_ready, b".")
+            os.read(go, 1)  # lives on until the parent is done
             os._exit(0)
+        os.read(ready, 1)
         with pytest.raises(UserError, match="in use"):
             RunFolder(tmp_path / "r").__enter__()
     with RunFolder(tmp_path / "r"):  # the worker is alive
         pass
-    os.close(writing)
+    os.close(tell_go)
     os.waitpid(child, 0)
+    for handle in (ready, tell_ready, go):
+        os.close(handle)
 
 
 def test_the_lock_is_given_back_after_an_error(tmp_path: Path) -> None:
