@@ -14,7 +14,6 @@ from nearfar.ssl import config
 from nearfar.ssl.config import Run
 from nearfar.ssl.sources import ArraySource
 
-STEPS, PER_EPOCH = 20, 5
 TINY = [
     "name=tiny", "views.global_size=32", "views.local_size=16", "views.local_count=2",
     "backbone.name=vit_tiny_patch8", "backbone.embed_dim=24", "backbone.depth=2", "backbone.num_heads=2",
@@ -35,11 +34,7 @@ def tiny(tmp_path: Path) -> Callable[..., Run]:
 
 @pytest.fixture
 def images() -> ArraySource:
-    return random_images(0)
-
-
-def random_images(seed: int) -> ArraySource:
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(0)
     return ArraySource(rng.integers(0, 256, (40, 32, 32, 3), np.uint8), labels=np.arange(40) % 4)
 
 
