@@ -42,8 +42,10 @@ class DINOLoss(nn.Module):
 
     def forward(self, student_logits: Tensor, teacher_probabilities: Tensor) -> Tensor:
         """Logits (V, B, K) of the student against probabilities (G, B, K) of the teacher -> scalar."""
-        student = F.log_softmax(student_logits.to(self.center.dtype) / self.student_temp, dim=-1)
-        return dino_loss(student, teacher_probabilities)
+        # Near the flat answer the gradient is a small difference of probabilities: bf16 would leave only its rounding.
+        with torch.autocast(student_logits.device.type, enabled=False):
+            student = F.log_softmax(student_logits.to(self.center.dtype) / self.student_temp, dim=-1)
+            return dino_loss(student, teacher_probabilities)
 
     @torch.no_grad()
     def update_center(self, teacher_logits: Tensor) -> None:

@@ -43,5 +43,8 @@ class DINOHead(nn.Module):
 
     def forward(self, features: Tensor) -> Tensor:
         """(N, in_dim) -> cosines (N, K), each within [-1, 1]."""
-        embedding = F.normalize(self.mlp(features), dim=-1, eps=1e-6)
-        return F.linear(embedding, F.normalize(self.prototypes, dim=-1).to(embedding.dtype))
+        embedding = self.mlp(features)
+        # A temperature of .04 multiplies the rounding of a cosine by 25, so cosines are never half precision.
+        with torch.autocast(embedding.device.type, enabled=False):
+            embedding = F.normalize(embedding.to(self.prototypes.dtype), dim=-1, eps=1e-6)
+            return F.linear(embedding, F.normalize(self.prototypes, dim=-1))

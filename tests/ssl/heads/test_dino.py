@@ -94,3 +94,13 @@ def test_under_autocast_the_logits_are_finite_and_close() -> None:
     with torch.autocast("cpu", torch.bfloat16):
         logits = made(x)
     torch.testing.assert_close(logits.float(), made(x), atol=0.03, rtol=0.03)
+
+
+def test_cosines_are_float32_under_autocast() -> None:
+    """A temperature of .04 multiplies their rounding by 25."""
+    torch.manual_seed(0)
+    head = DINOHead(8, 16, hidden=32, bottleneck=8)
+    with torch.autocast("cpu", torch.bfloat16):
+        cosines = head(torch.randn(4, 8))
+    assert cosines.dtype == torch.float32
+    assert not torch.equal(cosines, cosines.bfloat16().float())
