@@ -93,6 +93,9 @@ class Loss(Settings):
     teacher_temp: float | None = Field(None, gt=0, description="temperature of the teacher's softmax after warm-up")
     teacher_temp_start: float = Field(0.04, gt=0, description="temperature at the start of the warm-up")
     teacher_temp_epochs: float | None = Field(None, ge=0, description="epochs of temperature warm-up")
+    balance: Literal["center", "sinkhorn"] = Field(
+        "center", description="what keeps the teacher from one answer: a running centre (DINO), Sinkhorn-Knopp (DINOv2)"
+    )
     center_momentum: float = Field(0.9, ge=0, lt=1, description="momentum of the teacher's centre")
 
 

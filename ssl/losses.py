@@ -23,21 +23,39 @@ def dino_loss(student: Tensor, teacher: Tensor) -> Tensor:
     return pairs.masked_fill(same_view, 0).sum() / (globals_ * views - globals_)
 
 
+def sinkhorn_knopp(logits: Tensor, temperature: float, iterations: int = 3) -> Tensor:
+    """Teacher probabilities that use all prototypes alike over the rows: logits (..., K) -> (..., K).
+
+    Alternately scales exp(logits / temperature) to equal mass a prototype and mass 1 a row (SwAV, section 3.1;
+    DINOv2, section 4), in logarithms, so that no temperature overflows.
+    """
+    rows = logits.flatten(0, -2) / temperature
+    for _ in range(iterations):
+        rows = rows - rows.logsumexp(0, keepdim=True)
+        rows = rows - rows.logsumexp(1, keepdim=True)
+    return rows.exp().view_as(logits)
+
+
 class DINOLoss(nn.Module):
-    """`dino_loss` on logits, with temperatures and the running centre of the teacher's logits."""
+    """`dino_loss` on logits, with temperatures, and the teacher balanced by a running centre or Sinkhorn-Knopp."""
 
     center: Tensor
 
-    def __init__(self, prototypes: int, student_temp: float = 0.1, center_momentum: float = 0.9) -> None:
+    def __init__(
+        self, prototypes: int, student_temp: float = 0.1, center_momentum: float = 0.9, sinkhorn: bool = False
+    ) -> None:
         super().__init__()
+        self.sinkhorn = sinkhorn
         self.student_temp = student_temp
         self.center_momentum = center_momentum
         self.register_buffer("center", torch.zeros(prototypes))
 
     @torch.no_grad()
     def teacher_probabilities(self, logits: Tensor, temperature: float) -> Tensor:
-        """Centred and sharpened teacher: logits (G, B, K) -> probabilities, in float32 or wider."""
+        """Balanced and sharpened teacher: logits (G, B, K) -> probabilities, in float32 or wider."""
         logits = logits.to(self.center.dtype)
+        if self.sinkhorn:
+            return sinkhorn_knopp(logits, temperature)
         return F.softmax((logits - self.center) / temperature, dim=-1)
 
     def forward(self, student_logits: Tensor, teacher_probabilities: Tensor) -> Tensor:

@@ -62,7 +62,9 @@ def build_learner(run: Run) -> Learner:
         return Network(body, DINOHead(body.embed_dim, prototypes, head.hidden, head.bottleneck, batch_norm))
 
     student, teacher = network(backbone.drop_path), network(0.0)
-    learner = Learner(student, teacher, DINOLoss(prototypes, loss.student_temp, loss.center_momentum))
+    learner = Learner(
+        student, teacher, DINOLoss(prototypes, loss.student_temp, loss.center_momentum, loss.balance == "sinkhorn")
+    )
     return learner.train()
 
 

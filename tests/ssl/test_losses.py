@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from nearfar.ssl.losses import DINOLoss, dino_loss
+from nearfar.ssl.losses import DINOLoss, dino_loss, sinkhorn_knopp
 
 Array = NDArray[np.float64]
 
@@ -107,3 +107,34 @@ def test_autocast_leaves_the_loss_and_its_gradient_exact() -> None:
     assert cast.dtype == torch.float32
     assert torch.equal(cast, exact)
     assert torch.equal(torch.autograd.grad(cast, student)[0], gradient)
+
+
+def test_sinkhorn_knopp_is_the_published_iteration() -> None:
+    """DINOv2's form, in float64: exp, then three times columns to 1/K and rows to 1/B, scaled back to rows of 1."""
+    logits = np.random.default_rng(0).uniform(-1, 1, (2, 12, 6))
+    q = np.exp(logits.reshape(24, 6) / 0.05)
+    q /= q.sum()
+    for _ in range(3):
+        q /= q.sum(0, keepdims=True) * 6
+        q /= q.sum(1, keepdims=True) * 24
+    got = sinkhorn_knopp(torch.from_numpy(logits), 0.05)
+    np.testing.assert_allclose(got.reshape(24, 6).numpy(), q * 24, rtol=1e-10)
+
+
+def test_sinkhorn_knopp_uses_every_prototype_alike() -> None:
+    logits = torch.randn(2, 64, 16, generator=torch.Generator().manual_seed(0)).double() * 0.3
+    logits[..., 0] += 2  # a prototype that every image prefers
+    balanced = sinkhorn_knopp(logits, 0.05, iterations=50)
+    torch.testing.assert_close(balanced.sum(-1), torch.ones(2, 64).double())
+    torch.testing.assert_close(balanced.sum((0, 1)), torch.full((16,), 8.0).double(), rtol=1e-2, atol=0)
+
+
+def test_sinkhorn_knopp_does_not_overflow_at_low_temperatures() -> None:
+    logits = torch.randn(2, 8, 4, generator=torch.Generator().manual_seed(0))
+    assert sinkhorn_knopp(logits, 1e-3).isfinite().all()
+
+
+def test_the_loss_balances_as_it_is_told() -> None:
+    logits = torch.randn(2, 8, 4, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(DINOLoss(4, sinkhorn=True).teacher_probabilities(logits, 0.1), sinkhorn_knopp(logits, 0.1))
+    assert torch.equal(DINOLoss(4).teacher_probabilities(logits, 0.1), (logits / 0.1).softmax(-1))
