@@ -23,6 +23,7 @@ from 13 people and the file does not say whose each is, so one hand may be seen 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import Literal, NamedTuple
 
@@ -37,6 +38,9 @@ Floats = NDArray[np.float32]
 
 CLASSES = ("background", *(f"digit {d}" for d in range(10)))
 """Names of the 11 mask values."""
+
+BACKGROUNDS = {"noise": 0.3, "grating": 0.25, "gradient": 0.15, "blobs": 0.15, "checks": 0.15}
+"""Kinds of background and how often each is drawn."""
 
 _CHUNK = 250  # scenes composed at a time: bounds the memory, and is part of what a seed means
 _UPSCALE = 6  # a scan of 8x8 becomes 48x48 (60x60 with its margin of one cell): about the size it is drawn at
@@ -68,6 +72,7 @@ def make_scenes(
     colour: float = 1.0,
     clutter: int = 4,
     noise: float = 0.02,
+    backgrounds: Sequence[str] = tuple(BACKGROUNDS),
 ) -> Scenes:
     """Draw `n` scenes, the ten digits in equal numbers, in random order; a pure function of the arguments.
 
@@ -84,11 +89,14 @@ def make_scenes(
         colour: saturation; 0 = grey scenes, 1 = as saturated as the luminance allows.
         clutter: most pieces of clutter in a scene (the number is uniform in 0..clutter).
         noise: standard deviation of the pixel noise, of 1.
+        backgrounds: kinds of BACKGROUNDS to draw from.
 
     Raises:
-        ValueError: `n` or `size` too small, an unknown split, or a range out of bounds.
+        ValueError: `n` or `size` too small, an unknown split or background, or a range out of bounds.
     """
     _check(n, size, split, digit_height, contrast, polarity, texture)
+    if not backgrounds or not set(backgrounds) <= BACKGROUNDS.keys():
+        raise ValueError(f"backgrounds are some of {', '.join(BACKGROUNDS)}, not {backgrounds}")
     rng = np.random.default_rng([seed, ("train", "val").index(split)])
     labels = rng.permutation(np.arange(n) % 10).astype(np.int64)
     images = np.empty((n, size, size, 3), np.uint8)
@@ -99,7 +107,7 @@ def make_scenes(
         cover = _digits(rng, wanted, split, size, digit_height, aspect, rotation, shear, shift)
         paint = _luminances(rng, len(wanted), polarity, contrast, texture)
 
-        field = _background(rng, len(wanted), size)
+        field = _background(rng, len(wanted), size, backgrounds)
         scene = _colourise(rng, field, paint.background, paint.background_half, colour)
         for _ in range(clutter):
             shape = _piece(rng, len(wanted), size) * (rng.random(len(wanted)) < 0.5)[:, None, None]
@@ -304,15 +312,16 @@ def _stretch(field: Floats) -> Floats:
     return (field - low) * (2 / np.maximum(high - low, 1e-6)) - 1
 
 
-def _background(rng: np.random.Generator, n: int, size: int) -> Floats:
-    """Fields (n, size, size) in [-1, 1], each of a kind drawn at random."""
-    kinds = (_noise_field, _grating, _gradient, _blobs, _checks)
-    kind = rng.choice(len(kinds), n, p=[0.3, 0.25, 0.15, 0.15, 0.15])
+def _background(rng: np.random.Generator, n: int, size: int, kinds: Sequence[str]) -> Floats:
+    """Fields (n, size, size) in [-1, 1], each of one of the kinds, drawn at random."""
+    draw = {"noise": _noise_field, "grating": _grating, "gradient": _gradient, "blobs": _blobs, "checks": _checks}
+    weight = np.array([BACKGROUNDS[kind] for kind in kinds])
+    kind = rng.choice(len(kinds), n, p=weight / weight.sum())
     field = np.empty((n, size, size), np.float32)
-    for k, draw in enumerate(kinds):
+    for k, name in enumerate(kinds):
         here = np.flatnonzero(kind == k)
         if len(here):
-            field[here] = draw(rng, len(here), size)
+            field[here] = draw[name](rng, len(here), size)
     return field
 
 

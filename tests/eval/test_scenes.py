@@ -195,6 +195,7 @@ def centred(drawn: Scenes) -> NDArray[np.float64]:
         {"contrast": (0.0, 0.5)},
         {"polarity": 2.0},
         {"texture": -1.0},
+        {"backgrounds": ("noise", "photographs")},
     ],
 )
 def test_impossible_wishes_are_refused_by_name(wrong: dict[str, Any]) -> None:
