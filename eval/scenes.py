@@ -39,7 +39,7 @@ Floats = NDArray[np.float32]
 CLASSES = ("background", *(f"digit {d}" for d in range(10)))
 """Names of the 11 mask values."""
 
-BACKGROUNDS = {"noise": 0.3, "grating": 0.25, "gradient": 0.15, "blobs": 0.15, "checks": 0.15}
+BACKGROUNDS = {"noise": 0.25, "even": 0.05, "grating": 0.25, "gradient": 0.15, "blobs": 0.15, "checks": 0.15}
 """Kinds of background and how often each is drawn."""
 
 _CHUNK = 250  # scenes composed at a time: bounds the memory, and is part of what a seed means
@@ -112,7 +112,7 @@ def make_scenes(
         for _ in range(clutter):
             shape = _piece(rng, len(wanted), size) * (rng.random(len(wanted)) < 0.5)[:, None, None]
             scene += shape[..., None] * (_piece_colour(rng, paint, colour)[:, None, None] - scene)
-        ink = _colourise(rng, _noise_field(rng, len(wanted), size), paint.ink, paint.ink_half, colour)
+        ink = _colourise(rng, _even_noise(rng, len(wanted), size), paint.ink, paint.ink_half, colour)
         scene += cover[..., None] * (ink - scene)
         scene += noise * rng.standard_normal(scene.shape, np.float32)
 
@@ -314,7 +314,14 @@ def _stretch(field: Floats) -> Floats:
 
 def _background(rng: np.random.Generator, n: int, size: int, kinds: Sequence[str]) -> Floats:
     """Fields (n, size, size) in [-1, 1], each of one of the kinds, drawn at random."""
-    draw = {"noise": _noise_field, "grating": _grating, "gradient": _gradient, "blobs": _blobs, "checks": _checks}
+    draw = {
+        "noise": _noise_field,
+        "even": _even_noise,
+        "grating": _grating,
+        "gradient": _gradient,
+        "blobs": _blobs,
+        "checks": _checks,
+    }
     weight = np.array([BACKGROUNDS[kind] for kind in kinds])
     kind = rng.choice(len(kinds), n, p=weight / weight.sum())
     field = np.empty((n, size, size), np.float32)
@@ -330,10 +337,21 @@ def _noise_field(rng: np.random.Generator, n: int, size: int) -> Floats:
     shares = rng.dirichlet([0.6] * 4, n)
     total = np.zeros((n, size, size), np.float32)
     for octave, cells in enumerate((3, 6, 12, 24)):
-        grid = torch.from_numpy(rng.standard_normal((n, 1, cells, cells), np.float32))
-        smooth = F.interpolate(grid, size=(size, size), mode="bicubic", align_corners=False)[:, 0].numpy()
-        total += _column(np.sqrt(shares[:, octave])) * smooth
+        total += _column(np.sqrt(shares[:, octave])) * _smooth_grid(rng, n, cells, size)
     return _stretch(total)
+
+
+def _even_noise(rng: np.random.Generator, n: int, size: int) -> Floats:
+    """Noise of one spectrum in all scenes (grids of 6, 12 and 24 cells alike): a texture that tells no two apart."""
+    total = np.zeros((n, size, size), np.float32)
+    for cells in (6, 12, 24):
+        total += _smooth_grid(rng, n, cells, size)
+    return _stretch(total)
+
+
+def _smooth_grid(rng: np.random.Generator, n: int, cells: int, size: int) -> Floats:
+    grid = torch.from_numpy(rng.standard_normal((n, 1, cells, cells), np.float32))
+    return F.interpolate(grid, size=(size, size), mode="bicubic", align_corners=False)[:, 0].numpy()
 
 
 def _grating(rng: np.random.Generator, n: int, size: int) -> Floats:

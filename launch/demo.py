@@ -19,7 +19,7 @@ TRAIN, VAL = 2500, 1000  # scenes
 # What all views of a scene share is what DINO learns first. With loud colours and many kinds of background that is the
 # background, and minutes are not enough to get past it; so here the digit is the largest thing that scenes differ in.
 SCENES: dict[str, Any] = {
-    "backgrounds": ("noise",),
+    "backgrounds": ("even",),
     "clutter": 0,
     "colour": 0.3,
     "texture": 0.2,

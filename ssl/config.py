@@ -25,12 +25,20 @@ Share = tuple[float, float]
 
 
 class Settings(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False)
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False, coerce_numbers_to_str=True
+    )
 
 
 class Data(Settings):
-    path: str = Field("", description="training images: class folders, a flat folder, a .txt list or an .npz")
-    val: str | None = Field(None, description="labelled images for the online k-NN and the evaluators")
+    path: str = Field(
+        "",
+        description="training images: class folders, a flat folder, a .txt list or an .npz",
+        json_schema_extra=FREE,  # what is in it may not change: checkpoints hold its fingerprint
+    )
+    val: str | None = Field(
+        None, description="labelled images for the online k-NN and the evaluators", json_schema_extra=FREE
+    )
     workers: int | None = Field(
         None,
         ge=0,
@@ -130,8 +138,12 @@ class Train(Settings):
 
 
 class Eval(Settings):
-    size: int | None = Field(None, ge=4, description="side of an evaluated image, in pixels; default: global")
-    resize: int | None = Field(None, ge=4, description="shorter side before the centre crop; default: size")
+    size: int | None = Field(
+        None, ge=4, description="side of an evaluated image, in pixels; default: global", json_schema_extra=FREE
+    )
+    resize: int | None = Field(
+        None, ge=4, description="shorter side before the centre crop; default: size", json_schema_extra=FREE
+    )
     knn_every: int | None = Field(
         None, ge=0, description="epochs between two online k-NN scores; 0 = off", json_schema_extra=FREE
     )
@@ -347,35 +359,8 @@ def resolve(run: Run, images: int) -> tuple[Run, list[Derived]]:
     return run.model_copy(update=sections), derived
 
 
-def inherit(run: Run, saved: Run) -> Run:
-    """Fill every `None` of `run` from a resolved run: a requeue on other cores must not derive other values."""
-    tree = run.model_dump()
-    for section, values in saved.model_dump().items():
-        if isinstance(values, dict):
-            kept = {key: value for key, value in tree[section].items() if value is not None}
-            tree[section] = values | kept
-    return Run.model_validate(tree)
-
-
 def to_yaml(run: Run) -> str:
     return yaml.safe_dump(run.model_dump(mode="json"), sort_keys=False, default_flow_style=None, width=110)
-
-
-def differences(old: Run, new: Run) -> list[str]:
-    """Dotted `key: old -> new` for every setting that would change the weights of a continued run."""
-    found = []
-    for setting in settings():
-        before, after = _get(old, setting.key), _get(new, setting.key)
-        if not setting.free and before != after:
-            found.append(f"{setting.key}: {before} -> {after}")
-    return found
-
-
-def _get(run: Run, key: str) -> Any:
-    node: Any = run
-    for part in key.split("."):
-        node = getattr(node, part)
-    return node
 
 
 def _cores() -> int:

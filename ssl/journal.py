@@ -25,7 +25,7 @@ class Journal:
     def __init__(self, folder: Path, steps: int, start: int, console: Console, every: float = 10.0) -> None:
         self._metrics: IO[str] = (folder / "metrics.jsonl").open("a")
         self._log: IO[str] = (folder / "run.log").open("a")
-        self._board = SummaryWriter(str(folder), purge_step=start + 1 if start else None)
+        self._board = SummaryWriter(str(folder), purge_step=start + 1)
         self._console = console
         self._every = every
         self._spoken = float("-inf")

@@ -86,8 +86,8 @@ class RunFolder:
                 saved = config.load(file)
             except UserError as error:
                 raise UserError(f"{file} does not fit this version of nearfar. {error}") from None
-            run = config.inherit(run, saved)
-            if changed := config.differences(saved, run):
+            run = inherit(run, saved)
+            if changed := differences(saved, run):
                 raise UserError(
                     f"{self.path} holds a run with other settings ({'; '.join(changed)}). Continue it with its own "
                     "settings, or choose another name=."
@@ -115,6 +115,26 @@ class RunFolder:
         partial.replace(self.metrics)
 
 
+def inherit(run: Run, saved: Run) -> Run:
+    """Fill every `None` of `run` from a resolved run: a requeue on other cores must not derive other values."""
+    tree = run.model_dump()
+    for section, values in saved.model_dump().items():
+        if isinstance(values, dict):
+            kept = {key: value for key, value in tree[section].items() if value is not None}
+            tree[section] = values | kept
+    return Run.model_validate(tree)
+
+
+def differences(old: Run, new: Run) -> list[str]:
+    """Dotted `key: old -> new` for every setting that would change the weights of a continued run."""
+    found = []
+    for setting in config.settings():
+        before, after = _get(old, setting.key), _get(new, setting.key)
+        if not setting.free and before != after:
+            found.append(f"{setting.key}: {before} -> {after}")
+    return found
+
+
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """The whole lines of a `metrics.jsonl`; a last line that a crash cut off is left out."""
     if not path.exists():
@@ -127,3 +147,10 @@ def _step(line: str) -> float:
         return float(json.loads(line)["step"])
     except (ValueError, KeyError, TypeError):
         return float("inf")
+
+
+def _get(run: Run, key: str) -> Any:
+    node: Any = run
+    for part in key.split("."):
+        node = getattr(node, part)
+    return node

@@ -17,7 +17,7 @@ from numpy.typing import ArrayLike, NDArray
 from PIL import Image
 
 from nearfar.ssl.backbones.errors import UserError
-from nearfar.ssl.decode import decode, decode_path
+from nearfar.ssl.decode import BadImage, decode, decode_path
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
 _NO_CLASSES = {"train", "training", "val", "valid", "validation", "test", "images", "masks"}
@@ -149,10 +149,13 @@ class PathSource:
     def mask(self, i: int) -> NDArray[np.uint8] | None:
         if self.masks is None:
             return None
-        with Image.open(self.masks[i]) as image:
-            if image.mode not in ("L", "P"):
-                raise UserError(f"The mask {self.masks[i]} has mode {image.mode}; 8-bit class numbers are needed.")
-            return np.array(image, np.uint8)
+        try:
+            with Image.open(self.masks[i]) as image:
+                if image.mode not in ("L", "P"):
+                    raise UserError(f"The mask {self.masks[i]} has mode {image.mode}; 8-bit class numbers are needed.")
+                return np.array(image, np.uint8)
+        except (OSError, SyntaxError) as error:
+            raise BadImage(self.names[i], f"its mask {self.masks[i]} cannot be read: {error}") from None
 
     @cached_property
     def fingerprint(self) -> str:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from nearfar.ssl import config
+from nearfar.ssl import config, run_folder
 from nearfar.ssl.backbones.errors import UserError
 from nearfar.ssl.config import Run
 
@@ -234,11 +234,11 @@ def test_nothing_is_left_open_and_every_derived_value_is_told_with_its_reason() 
     before = config.load(None)
     run, told = config.resolve(before, 50_000)
     open_before = {s.key for s in config.settings() if s.default is None}
-    open_after = {s.key for s in config.settings() if config._get(run, s.key) is None}
+    open_after = {s.key for s in config.settings() if run_folder._get(run, s.key) is None}
     named = {"patch_size", "embed_dim", "depth", "num_heads"}  # the backbone's name says these
     assert {key.rpartition(".")[2] for key in open_after} == named | {"val", "save_steps"}
     assert {d.key for d in told} == open_before - open_after
-    assert all(d.why and config._get(run, d.key) == d.value for d in told)
+    assert all(d.why and run_folder._get(run, d.key) == d.value for d in told)
     assert config.resolve(run, 50_000) == (run, [])
 
 
@@ -269,27 +269,28 @@ def test_yaml_round_trip(tmp_path: Path) -> None:
 
 def test_inherit_keeps_what_was_derived_and_lets_what_is_written_win() -> None:
     saved, _ = config.resolve(config.load(None, ["train.threads=3"]), 2_000)
-    again = config.inherit(config.load(None, ["train.log_every=3"]), saved)
+    again = run_folder.inherit(config.load(None, ["train.log_every=3"]), saved)
     assert again.train.threads == 3 and again.head.prototypes == saved.head.prototypes and again.train.log_every == 3
-    assert config.differences(saved, again) == []
-    other = config.inherit(config.load(None, ["head.prototypes=512"]), saved)
-    assert config.differences(saved, other) == ["head.prototypes: 128 -> 512"]
+    assert run_folder.differences(saved, again) == []
+    other = run_folder.inherit(config.load(None, ["head.prototypes=512"]), saved)
+    assert run_folder.differences(saved, other) == ["head.prototypes: 128 -> 512"]
 
 
 def test_differences_name_every_setting_that_changes_weights_and_no_free_one() -> None:
     saved, _ = config.resolve(config.load(None), 2_000)
     free = {s.key for s in config.settings() if s.free}
     assert free == {
-        "folder", "data.workers", "train.log_every", "train.save_minutes", "train.save_steps", "train.keep",
-        "eval.knn_every", "eval.knn_images",
+        "folder", "data.path", "data.val", "data.workers", "train.log_every", "train.save_minutes", "train.save_steps",
+        "train.keep", "eval.size", "eval.resize", "eval.knn_every", "eval.knn_images",
     }  # fmt: skip
     changed = [
-        "folder=elsewhere", "data.workers=7", "train.log_every=1", "train.save_minutes=1", "train.save_steps=1",
+        "folder=elsewhere", "data.path=moved", "data.val=moved", "eval.size=32", "eval.resize=48",
+        "data.workers=7", "train.log_every=1", "train.save_minutes=1", "train.save_steps=1",
         "train.keep=9", "eval.knn_every=3", "eval.knn_images=10",
     ]  # fmt: skip
-    assert config.differences(saved, config.inherit(config.load(None, changed), saved)) == []
+    assert run_folder.differences(saved, run_folder.inherit(config.load(None, changed), saved)) == []
     changed = ["train.seed=1", "train.threads=64", "views.flip=0", "backbone.name=vit_tiny_patch16"]
-    named = config.differences(saved, config.inherit(config.load(None, changed), saved))
+    named = run_folder.differences(saved, run_folder.inherit(config.load(None, changed), saved))
     assert {line.partition(":")[0] for line in named} == {item.partition("=")[0] for item in changed}
 
 
