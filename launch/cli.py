@@ -124,7 +124,7 @@ def run_features(arguments: argparse.Namespace) -> None:
         source,
         size=arguments.size or subject.image_size,
         resize=arguments.resize or subject.run.eval.resize,
-        layer=arguments.layer,
+        layer=arguments.layer or "final",
         pooling=arguments.pooling,
         workers=arguments.workers,
     )
@@ -147,7 +147,7 @@ def run_eval(arguments: argparse.Namespace) -> None:
         console=Console(),
         size=arguments.size,
         resize=arguments.resize,
-        layer=arguments.layer,
+        layer=arguments.layer if arguments.what != "segment" else None,
         grid_layer=arguments.layer if arguments.what == "segment" else None,
         grid_size=arguments.grid_size,
         head=arguments.head,
@@ -180,7 +180,9 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
 def _add_reading(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--size", type=int, help="side of the image in pixels (default: eval.size of the run)")
     parser.add_argument("--resize", type=int, help="shorter side before the centre crop (default: eval.resize)")
-    parser.add_argument("--layer", default="final", help="final, last-block or blocks-N (default final)")
+    parser.add_argument(
+        "--layer", help="final, last-block or blocks-N (default: final; last-block for segmentation, as LocAt reads it)"
+    )
     parser.add_argument("--workers", type=int, default=0, help="decoding processes (default 0: in this one)")
 
 
