@@ -1,0 +1,82 @@
+"""The demo, small: everything it promises is written, and a second call only shows it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+
+from nearfar.launch import demo
+from nearfar.launch.cli import main
+from nearfar.ssl.run_folder import read_metrics
+
+SMALL = ["train.epochs=1", "train.batch_size=32", "train.threads=1", "data.workers=0", "eval.knn_every=1"]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("runs")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(demo, "TRAIN", 160)
+        patch.setattr(demo, "VAL", 80)
+        assert main(["demo", f"folder={folder}", *SMALL]) == 0
+    return folder / "demo"
+
+
+@pytest.mark.slow
+def test_it_scores_trained_untrained_and_pixels_in_percent(run: Path) -> None:
+    results = json.loads((run / "results.json").read_text())
+    for name in ("trained", "untrained", "pixels"):
+        for score in ("knn_top1", "linear_top1", "miou"):
+            assert 0 <= results[name][score] <= 100
+    weights = {results[name]["knn"]["features"]["checkpoint"] for name in ("trained", "untrained")}
+    assert len(weights) == 2
+
+
+@pytest.mark.slow
+def test_it_leaves_a_whole_run_and_its_report(run: Path) -> None:
+    for file in ("teacher.safetensors", "views.png", "attention.png", "pca.png", "run.log"):
+        assert (run / file).stat().st_size > 0
+    page = (run / "report.html").read_text()
+    assert page.count("data:image/png;base64,") == 3
+    assert "http://" not in page.replace("http://www.w3.org", "") and "https://" not in page
+    assert list(run.glob("events.out.tfevents.*"))
+    assert yaml.safe_load((run / "config.yaml").read_text())["head"]["batch_norm"] is True  # derived, and written
+    scores = [line for line in read_metrics(run / "metrics.jsonl") if "knn_top1" in line]
+    assert [line["step"] for line in scores] == [5]
+
+
+@pytest.mark.slow
+def test_a_second_call_computes_nothing(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def never(*_: object, **__: object) -> None:
+        raise AssertionError("computed again")
+
+    monkeypatch.setattr("nearfar.launch.score.evaluate", never)
+    monkeypatch.setattr("nearfar.launch.score.evaluate_pixels", never)
+    monkeypatch.setattr("nearfar.launch.demo.make_scenes", never)
+    weights = (run / "teacher.safetensors").read_bytes()
+    assert main(["demo", f"folder={run.parent}", *SMALL]) == 0
+    assert (run / "teacher.safetensors").read_bytes() == weights
+
+
+@pytest.mark.slow
+def test_the_scores_of_other_weights_are_computed(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The verb finds data and sizes in the run, and `--baselines` adds the other rows."""
+    out = run.parent / "again.json"
+    assert main(["eval", "knn", str(run), "--out", str(out)]) == 0
+    results = json.loads(out.read_text())
+    assert results.keys() == {"trained"}
+    assert results["trained"]["knn_top1"] == json.loads((run / "results.json").read_text())["trained"]["knn_top1"]
+    assert "trained" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_features_and_export_read_the_run(run: Path) -> None:
+    store, file = run.parent / "features", run.parent / "backbone.safetensors"
+    assert main(["features", str(run), str(run / "data" / "val.npz"), str(store)]) == 0
+    assert json.loads((store / "manifest.json").read_text())["shape"] == [80, 96]
+    assert main(["export", str(run), str(file)]) == 0
+    assert main(["features", str(file), str(run / "data" / "val.npz"), str(run.parent / "same")]) == 0
+    assert (store / "features.npy").read_bytes() == (run.parent / "same" / "features.npy").read_bytes()
