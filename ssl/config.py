@@ -144,8 +144,11 @@ class Eval(Settings):
     resize: int | None = Field(
         None, ge=4, description="shorter side before the centre crop; default: size", json_schema_extra=FREE
     )
-    knn_every: int | None = Field(
-        None, ge=0, description="epochs between two online k-NN scores; 0 = off", json_schema_extra=FREE
+    knn_every: float | None = Field(
+        None,
+        ge=0,
+        description="epochs, or parts of one, between two online k-NN scores; 0 = off",
+        json_schema_extra=FREE,
     )
     knn_images: int = Field(
         5000, ge=1, description="training images in the online k-NN's memory", json_schema_extra=FREE
@@ -352,7 +355,7 @@ def resolve(run: Run, images: int) -> tuple[Run, list[Derived]]:
         "eval": {
             "size": default("eval", "size", run.views.global_size, "size of the global views"),
             "resize": default("eval", "resize", run.eval.size or run.views.global_size, "no border is cut away"),
-            "knn_every": default("eval", "knn_every", max(1, epochs // 10), "about ten scores a run"),
+            "knn_every": default("eval", "knn_every", max(1.0, epochs // 10), "about ten scores a run"),
         },
     }
     sections = {name: getattr(run, name).model_copy(update=values) for name, values in filled.items()}

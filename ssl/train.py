@@ -252,8 +252,8 @@ def _about(run: Run, learner: Learner, step: int, fingerprint: str) -> dict[str,
 
 
 def _probe_due(run: Run, step: int, steps_per_epoch: int, steps: int) -> bool:
-    every = run.eval.knn_every
-    return every is not None and every > 0 and (step == steps or step % (every * steps_per_epoch) == 0)
+    every = run.eval.knn_every or 0.0
+    return every > 0 and (step == steps or step % max(1, round(every * steps_per_epoch)) == 0)
 
 
 def _start_lines(
