@@ -9,28 +9,31 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
 
 from nearfar.ssl import config
 from nearfar.ssl.config import Run
-from nearfar.ssl.defaults import local_ranks
+from nearfar.ssl.defaults import Derived, local_ranks
 from nearfar.ssl.ranks import ALONE, PeerError, Ranks, available_cores
 from nearfar.ssl.run_folder import RunFolder
 
 
-def wanted(run: Run) -> int:
+def wanted(run: Run) -> Derived:
     """Processes for a run on this machine: as set, as it was begun, or by the cores."""
-    if run.train.ranks:
-        return run.train.ranks
     saved = RunFolder(run.path).saved_settings()
-    if saved and saved.train.ranks:
-        return saved.train.ranks
-    if run.train.device != "cpu" and torch.cuda.is_available():
-        return 1
-    return local_ranks(run.train.batch_size, available_cores())
+    if run.train.ranks:
+        count, why = run.train.ranks, "as set"
+    elif saved and saved.train.ranks:
+        count, why = saved.train.ranks, "as the run was begun"
+    elif run.train.device != "cpu" and torch.cuda.is_available():
+        count, why = 1, "with a GPU; torchrun or `nearfar launch` start one for each"
+    else:
+        count = local_ranks(run.train.batch_size, available_cores())
+        why = f"{available_cores()} cores, and equal slices of at least 16 of {run.train.batch_size} images"
+    return Derived("train.ranks", count, why)
 
 
 @contextmanager
@@ -67,7 +70,8 @@ def started(run: Run, size: int) -> Iterator[Ranks]:
         try:
             yield Ranks(0, size, 0, cores, f"tcp://127.0.0.1:{port}")
             for process in others.values():
-                process.wait(timeout=60)
+                with suppress(subprocess.TimeoutExpired):  # all is saved: who does not leave by itself is ended below
+                    process.wait(timeout=60)
         except PeerError as error:
             dead = [f"rank {rank} {_how(process)}" for rank, process in others.items() if _ended_badly(process)]
             raise PeerError(f"{error} {'; '.join(dead)}".strip()) from error

@@ -35,11 +35,15 @@ def pretrain(run: Run, console: Console) -> train.Outcome:
     world = from_environment()
     if world.size > 1:
         return train_rank(run, console, world)
+    key, size, why = local.wanted(run)
+    if run.train.ranks is None:
+        console.print(f"derived {key} = {size}  ({why})", highlight=False, soft_wrap=True)
     threads = torch.get_num_threads()
-    with local.started(run, local.wanted(run)) as world:
-        outcome = train_rank(run, console, world)
-    torch.set_num_threads(threads)
-    return outcome
+    try:
+        with local.started(run, size) as world:
+            return train_rank(run, console, world)
+    finally:
+        torch.set_num_threads(threads)
 
 
 def train_rank(run: Run, console: Console, world: Ranks) -> train.Outcome:
@@ -50,7 +54,6 @@ def train_rank(run: Run, console: Console, world: Ranks) -> train.Outcome:
     probe = None
     if run.data.val and world.first:
         probe = OnlineKNN(source, open_source(run.data.val), run.eval.knn_images)
-    run = run.model_copy(update={"train": run.train.model_copy(update={"ranks": world.size})})
     with StopFlag() as stop:
         return train.pretrain(run, source, train.Observers(save_views, probe), stop, console, world)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import nullcontext
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -84,7 +85,7 @@ def score(
     }
     due = [name for name, key in keys.items() if merge_results(file, name, {}).get(name, {}).get("key") != key]
     processes = min(len(due), torch.get_num_threads())
-    with console.status(f"Scoring {' and '.join(due)}: {', '.join(tasks)} ..."):
+    with console.status(f"Scoring {' and '.join(due)}: {', '.join(tasks)} ...") if due else nullcontext():
         if processes < 2:
             for name in due:
                 merge_results(file, name, {**_scores(name, subject, train, val, tasks, reading), "key": keys[name]})

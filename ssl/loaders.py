@@ -16,26 +16,16 @@ def open_loader(
     source: Source,
     views: Views,
     *,
-    batch_size: int,
-    epochs: int,
-    seed: int = 0,
-    workers: int = 0,
-    rank: int = 0,
-    world_size: int = 1,
-    bad_share: float = 0.01,
-    min_side: int = 8,
     loader: Literal["auto", "ffcv", "folder", "device"] = "auto",
     colour: Literal["device", "loader"] = "device",
     device: torch.device | None = None,
+    **options: Any,
 ) -> Loader:
     """The loader of `data.loader`; `word` in it says which that is. Views and order are the same in all.
 
-    `auto` is ffcv for a .beton where FFCV is installed, else folder. Raises UserError for what does not go together.
+    `options` are those of `data.Loader`. `auto` is ffcv for a .beton where FFCV is installed, else folder. Raises
+    UserError for what does not go together.
     """
-    options: dict[str, Any] = dict(
-        batch_size=batch_size, epochs=epochs, seed=seed, workers=workers, rank=rank, world_size=world_size,
-        bad_share=bad_share, min_side=min_side,
-    )  # fmt: skip
     if loader == "auto":
         loader = "ffcv" if isinstance(source, BetonSource) and turbo.available() else "folder"
     if colour == "loader" and loader != "ffcv":

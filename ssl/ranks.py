@@ -109,7 +109,7 @@ def joined(ranks: Ranks) -> Iterator[None]:
         if not _broken_connection(error):
             _tell(store, f"{me} ended: {_short(error)}")
             raise
-        raise PeerError(_last_words(store) or f"Another rank of {me.lower()} ended without a word.") from error
+        raise PeerError(_last_words(store) or f"{me} lost another rank, which ended without a word.") from error
     except BaseException as error:
         _tell(store, f"{me} ended: {_short(error) or type(error).__name__}")
         raise

@@ -174,8 +174,12 @@ def pretrain(
                     learner.student.head.prototypes.grad = None
                 ranks.average_gradients(parameters)
                 grad_norm = float(clip_gradients(parameters, run.optim.clip))
-                said = ranks.all_mean_(torch.tensor([float(out.loss.detach()), should_stop()], dtype=torch.float64))
-                loss, stop = float(said[0]), bool(said[1] > 0)
+                bad = [item for item in loader.bad.items() if item[0] not in known_bad]
+                mine = torch.tensor([float(out.loss.detach()), should_stop(), len(bad)], dtype=torch.float64)
+                loss, stop, any_bad = ranks.all_mean_(mine).tolist()
+                for name, why in ranks.gathered(bad) if any_bad else ():
+                    journal.say(f"Bad image {name}: {why}. The next readable image takes its place.")
+                    known_bad.add(name)
                 if not math.isfinite(loss + grad_norm):  # before it reaches the weights
                     raise UserError(not_finite(step, loss, grad_norm, batch, source, folder.path))
                 for group in optimizer.param_groups:
@@ -190,9 +194,6 @@ def pretrain(
                 now = time.monotonic()
                 if step % run.train.log_every == 0 or step == schedule.steps:
                     health = _mean_over_ranks(teacher_health(out.teacher_probabilities, out.teacher_features))
-                    for name, why in ranks.gathered([bad for bad in loader.bad.items() if bad[0] not in known_bad]):
-                        journal.say(f"Bad image {name}: {why}. The next readable image takes its place.")
-                    known_bad |= loader.bad.keys()
                     seconds = max(1e-9, now - logged_at)
                     speed = {
                         "img_per_s": (step - logged_step) * run.train.batch_size / seconds,
