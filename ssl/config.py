@@ -116,6 +116,7 @@ class Loss(Settings):
         "center", description="what keeps the teacher from one answer: a running centre (DINO), Sinkhorn-Knopp (DINOv2)"
     )
     center_momentum: float = Field(0.9, ge=0, lt=1, description="momentum of the teacher's centre")
+    koleo: float = Field(0.0, ge=0, description="weight of KoLeo on the global views' features; 0.1 in DINOv2")
 
 
 class Optim(Settings):

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from nearfar.ssl.backbones import Backbone
 from nearfar.ssl.heads.dino import DINOHead
-from nearfar.ssl.losses import DINOLoss
+from nearfar.ssl.losses import DINOLoss, koleo
 
 
 class Step(NamedTuple):
@@ -47,11 +47,12 @@ class Learner(nn.Module):
     uses the statistics of the step in each. The teacher must be built without drop-path.
     """
 
-    def __init__(self, student: Network, teacher: Network, loss: DINOLoss) -> None:
+    def __init__(self, student: Network, teacher: Network, loss: DINOLoss, koleo_weight: float = 0.0) -> None:
         super().__init__()
         self.student = student
         self.teacher = teacher
         self.loss = loss
+        self.koleo_weight = koleo_weight
         self.teacher.load_state_dict(self.student.state_dict())
         self.teacher.requires_grad_(False)
 
@@ -61,17 +62,20 @@ class Learner(nn.Module):
         logits, features = self.teacher([globals_])
         return logits, features
 
-    def do_student(self, groups: list[Tensor]) -> Tensor:
-        """All views, grouped by size -> logits (V, B, K)."""
-        logits, _ = self.student(groups)
-        return logits
+    def do_student(self, groups: list[Tensor]) -> tuple[Tensor, Tensor]:
+        """All views, grouped by size -> logits (V, B, K), features (V, B, D)."""
+        logits, features = self.student(groups)
+        return logits, features
 
     def forward(self, groups: list[Tensor], teacher_temp: float) -> Step:
         """Normalised views, the global group first -> the loss and what the monitors look at."""
-        teacher_logits, features = self.do_teacher(groups[0])
+        teacher_logits, teacher_features = self.do_teacher(groups[0])
         probabilities = self.loss.teacher_probabilities(teacher_logits, teacher_temp)
-        loss = self.loss(self.do_student(groups), probabilities)
-        return Step(loss, teacher_logits, probabilities, features)
+        student_logits, student_features = self.do_student(groups)
+        loss = self.loss(student_logits, probabilities)
+        if self.koleo_weight:
+            loss = loss + self.koleo_weight * koleo(student_features[: len(groups[0])])
+        return Step(loss, teacher_logits, probabilities, teacher_features)
 
     @torch.no_grad()
     def update_teacher(self, momentum: float) -> None:

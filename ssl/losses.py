@@ -38,6 +38,24 @@ def sinkhorn_knopp(logits: Tensor, temperature: float, iterations: int = 3) -> T
     return rows.exp().view_as(logits)
 
 
+def koleo(features: Tensor) -> Tensor:
+    """Keeps the features of a view's images apart: features (V, B, D), before the head -> scalar.
+
+    Summed over the views, -mean log of the distance of each unit feature to its nearest neighbour among the images of
+    all ranks (Kozachenko-Leonenko's entropy; Sablayrolles et al. 2019, section 3.2; DINOv2, section 4).
+    """
+    total = features.new_zeros((), dtype=torch.promote_types(features.dtype, torch.float32))
+    with torch.autocast(features.device.type, enabled=False):
+        for view in F.normalize(features.to(total.dtype), dim=-1, eps=1e-8):
+            everyone, first = ranks.concatenated(view)
+            with torch.no_grad():
+                likeness = view @ everyone.T
+                likeness.diagonal(first).fill_(-1)  # nobody is a neighbour of oneself
+                nearest = likeness.argmax(1)
+            total = total - (F.pairwise_distance(view, everyone[nearest], eps=1e-8) + 1e-8).log().mean()
+    return total
+
+
 class DINOLoss(nn.Module):
     """`dino_loss` on logits, with temperatures, and the teacher balanced by a running centre or Sinkhorn-Knopp."""
 

@@ -156,6 +156,33 @@ def all_mean_(tensor: Tensor) -> Tensor:
     return all_sum_(tensor).div_(count()) if count() > 1 else tensor
 
 
+class _Sum(torch.autograd.Function):
+    """All-reduce whose gradient is all-reduced too: every rank's output depends on every rank's input."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return all_sum_(x.clone())
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return all_sum_(grad.contiguous().clone())
+
+
+def all_sum(tensor: Tensor) -> Tensor:
+    """The sum over all ranks, with gradients."""
+    out: Tensor = _Sum.apply(tensor)
+    return out
+
+
+def concatenated(rows: Tensor) -> tuple[Tensor, int]:
+    """Rows (N, ...) of all ranks one behind the other, with gradients, and where one's own begin; N is alike on all."""
+    if count() == 1:
+        return rows, 0
+    first, others = dist.get_rank() * len(rows), (count() - 1) * len(rows)
+    empty = rows.new_zeros(others, *rows.shape[1:])
+    return all_sum(torch.cat([empty[:first], rows, empty[first:]])), first
+
+
 def all_logsumexp(rows: Tensor) -> Tensor:
     """logsumexp over dimension 0, and over all ranks: (N, K) -> (1, K). Sums within +-700, float64's exponents."""
     here = rows.logsumexp(0, keepdim=True)

@@ -69,10 +69,8 @@ def build_learner(run: Run, weights: bool = True) -> Learner:
         return Network(body, DINOHead(body.embed_dim, prototypes, head.hidden, head.bottleneck, batch_norm))
 
     student, teacher = network(backbone.drop_path, backbone.weights if weights else None), network(0.0)
-    learner = Learner(
-        student, teacher, DINOLoss(prototypes, loss.student_temp, loss.center_momentum, loss.balance == "sinkhorn")
-    )
-    return learner.train()
+    dino = DINOLoss(prototypes, loss.student_temp, loss.center_momentum, loss.balance == "sinkhorn")
+    return Learner(student, teacher, dino, loss.koleo).train()
 
 
 def pretrain(

@@ -2,27 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
-
-class _SumOverRanks(torch.autograd.Function):
-    """All-reduce whose gradient is all-reduced too: every rank's output depends on every rank's input."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        x = x.clone()
-        dist.all_reduce(x)
-        return x
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
-        grad = grad.contiguous().clone()
-        dist.all_reduce(grad)
-        return grad
+from nearfar.ssl import ranks
 
 
 class BatchNorm(nn.BatchNorm1d):
@@ -30,18 +13,17 @@ class BatchNorm(nn.BatchNorm1d):
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, C) -> (N, C)."""
-        if not (self.training and dist.is_initialized() and dist.get_world_size() > 1):
+        if not self.training or ranks.count() == 1:
             return super().forward(x)
-        ranks = dist.get_world_size()
         x32 = x.float() if x.dtype.itemsize < 4 else x
         variance, mean = torch.var_mean(x32, 0, correction=0)
         moments = torch.stack([mean, variance]).double()  # the square of the mean is taken away again below
-        moments = _SumOverRanks.apply(torch.stack([moments[0], moments[1] + moments[0].square()])) / ranks
+        moments = ranks.all_sum(torch.stack([moments[0], moments[1] + moments[0].square()])) / ranks.count()
         mean, variance = moments[0].to(x32.dtype), (moments[1] - moments[0].square()).to(x32.dtype)
         assert self.running_mean is not None and self.running_var is not None and self.momentum is not None
         assert self.num_batches_tracked is not None
         self.num_batches_tracked.add_(1)
-        rows = ranks * len(x)
+        rows = ranks.count() * len(x)
         self.running_mean.lerp_(mean.detach(), self.momentum)
         self.running_var.lerp_(variance.detach() * (rows / max(1, rows - 1)), self.momentum)
         return ((x32 - mean) * (variance + self.eps).rsqrt() * self.weight + self.bias).to(x.dtype)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from nearfar.ssl import config
 from nearfar.ssl.defaults import resolve
 from nearfar.ssl.learner import Learner, clip_gradients, parameter_groups
+from nearfar.ssl.losses import koleo
 from nearfar.ssl.train import build_learner
 
 TINY = [
@@ -44,11 +45,20 @@ def test_a_step_has_the_shapes_it_says() -> None:
 def test_views_come_out_in_order_globals_first() -> None:
     learner = tiny("head.batch_norm=false", "backbone.drop_path=0")
     views = groups()
-    logits = learner.do_student(views)
-    assert logits.shape == (5, 4, 20)
+    logits, features = learner.do_student(views)
+    assert logits.shape == (5, 4, 20) and features.shape == (5, 4, 24)
     for v, view in enumerate([*views[0], *views[1]]):
-        alone = learner.student.head(learner.student.backbone(view).cls)
-        torch.testing.assert_close(logits[v], alone, rtol=1e-4, atol=1e-5)
+        alone = learner.student.backbone(view).cls
+        torch.testing.assert_close(features[v], alone, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(logits[v], learner.student.head(alone), rtol=1e-4, atol=1e-5)
+
+
+def test_koleo_is_weighed_on_the_students_global_views() -> None:
+    plain, apart = tiny("backbone.drop_path=0"), tiny("backbone.drop_path=0", "loss.koleo=0.3")
+    views = groups()
+    _, features = plain.do_student(views)
+    difference = apart(views, 0.04).loss - plain(views, 0.04).loss
+    torch.testing.assert_close(difference, 0.3 * koleo(features[:2]), rtol=1e-4, atol=1e-5)
 
 
 def test_the_teacher_begins_as_the_student_and_is_not_trained() -> None:
@@ -73,7 +83,7 @@ def test_only_the_student_drops_paths() -> None:
     learner, views = tiny("backbone.drop_path=0.5", "head.batch_norm=false"), groups(batch=16)
     first, again = learner.do_teacher(views[0])[0], learner.do_teacher(views[0])[0]
     assert torch.equal(first, again)
-    assert not torch.equal(learner.do_student(views), learner.do_student(views))
+    assert not torch.equal(learner.do_student(views)[0], learner.do_student(views)[0])
     assert learner.teacher.backbone.arch["drop_path"] == 0  # so is what is exported
 
 

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from nearfar.ssl.losses import DINOLoss, dino_loss, sinkhorn_knopp
+from nearfar.ssl.losses import DINOLoss, dino_loss, koleo, sinkhorn_knopp
 
 Array = NDArray[np.float64]
 
@@ -138,3 +138,23 @@ def test_the_loss_balances_as_it_is_told() -> None:
     logits = torch.randn(2, 8, 4, generator=torch.Generator().manual_seed(0))
     assert torch.equal(DINOLoss(4, sinkhorn=True).teacher_probabilities(logits, 0.1), sinkhorn_knopp(logits, 0.1))
     assert torch.equal(DINOLoss(4).teacher_probabilities(logits, 0.1), (logits / 0.1).softmax(-1))
+
+
+@given(views=st.integers(1, 3), batch=st.integers(2, 7), width=st.integers(2, 6), seed=st.integers(0, 999))
+@settings(max_examples=30, deadline=None)
+def test_koleo_is_the_log_of_the_nearest_neighbours_distance(views: int, batch: int, width: int, seed: int) -> None:
+    features = np.random.default_rng(seed).normal(size=(views, batch, width))
+    expected = 0.0
+    for view in features / np.linalg.norm(features, axis=-1, keepdims=True):
+        nearest = [min(np.linalg.norm(a - b) for j, b in enumerate(view) if j != i) for i, a in enumerate(view)]
+        expected -= np.log(nearest).mean()
+    assert float(koleo(torch.from_numpy(features))) == pytest.approx(expected, rel=1e-5, abs=1e-6)
+
+
+def test_koleo_pushes_apart_and_stays_finite_for_twins() -> None:
+    angles = torch.tensor([0.0, 0.1, 2.0, 4.0], requires_grad=True)
+    koleo(torch.stack([angles.cos(), angles.sin()], -1)[None]).backward()
+    assert angles.grad is not None and angles.grad[0] > 0 > angles.grad[1]  # a step downhill widens the gap
+    twins = torch.ones(1, 3, 4, requires_grad=True)
+    koleo(twins).backward()
+    assert twins.grad is not None and torch.isfinite(twins.grad).all()

@@ -140,7 +140,7 @@ def test_ranks_with_a_slice_each_agree_with_one_rank_in_float64(tmp_path: Path) 
     small = ["backbone.name=vit_tiny_patch4", "backbone.embed_dim=12", "backbone.depth=1", "backbone.num_heads=2"]
     small += ["backbone.drop_path=0", "head.prototypes=8", "head.hidden=16", "head.bottleneck=8", "train.batch_size=8"]
     small += ["views.global_size=16", "views.local_size=8", "backbone.lgp=true", "backbone.gaug=true"]
-    cases = [[*small, "loss.balance=sinkhorn"], [*small, "head.batch_norm=false"], small]
+    cases = [[*small, "loss.balance=sinkhorn", "loss.koleo=0.1"], [*small, "head.batch_norm=false"], small]
     one, two, four = (tmp_path / f"{size}.json" for size in (1, 2, 4))
     for size, file in ((1, one), (2, two), (4, four)):
         finish(together(size, str(script), json.dumps(cases), str(file)))
