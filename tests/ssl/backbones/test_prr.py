@@ -34,3 +34,14 @@ def test_attend_equals_sdpa(dtype: torch.dtype, biased: bool) -> None:
     )
     tolerance = 1e-5 if dtype == torch.float32 else 3e-2
     torch.testing.assert_close(attend(q, k, v, bias).double(), wanted, rtol=tolerance, atol=tolerance)
+
+
+def test_float32_tokens_under_autocast_are_refined_in_bfloat16() -> None:
+    x = torch.nn.functional.layer_norm(torch.randn(2, 10, 24), (24,)).requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16):
+        y = prr(x, 3)
+    assert y.dtype == torch.bfloat16
+    wanted = prr(x.double(), 3)
+    torch.testing.assert_close(y.double(), wanted, rtol=2e-2, atol=2e-2)
+    gradient, exact = (torch.autograd.grad(z.double().square().sum(), x)[0] for z in (y, wanted))
+    torch.testing.assert_close(gradient, exact, rtol=5e-2, atol=5e-2)
