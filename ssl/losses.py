@@ -44,16 +44,17 @@ def koleo(features: Tensor) -> Tensor:
     Summed over the views, -mean log of the distance of each unit feature to its nearest neighbour among the images of
     all ranks (Kozachenko-Leonenko's entropy; Sablayrolles et al. 2019, section 3.2; DINOv2, section 4).
     """
-    total = features.new_zeros((), dtype=torch.promote_types(features.dtype, torch.float32))
     with torch.autocast(features.device.type, enabled=False):
-        for view in F.normalize(features.to(total.dtype), dim=-1, eps=1e-8):
-            everyone, first = ranks.concatenated(view)
-            with torch.no_grad():
-                likeness = view @ everyone.T
-                likeness.diagonal(first).fill_(-1)  # nobody is a neighbour of oneself
-                nearest = likeness.argmax(1)
-            total = total - (F.pairwise_distance(view, everyone[nearest], eps=1e-8) + 1e-8).log().mean()
-    return total
+        precise = features.to(torch.promote_types(features.dtype, torch.float32))
+        here = F.normalize(precise, dim=-1, eps=1e-8).transpose(0, 1)  # (B, V, D): images of all ranks go behind these
+        everyone, first = ranks.concatenated(here)
+        with torch.no_grad():
+            likeness = torch.einsum("bvd,nvd->vbn", here, everyone)
+            likeness.diagonal(first, 1, 2).fill_(-1)  # nobody is a neighbour of oneself
+            nearest = likeness.argmax(2).T  # (B, V)
+        neighbours = everyone[nearest, torch.arange(here.shape[1], device=here.device)]
+        distance = F.pairwise_distance(here, neighbours, eps=1e-8)
+        return -(distance + 1e-8).log().mean(0).sum()
 
 
 class DINOLoss(nn.Module):
