@@ -51,8 +51,8 @@ def has_bf16(device: torch.device) -> bool:
 def keep_freed_memory() -> None:
     """Let glibc keep what tensors give back: a training step asks for the same again, and new pages cost time.
 
-    A step on a CPU allocates and frees some hundred MB; returned to the system and faulted in again, that took 8 to
-    12 % of a small one. Nothing happens where the C library has no such switches.
+    A step on a CPU allocates and frees some hundred MB, and returning them to the system to fault them in again took
+    about a tenth of a small one. Nothing happens where the C library has no such switches.
     """
     if not sys.platform.startswith("linux"):
         return
