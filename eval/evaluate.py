@@ -152,10 +152,11 @@ def native_grid(source: Source, patch: int) -> tuple[int, int]:
     raise UserError(f"None of the {len(source)} images could be read.")
 
 
-def merge_results(file: Path, section: str, scores: dict[str, Any]) -> dict[str, Any]:
+def merge_results(file: Path, section: str, scores: dict[str, Any], keep: bool = True) -> dict[str, Any]:
     """Put `scores` into `section` ("trained", "untrained", "pixels") of a results.json, keeping what else is there.
 
-    The file is replaced atomically. Returns all results. Raises UserError for a file that is not such JSON.
+    keep=False drops what the section held. The file is replaced atomically. Returns all results. Raises UserError for a
+    file that is not such JSON.
     """
     results: Any = {}
     if file.exists():
@@ -165,7 +166,7 @@ def merge_results(file: Path, section: str, scores: dict[str, Any]) -> dict[str,
             raise UserError(f"{file} is not readable JSON ({error}); move it away and evaluate again.") from None
         if not isinstance(results, dict) or not isinstance(results.get(section, {}), dict):
             raise UserError(f"{file} does not hold results; move it away and evaluate again.")
-    results[section] = {**results.get(section, {}), **scores}
+    results[section] = {**(results.get(section, {}) if keep else {}), **scores}
     file.parent.mkdir(parents=True, exist_ok=True)
     partial = file.with_name(f".{file.name}.{os.getpid()}")
     partial.write_text(json.dumps(results, indent=2, allow_nan=False) + "\n")

@@ -81,9 +81,9 @@ def build_parser() -> argparse.ArgumentParser:
 
     evaluate = verbs.add_parser("eval", help="score frozen features: knn, linear, segment or all")
     evaluate.add_argument("what", choices=["knn", "linear", "segment", "all"])
-    _add_model(evaluate)
+    _add_model(evaluate, ", or features to learn from, as `nearfar features` writes them")
     evaluate.add_argument("--train", help="labelled images to learn from (default: data.path of the run)")
-    evaluate.add_argument("--val", help="labelled images to score (default: data.val of the run)")
+    evaluate.add_argument("--val", help="labelled images, or features, to score (default: data.val of the run)")
     evaluate.add_argument("--baselines", action="store_true", help="also score the untrained network and raw pixels")
     evaluate.add_argument("--head", choices=["linear", "mlp"], default="linear", help="of the segmentation probe")
     evaluate.add_argument(
@@ -127,27 +127,39 @@ def run_pretrain(arguments: argparse.Namespace) -> None:
 
 def run_features(arguments: argparse.Namespace) -> None:
     from nearfar.eval.store import FeatureStore
+    from nearfar.launch.progress import progress, summed
     from nearfar.launch.score import Subject
     from nearfar.ssl.sources import open_source
 
     subject, source = Subject.of(arguments.model), open_source(arguments.data)
-    features = FeatureStore.write(
-        arguments.out,
-        subject.backbone,
-        source,
-        size=arguments.size or subject.image_size,
-        resize=arguments.resize or subject.run.eval.resize,
-        layer=arguments.layer or "final",
-        pooling=arguments.pooling,
-        workers=arguments.workers,
-    )
+    with progress(len(source), f"Reading {arguments.data}", Console()) as tell:
+        features = FeatureStore.write(
+            arguments.out,
+            subject.backbone,
+            source,
+            size=arguments.size or subject.image_size,
+            resize=arguments.resize or subject.run.eval.resize,
+            layer=arguments.layer or "final",
+            pooling=arguments.pooling,
+            workers=arguments.workers,
+            progress=summed(tell),
+        )
     print(f"{arguments.out}: {features.x.shape} {features.x.dtype}, {len(source) - len(features.x)} unreadable images")
 
 
 def run_eval(arguments: argparse.Namespace) -> None:
     from nearfar.eval.evaluate import TASKS
-    from nearfar.launch.score import Subject, score, sources
+    from nearfar.launch.score import Subject, score, score_features, sources
 
+    if (arguments.model / "manifest.json").is_file():
+        if not arguments.val:
+            raise UserError(f"{arguments.model} holds features to learn from: name those to score with --val.")
+        tasks = None if arguments.what == "all" else (arguments.what,)
+        score_features(
+            arguments.model, Path(arguments.val), tasks=tasks, head=arguments.head, results=arguments.out,
+            console=Console(),
+        )  # fmt: skip
+        return
     subject = Subject.of(arguments.model)
     train, val = sources(subject.run, arguments.train, arguments.val)
     score(
@@ -237,8 +249,8 @@ def _add_settings(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("settings", nargs="*", metavar="key=value", help="settings, such as train.epochs=20")
 
 
-def _add_model(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", type=Path, help="run folder, checkpoint folder or exported .safetensors")
+def _add_model(parser: argparse.ArgumentParser, also: str = "") -> None:
+    parser.add_argument("model", type=Path, help=f"run folder, checkpoint folder or exported .safetensors{also}")
 
 
 def _add_reading(parser: argparse.ArgumentParser) -> None:

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from nearfar.launch.progress import progress
 from nearfar.ssl import turbo
 from nearfar.ssl.backbones.errors import UserError
 from nearfar.ssl.beton import TYPE_NAMES, BetonSource
@@ -26,7 +24,7 @@ def beton(
 ) -> Written:
     """Write the images of a path as a .beton; bad ones are listed. Raises UserError as `write_beton`."""
     images = open_source(source)
-    with _progress(len(images), f"Writing {out.name}", console) as done:
+    with progress(len(images), f"Writing {out.name}", console) as done:
         written = write_beton(
             images, out, form, stop_at_bad=stop_at_bad, workers=workers, overwrite=overwrite, progress=done
         )
@@ -71,7 +69,7 @@ def check(path: str, *, workers: int, console: Console) -> None:
     source = open_source(path)
     bad = []
     with (
-        _progress(len(source), f"Checking {path}", console) as done,
+        progress(len(source), f"Checking {path}", console) as done,
         ThreadPoolExecutor(max(1, workers)) as pool,
     ):
         for i, problem in enumerate(pool.map(lambda i: _problem(source, i), range(len(source)))):
@@ -103,17 +101,3 @@ def _list(bad: list[tuple[str, str]], console: Console) -> None:
         console.print(f"bad  {name}: {why}", highlight=False, markup=False, soft_wrap=True)
     if len(bad) > _SHOWN:
         console.print(f"bad  ... and {len(bad) - _SHOWN:,} more", highlight=False)
-
-
-@contextlib.contextmanager
-def _progress(total: int, what: str, console: Console) -> Iterator[Callable[[int], None]]:
-    """A bar on a terminal, a line every tenth elsewhere."""
-    if not console.is_terminal:
-        step = max(1, total // 10)
-        yield lambda n: console.print(f"{what}: {n:,} of {total:,}", highlight=False) if n % step == 0 else None
-        return
-    with Progress(
-        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), console=console
-    ) as bar:
-        task = bar.add_task(what, total=total)
-        yield lambda n: bar.update(task, completed=n)

@@ -14,9 +14,18 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from nearfar.eval.evaluate import TASKS, evaluate, evaluate_pixels, merge_results
+from nearfar.eval.evaluate import (
+    TASKS,
+    evaluate,
+    evaluate_pixels,
+    knn_scores,
+    linear_scores,
+    merge_results,
+    segment_scores,
+)
 from nearfar.eval.features import digest
 from nearfar.eval.pictures import attention_maps, tile, token_pca
+from nearfar.eval.store import FeatureStore
 from nearfar.ssl import checkpoint, config
 from nearfar.ssl.augment import normalise
 from nearfar.ssl.backbones import Backbone, UserError
@@ -26,6 +35,12 @@ from nearfar.ssl.sources import Source, open_source
 from nearfar.ssl.train import build_learner
 
 COLUMNS = {"knn_top1": "k-NN top-1", "linear_top1": "linear top-1", "miou": "mIoU"}
+CROP = ("size", "resize", "pooling", "amp")
+DEPENDS = {  # of each task's score, besides weights and images
+    "knn": (*CROP, "layer"),
+    "linear": (*CROP, "layer", "linear_layer", "epochs", "seed"),
+    "segment": ("amp", "grid_size", "grid_layer", "head", "steps", "seed"),
+}
 PICTURED = 6  # images in the attention and PCA pictures
 
 
@@ -69,7 +84,8 @@ def score(
 
     The untrained network has the same architecture and the weights of the same seed at step 0. `reading` goes to
     `nearfar.eval.evaluate.evaluate`; size and resize follow the run's settings unless given. Scores that results.json
-    already holds for the same weights, data and reading are not computed again.
+    already holds for the same weights, images and reading are not computed again; those of other weights or images
+    leave it.
     """
     run = subject.run
     file = results or subject.folder / "results.json"
@@ -79,25 +95,76 @@ def score(
         **{k: v for k, v in reading.items() if v is not None},
     }
     tasks = tuple(tasks)
-    keys = {
-        name: _key(name, subject, train, val, tasks, reading)
-        for name in (("trained", "untrained", "pixels") if baselines else ("trained",))
-    }
-    due = [name for name, key in keys.items() if merge_results(file, name, {}).get(name, {}).get("key") != key]
+    keys, due = {}, {}
+    for name in ("trained", "untrained", "pixels") if baselines else ("trained",):
+        held = merge_results(file, name, {})[name]
+        of = _hash(name, *_weights(name, subject), train.fingerprint, val.fingerprint)
+        if held and held.get("of") != of:
+            console.print(f"The scores of {name} in {file} are of other weights or images, and leave it.")
+            held = merge_results(file, name, {}, keep=False)[name]
+        now = {task: _hash(of, task, *((key, reading.get(key)) for key in DEPENDS[task])) for task in tasks}
+        known = held.get("keys", {})
+        keys[name] = {"of": of, "keys": {**known, **now}}
+        if missing := [task for task, key in now.items() if known.get(task) != key]:
+            due[name] = missing
+
+    def keep(name: str, scores: dict[str, Any]) -> None:
+        merge_results(file, name, {**scores, **keys[name]})
+
     processes = min(len(due), torch.get_num_threads())
-    with console.status(f"Scoring {' and '.join(due)}: {', '.join(tasks)} ...") if due else nullcontext():
+    doing = f"Scoring {' and '.join(due)}: {', '.join(tasks)} ..."
+    if due and not console.is_terminal:
+        console.print(doing)
+    with console.status(doing) if due else nullcontext():
         if processes < 2:
-            for name in due:
-                merge_results(file, name, {**_scores(name, subject, train, val, tasks, reading), "key": keys[name]})
+            for name, missing in due.items():
+                keep(name, _scores(name, subject, train, val, missing, reading))
         else:  # small operators: a process of fewer threads each beats one after the other on all
             threads = torch.get_num_threads() // processes
             with ProcessPoolExecutor(processes, get_context("spawn"), torch.set_num_threads, (threads,)) as pool:
-                found = {name: pool.submit(_scores, name, subject, train, val, tasks, reading) for name in due}
+                found = {name: pool.submit(_scores, name, subject, train, val, due[name], reading) for name in due}
                 for name, scores in found.items():
-                    merge_results(file, name, {**scores.result(), "key": keys[name]})
+                    keep(name, scores.result())
     results_now = merge_results(file, "trained", {})
     console.print(table(results_now))
     return results_now
+
+
+def score_features(
+    train: Path, val: Path, *, tasks: Iterable[str] | None, head: str, results: Path | None, console: Console
+) -> dict[str, Any]:
+    """Score two folders that `nearfar features` wrote, without running the network again, and print the table.
+
+    tasks: None for all that fit: k-NN and linear probe of pooled features, segmentation of grids. The scores also go to
+    `results`, if given.
+
+    Raises:
+        UserError: folders that do not belong together, or tasks that do not fit them.
+    """
+    known = FeatureStore.open(train)
+    reading: dict[str, Any] = {
+        key: known.manifest[key] for key in ("checkpoint", "layer", "pooling") if key in known.manifest
+    }
+    pair = known, FeatureStore.open(val, reading)
+    fitting = ("segment",) if known.x.ndim == 4 else ("knn", "linear")
+    chosen = fitting if tasks is None else tuple(tasks)
+    if wrong := set(chosen) - set(fitting):
+        held = "grids of patches" if known.x.ndim == 4 else "one vector an image"
+        raise UserError(
+            f"{train} holds {held} (--pooling {known.manifest.get('pooling')}), which {', '.join(sorted(wrong))} "
+            f"cannot read; {' and '.join(fitting)} can."
+        )
+    scores: dict[str, Any] = {}
+    if "knn" in chosen:
+        scores |= knn_scores(*pair)
+    if "linear" in chosen:
+        scores |= linear_scores(*pair)
+    if "segment" in chosen:
+        scores |= segment_scores(*pair, head=head)
+    if results:
+        merge_results(results, "trained", scores, keep=False)
+    console.print(table({"trained": scores}))
+    return scores
 
 
 def _scores(
@@ -149,8 +216,12 @@ def sources(run: Run, train: str | None, val: str | None) -> tuple[Source, Sourc
     return open_source(train), open_source(val)
 
 
-def _key(name: str, subject: Subject, train: Source, val: Source, tasks: Iterable[str], reading: dict[str, Any]) -> str:
-    """Changes as soon as anything changes that a score depends on."""
-    weights = digest(subject.backbone) if name == "trained" else subject.run.model_dump_json()
-    parts = (name, weights, train.fingerprint, val.fingerprint, sorted(tasks), sorted(reading.items()))
+def _weights(name: str, subject: Subject) -> tuple[str, ...]:
+    """What says which features these are."""
+    if name == "pixels":
+        return (str(subject.backbone.patch_size),)
+    return (digest(subject.backbone),) if name == "trained" else (subject.run.model_dump_json(),)
+
+
+def _hash(*parts: object) -> str:
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]

@@ -1,0 +1,42 @@
+"""How far a long job over a known number of images is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+
+@contextmanager
+def progress(total: int, what: str, console: Console) -> Iterator[Callable[[int], None]]:
+    """A bar on a terminal, a line every tenth elsewhere; gives what to call with the number of images done."""
+    if not console.is_terminal:
+        said = 0
+
+        def tell(done: int) -> None:
+            nonlocal said
+            if 10 * done // max(1, total) > said:
+                said = 10 * done // max(1, total)
+                console.print(f"{what}: {done:,} of {total:,}", highlight=False, soft_wrap=True)
+
+        yield tell
+        return
+    with Progress(
+        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), console=console
+    ) as bar:
+        task = bar.add_task(what, total=total)
+        yield lambda done: bar.update(task, completed=done)
+
+
+def summed(tell: Callable[[int], None]) -> Callable[[int], None]:
+    """For work that reports how many images a batch had, and not how many are done."""
+    done = 0
+
+    def add(images: int) -> None:
+        nonlocal done
+        done += images
+        tell(done)
+
+    return add
