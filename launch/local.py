@@ -41,7 +41,7 @@ def started(run: Run, size: int) -> Iterator[Ranks]:
     """The other `size - 1` processes of `run` work while this is open; gives the place of this one.
 
     They get no Ctrl-C (a session of their own): the first rank hears it, and all agree to stop. When this process ends,
-    however it dies, their connection to it breaks and they end too.
+    however it dies, they end too: their connection to it breaks, and they look for it every second.
 
     Raises:
         PeerError: naming the process that died, when one did.

@@ -18,7 +18,7 @@ from nearfar.ssl import train
 from nearfar.ssl.backbones import Backbone, UserError
 from nearfar.ssl.config import Run
 from nearfar.ssl.data import Batch
-from nearfar.ssl.ranks import Ranks, from_environment
+from nearfar.ssl.ranks import ALONE, Ranks, from_environment
 from nearfar.ssl.sources import Source, Subset, open_source
 
 
@@ -33,7 +33,7 @@ def pretrain(run: Run, console: Console) -> train.Outcome:
         PeerError: another of the run's processes ended.
     """
     world = from_environment()
-    if world.size > 1:
+    if world != ALONE:  # torchrun and srun start what is to run, one process or many
         return train_rank(run, console, world)
     key, size, why = local.wanted(run)
     if run.train.ranks is None:
@@ -66,13 +66,13 @@ def save_views(batch: Batch, coloured: list[Tensor], folder: Path) -> None:
 class OnlineKNN:
     """20-NN accuracy of the teacher during training, on labelled validation images; silent where labels are missing.
 
-    The memory is every m-th training image, so that it holds at most `images` and all classes.
+    The memory is every m-th training image, so that it holds at most `images` and all classes; so is what is scored.
     """
 
     def __init__(self, source: Source, val: Source, images: int) -> None:
         self.labelled = source.labels is not None and val.labels is not None
         self.memory = Subset(source, np.arange(0, len(source), -(-len(source) // images)))
-        self.val = val
+        self.val = Subset(val, np.arange(0, len(val), -(-len(val) // images)))
 
     def __call__(self, backbone: Backbone, run: Run) -> dict[str, float]:
         if not self.labelled:

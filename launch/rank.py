@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import sys
+import threading
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -17,6 +20,7 @@ from nearfar.ssl.ranks import PeerError, from_environment
 
 def main(argv: Sequence[str]) -> int:
     """Exit codes: 0 done (or stopped on request, saved), 2 a mistake of the user's, 3 another rank ended."""
+    end_with_parent()
     world = from_environment()
     try:
         train_rank(config.load(Path(argv[0])), Console(quiet=not world.first), world)
@@ -29,6 +33,18 @@ def main(argv: Sequence[str]) -> int:
             print(f"nearfar: {error}", file=sys.stderr)
         return EXIT_PEER
     return 0
+
+
+def end_with_parent() -> None:
+    """A rank whose starter is gone ends too: before the ranks have met, no broken connection would tell it."""
+    parent = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(1)
+        os._exit(EXIT_PEER)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 if __name__ == "__main__":

@@ -21,11 +21,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from nearfar.ssl.backbones.errors import UserError
+
 T = TypeVar("T")
 
 MEETING = timedelta(minutes=5)  # until all ranks must have come together
 PATIENCE = timedelta(minutes=20)  # for a rank that scores or saves while the others wait
 _LAST_WORDS = "last words"
+_MISTAKE = "mistake: "  # in front of last words that are for the user
 
 
 class PeerError(RuntimeError):
@@ -89,6 +92,7 @@ def joined(ranks: Ranks) -> Iterator[None]:
     Raises:
         PeerError: another rank ended first. Where connections break with the process, that is told at once, otherwise
             after `PATIENCE`.
+        UserError: another rank ended first, and of a mistake of the user's.
     """
     if ranks.size == 1:
         yield
@@ -109,7 +113,13 @@ def joined(ranks: Ranks) -> Iterator[None]:
         if not _broken_connection(error):
             _tell(store, f"{me} ended: {_short(error)}")
             raise
-        raise PeerError(_last_words(store) or f"{me} lost another rank, which ended without a word.") from error
+        words = _last_words(store)
+        if words.startswith(_MISTAKE):
+            raise UserError(words.removeprefix(_MISTAKE)) from error
+        raise PeerError(words or f"{me} lost another rank, which ended without a word.") from error
+    except UserError as error:
+        _tell(store, f"{_MISTAKE}{me}: {_short(error)}")
+        raise
     except BaseException as error:
         _tell(store, f"{me} ended: {_short(error) or type(error).__name__}")
         raise
@@ -187,6 +197,12 @@ def all_logsumexp(rows: Tensor) -> Tensor:
     """logsumexp over dimension 0, and over all ranks: (N, K) -> (1, K). Sums within +-700, float64's exponents."""
     here = rows.logsumexp(0, keepdim=True)
     return all_sum_(here.double().exp()).log().to(here.dtype) if count() > 1 else here
+
+
+def mean_of(values: dict[str, float]) -> dict[str, float]:
+    """Each number's mean over all ranks."""
+    mean = all_mean_(torch.tensor(list(values.values()), dtype=torch.float64))
+    return dict(zip(values, mean.tolist(), strict=True))
 
 
 def from_first(make: Callable[[], T]) -> T:

@@ -1,0 +1,90 @@
+"""Who starts the processes of a run, and which images the online k-NN looks at."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import pytest
+from rich.console import Console
+
+from nearfar.launch import local, pretrain
+from nearfar.launch.pretrain import OnlineKNN
+from nearfar.ssl import config
+from nearfar.ssl.config import Run
+from nearfar.ssl.ranks import Ranks
+from nearfar.ssl.sources import ArraySource
+
+
+def make(folder: Path, *settings: str) -> Run:
+    return config.load(None, ["name=r", f"folder={folder}", "train.device=cpu", "train.batch_size=64", *settings])
+
+
+@pytest.mark.parametrize(
+    ("settings", "cores", "size"),
+    [([], 1, 1), ([], 2, 2), ([], 64, 4), (["train.batch_size=30"], 8, 1), (["train.ranks=4"], 2, 4)],
+)
+def test_processes_follow_the_cores_and_the_batch(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, settings: list[str], cores: int, size: int
+) -> None:
+    monkeypatch.setattr(local, "available_cores", lambda: cores)
+    assert local.wanted(make(tmp_path, *settings)).value == size
+
+
+def test_a_run_goes_on_with_as_many_processes_as_it_was_begun(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    begun = make(tmp_path, "train.ranks=2")
+    begun.path.mkdir(parents=True)
+    (begun.path / "config.yaml").write_text(config.to_yaml(begun))
+    (begun.path / "teacher.safetensors").touch()
+    monkeypatch.setattr(local, "available_cores", lambda: 64)
+    assert local.wanted(make(tmp_path)) == ("train.ranks", 2, "as the run was begun")
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_under_torchrun_no_further_process_is_started(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, size: int
+) -> None:
+    seen: list[Ranks] = []
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", str(size))
+    monkeypatch.setattr(local, "started", lambda *_: pytest.fail("torchrun starts what is to run"))
+    monkeypatch.setattr(pretrain, "train_rank", lambda run, console, world: seen.append(world))
+    pretrain.pretrain(make(tmp_path), Console(file=StringIO()))
+    assert [world.size for world in seen] == [size]
+
+
+def test_derived_ranks_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    said, worlds = StringIO(), []
+    monkeypatch.setattr(local, "available_cores", lambda: 1)
+    monkeypatch.setattr(pretrain, "train_rank", lambda run, console, world: worlds.append(world))
+    pretrain.pretrain(make(tmp_path), Console(file=said, width=200))
+    assert "derived train.ranks = 1  (1 cores" in said.getvalue()
+    pretrain.pretrain(make(tmp_path, "train.ranks=1"), Console(file=said, width=200))
+    assert said.getvalue().count("derived") == 1 and len(worlds) == 2
+
+
+def test_a_rank_ends_when_its_starter_is_gone() -> None:
+    watched = "from nearfar.launch.rank import end_with_parent; end_with_parent()"
+    child = f"{watched}; import time; print(1, flush=True); time.sleep(60)"
+    parent = f"import subprocess, sys; c = subprocess.Popen([sys.executable, '-c', {child!r}]); print(c.pid); c.wait()"
+    with subprocess.Popen([sys.executable, "-uc", parent], stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        orphan = psutil.Process(int(process.stdout.readline()))
+        assert process.stdout.readline() == "1\n"  # the child's: it watches now
+        process.kill()
+    assert orphan not in psutil.wait_procs([orphan], timeout=20)[1]
+
+
+def test_the_online_score_looks_at_no_more_images_than_asked() -> None:
+    def source(count: int) -> Any:
+        return ArraySource(np.zeros((count, 8, 8, 3), np.uint8), labels=np.arange(count) % 7)
+
+    probe = OnlineKNN(source(1000), source(330), 100)
+    assert len(probe.memory) == 100 and len(probe.val) == 83
+    assert set(np.asarray(probe.val.labels)) == set(range(7))
+    assert len(OnlineKNN(source(50), source(30), 100).val) == 30
