@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -74,7 +75,7 @@ def draw(folder: Path, seed: int) -> dict[str, Path]:
         if files[key] == beton:
             write_beton(ArraySource(scenes.images, scenes.labels, scenes.masks, CLASSES[1:]), beton)
         else:
-            partial = npz.with_name(f"writing-{npz.name}")
+            partial = npz.with_name(f"writing-{os.getpid()}-{npz.name}")
             np.savez(partial, images=scenes.images, label=scenes.labels, mask=scenes.masks)
             partial.rename(npz)
     return files

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from nearfar.ssl.backbones import choose_scan
 from nearfar.ssl.config import Run
@@ -40,10 +41,25 @@ def start_lines(
     return lines
 
 
+def continued_otherwise(saved: dict[str, Any], run: Run, precision: str) -> list[str]:
+    """What a checkpoint's state says was otherwise before, so that the run goes on with other bits."""
+    lines = []
+    if (ranks := saved.get("ranks", 1)) != run.train.ranks:
+        drawn = ", and drop-path draws others" if run.backbone.drop_path else ""
+        lines.append(
+            f"Saved by {ranks} ranks, continued by {run.train.ranks}: the same run, but sums are rounded "
+            f"otherwise{drawn}."
+        )
+    if (before := saved.get("precision", precision)) != precision:
+        lines.append(f"Saved in {before}, continued in {precision}: the same run, but not the same bits.")
+    return lines
+
+
 def not_finite(step: int, loss: float, grad_norm: float, batch: Batch, source: Source, folder: Path) -> str:
     files = ", ".join(source.name(int(index)) for index in batch.index[:4])
     return (
         f"At step {step} the loss is {loss} and the gradient's norm {grad_norm}: not finite, so the weights were left "
         f"as they were and the run stopped. The last checkpoint in {folder} is from before. The batch began with "
-        f"{files}. Try a lower optim.lr, a longer optim.warmup_epochs, optim.clip=1, or train.precision=fp32."
+        f"{files}. Try a lower optim.lr, a longer optim.warmup_epochs, optim.clip=1, or train.precision=fp32, under "
+        "another name= (a run keeps its settings)."
     )

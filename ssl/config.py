@@ -51,7 +51,13 @@ class Data(Settings):
     colour: Literal["device", "loader"] = Field(
         "device", description="where views are coloured: on the training device, or by the ffcv loader, to 8 bits"
     )
-    bad_share: float = Field(0.01, ge=0, le=1, description="stop when more than this share of the files is unreadable")
+    bad_share: float = Field(
+        0.01,
+        ge=0,
+        le=1,
+        description="stop when more than this share of the files is unreadable",
+        json_schema_extra=FREE,
+    )
     min_side: int = Field(8, ge=1, description="an image with a shorter side is reported as bad, in pixels")
 
 
@@ -169,7 +175,10 @@ class Eval(Settings):
         json_schema_extra=FREE,
     )
     knn_images: int = Field(
-        5000, ge=1, description="training images in the online k-NN's memory", json_schema_extra=FREE
+        5000,
+        ge=1,
+        description="most training images in the online k-NN's memory, and validation images it scores",
+        json_schema_extra=FREE,
     )
 
 

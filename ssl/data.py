@@ -238,7 +238,8 @@ class Loader:
                 f"{len(self.bad)} of the {seen} images read so far cannot be used, more than "
                 f"data.bad_share = {self.bad_share} allows. "
                 f"{'Some of them' if len(self.bad) > 5 else 'They are'}: {some}. "
-                "Mend or remove them, or allow a larger share."
+                "Allow a larger share, or mend or remove them (a run that has saved a checkpoint keeps its images: "
+                "then choose another name=)."
             )
         return batch
 

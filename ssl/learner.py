@@ -20,6 +20,7 @@ class Step(NamedTuple):
     teacher_logits: Tensor  # (G, B, K), before centring
     teacher_probabilities: Tensor  # (G, B, K)
     teacher_features: Tensor  # (G, B, D)
+    parts: dict[str, Tensor]  # what else the loss holds, unweighted
 
 
 class Network(nn.Module):
@@ -72,10 +73,11 @@ class Learner(nn.Module):
         teacher_logits, teacher_features = self.do_teacher(groups[0])
         probabilities = self.loss.teacher_probabilities(teacher_logits, teacher_temp)
         student_logits, student_features = self.do_student(groups)
-        loss = self.loss(student_logits, probabilities)
+        loss, parts = self.loss(student_logits, probabilities), {}
         if self.koleo_weight:
-            loss = loss + self.koleo_weight * koleo(student_features[: len(groups[0])])
-        return Step(loss, teacher_logits, probabilities, teacher_features)
+            apart = koleo(student_features[: len(groups[0])])
+            loss, parts = loss + self.koleo_weight * apart, {"koleo": apart.detach()}
+        return Step(loss, teacher_logits, probabilities, teacher_features, parts)
 
     @torch.no_grad()
     def update_teacher(self, momentum: float) -> None:

@@ -50,7 +50,7 @@ def koleo(features: Tensor) -> Tensor:
         everyone, first = ranks.concatenated(here)
         with torch.no_grad():
             likeness = torch.einsum("bvd,nvd->vbn", here, everyone)
-            likeness.diagonal(first, 1, 2).fill_(-1)  # nobody is a neighbour of oneself
+            likeness.diagonal(first, 1, 2).fill_(-torch.inf)  # nobody is a neighbour of oneself
             nearest = likeness.argmax(2).T  # (B, V)
         neighbours = everyone[nearest, torch.arange(here.shape[1], device=here.device)]
         distance = F.pairwise_distance(here, neighbours, eps=1e-8)

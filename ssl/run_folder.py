@@ -13,10 +13,12 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, Any
 
-from nearfar.ssl import config, defaults, ranks
+from nearfar.ssl import checkpoint, config, defaults, ranks
 from nearfar.ssl.backbones import UserError
 from nearfar.ssl.config import Run
 from nearfar.ssl.defaults import Derived
+
+TEACHER = "teacher.safetensors"
 
 # A forked worker holds its parent's lock as well, and would keep it for seconds after the parent was killed.
 _held: set[IO[str]] = set()
@@ -96,7 +98,7 @@ class RunFolder:
             raise UserError(f"{file} does not fit this version of nearfar. {error}") from None
 
     def settle(self, run: Run, images: int, cores: int = 0) -> tuple[Run, list[Derived]]:
-        """The resolved settings of this run: those saved here if it was begun before, else derived and saved now.
+        """The resolved settings of this run: those saved here if it was begun before, else derived now.
 
         cores: CPU cores for each of its processes; 0 = all of the machine's.
 
@@ -110,19 +112,32 @@ class RunFolder:
                     f"{self.path} holds a run with other settings ({'; '.join(changed)}). Continue it with its own "
                     "settings, or choose another name=."
                 )
-        resolved, derived = defaults.resolve(run, images, cores or ranks.available_cores())
+        return defaults.resolve(run, images, cores or ranks.available_cores())
+
+    def record(self, run: Run) -> None:
+        """Write config.yaml, once the start is accepted: a refused one must not change what the run says of itself.
+
+        Raises:
+            UserError: it cannot be written.
+        """
         file = self.path / "config.yaml"
         partial = file.with_suffix(".writing")
         try:
-            partial.write_text(config.to_yaml(resolved))
+            partial.write_text(config.to_yaml(run))
             partial.replace(file)
         except OSError as error:
             raise UserError(f"{file} could not be written: {error}.") from None
-        return resolved, derived
 
     def _begun(self) -> bool:
         """Is there anything that other settings would put at risk? A start that failed leaves only its config."""
-        return any(self.checkpoints.glob("step-*")) or (self.path / "teacher.safetensors").exists()
+        return any(self.checkpoints.glob("step-*")) or (self.path / TEACHER).exists()
+
+    def exported_step(self) -> int | None:
+        """The step of the exported teacher; None where there is none, or none that can be read."""
+        try:
+            return int(checkpoint.about(self.path / TEACHER)["step"])
+        except (UserError, KeyError):
+            return None
 
     def forget_metrics_after(self, step: int) -> None:
         """Drop the lines of metrics past `step`: those steps are run again, and give the same lines."""

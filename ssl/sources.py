@@ -211,7 +211,11 @@ class FolderSource(PathSource):
 def _images_below(root: Path) -> Iterator[str]:
     """Relative paths of the image files, by suffix; hidden files and folders are passed over, links followed."""
     seen = set()
-    for folder, folders, files in os.walk(root, followlinks=True):
+
+    def unreadable(error: OSError) -> None:  # or its images, and maybe a class, would be missing without a word
+        raise UserError(f"The folder {error.filename} cannot be read: {error.strerror}.")
+
+    for folder, folders, files in os.walk(root, onerror=unreadable, followlinks=True):
         real = os.path.realpath(folder)
         if real in seen:  # a link back up would go round for ever
             folders.clear()
@@ -370,7 +374,10 @@ def open_source(path: str | Path) -> Source:
     if path.is_dir():
         if is_hugging_face(path):
             return open_hugging_face(path)
-        inside = sorted(entry for entry in path.iterdir() if not entry.name.startswith("."))
+        try:
+            inside = sorted(entry for entry in path.iterdir() if not entry.name.startswith("."))
+        except OSError as error:
+            raise UserError(f"The folder {path} cannot be read: {error.strerror}.") from None
         if any(entry.suffix == ".tar" for entry in inside) and not any(
             entry.is_dir() or entry.suffix.lower() in SUFFIXES for entry in inside
         ):

@@ -15,7 +15,7 @@ from rich.console import Console
 from torch import Tensor, nn
 
 from nearfar.ssl import checkpoint, device, ranks
-from nearfar.ssl.announce import not_finite, start_lines
+from nearfar.ssl.announce import continued_otherwise, not_finite, start_lines
 from nearfar.ssl.augment import colour_views, normalise
 from nearfar.ssl.backbones import Backbone, UserError, create
 from nearfar.ssl.config import Run
@@ -27,7 +27,7 @@ from nearfar.ssl.learner import Learner, Network, clip_gradients, parameter_grou
 from nearfar.ssl.loaders import open_loader
 from nearfar.ssl.losses import DINOLoss
 from nearfar.ssl.ranks import ALONE, Ranks
-from nearfar.ssl.run_folder import RunFolder
+from nearfar.ssl.run_folder import TEACHER, RunFolder
 from nearfar.ssl.schedule import Schedule
 from nearfar.ssl.sources import Source
 
@@ -126,21 +126,28 @@ def pretrain(
         names = {parameter: name for name, parameter in learner.student.named_parameters()}
         optimizer = torch.optim.AdamW(parameter_groups(learner.student), lr=0.0, fused=True)
         step = _restore(saved, learner, optimizer, names, source.fingerprint) if saved else 0
-        if saved and (before := saved.state.get("ranks", 1)) != world.size:
-            warnings.append(f"Saved by {before} ranks, continued by {world.size}: the same but for rounding.")
+        if saved:
+            warnings += continued_otherwise(saved.state, run, compute.precision)
+
+        about = _about(run, learner, source.fingerprint, compute.precision)
+
+        def export() -> None:
+            checkpoint.export(folder.path / TEACHER, learner.teacher.backbone, about | {"step": step})
+
         if world.first:
+            folder.record(run)
             folder.forget_metrics_after(step)
+            if saved and folder.exported_step() != step:  # killed, or out of space, between the two files of a save
+                export()
 
         def save() -> None:
             if not world.first:
                 return
             tensors = {f"learner/{name}": tensor for name, tensor in learner.state_dict().items()}
-            tensors |= {
-                f"optimizer/{name}": tensor for name, tensor in checkpoint.optimizer_tensors(optimizer, names).items()
-            }
-            about = _about(run, learner, step, source.fingerprint, world.size)
-            checkpoint.save(folder.checkpoints, step, tensors, about, run.train.keep)
-            checkpoint.export(folder.path / "teacher.safetensors", learner.teacher.backbone, about)
+            state = checkpoint.optimizer_tensors(optimizer, names)
+            tensors |= {f"optimizer/{name}": tensor for name, tensor in state.items()}
+            checkpoint.save(folder.checkpoints, step, tensors, about | {"step": step}, run.train.keep)
+            export()
 
         with Journal(folder.path, schedule.steps, step, console) if world.first else Silence() as journal:
             for line in [
@@ -191,7 +198,8 @@ def pretrain(
 
                 now = time.monotonic()
                 if step % run.train.log_every == 0 or step == schedule.steps:
-                    health = _mean_over_ranks(teacher_health(out.teacher_probabilities, out.teacher_features))
+                    health = teacher_health(out.teacher_probabilities, out.teacher_features)
+                    health = ranks.mean_of(health | {name: float(part) for name, part in out.parts.items()})
                     seconds = max(1e-9, now - logged_at)
                     speed = {
                         "img_per_s": (step - logged_step) * run.train.batch_size / seconds,
@@ -209,6 +217,8 @@ def pretrain(
                         journal.say(message)
                     waited, logged_at, logged_step = 0.0, time.monotonic(), step
 
+                if stop:  # first of all: whoever sent the signal may not wait for the scores
+                    save()
                 if observers.probe and world.first and _probe_due(run, step, loader.steps_per_epoch, schedule.steps):
                     learner.teacher.eval()
                     scores = observers.probe(learner.teacher.backbone, run)
@@ -220,7 +230,7 @@ def pretrain(
 
                 steps_due = run.train.save_steps is not None and step % run.train.save_steps == 0
                 minutes_due = time.monotonic() - saved_at > 60 * run.train.save_minutes
-                if stop or steps_due or minutes_due or step == schedule.steps:
+                if not stop and (steps_due or minutes_due or step == schedule.steps):
                     save()
                     saved_at = time.monotonic()
                 if stop and step < schedule.steps:
@@ -244,11 +254,6 @@ def _over(run: Run, world: Ranks) -> Run:
 def _step_seed(seed: int, step: int, rank: int = 0) -> int:
     """Seed of a step's drop-path: no generator state is carried from step to step."""
     return (seed % 2**20 << 43) + (rank % 2**12 << 31) + step % 2**31
-
-
-def _mean_over_ranks(values: dict[str, float]) -> dict[str, float]:
-    mean = ranks.all_mean_(torch.tensor(list(values.values()), dtype=torch.float64))
-    return dict(zip(values, mean.tolist(), strict=True))
 
 
 def _latest(folder: RunFolder, warnings: list[str], world: Ranks) -> checkpoint.Checkpoint | None:
@@ -279,10 +284,10 @@ def _restore(
     return int(saved.state["step"])
 
 
-def _about(run: Run, learner: Learner, step: int, fingerprint: str, size: int) -> dict[str, Any]:
+def _about(run: Run, learner: Learner, fingerprint: str, precision: str) -> dict[str, Any]:
     return {
-        "step": step,
-        "ranks": size,
+        "ranks": run.train.ranks,
+        "precision": precision,
         "arch": learner.teacher.backbone.arch,
         "run": run.model_dump(mode="json"),
         "data": fingerprint,

@@ -281,12 +281,13 @@ def test_differences_name_every_setting_that_changes_weights_and_no_free_one() -
     saved, _ = resolve(config.load(None), 2_000)
     free = {s.key for s in config.settings() if s.free}
     assert free == {
-        "folder", "data.path", "data.val", "data.workers", "train.log_every", "train.save_minutes", "train.save_steps",
+        "folder", "data.path", "data.val", "data.bad_share", "data.workers", "train.log_every", "train.save_minutes",
+        "train.save_steps",
         "train.keep", "train.ranks", "eval.size", "eval.resize", "eval.knn_every", "eval.knn_images",
     }  # fmt: skip
     changed = [
         "folder=elsewhere", "data.path=moved", "data.val=moved", "eval.size=32", "eval.resize=48",
-        "data.workers=7", "train.log_every=1", "train.save_minutes=1", "train.save_steps=1",
+        "data.workers=7", "data.bad_share=0.5", "train.log_every=1", "train.save_minutes=1", "train.save_steps=1",
         "train.keep=9", "train.ranks=4", "eval.knn_every=3", "eval.knn_images=10",
     ]  # fmt: skip
     assert run_folder.differences(saved, run_folder.inherit(config.load(None, changed), saved)) == []

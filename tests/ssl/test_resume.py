@@ -15,6 +15,7 @@ import psutil
 import pytest
 import torch
 from rich.console import Console
+from safetensors.torch import load_file
 
 from nearfar.ssl import checkpoint, train
 from nearfar.ssl.backbones import UserError
@@ -194,6 +195,41 @@ def test_free_settings_may_change_on_the_way(tiny: Make, data: ArraySource, quie
     assert len(list((run.path / "checkpoints").iterdir())) == 1
 
 
+@pytest.mark.parametrize("left", ["nothing", "an older one", "half a file"])
+def test_a_teacher_that_was_not_exported_is_exported_by_the_next_start(
+    tiny: Make, data: ArraySource, quiet: Console, left: str
+) -> None:
+    """Killed, or no space left, between the two files of the last save."""
+    run = tiny("train.save_steps=10")
+    asked = iter(range(STEPS))
+    train.pretrain(run, data, should_stop=lambda: next(asked) == 9, console=quiet)
+    file = run.path / "teacher.safetensors"
+    older = file.read_bytes()
+    assert train.pretrain(run, data, console=quiet).finished
+    whole = file.read_bytes()
+    assert whole != older
+    file.unlink() if left == "nothing" else file.write_bytes(older if left == "an older one" else whole[:100])
+    assert train.pretrain(run, data, console=quiet).finished
+    assert checkpoint.about(file)["step"] == STEPS
+    (run.path / "whole.safetensors").write_bytes(whole)
+    exported, expected = (load_file(path) for path in (file, run.path / "whole.safetensors"))
+    assert exported.keys() == expected.keys() and all(torch.equal(exported[k], expected[k]) for k in expected)
+
+
+def test_a_stop_is_saved_before_the_scores_are_computed(tiny: Make, data: ArraySource, quiet: Console) -> None:
+    run = tiny("eval.knn_every=1")
+    saved_first = []
+
+    def probe(*_: object) -> dict[str, float]:
+        saved_first.append((run.path / "checkpoints" / "step-000000005").is_dir())
+        return {}
+
+    train.pretrain(run, data, train.Observers(probe=probe), should_stop=lambda: True, console=quiet)
+    asked = iter(range(STEPS))
+    train.pretrain(run, data, train.Observers(probe=probe), should_stop=lambda: next(asked) == 3, console=quiet)
+    assert saved_first == [True]
+
+
 def untouched(run: Run) -> dict[str, bytes]:
     kept = ("config.yaml", "metrics.jsonl", "teacher.safetensors", "checkpoints/*/*")
     return {str(file): file.read_bytes() for pattern in kept for file in run.path.glob(pattern)}
@@ -207,7 +243,7 @@ def test_other_images_and_other_settings_are_refused_and_nothing_is_lost(
     before = untouched(run)
     other = ArraySource(np.random.default_rng(1).integers(0, 256, (40, 32, 32, 3), np.uint8))
     with pytest.raises(UserError, match=r"begun on other images.*choose another name="):
-        train.pretrain(run, other, console=quiet)
+        train.pretrain(tiny("data.path=elsewhere"), other, console=quiet)
     with pytest.raises(UserError, match=r"optim.lr: 0.001 -> 0.002; train.epochs: 4 -> 5"):
         train.pretrain(tiny("optim.lr=2e-3", "train.epochs=5"), data, console=quiet)
     with RunFolder(run.path), pytest.raises(UserError, match="is in use by process"):

@@ -21,6 +21,7 @@ def begin(path: Path, *overrides: str) -> config.Run:
     """A run that has a checkpoint."""
     with RunFolder(path) as folder:
         resolved, _ = folder.settle(run(*overrides), 2_000)
+        folder.record(resolved)
         (folder.checkpoints / "step-000000001").mkdir(parents=True)
     return resolved
 
@@ -89,6 +90,8 @@ def test_a_place_that_cannot_be_written(tmp_path: Path) -> None:
 def test_the_resolved_config_is_saved_and_found_again(tmp_path: Path) -> None:
     with RunFolder(tmp_path / "r") as folder:
         resolved, told = folder.settle(run("train.threads=3"), 2_000)
+        assert not (tmp_path / "r" / "config.yaml").exists()  # not before the start is accepted
+        folder.record(resolved)
     assert told and resolved.head.prototypes == 128
     assert config.load(tmp_path / "r" / "config.yaml") == resolved
 
@@ -104,6 +107,7 @@ def test_free_settings_may_change_and_are_saved(tmp_path: Path) -> None:
     begin(tmp_path / "r", "train.log_every=10")
     with RunFolder(tmp_path / "r") as folder:
         again, _ = folder.settle(run("train.log_every=3", "data.workers=5"), 2_000)
+        folder.record(again)
     assert again.train.log_every == 3 and again.data.workers == 5
     assert config.load(tmp_path / "r" / "config.yaml") == again
 
@@ -120,7 +124,7 @@ def test_other_settings_are_refused_by_name_and_the_config_stays(tmp_path: Path)
 
 def test_a_start_that_failed_before_its_first_checkpoint_may_be_corrected(tmp_path: Path) -> None:
     with RunFolder(tmp_path / "r") as folder:
-        folder.settle(run("backbone.name=vit_smal_patch16"), 2_000)
+        folder.record(folder.settle(run("backbone.name=vit_smal_patch16"), 2_000)[0])
     with RunFolder(tmp_path / "r") as folder:
         again, told = folder.settle(run("backbone.name=vit_small_patch16"), 2_000_000)
     assert again.backbone.name == "vit_small_patch16" and told and again.head.prototypes == 65536
@@ -128,7 +132,7 @@ def test_a_start_that_failed_before_its_first_checkpoint_may_be_corrected(tmp_pa
 
 def test_weights_alone_are_protected_from_other_settings(tmp_path: Path) -> None:
     with RunFolder(tmp_path / "r") as folder:
-        folder.settle(run(), 2_000)
+        folder.record(folder.settle(run(), 2_000)[0])
         (tmp_path / "r" / "teacher.safetensors").write_text("weights of months")
         with pytest.raises(UserError, match="other settings"):
             folder.settle(run("optim.clip=1"), 2_000)

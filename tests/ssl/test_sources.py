@@ -264,3 +264,19 @@ def test_shared_data_opens():
     for wrong in ("camvid", "camvid/images", "imagenette224"):
         with pytest.raises(UserError, match="parts of a data set"):
             open_source(DATA / wrong)
+
+
+def test_a_folder_that_may_not_be_read_is_told(tmp_path, monkeypatch):
+    """A class that vanished without a word would renumber the labels of the others."""
+    for name in ("cats", "dogs"):
+        put(tmp_path / name / "0.png")
+    scandir = os.scandir
+
+    def guarded(path="."):
+        if os.fspath(path).endswith("cats"):
+            raise PermissionError(13, "Permission denied", os.fspath(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", guarded)
+    with pytest.raises(UserError, match="cats cannot be read: Permission denied"):
+        open_source(tmp_path)
