@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -51,10 +52,10 @@ def train_rank(run: Run, console: Console, world: Ranks) -> train.Outcome:
     if not run.data.path:
         raise UserError("data.path is not set: name the training images, for example data.path=~/pictures.")
     source = open_source(run.data.path)
-    probe = None
-    if run.data.val and world.first:
-        probe = OnlineKNN(source, open_source(run.data.val), run.eval.knn_images)
     with StopFlag() as stop:
+        probe = None
+        if run.data.val and world.first:
+            probe = OnlineKNN(source, open_source(run.data.val), run.eval.knn_images, stop)
         return train.pretrain(run, source, train.Observers(save_views, probe), stop, console, world)
 
 
@@ -67,9 +68,13 @@ class OnlineKNN:
     """20-NN accuracy of the teacher during training, on labelled validation images; silent where labels are missing.
 
     The memory is every m-th training image, so that it holds at most `images` and all classes; so is what is scored.
+    A stop ends it without a score: whoever sent the signal waits for seconds, and scoring may take minutes.
     """
 
-    def __init__(self, source: Source, val: Source, images: int) -> None:
+    def __init__(
+        self, source: Source, val: Source, images: int, should_stop: Callable[[], bool] = lambda: False
+    ) -> None:
+        self.should_stop = should_stop
         self.labelled = source.labels is not None and val.labels is not None
         self.memory = Subset(source, np.arange(0, len(source), -(-len(source) // images)))
         self.val = Subset(val, np.arange(0, len(val), -(-len(val) // images)))
@@ -80,6 +85,10 @@ class OnlineKNN:
         size, workers = run.eval.size, run.data.workers
         assert size is not None and workers is not None
 
+        def go_on(_: int) -> None:
+            if self.should_stop():
+                raise _StoppedError
+
         def read(source: Source) -> tuple[np.ndarray, np.ndarray]:
             features = extract(
                 backbone,
@@ -87,10 +96,18 @@ class OnlineKNN:
                 size=size,
                 resize=run.eval.resize,
                 workers=workers,
-                batch_size=256,
+                batch_size=64,
+                progress=go_on,
             )
             assert features.labels is not None
             return features.x, features.labels
 
-        (score,) = knn(*read(self.memory), *read(self.val), ks=(20,)).values()
+        try:
+            (score,) = knn(*read(self.memory), *read(self.val), ks=(20,)).values()
+        except _StoppedError:
+            return {}
         return {"knn_top1": score}
+
+
+class _StoppedError(Exception):
+    pass

@@ -16,6 +16,7 @@ from rich.console import Console
 from nearfar.launch import local, pretrain
 from nearfar.launch.pretrain import OnlineKNN
 from nearfar.ssl import config
+from nearfar.ssl.backbones import create
 from nearfar.ssl.config import Run
 from nearfar.ssl.ranks import Ranks
 from nearfar.ssl.sources import ArraySource
@@ -88,3 +89,13 @@ def test_the_online_score_looks_at_no_more_images_than_asked() -> None:
     assert len(probe.memory) == 100 and len(probe.val) == 83
     assert set(np.asarray(probe.val.labels)) == set(range(7))
     assert len(OnlineKNN(source(50), source(30), 100).val) == 30
+
+
+def test_a_stop_ends_the_online_score(tmp_path: Path) -> None:
+    images = ArraySource(np.zeros((300, 16, 16, 3), np.uint8), labels=np.arange(300) % 3)
+    backbone = create("vit_tiny_patch4", img_size=16, embed_dim=12, depth=1, num_heads=2)
+    run = make(tmp_path, "eval.size=16", "eval.resize=16", "data.workers=0")
+    asked = []
+    stopping = OnlineKNN(images, images, 300, lambda: bool(asked.append(1)) or len(asked) == 2)
+    assert stopping(backbone, run) == {} and len(asked) == 2
+    assert OnlineKNN(images, images, 300)(backbone, run).keys() == {"knn_top1"}
