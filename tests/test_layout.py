@@ -18,8 +18,8 @@ ROOMS = {"nearfar.ssl": ROOT / "ssl", "nearfar.eval": ROOT / "eval", "nearfar.la
 # Ground floor first. A module imports from floors below its own, and from its own floor without going in a circle.
 FLOORS: list[set[str]] = [
     {"backbones"},
-    {"heads", "mistakes"},
-    {"config", "decode", "ranks", "turbo", "cpu_colour"},
+    {"heads", "mistakes", "ranks"},
+    {"config", "decode", "turbo", "cpu_colour"},
     {"views", "beton", "shards", "cpu_views", "defaults"},
     {"sources"},
     {"data", "ffcv_data", "beton_writer"},
