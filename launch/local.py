@@ -54,7 +54,7 @@ def started(run: Run, size: int) -> Iterator[Ranks]:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     shared = {"WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    shared |= {"OMP_NUM_THREADS": cores}
+    shared |= {"OMP_NUM_THREADS": cores, "TORCH_CPP_LOG_LEVEL": os.environ.get("TORCH_CPP_LOG_LEVEL", "ERROR")}
     with tempfile.TemporaryDirectory(prefix="nearfar-") as folder:
         settings = Path(folder) / "run.yaml"
         settings.write_text(config.to_yaml(run))
