@@ -68,7 +68,7 @@ class OnlineKNN:
     """20-NN accuracy of the teacher during training, on labelled validation images; silent where labels are missing.
 
     The memory is every m-th training image, so that it holds at most `images` and all classes; so is what is scored.
-    A stop ends it without a score: whoever sent the signal waits for seconds, and scoring may take minutes.
+    A stop ends it without a score (None): whoever sent the signal waits for seconds, and scoring may take minutes.
     """
 
     def __init__(
@@ -79,7 +79,7 @@ class OnlineKNN:
         self.memory = Subset(source, np.arange(0, len(source), -(-len(source) // images)))
         self.val = Subset(val, np.arange(0, len(val), -(-len(val) // images)))
 
-    def __call__(self, backbone: Backbone, run: Run) -> dict[str, float]:
+    def __call__(self, backbone: Backbone, run: Run) -> dict[str, float] | None:
         if not self.labelled:
             return {}
         size, workers = run.eval.size, run.data.workers
@@ -105,7 +105,7 @@ class OnlineKNN:
         try:
             (score,) = knn(*read(self.memory), *read(self.val), ks=(20,)).values()
         except _StoppedError:
-            return {}
+            return None
         return {"knn_top1": score}
 
 

@@ -139,6 +139,10 @@ class RunFolder:
         except (UserError, KeyError):
             return None
 
+    def scored(self, step: int) -> bool:
+        """Do the metrics hold a score of this step, and not only its loss?"""
+        return any(line["step"] == step and "loss" not in line for line in read_metrics(self.metrics))
+
     def forget_metrics_after(self, step: int) -> None:
         """Drop the lines of metrics past `step`: those steps are run again, and give the same lines."""
         if not self.metrics.exists():

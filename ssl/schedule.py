@@ -37,6 +37,11 @@ class Schedule:
         assert self.run.optim.freeze_last_epochs is not None
         return step < round(self.run.optim.freeze_last_epochs * self.steps_per_epoch)
 
+    def scores_due(self, step: int) -> bool:
+        """Is the teacher scored after so many steps?"""
+        every = self.run.eval.knn_every or 0.0
+        return every > 0 and (step == self.steps or step % max(1, round(every * self.steps_per_epoch)) == 0)
+
 
 def cosine(start: float, end: float, step: int, steps: int) -> float:
     """Half a cosine from `start` at step 0 to `end` at the last step."""

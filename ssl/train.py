@@ -37,7 +37,7 @@ class Observers:
     """What the floors above want to see of a run, on its first rank. None of it may change the run."""
 
     views: Callable[[Batch, list[Tensor], Path], None] | None = None  # first batch, coloured views, run folder
-    probe: Callable[[Backbone, Run], dict[str, float]] | None = None  # scores of the teacher, every so often
+    probe: Callable[[Backbone, Run], dict[str, float] | None] | None = None  # scores of the teacher; None: stopped
 
 
 @dataclass(frozen=True)
@@ -149,6 +149,18 @@ def pretrain(
             checkpoint.save(folder.checkpoints, step, tensors, about | {"step": step}, run.train.keep)
             export()
 
+        def score() -> bool:
+            """Score the teacher as it is, once; True where a stop came first and leaves that to the next start."""
+            if observers.probe is None or folder.scored(step):
+                return False
+            learner.teacher.eval()
+            scores = observers.probe(learner.teacher.backbone, run)
+            learner.teacher.train()
+            if scores:
+                journal.record(step, {"epoch": step / loader.steps_per_epoch, **scores})
+                journal.say(f"step {step}: " + ", ".join(f"{k} {v:.1f}" for k, v in scores.items()))
+            return scores is None
+
         with Journal(folder.path, schedule.steps, step, console) if world.first else Silence() as journal:
             for line in [
                 *warnings,
@@ -162,7 +174,8 @@ def pretrain(
             if step < schedule.steps:
                 loader.seek(*divmod(step, loader.steps_per_epoch))
                 batches = iter(loader)
-            while step < schedule.steps:
+            stop = bool(saved) and schedule.scores_due(step) and ranks.from_first(score)
+            while step < schedule.steps and not stop:
                 asked = time.monotonic()
                 batch = next(batches)
                 waited += time.monotonic() - asked
@@ -217,25 +230,17 @@ def pretrain(
                         journal.say(message)
                     waited, logged_at, logged_step = 0.0, time.monotonic(), step
 
-                if stop:  # first of all: whoever sent the signal may not wait for the scores
-                    save()
-                if observers.probe and world.first and _probe_due(run, step, loader.steps_per_epoch, schedule.steps):
-                    learner.teacher.eval()
-                    scores = observers.probe(learner.teacher.backbone, run)
-                    learner.teacher.train()
-                    if scores:
-                        journal.record(step, {"epoch": step / loader.steps_per_epoch, **scores})
-                        journal.say(f"step {step}: " + ", ".join(f"{k} {v:.1f}" for k, v in scores.items()))
+                if schedule.scores_due(step) and not stop:
+                    stop = ranks.from_first(score)
                     logged_at, logged_step, waited = time.monotonic(), step, 0.0
 
                 steps_due = run.train.save_steps is not None and step % run.train.save_steps == 0
                 minutes_due = time.monotonic() - saved_at > 60 * run.train.save_minutes
-                if not stop and (steps_due or minutes_due or step == schedule.steps):
+                if stop or steps_due or minutes_due or step == schedule.steps:
                     save()
                     saved_at = time.monotonic()
-                if stop and step < schedule.steps:
-                    journal.say(f"Stopped after step {step} of {schedule.steps}. The same command continues from here.")
-                    break
+            if stop and step < schedule.steps:
+                journal.say(f"Stopped after step {step} of {schedule.steps}. The same command continues from here.")
             return Outcome(folder.path, step, schedule.steps, time.monotonic() - begun)
 
 
@@ -293,8 +298,3 @@ def _about(run: Run, learner: Learner, fingerprint: str, precision: str) -> dict
         "data": fingerprint,
         "versions": {"torch": torch.__version__, "python": platform.python_version()},
     }
-
-
-def _probe_due(run: Run, step: int, steps_per_epoch: int, steps: int) -> bool:
-    every = run.eval.knn_every or 0.0
-    return every > 0 and (step == steps or step % max(1, round(every * steps_per_epoch)) == 0)

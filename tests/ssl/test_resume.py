@@ -227,7 +227,35 @@ def test_a_stop_is_saved_before_the_scores_are_computed(tiny: Make, data: ArrayS
     train.pretrain(run, data, train.Observers(probe=probe), should_stop=lambda: True, console=quiet)
     asked = iter(range(STEPS))
     train.pretrain(run, data, train.Observers(probe=probe), should_stop=lambda: next(asked) == 3, console=quiet)
+    assert saved_first == []
+    train.pretrain(run, data, train.Observers(probe=probe), should_stop=lambda: True, console=quiet)
     assert saved_first == [True]
+
+
+def test_a_score_that_a_stop_left_undone_is_done_by_the_next_start(
+    tiny: Make, data: ArraySource, quiet: Console
+) -> None:
+    """Whether the stop came in the step whose score is due, or while it was computed: no score is lost."""
+
+    def scored(run: Run) -> list[tuple[int, float]]:
+        lines = read_metrics(run.path / "metrics.jsonl")
+        return [(line["step"], line["knn"]) for line in lines if "knn" in line]
+
+    def probe(backbone: torch.nn.Module, _: Run) -> dict[str, float] | None:
+        if next(calls) in interrupted:
+            return None
+        return {"knn": float(sum(p.double().sum() for p in backbone.parameters()))}
+
+    calls, interrupted = iter(range(99)), set[int]()
+    whole = tiny("eval.knn_every=1", folder="whole")
+    assert train.pretrain(whole, data, train.Observers(probe=probe), console=quiet).finished
+    assert [step for step, _ in scored(whole)] == [5, 10, 15, 20]
+
+    calls, interrupted = iter(range(99)), {1, 4}  # the second score, and the last one
+    run, asked = tiny("eval.knn_every=1"), iter(range(99))
+    for _ in range(4):
+        train.pretrain(run, data, train.Observers(probe=probe), should_stop=lambda: next(asked) == 4, console=quiet)
+    assert scored(run) == scored(whole)
 
 
 def untouched(run: Run) -> dict[str, bytes]:
