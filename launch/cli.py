@@ -76,7 +76,7 @@ def build_parser() -> argparse.ArgumentParser:
     features.add_argument("data", help="images: class folders, a flat folder, a .txt list or an .npz")
     features.add_argument("out", type=Path, help="folder to write")
     _add_reading(features)
-    features.add_argument("--pooling", default="cls", help="cls, mean, cls+mean or grid (default cls)")
+    features.add_argument("--pooling", help="cls, mean, cls+mean or grid (default: head.pooling of the run)")
     features.set_defaults(verb=run_features)
 
     evaluate = verbs.add_parser("eval", help="score frozen features: knn, linear, segment or all")
@@ -140,7 +140,7 @@ def run_features(arguments: argparse.Namespace) -> None:
             size=arguments.size or subject.image_size,
             resize=arguments.resize or subject.run.eval.resize,
             layer=arguments.layer or "final",
-            pooling=arguments.pooling,
+            pooling=arguments.pooling or subject.run.head.pooling,
             workers=arguments.workers,
             progress=summed(tell),
         )

@@ -95,6 +95,7 @@ class OnlineKNN:
                 source,
                 size=size,
                 resize=run.eval.resize,
+                pooling=run.head.pooling,
                 workers=workers,
                 batch_size=64,
                 progress=go_on,

@@ -83,15 +83,16 @@ def score(
     """Evaluate the trained backbone (and the baselines), merge the scores into results.json, print the table.
 
     The untrained network has the same architecture and the weights of the same seed at step 0. `reading` goes to
-    `nearfar.eval.evaluate.evaluate`; size and resize follow the run's settings unless given. Scores that results.json
-    already holds for the same weights, images and reading are not computed again; those of other weights or images
-    leave it.
+    `nearfar.eval.evaluate.evaluate`; size, resize and pooling follow the run's settings unless given. Scores that
+    results.json already holds for the same weights, images and reading are not computed again; those of other weights
+    or images leave it.
     """
     run = subject.run
     file = results or subject.folder / "results.json"
     reading = {
         "size": subject.image_size,
         "resize": run.eval.resize,
+        "pooling": run.head.pooling,
         **{k: v for k, v in reading.items() if v is not None},
     }
     tasks = tuple(tasks)

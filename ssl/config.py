@@ -111,6 +111,9 @@ class Head(Settings):
     batch_norm: bool | None = Field(
         None, description="batch norm in the hidden layers; default: on below 100,000 images"
     )
+    pooling: Literal["cls", "mean"] = Field(
+        "cls", description="what the head reads, and the scores too: CLS, or the mean over the patches"
+    )
 
 
 class Loss(Settings):

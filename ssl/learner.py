@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from timm.layers import convert_sync_batchnorm
 from torch import Tensor, nn
 
-from nearfar.ssl.backbones import Backbone
+from nearfar.ssl.backbones import Backbone, Tokens
 from nearfar.ssl.heads.dino import DINOHead
 from nearfar.ssl.losses import DINOLoss, koleo
 
@@ -24,19 +24,21 @@ class Step(NamedTuple):
 
 
 class Network(nn.Module):
-    """A backbone and its projection head."""
+    """A backbone and its projection head, which reads CLS or the mean over the patches."""
 
-    def __init__(self, backbone: Backbone, head: DINOHead) -> None:
+    def __init__(self, backbone: Backbone, head: DINOHead, pooling: Literal["cls", "mean"] = "cls") -> None:
         super().__init__()
         self.backbone = backbone
         self.head = head
+        self.pooling = pooling
 
     def forward(self, groups: list[Tensor]) -> tuple[Tensor, Tensor]:
         """Groups of equally sized views [(G, B, 3, s, s), ...] -> logits (V, B, K), features (V, B, D).
 
         One backbone pass per size, one head pass for all.
         """
-        features = torch.cat([self.backbone(group.flatten(0, 1)).cls for group in groups])
+        tokens: list[Tokens] = [self.backbone(group.flatten(0, 1)) for group in groups]
+        features = torch.cat([each.cls if self.pooling == "cls" else each.mean for each in tokens])
         batch = groups[0].shape[1]
         return self.head(features).unflatten(0, (-1, batch)), features.unflatten(0, (-1, batch))
 

@@ -66,7 +66,8 @@ def build_learner(run: Run, weights: bool = True) -> Learner:
 
     def network(drop_path: float, file: str | None = None) -> Network:
         body = create(img_size=size, drop_path=drop_path, weights=file, **switches)
-        return Network(body, DINOHead(body.embed_dim, prototypes, head.hidden, head.bottleneck, batch_norm))
+        projection = DINOHead(body.embed_dim, prototypes, head.hidden, head.bottleneck, batch_norm)
+        return Network(body, projection, head.pooling)
 
     student, teacher = network(backbone.drop_path, backbone.weights if weights else None), network(0.0)
     dino = DINOLoss(prototypes, loss.student_temp, loss.center_momentum, loss.balance == "sinkhorn")
@@ -128,7 +129,6 @@ def pretrain(
         step = _restore(saved, learner, optimizer, names, source.fingerprint) if saved else 0
         if saved:
             warnings += continued_otherwise(saved.state, run, compute.precision)
-
         about = _about(run, learner, source.fingerprint, compute.precision)
 
         def export() -> None:

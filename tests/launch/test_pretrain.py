@@ -13,6 +13,8 @@ import psutil
 import pytest
 from rich.console import Console
 
+from nearfar.eval.features import extract
+from nearfar.eval.knn import knn
 from nearfar.launch import local, pretrain
 from nearfar.launch.pretrain import OnlineKNN
 from nearfar.ssl import config
@@ -89,6 +91,18 @@ def test_the_online_score_looks_at_no_more_images_than_asked() -> None:
     assert len(probe.memory) == 100 and len(probe.val) == 83
     assert set(np.asarray(probe.val.labels)) == set(range(7))
     assert len(OnlineKNN(source(50), source(30), 100).val) == 30
+
+
+@pytest.mark.parametrize("pooling", ["cls", "mean"])
+def test_the_online_score_reads_what_the_head_reads(tmp_path: Path, pooling: str) -> None:
+    rng = np.random.default_rng(0)
+    images = ArraySource(rng.integers(0, 256, (60, 16, 16, 3), np.uint8), labels=np.arange(60) % 3)
+    backbone = create("vit_tiny_patch4", img_size=16, embed_dim=12, depth=1, num_heads=2)
+    run = make(tmp_path, "eval.size=16", "eval.resize=16", "data.workers=0", f"head.pooling={pooling}")
+    features = extract(backbone, images, size=16, resize=16, pooling=pooling)
+    assert features.labels is not None
+    (expected,) = knn(features.x, features.labels, features.x, features.labels, ks=(20,)).values()
+    assert OnlineKNN(images, images, 60)(backbone, run) == {"knn_top1": expected}
 
 
 def test_a_stop_ends_the_online_score(tmp_path: Path) -> None:

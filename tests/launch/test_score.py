@@ -44,8 +44,8 @@ def said() -> StringIO:
     return StringIO()
 
 
-def subject(folder: Path, seed: int = 0) -> Subject:
-    run = config.load(None, ["name=r", f"folder={folder}", "views.global_size=16", "views.local_size=16"])
+def subject(folder: Path, seed: int = 0, *settings: str) -> Subject:
+    run = config.load(None, ["name=r", f"folder={folder}", "views.global_size=16", "views.local_size=16", *settings])
     return Subject(network(seed), run, folder)
 
 
@@ -65,6 +65,19 @@ def test_what_is_known_is_not_computed_again_and_other_tasks_join_it(
     assert computed == [["knn"], ["segment"], ["segment"]]
     assert both["trained"]["knn_top1"] == first["trained"]["knn_top1"] and again == both
     assert "leave it" not in said.getvalue()
+
+
+def test_features_are_pooled_as_the_head_read_them_unless_told(
+    tmp_path: Path, said: StringIO, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: list[str] = []
+    monkeypatch.setattr(
+        scores, "evaluate", lambda *a, pooling, **k: read.append(pooling) or {"knn_top1": 50.0, "knn": {}}
+    )
+    console = Console(file=said, width=200)
+    for settings, told in (([], {}), (["head.pooling=mean"], {}), (["head.pooling=mean"], {"pooling": "cls"})):
+        score(subject(tmp_path / str(len(read)), 0, *settings), TRAIN, VAL, tasks=["knn"], console=console, **told)
+    assert read == ["cls", "mean", "cls"]
 
 
 @pytest.mark.parametrize("other", ["weights", "images"])

@@ -53,6 +53,16 @@ def test_views_come_out_in_order_globals_first() -> None:
         torch.testing.assert_close(logits[v], learner.student.head(alone), rtol=1e-4, atol=1e-5)
 
 
+def test_the_head_reads_the_mean_over_the_patches_when_told() -> None:
+    learner = tiny("head.batch_norm=false", "backbone.drop_path=0", "head.pooling=mean")
+    views = groups()
+    logits, features = learner.do_student(views)
+    for v, view in enumerate([*views[0], *views[1]]):
+        mean = learner.student.backbone(view).patches.mean(1)
+        torch.testing.assert_close(features[v], mean, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(logits[v], learner.student.head(mean), rtol=1e-4, atol=1e-5)
+
+
 def test_koleo_is_weighed_on_the_students_global_views() -> None:
     plain, apart = tiny("backbone.drop_path=0"), tiny("backbone.drop_path=0", "loss.koleo=0.3")
     views = groups()
