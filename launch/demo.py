@@ -18,15 +18,16 @@ from nearfar.ssl import config, turbo
 from nearfar.ssl.beton_writer import write_beton
 from nearfar.ssl.sources import ArraySource
 
-TRAIN, VAL = 2500, 1000  # scenes
-# What all views of a scene share is what DINO learns first. With loud colours and many kinds of background that is the
-# background, and minutes are not enough to get past it; so here the digit is the largest thing that scenes differ in.
+TRAIN, VAL = 2000, 1000  # scenes
+# What all views of a scene share is what DINO learns first. With many kinds of background that is the background, and
+# minutes are not enough to get past it: here they are of one kind. Scenes differ in colour, light and polarity instead,
+# which the views take away and which neighbours in pixel space go by.
 SCENES: dict[str, Any] = {
     "backgrounds": ("even",),
     "clutter": 0,
-    "colour": 0.3,
+    "colour": 0.8,
     "texture": 0.2,
-    "contrast": (0.65, 0.78),
+    "contrast": (0.45, 0.65),
     "digit_height": (0.65, 0.85),
     "shift": 0.5,
     "rotation": 8.0,
@@ -52,7 +53,7 @@ def demo(seed: int, settings: list[str], console: Console) -> None:
     subject = Subject.of(outcome.folder)
     train, val = sources(run, None, None)
     # Tokens of 8x8 pixels of a digit must know the rest of it: read after PRR, with a head that can combine channels.
-    score(subject, train, val, baselines=True, console=console, grid_layer="final", head="mlp", steps=300)
+    score(subject, train, val, baselines=True, console=console, grid_layer="final", head="mlp", steps=600)
     draw_tokens(subject, val, outcome.folder)
     report = write_report(outcome.folder)
     console.print(f"Report: {report}   Curves: tensorboard --logdir {outcome.folder}", highlight=False, soft_wrap=True)
