@@ -53,7 +53,7 @@ def demo(seed: int, settings: list[str], console: Console) -> None:
     subject = Subject.of(outcome.folder)
     train, val = sources(run, None, None)
     # Tokens of 8x8 pixels of a digit must know the rest of it: read after PRR, with a head that can combine channels.
-    score(subject, train, val, baselines=True, console=console, grid_layer="final", head="mlp", steps=900)
+    score(subject, train, val, baselines=True, console=console, grid_layer="final", head="mlp", steps=800)
     draw_tokens(subject, val, outcome.folder)
     report = write_report(outcome.folder)
     console.print(f"Report: {report}   Curves: tensorboard --logdir {outcome.folder}", highlight=False, soft_wrap=True)
