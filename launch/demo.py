@@ -18,14 +18,14 @@ from nearfar.ssl import config, turbo
 from nearfar.ssl.beton_writer import write_beton
 from nearfar.ssl.sources import ArraySource
 
-TRAIN, VAL = 1600, 1000  # scenes
+TRAIN, VAL = 2000, 1000  # scenes
 # What all views of a scene share is what DINO learns first. With many kinds of background that is the background, and
 # minutes are not enough to get past it: here they are of one kind. Scenes differ in colour, light and polarity instead,
 # which the views take away and which neighbours in pixel space go by.
 SCENES: dict[str, Any] = {
     "backgrounds": ("even",),
     "clutter": 0,
-    "colour": 1.0,
+    "colour": 0.8,
     "texture": 0.2,
     "contrast": (0.45, 0.65),
     "digit_height": (0.65, 0.85),
