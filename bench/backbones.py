@@ -28,7 +28,7 @@ from nearfar.ssl.backbones.vit import WIDTHS, Attention, PatchEmbed
 PUBLISHED = {"tiny": 0.07, "small": 0.24, "base": 0.82}  # G multiply-adds that LGP adds (METHODS section 1)
 
 
-class MaterialisedGaug(GaugBias):
+class MaterializedGaug(GaugBias):
     """The published way: distances and an exponential for every pair of patches, per head."""
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, grid: tuple[int, int], seen: Tensor | None = None) -> Tensor:
@@ -78,11 +78,11 @@ def variants(size: str) -> dict[str, nn.Module]:
     recursive = VisionTransformer(**common, lgp=True)
     recursive.patch_embed = RecursiveLGP(16, width)
     made["LGP, recursive packet"] = recursive
-    materialised = VisionTransformer(**common, gaug=True, prr=True)
-    for module in materialised.modules():
+    materialized = VisionTransformer(**common, gaug=True, prr=True)
+    for module in materialized.modules():
         if isinstance(module, Attention):
-            module.gaug = MaterialisedGaug(width // heads, materialised.grid_size)
-    made["GAug + PRR, materialised exp"] = materialised
+            module.gaug = MaterializedGaug(width // heads, materialized.grid_size)
+    made["GAug + PRR, materialized exp"] = materialized
     return made
 
 

@@ -30,12 +30,12 @@ BATCH = 64
 BASELINE = "dino"
 METHODS = {
     "decode": "decoding alone (libjpeg-turbo)",
-    "dino": "torchvision and Pillow, as DINO: geometry and colour",
+    "dino": "torchvision and Pillow, as DINO: geometry and color",
     "dino-geometry": "torchvision and Pillow, as DINO: geometry only",
     "ffcv-pipelines": "FFCV, one pipeline a view: crop and flip only",
     "folder": "ours, folder: geometry only",
     "ffcv": "ours, FFCV: geometry only",
-    "ffcv-colour": "ours, FFCV: geometry and colour",
+    "ffcv-color": "ours, FFCV: geometry and color",
 }
 
 
@@ -46,14 +46,14 @@ def decode_only(folder: Path, threads: int) -> Iterator[int]:
     """Every image decoded once, into a buffer that stays."""
     from concurrent.futures import ThreadPoolExecutor
 
-    from nearfar.ssl import turbo
-    from nearfar.ssl.beton import BetonSource
+    from nearfar.ssl.data import libjpeg
+    from nearfar.ssl.data.sources.beton import BetonSource
 
     source, mine = BetonSource(folder / "images.beton"), threading.local()
 
     def batch(begin: int) -> int:
         if not hasattr(mine, "decoder"):
-            mine.decoder = turbo.Decoder()
+            mine.decoder = libjpeg.Decoder()
             mine.out = np.empty(3 * int(source.size.prod(1).max()), np.uint8)
         for i in range(begin, min(begin + BATCH, len(source))):
             height, width = source.size[i].tolist()
@@ -65,7 +65,7 @@ def decode_only(folder: Path, threads: int) -> Iterator[int]:
             yield from pool.map(batch, range(0, len(source) - BATCH + 1, BATCH))
 
 
-def dino(folder: Path, threads: int, colour: bool = True) -> Iterator[int]:
+def dino(folder: Path, threads: int, color: bool = True) -> Iterator[int]:
     """What facebookresearch/dino does, by torchvision's public transforms: Pillow images, a DataLoader of processes."""
     importlib.import_module("nearfar.ssl.backbones")  # makes torchvision importable everywhere, so first
     import torch
@@ -83,18 +83,18 @@ def dino(folder: Path, threads: int, colour: bool = True) -> Iterator[int]:
 
         return apply
 
-    def solarise(image: Image.Image) -> Image.Image:
+    def solarize(image: Image.Image) -> Image.Image:
         return ImageOps.solarize(image) if random.random() < 0.2 else image
 
     def view(size: int, scale: tuple[float, float], *more: Callable) -> T.Compose:
         crop = [T.RandomResizedCrop(size, scale, interpolation=T.InterpolationMode.BICUBIC), T.RandomHorizontalFlip()]
-        if not colour:
+        if not color:
             return T.Compose([*crop, T.PILToTensor()])
         jitter = T.RandomApply([T.ColorJitter(0.4, 0.4, 0.2, 0.1)], p=0.8)
         end = [T.ToTensor(), T.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))]
         return T.Compose([*crop, jitter, T.RandomGrayscale(p=0.2), *more, *end])
 
-    one, two = view(224, (0.4, 1.0), blur(1.0)), view(224, (0.4, 1.0), blur(0.1), solarise)
+    one, two = view(224, (0.4, 1.0), blur(1.0)), view(224, (0.4, 1.0), blur(0.1), solarize)
     local = view(96, (0.05, 0.4), blur(0.5))
 
     class Images(Dataset):
@@ -138,16 +138,16 @@ def ours(folder: Path, threads: int, kind: str) -> Iterator[int]:
     import torch
 
     from nearfar.ssl.config import Views
-    from nearfar.ssl.data import Loader
-    from nearfar.ssl.ffcv_data import FFCVLoader
-    from nearfar.ssl.sources import open_source
+    from nearfar.ssl.data.loaders.base import Loader
+    from nearfar.ssl.data.loaders.ffcv import FFCVLoader
+    from nearfar.ssl.data.sources.files import open_source
 
     torch.set_num_threads(1)
     options = {"batch_size": BATCH, "epochs": 10**6, "workers": threads}
     if kind == "folder":
         loader = Loader(open_source(folder / "images.txt"), Views(), **options)
     else:
-        loader = FFCVLoader(open_source(folder / "images.beton"), Views(), coloured=kind == "ffcv-colour", **options)
+        loader = FFCVLoader(open_source(folder / "images.beton"), Views(), colored=kind == "ffcv-color", **options)
     for batch in loader:
         yield len(batch.index)
 
@@ -156,7 +156,7 @@ def stream(method: str, folder: Path, threads: int) -> Iterator[int]:
     if method == "decode":
         return decode_only(folder, threads)
     if method.startswith("dino"):
-        return dino(folder, threads, colour=method == "dino")
+        return dino(folder, threads, color=method == "dino")
     if method == "ffcv-pipelines":
         return ffcv_pipelines(folder, threads)
     return ours(folder, threads, method)
@@ -195,8 +195,8 @@ def measure(method: str, folder: Path, threads: int, seconds: float) -> dict[str
 
 def prepare(data: Path, folder: Path, count: int) -> None:
     """A list of `count` images (those of `data`, again and again), and the same as a .beton."""
-    from nearfar.ssl.beton_writer import Form, write_beton
-    from nearfar.ssl.sources import PathSource, open_source
+    from nearfar.ssl.data.beton_writer import Form, write_beton
+    from nearfar.ssl.data.sources.files import PathSource, open_source
 
     found = open_source(data)
     if not isinstance(found, PathSource):

@@ -63,7 +63,7 @@ class Needs:
     hours: float
     step: float  # compute alone
     gradients: float  # all-reduce of the gradients
-    centre: float  # all-reduce of the teacher's centre
+    center: float  # all-reduce of the teacher's center
     waiting: float  # for the slowest GPU
     efficiency: float
     loader_cores: float  # a GPU
@@ -85,9 +85,9 @@ def needs(cluster: Cluster, gpus: int) -> Needs:
     flops += (6 * 10 + 2 * 2) * cluster.head  # once a view: ten of the student, two of the teacher
     step = cluster.per_gpu * flops / (cluster.gpu_flops * cluster.utilisation)
     gradients = all_reduce(4 * (cluster.backbone + cluster.head), gpus, nodes, cluster)
-    centre = all_reduce(4 * cluster.prototypes, gpus, nodes, cluster)
+    center = all_reduce(4 * cluster.prototypes, gpus, nodes, cluster)
     waiting = cluster.jitter * step * math.sqrt(2 * math.log(gpus)) if gpus > 1 else 0.0
-    whole = step + gradients + centre + waiting
+    whole = step + gradients + center + waiting
     rate = batch / whole
     checkpoint = 4 * 4 * (cluster.backbone + cluster.head)  # student, teacher and AdamW's two moments, float32
     writing = checkpoint / cluster.disk
@@ -103,7 +103,7 @@ def needs(cluster: Cluster, gpus: int) -> Needs:
         hours=steps * whole / 3600,
         step=step,
         gradients=gradients,
-        centre=centre,
+        center=center,
         waiting=waiting,
         efficiency=step / whole,
         loader_cores=rate / gpus / cluster.loader,
@@ -133,7 +133,7 @@ ROWS = (
     ("learning rate, linear / square root", lambda n: f"{n.lr_linear:.1e} / {n.lr_sqrt:.1e}"),
     ("steps", lambda n: f"{n.steps:,.0f}"),
     ("step: compute", lambda n: f"{1e3 * n.step:.1f} ms"),
-    ("step: gradients / centre", lambda n: f"{1e3 * n.gradients:.1f} / {1e3 * n.centre:.2f} ms"),
+    ("step: gradients / center", lambda n: f"{1e3 * n.gradients:.1f} / {1e3 * n.center:.2f} ms"),
     ("step: waiting for the slowest", lambda n: f"{1e3 * n.waiting:.1f} ms"),
     ("efficiency", lambda n: f"{100 * n.efficiency:.0f} %"),
     ("images a second", lambda n: f"{n.images_a_second:,.0f}"),
@@ -162,8 +162,8 @@ def measure() -> dict[str, float]:
     from PIL import Image
 
     from nearfar.ssl import checkpoint, config
-    from nearfar.ssl.data import Loader
-    from nearfar.ssl.sources import open_source
+    from nearfar.ssl.data.loaders.base import Loader
+    from nearfar.ssl.data.sources.files import open_source
 
     torch.set_num_threads(1)
     rng = np.random.default_rng(0)

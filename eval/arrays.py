@@ -6,12 +6,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nearfar.ssl.backbones.errors import UserError
+from nearfar.ssl.errors import UserError
 
 Array: TypeAlias = np.ndarray | Tensor
 
 
-def labelled(x: Array, y: Array, what: str) -> tuple[Tensor, Tensor]:
+def labeled(x: Array, y: Array, what: str) -> tuple[Tensor, Tensor]:
     """Features (n, D) and labels (n,) as float32 and int64 tensors, on the device the features are on.
 
     Raises UserError, naming `what`, for no rows, unequal lengths, non-finite features or negative labels.

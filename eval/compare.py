@@ -11,7 +11,7 @@ from typing import Any
 import yaml
 from rich.table import Table
 
-from nearfar.ssl.backbones.errors import UserError
+from nearfar.ssl.errors import UserError
 from nearfar.ssl.run_folder import read_metrics
 
 SCORES = {"knn_top1": "k-NN top-1", "linear_top1": "linear top-1", "miou": "mIoU"}

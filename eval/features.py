@@ -1,6 +1,6 @@
 """Frozen features: images through a backbone once, then kept as arrays that every evaluator reads.
 
-Pooled features see a centre crop (`eval_view`); patch grids see the whole image, resized to `size`, so that a
+Pooled features see a center crop (`eval_view`); patch grids see the whole image, resized to `size`, so that a
 mask of the original image still lies exactly under the grid. An image that cannot be read is left out
 together with its label and mask, and named in the manifest.
 """
@@ -18,12 +18,11 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from nearfar.ssl.augment import normalise
-from nearfar.ssl.backbones.errors import UserError
 from nearfar.ssl.backbones.tokens import Backbone, Tokens
-from nearfar.ssl.data import eval_view
-from nearfar.ssl.decode import BadImage
-from nearfar.ssl.sources import Source
+from nearfar.ssl.data.loaders.base import eval_view
+from nearfar.ssl.data.sources.files import Source
+from nearfar.ssl.data.transforms.colors import normalize
+from nearfar.ssl.errors import BadImage, UserError
 
 POOLINGS = ("cls", "mean", "cls+mean", "grid")
 IGNORE = 255
@@ -69,7 +68,7 @@ def pool(tokens: Tokens, pooling: str) -> Tensor:
 
 
 def read(backbone: Backbone, images: Tensor, layer: str = "final", pooling: str = "cls") -> Tensor:
-    """Features of normalised images (B, 3, H, W); several blocks are concatenated along the last axis,
+    """Features of normalized images (B, 3, H, W); several blocks are concatenated along the last axis,
     deepest last.
 
     layer "final": what the model outputs (final norm, and PRR when on). "last-block": the last block as it
@@ -123,7 +122,7 @@ def describe(
                 f"{_near(height, patch)} x {_near(width, patch)}."
             )
     elif height != width:
-        raise UserError(f"Pooled features read square centre crops: give one size, not {height} x {width}.")
+        raise UserError(f"Pooled features read square center crops: give one size, not {height} x {width}.")
     elif resize is not None and resize < height:
         raise UserError(f"A crop of {height} pixels does not fit into images resized to {resize}.")
     return {
@@ -137,7 +136,7 @@ def describe(
         "norm": layer != "last-block",
         "prr": layer == "final" and bool(backbone.arch.get("prr")),
         "size": [height, width],
-        "view": "whole image" if pooling == "grid" else "centre crop",
+        "view": "whole image" if pooling == "grid" else "center crop",
         "resize": resize,
         "compute": "bfloat16" if amp else "float32",
     }
@@ -265,7 +264,7 @@ def stream(
                 yield batch, None
                 continue
             with torch.inference_mode(), amp:
-                images = normalise(batch.images.to(device).float() / 255)
+                images = normalize(batch.images.to(device).float() / 255)
                 x = read(backbone, images, manifest["layer"], manifest["pooling"])
             yield batch, x.float().cpu().numpy()
     finally:

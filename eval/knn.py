@@ -1,4 +1,4 @@
-"""Weighted k-nearest neighbours on frozen features (METHODS section 5): nothing is trained here."""
+"""Weighted k-nearest neighbors on frozen features (METHODS section 5): nothing is trained here."""
 
 from collections.abc import Iterable
 
@@ -6,8 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nearfar.eval.arrays import Array, labelled
-from nearfar.ssl.backbones.errors import UserError
+from nearfar.eval.arrays import Array, labeled
+from nearfar.ssl.errors import UserError
 
 KS = (10, 20, 100, 200)
 _CHUNK = 2**24  # similarities held at once: 64 MiB of float32
@@ -21,16 +21,16 @@ def knn(
     ks: Iterable[int] = KS,
     temperature: float = 0.07,
 ) -> dict[int, float]:
-    """Top-1 in percent for every k: cosine neighbours vote for their class with weight exp(similarity /
+    """Top-1 in percent for every k: cosine neighbors vote for their class with weight exp(similarity /
     temperature).
 
-    train_x (n, D), train_y (n,), test_x (m, D), test_y (m,); rows are L2-normalised here. The keys of the
+    train_x (n, D), train_y (n,), test_x (m, D), test_y (m,); rows are L2-normalized here. The keys of the
     result are the k really used: a k beyond n becomes n (once). Equal similarities go to the smaller training
     index, equal votes to the smaller class, so the answer does not depend on chunking or sorting. DINO, Caron
     et al. 2021. Raises UserError for empty, unequal or non-finite arrays and for k < 1.
     """
-    x, y = labelled(train_x, train_y, "training set of the k-NN")
-    queries, truth = labelled(test_x, test_y, "test set of the k-NN")
+    x, y = labeled(train_x, train_y, "training set of the k-NN")
+    queries, truth = labeled(test_x, test_y, "test set of the k-NN")
     if x.shape[1] != queries.shape[1]:
         raise UserError(f"k-NN: training features have {x.shape[1]} dimensions, test features {queries.shape[1]}.")
     wanted = sorted({min(k, len(x)) for k in ks})

@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nearfar.eval.arrays import Array, labelled
-from nearfar.ssl.backbones.errors import UserError
+from nearfar.eval.arrays import Array, labeled
+from nearfar.ssl.errors import UserError
 from nearfar.ssl.heads.linear import LinearHeads
 
 LEARNING_RATES = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0)
@@ -32,7 +32,7 @@ def linear_probe(
     METHODS section 5: SGD, momentum .9, no weight decay, cosine to 0. Every rate of `lrs` (per 256 samples;
     scaled by batch_size / 256) is trained in the same pass and scored after the last epoch on a stratified
     `holdout` share of the *training* set. The best (ties: lower loss) is trained afresh on the whole training
-    set; only that one meets the test set. Features are standardised per dimension with training statistics:
+    set; only that one meets the test set. Features are standardized per dimension with training statistics:
     an affine map, so the classifier stays linear, and one range of rates fits every backbone. Same seed, same
     answer.
 
@@ -40,8 +40,8 @@ def linear_probe(
     Raises UserError for unusable arrays, a training set too small to hold anything out, or when every rate
     diverges.
     """
-    x, y = labelled(train_x, train_y, "training set of the linear probe")
-    queries, truth = labelled(test_x, test_y, "test set of the linear probe")
+    x, y = labeled(train_x, train_y, "training set of the linear probe")
+    queries, truth = labeled(test_x, test_y, "test set of the linear probe")
     if x.shape[1] != queries.shape[1]:
         raise UserError(
             f"Linear probe: training features have {x.shape[1]} dimensions, test features {queries.shape[1]}."
@@ -97,17 +97,17 @@ def train(
     heads = LinearHeads(x.shape[1], classes, len(lrs)).to(x.device)
     batch_size = min(batch_size, len(x))
     steps = epochs * math.ceil(len(x) / batch_size)
-    optimiser = torch.optim.SGD(heads.parameters(), lr=1.0, momentum=0.9)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, steps)
+    optimizer = torch.optim.SGD(heads.parameters(), lr=1.0, momentum=0.9)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     # SGD is linear in the gradient, so scaling a head's loss by its rate is the same as giving it that rate.
     rate = torch.tensor(lrs, device=x.device) * (batch_size / 256)
     generator = torch.Generator().manual_seed(seed)
     for _ in range(epochs):
         for rows in torch.randperm(len(x), generator=generator).to(x.device).split(batch_size):
             loss = (rate * losses(heads(x[rows]), y[rows])).sum()
-            optimiser.zero_grad()
+            optimizer.zero_grad()
             loss.backward()
-            optimiser.step()
+            optimizer.step()
             schedule.step()
     return heads
 

@@ -13,9 +13,9 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from nearfar.ssl.augment import MEAN, STD
 from nearfar.ssl.backbones import Backbone
-from nearfar.ssl.data import Batch
+from nearfar.ssl.data.loaders.base import Batch
+from nearfar.ssl.data.transforms.colors import MEAN, STD
 
 _GAP = 4  # pixels between pictures
 _PAPER = (255, 255, 255)
@@ -27,7 +27,7 @@ def contact_sheet(batch: Batch, images: Sequence[Tensor], rows: int = 6, side: i
 
     Args:
         batch: names the samples (its `index`).
-        images: its groups after colour, each (G, B, 3, s, s) float in [0, 1], the global views first.
+        images: its groups after color, each (G, B, 3, s, s) float in [0, 1], the global views first.
         side: pixels of a global view on the sheet; local views keep their true size beside it.
     """
     rows = min(rows, images[0].shape[1])
@@ -58,7 +58,7 @@ def attention_maps(backbone: Backbone, images: Tensor, heads: int = 3, side: int
     enlarged and stretched for each map by itself: brightness compares places, not maps.
 
     Args:
-        images: (n, 3, H, W), ImageNet-normalised.
+        images: (n, 3, H, W), ImageNet-normalized.
 
     Raises:
         UserError: the network has no global attention to show.
@@ -79,18 +79,18 @@ def attention_maps(backbone: Backbone, images: Tensor, heads: int = 3, side: int
 
 
 def token_pca(backbone: Backbone, images: Tensor, side: int = 128) -> list[Image.Image]:
-    """Patch tokens (last block, final norm, without PRR) as colours: one pair of image and map for each image.
+    """Patch tokens (last block, final norm, without PRR) as colors: one pair of image and map for each image.
 
     Red, green and blue are the first three principal components over the patches of *all* the images, so that alike
-    tokens have alike colours across the pictures. Patches are drawn as they are, not smoothed.
+    tokens have alike colors across the pictures. Patches are drawn as they are, not smoothed.
 
     Args:
-        images: (n, 3, H, W), ImageNet-normalised.
+        images: (n, 3, H, W), ImageNet-normalized.
     """
     with _evaluating(backbone), torch.no_grad():
         tokens = backbone.blocks(images, 1, norm=True)[-1]
-    colours = principal_colours(tokens.patches.float().flatten(0, 1).cpu().numpy())
-    maps = (colours.reshape(len(images), *tokens.grid, 3) * 255 + 0.5).astype(np.uint8)
+    colors = principal_colors(tokens.patches.float().flatten(0, 1).cpu().numpy())
+    maps = (colors.reshape(len(images), *tokens.grid, 3) * 255 + 0.5).astype(np.uint8)
     height, width = _fitted(images, side)
     return [
         tile([picture.resize((width, height)), Image.fromarray(m).resize((width, height), Image.Resampling.NEAREST)])
@@ -98,23 +98,23 @@ def token_pca(backbone: Backbone, images: Tensor, side: int = 128) -> list[Image
     ]
 
 
-def principal_colours(tokens: NDArray[np.floating[Any]]) -> NDArray[np.float64]:
+def principal_colors(tokens: NDArray[np.floating[Any]]) -> NDArray[np.float64]:
     """(m, D) -> (m, 3) in [0, 1]: the first three principal components, 1st to 99th percentile each.
 
     A component's sign is arbitrary; its entry of largest size is made positive, so that a picture stays the same.
     Components beyond the rank are a flat .5.
     """
-    centred = tokens.astype(np.float64) - tokens.mean(0, dtype=np.float64)
-    _, strength, directions = np.linalg.svd(centred, full_matrices=False)
-    colours = np.full((len(tokens), 3), 0.5)
+    centered = tokens.astype(np.float64) - tokens.mean(0, dtype=np.float64)
+    _, strength, directions = np.linalg.svd(centered, full_matrices=False)
+    colors = np.full((len(tokens), 3), 0.5)
     for c in range(min(3, len(directions))):
         if strength[c] <= 1e-9 * max(1.0, float(strength[0])):
             break
         direction = directions[c] * np.sign(directions[c][np.abs(directions[c]).argmax()])
-        values = centred @ direction
+        values = centered @ direction
         low, high = np.percentile(values, [1, 99])
-        colours[:, c] = np.clip((values - low) / max(high - low, 1e-12), 0, 1)
-    return colours
+        colors[:, c] = np.clip((values - low) / max(high - low, 1e-12), 0, 1)
+    return colors
 
 
 def tile(pictures: Sequence[Image.Image], columns: int | None = None) -> Image.Image:
@@ -144,10 +144,10 @@ def _to_bytes(images: Tensor) -> NDArray[np.uint8]:
     return (images.detach().float().clamp(0, 1) * 255 + 0.5).to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
 
 
-def _pictures(normalised: Tensor) -> list[Image.Image]:
-    mean = torch.tensor(MEAN, device=normalised.device).view(3, 1, 1)
-    std = torch.tensor(STD, device=normalised.device).view(3, 1, 1)
-    return [Image.fromarray(pixels) for pixels in _to_bytes(normalised * std + mean)]
+def _pictures(normalized: Tensor) -> list[Image.Image]:
+    mean = torch.tensor(MEAN, device=normalized.device).view(3, 1, 1)
+    std = torch.tensor(STD, device=normalized.device).view(3, 1, 1)
+    return [Image.fromarray(pixels) for pixels in _to_bytes(normalized * std + mean)]
 
 
 def _fitted(images: Tensor, side: int) -> tuple[int, int]:

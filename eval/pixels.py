@@ -1,6 +1,6 @@
 """Pixels as features: the floor that every backbone has to leave behind.
 
-They are normalised exactly as a backbone's input. Without that all colours are positive, all cosines nearly 1, and
+They are normalized exactly as a backbone's input. Without that all colors are positive, all cosines nearly 1, and
 k-NN some 7 points lower on CIFAR-10: too easy a floor.
 """
 
@@ -11,16 +11,15 @@ import numpy as np
 from PIL import Image
 
 from nearfar.eval.features import Features, Rows, Size, fitting_mask
-from nearfar.ssl.augment import MEAN, STD
-from nearfar.ssl.backbones.errors import UserError
-from nearfar.ssl.decode import BadImage
-from nearfar.ssl.sources import Source
+from nearfar.ssl.data.sources.files import Source
+from nearfar.ssl.data.transforms.colors import MEAN, STD
+from nearfar.ssl.errors import BadImage, UserError
 
 _MEAN, _STD = np.asarray(MEAN, np.float32), np.asarray(STD, np.float32)
 
 
 def pixel_features(source: Source, side: int = 16) -> Features:
-    """Thumbnails of side x side pixels (box-averaged, whole image), normalised: (n, side*side*3)."""
+    """Thumbnails of side x side pixels (box-averaged, whole image), normalized: (n, side*side*3)."""
 
     def thumbnail(image: Image.Image) -> np.ndarray:
         return _pixels(image.resize((side, side), Image.Resampling.BOX)).reshape(-1)
@@ -29,7 +28,7 @@ def pixel_features(source: Source, side: int = 16) -> Features:
 
 
 def pixel_grid(source: Source, size: Size, patch: int) -> Features:
-    """Pixels of the patches of the image resized to `size`, normalised: (n, h, w, patch*patch*3)."""
+    """Pixels of the patches of the image resized to `size`, normalized: (n, h, w, patch*patch*3)."""
     height, width = (size, size) if isinstance(size, int) else size
     if height % patch or width % patch:
         raise UserError(f"{height} x {width} pixels do not divide into patches of {patch}.")

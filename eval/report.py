@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 
 from nearfar.eval.curves import curves, number
-from nearfar.ssl.backbones.errors import UserError
+from nearfar.ssl.errors import UserError
 from nearfar.ssl.run_folder import read_metrics
 
 _SCORES = {"knn_top1": "k-NN top-1", "linear_top1": "Linear probe top-1", "miou": "Segmentation mIoU"}
@@ -26,7 +26,7 @@ _PICTURES = (
         "views.png",
         "Views",
         "What the network was trained on: a row is one image, its two global views and its local views, after all "
-        "colour operations.",
+        "color operations.",
     ),
     (
         "attention.png",
@@ -38,7 +38,7 @@ _PICTURES = (
         "pca.png",
         "Patch tokens",
         "The first three principal components of the patch tokens of all these images as red, green and blue: alike "
-        "colours are alike tokens.",
+        "colors are alike tokens.",
     ),
 )
 _STYLE = """
@@ -249,7 +249,7 @@ def _part(settings: dict[str, Any], key: str) -> dict[str, Any]:
 
 
 def _flat(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
-    """Nested settings as `views.local_size`, `24`."""
+    """Nested settings as `views.local_crops_size`, `24`."""
     for key, value in settings.items():
         if isinstance(value, Mapping):
             yield from _flat(value, f"{prefix}{key}.")

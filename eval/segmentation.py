@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nearfar.ssl.backbones.errors import UserError
+from nearfar.ssl.errors import UserError
 from nearfar.ssl.heads.segmentation import SegmentationHead
 
 IGNORE = 255
@@ -34,8 +34,8 @@ def segment_probe(
 
     Masks are one uint8 (H, W) an image, sizes may differ. AdamW, weight decay .01, one linear cycle up to `lr`,
     cross-entropy on bilinearly upsampled logits, `ignore` pixels left out. Training compares at `detail` times
-    the grid (or the mask's size where that is smaller; masks by nearest neighbour), which costs a fraction of
-    full size; the score is always taken at each mask's own size. Features are standardised per channel with
+    the grid (or the mask's size where that is smaller; masks by nearest neighbor), which costs a fraction of
+    full size; the score is always taken at each mask's own size. Features are standardized per channel with
     training statistics: with the linear head this stays a linear map. Same seed, same answer.
 
     Default steps: 2,000 for the linear head, 500 for the mlp, which learns in fewer and costs ten times as much.
@@ -95,9 +95,9 @@ def train(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = SegmentationHead(dim, classes, head)
-    optimiser = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.01)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimiser, lr, total_steps=steps, anneal_strategy="linear", cycle_momentum=False
+        optimizer, lr, total_steps=steps, anneal_strategy="linear", cycle_momentum=False
     )
     generator = torch.Generator().manual_seed(seed)
     for rows in _batches(n, batch_size, steps, generator):
@@ -106,9 +106,9 @@ def train(
         # a batch may hold nothing but ignored pixels: its mean would be 0/0
         counted = (target != ignore).sum().clamp(min=1)
         loss = F.cross_entropy(logits, target, ignore_index=ignore, reduction="sum") / counted
-        optimiser.zero_grad()
+        optimizer.zero_grad()
         loss.backward()
-        optimiser.step()
+        optimizer.step()
         schedule.step()
     return model
 
@@ -121,7 +121,7 @@ def predict(model: SegmentationHead, features: Tensor, size: tuple[int, ...]) ->
 
 
 def nearest(mask: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """The mask at another size: each pixel takes the class at its own centre. (H, W) -> size."""
+    """The mask at another size: each pixel takes the class at its own center. (H, W) -> size."""
     rows, columns = ((2 * np.arange(new) + 1) * old // (2 * new) for old, new in zip(mask.shape, size, strict=True))
     return np.asarray(mask[rows[:, None], columns])
 
@@ -177,7 +177,7 @@ def _statistics(grid: np.ndarray) -> tuple[Tensor, Tensor]:
 
 
 def _map(grid: np.ndarray, mean: Tensor, std: Tensor) -> Tensor:
-    """Grids (B, h, w, D) -> standardised feature maps (B, D, h, w)."""
+    """Grids (B, h, w, D) -> standardized feature maps (B, D, h, w)."""
     return torch.from_numpy(np.array(grid, np.float32)).sub_(mean).div_(std).permute(0, 3, 1, 2)
 
 

@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 
 from nearfar.eval.features import Features, Rows, Size, describe, stream
-from nearfar.ssl.backbones.errors import UserError
 from nearfar.ssl.backbones.tokens import Backbone
-from nearfar.ssl.sources import Source
+from nearfar.ssl.data.sources.files import Source
+from nearfar.ssl.errors import UserError
 
 
 class FeatureStore:

@@ -12,11 +12,10 @@ from pathlib import Path
 
 from rich.console import Console
 
-from nearfar.launch.cluster_cli import add_launch
-from nearfar.launch.local import EXIT_PEER
+from nearfar.launch.processes import EXIT_PEER
 from nearfar.launch.recipes import bundled, find_recipe
-from nearfar.ssl.backbones.errors import UserError
-from nearfar.ssl.ranks import PeerError
+from nearfar.launch.slurm.cli import add_launch
+from nearfar.ssl.errors import PeerError, UserError
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -82,8 +81,8 @@ def build_parser() -> argparse.ArgumentParser:
     evaluate = verbs.add_parser("eval", help="score frozen features: knn, linear, segment or all")
     evaluate.add_argument("what", choices=["knn", "linear", "segment", "all"])
     _add_model(evaluate, ", or features to learn from, as `nearfar features` writes them")
-    evaluate.add_argument("--train", help="labelled images to learn from (default: data.path of the run)")
-    evaluate.add_argument("--val", help="labelled images, or features, to score (default: data.val of the run)")
+    evaluate.add_argument("--train", help="labeled images to learn from (default: data.path of the run)")
+    evaluate.add_argument("--val", help="labeled images, or features, to score (default: data.val of the run)")
     evaluate.add_argument("--baselines", action="store_true", help="also score the untrained network and raw pixels")
     evaluate.add_argument("--head", choices=["linear", "mlp"], default="linear", help="of the segmentation probe")
     evaluate.add_argument(
@@ -129,7 +128,7 @@ def run_features(arguments: argparse.Namespace) -> None:
     from nearfar.eval.store import FeatureStore
     from nearfar.launch.progress import progress, summed
     from nearfar.launch.score import Subject
-    from nearfar.ssl.sources import open_source
+    from nearfar.ssl.data.sources.files import open_source
 
     subject, source = Subject.of(arguments.model), open_source(arguments.data)
     with progress(len(source), f"Reading {arguments.data}", Console()) as tell:
@@ -148,7 +147,7 @@ def run_features(arguments: argparse.Namespace) -> None:
 
 
 def run_eval(arguments: argparse.Namespace) -> None:
-    from nearfar.eval.evaluate import TASKS
+    from nearfar.eval.scoring import TASKS
     from nearfar.launch.score import Subject, score, score_features, sources
 
     if (arguments.model / "manifest.json").is_file():
@@ -200,27 +199,27 @@ def run_report(arguments: argparse.Namespace) -> None:
 
 
 def run_beton(arguments: argparse.Namespace) -> None:
-    from nearfar.launch import data
-    from nearfar.ssl.beton_writer import Form
+    from nearfar.launch import data_verbs
+    from nearfar.ssl.data.beton_writer import Form
 
     form = Form(arguments.max_side or None, arguments.quality, arguments.raw_side)
     stop = arguments.on_bad == "stop"
-    data.beton(
+    data_verbs.beton(
         arguments.source, arguments.out, form,
         stop_at_bad=stop, workers=arguments.workers, overwrite=arguments.force, console=Console(),
     )  # fmt: skip
 
 
 def run_info(arguments: argparse.Namespace) -> None:
-    from nearfar.launch import data
+    from nearfar.launch import data_verbs
 
-    data.info(arguments.file, Console())
+    data_verbs.info(arguments.file, Console())
 
 
 def run_check(arguments: argparse.Namespace) -> None:
-    from nearfar.launch import data
+    from nearfar.launch import data_verbs
 
-    data.check(arguments.source, workers=arguments.workers, console=Console())
+    data_verbs.check(arguments.source, workers=arguments.workers, console=Console())
 
 
 def _add_data(verbs: argparse._SubParsersAction) -> None:
@@ -255,7 +254,7 @@ def _add_model(parser: argparse.ArgumentParser, also: str = "") -> None:
 
 def _add_reading(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--size", type=int, help="side of the image in pixels (default: eval.size of the run)")
-    parser.add_argument("--resize", type=int, help="shorter side before the centre crop (default: eval.resize)")
+    parser.add_argument("--resize", type=int, help="shorter side before the center crop (default: eval.resize)")
     parser.add_argument(
         "--layer", help="final, last-block or blocks-N (default: final; last-block for segmentation, as LocAt reads it)"
     )

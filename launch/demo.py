@@ -10,22 +10,23 @@ import numpy as np
 from rich.console import Console
 
 from nearfar.eval.report import write_report
-from nearfar.eval.scenes import CLASSES, make_scenes
 from nearfar.launch.pretrain import pretrain
 from nearfar.launch.recipes import find_recipe
+from nearfar.launch.scenes import CLASSES, make_scenes
 from nearfar.launch.score import Subject, draw_tokens, score, sources
-from nearfar.ssl import config, turbo
-from nearfar.ssl.beton_writer import write_beton
-from nearfar.ssl.sources import ArraySource
+from nearfar.ssl import config
+from nearfar.ssl.data import libjpeg
+from nearfar.ssl.data.beton_writer import write_beton
+from nearfar.ssl.data.sources.files import ArraySource
 
 TRAIN, VAL = 2000, 1000  # scenes
 # What all views of a scene share is what DINO learns first. With many kinds of background that is the background, and
-# minutes are not enough to get past it: here they are of one kind. Scenes differ in colour, light and polarity instead,
-# which the views take away and which neighbours in pixel space go by.
+# minutes are not enough to get past it: here they are of one kind. Scenes differ in color, light and polarity instead,
+# which the views take away and which neighbors in pixel space go by.
 SCENES: dict[str, Any] = {
     "backgrounds": ("even",),
     "clutter": 0,
-    "colour": 0.8,
+    "color": 0.8,
     "texture": 0.2,
     "contrast": (0.45, 0.65),
     "digit_height": (0.65, 0.85),
@@ -44,7 +45,7 @@ def demo(seed: int, settings: list[str], console: Console) -> None:
     paths = draw(data, seed)
     preset += [f"data.{key}={value}" for key, value in paths.items()]
     if paths["path"].suffix == ".beton":
-        preset.append("data.colour=loader")  # quicker than on the device, when that is a CPU
+        preset.append("data.color_on=loader")  # quicker than on the device, when that is a CPU
     run = config.load(find_recipe("demo"), [*preset, *settings])
     console.print(f"Scenes: {TRAIN:,} to learn from without labels, {VAL:,} to score, in {data}", highlight=False)
     outcome = pretrain(run, console)
@@ -69,7 +70,7 @@ def draw(folder: Path, seed: int) -> dict[str, Path]:
     files = {}
     for key, split, count in (("path", "train", TRAIN), ("val", "val", VAL)):
         beton, npz = folder / f"{split}.beton", folder / f"{split}.npz"
-        files[key] = beton if beton.exists() or (turbo.available() and not npz.exists()) else npz
+        files[key] = beton if beton.exists() or (libjpeg.available() and not npz.exists()) else npz
         if files[key].exists():
             continue
         scenes = make_scenes(count, seed, "train" if split == "train" else "val", **SCENES)

@@ -13,21 +13,22 @@ from torch import Tensor
 from nearfar.eval.features import extract
 from nearfar.eval.knn import knn
 from nearfar.eval.pictures import contact_sheet
-from nearfar.launch import local
-from nearfar.launch.preempt import StopFlag
+from nearfar.launch import processes
+from nearfar.launch.stop_signals import StopFlag
 from nearfar.ssl import train
-from nearfar.ssl.backbones import Backbone, UserError
+from nearfar.ssl.backbones import Backbone
 from nearfar.ssl.config import Run
-from nearfar.ssl.data import Batch
-from nearfar.ssl.ranks import ALONE, Ranks, from_environment
-from nearfar.ssl.sources import Source, Subset, open_source
+from nearfar.ssl.data.loaders.base import Batch
+from nearfar.ssl.data.sources.files import Source, Subset, open_source
+from nearfar.ssl.distributed import ALONE, Ranks, from_environment
+from nearfar.ssl.errors import UserError
 
 
 def pretrain(run: Run, console: Console) -> train.Outcome:
     """Train `run`, or continue it. SIGTERM, SIGUSR2 and Ctrl-C save a checkpoint and return an unfinished outcome.
 
-    Under torchrun or srun this is one of the processes they started; otherwise it starts the others, if `train.ranks`
-    asks for more than one.
+    Under torchrun or srun this is one of the processes they started; otherwise it starts the others, if
+    `train.world_size` asks for more than one.
 
     Raises:
         UserError: as `nearfar.ssl.train.pretrain`, and when `data.path` or `data.val` holds no images.
@@ -36,12 +37,12 @@ def pretrain(run: Run, console: Console) -> train.Outcome:
     world = from_environment()
     if world != ALONE:  # torchrun and srun start what is to run, one process or many
         return train_rank(run, console, world)
-    key, size, why = local.wanted(run)
-    if run.train.ranks is None:
+    key, size, why = processes.wanted(run)
+    if run.train.world_size is None:
         console.print(f"derived {key} = {size}  ({why})", highlight=False, soft_wrap=True)
     threads = torch.get_num_threads()
     try:
-        with local.started(run, size) as world:
+        with processes.started(run, size) as world:
             return train_rank(run, console, world)
     finally:
         torch.set_num_threads(threads)
@@ -55,17 +56,17 @@ def train_rank(run: Run, console: Console, world: Ranks) -> train.Outcome:
     with StopFlag() as stop:
         probe = None
         if run.data.val and world.first:
-            probe = OnlineKNN(source, open_source(run.data.val), run.eval.knn_images, stop)
+            probe = OnlineKNN(source, open_source(run.data.val), run.eval.knn_max_images, stop)
         return train.pretrain(run, source, train.Observers(save_views, probe), stop, console, world)
 
 
-def save_views(batch: Batch, coloured: list[Tensor], folder: Path) -> None:
+def save_views(batch: Batch, colored: list[Tensor], folder: Path) -> None:
     """The first batch as the networks see it, one row an image: runs/NAME/views.png."""
-    contact_sheet(batch, coloured).save(folder / "views.png")
+    contact_sheet(batch, colored).save(folder / "views.png")
 
 
 class OnlineKNN:
-    """20-NN accuracy of the teacher during training, on labelled validation images; silent where labels are missing.
+    """20-NN accuracy of the teacher during training, on labeled validation images; silent where labels are missing.
 
     The memory is every m-th training image, so that it holds at most `images` and all classes; so is what is scored.
     A stop ends it without a score (None): whoever sent the signal waits for seconds, and scoring may take minutes.
@@ -75,12 +76,12 @@ class OnlineKNN:
         self, source: Source, val: Source, images: int, should_stop: Callable[[], bool] = lambda: False
     ) -> None:
         self.should_stop = should_stop
-        self.labelled = source.labels is not None and val.labels is not None
+        self.labeled = source.labels is not None and val.labels is not None
         self.memory = Subset(source, np.arange(0, len(source), -(-len(source) // images)))
         self.val = Subset(val, np.arange(0, len(val), -(-len(val) // images)))
 
     def __call__(self, backbone: Backbone, run: Run) -> dict[str, float] | None:
-        if not self.labelled:
+        if not self.labeled:
             return {}
         size, workers = run.eval.size, run.data.workers
         assert size is not None and workers is not None

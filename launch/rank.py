@@ -11,11 +11,11 @@ from pathlib import Path
 
 from rich.console import Console
 
-from nearfar.launch.local import EXIT_PEER
 from nearfar.launch.pretrain import train_rank
+from nearfar.launch.processes import EXIT_PEER
 from nearfar.ssl import config
-from nearfar.ssl.backbones import UserError
-from nearfar.ssl.ranks import PeerError, from_environment
+from nearfar.ssl.distributed import from_environment
+from nearfar.ssl.errors import PeerError, UserError
 
 
 def main(argv: Sequence[str]) -> int:

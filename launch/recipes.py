@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 from pathlib import Path
 
-from nearfar.ssl.backbones.errors import UserError
+from nearfar.ssl.errors import UserError
 
 
 def find_recipe(name: str) -> Path:

@@ -14,7 +14,9 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from nearfar.eval.evaluate import (
+from nearfar.eval.features import digest
+from nearfar.eval.pictures import attention_maps, tile, token_pca
+from nearfar.eval.scoring import (
     TASKS,
     evaluate,
     evaluate_pixels,
@@ -23,15 +25,14 @@ from nearfar.eval.evaluate import (
     merge_results,
     segment_scores,
 )
-from nearfar.eval.features import digest
-from nearfar.eval.pictures import attention_maps, tile, token_pca
 from nearfar.eval.store import FeatureStore
 from nearfar.ssl import checkpoint, config
-from nearfar.ssl.augment import normalise
-from nearfar.ssl.backbones import Backbone, UserError
+from nearfar.ssl.backbones import Backbone
 from nearfar.ssl.config import Run
-from nearfar.ssl.data import eval_view
-from nearfar.ssl.sources import Source, open_source
+from nearfar.ssl.data.loaders.base import eval_view
+from nearfar.ssl.data.sources.files import Source, open_source
+from nearfar.ssl.data.transforms.colors import normalize
+from nearfar.ssl.errors import UserError
 from nearfar.ssl.train import build_learner
 
 COLUMNS = {"knn_top1": "k-NN top-1", "linear_top1": "linear top-1", "miou": "mIoU"}
@@ -53,7 +54,7 @@ class Subject(NamedTuple):
 
     @property
     def image_size(self) -> int:
-        return self.run.eval.size or self.run.views.global_size
+        return self.run.eval.size or self.run.views.global_crops_size
 
     @staticmethod
     def of(model: Path) -> Subject:
@@ -83,7 +84,7 @@ def score(
     """Evaluate the trained backbone (and the baselines), merge the scores into results.json, print the table.
 
     The untrained network has the same architecture and the weights of the same seed at step 0. `reading` goes to
-    `nearfar.eval.evaluate.evaluate`; size, resize and pooling follow the run's settings unless given. Scores that
+    `nearfar.eval.scoring.evaluate`; size, resize and pooling follow the run's settings unless given. Scores that
     results.json already holds for the same weights, images and reading are not computed again; those of other weights
     or images leave it.
     """
@@ -201,7 +202,7 @@ def draw_tokens(subject: Subject, val: Source, folder: Path) -> None:
     size = subject.image_size
     chosen = torch.linspace(0, len(val) - 1, min(PICTURED, len(val))).long().tolist()
     views = torch.stack([eval_view(val.read(i), size, size) for i in chosen])
-    images = normalise(views.float() / 255)
+    images = normalize(views.float() / 255)
     tile(token_pca(subject.backbone, images)).save(folder / "pca.png")
     try:
         tile(attention_maps(subject.backbone, images), columns=1).save(folder / "attention.png")
@@ -210,10 +211,10 @@ def draw_tokens(subject: Subject, val: Source, folder: Path) -> None:
 
 
 def sources(run: Run, train: str | None, val: str | None) -> tuple[Source, Source]:
-    """The two labelled sources: as given, else those of the run."""
+    """The two labeled sources: as given, else those of the run."""
     train, val = train or run.data.path, val or run.data.val
     if not val:
-        raise UserError("Nothing to score on: the run has no data.val, so name labelled images with --val.")
+        raise UserError("Nothing to score on: the run has no data.val, so name labeled images with --val.")
     return open_source(train), open_source(val)
 
 

@@ -7,11 +7,11 @@ from typing import Any
 
 from nearfar.ssl.backbones import choose_scan
 from nearfar.ssl.config import Run
-from nearfar.ssl.data import Batch
+from nearfar.ssl.data.loaders.base import Batch
+from nearfar.ssl.data.sources.files import Source
 from nearfar.ssl.defaults import Derived
 from nearfar.ssl.device import Compute
 from nearfar.ssl.learner import Learner
-from nearfar.ssl.sources import Source
 
 
 def start_lines(
@@ -29,7 +29,7 @@ def start_lines(
     lines.append(
         f"{run.name}: {run.backbone.name}, {parameters / 1e6:.2f} M parameters, on {len(source):,} images; "
         f"{run.train.epochs} epochs = {steps:,} steps; {compute.device.type}, {compute.precision}, "
-        f"ranks: {run.train.ranks}, each with threads: {run.train.threads}, workers: {run.data.workers}, {loader}"
+        f"ranks: {run.train.world_size}, each with threads: {run.train.threads}, workers: {run.data.workers}, {loader}"
     )
     if run.backbone.name.startswith("vim_"):
         chosen = choose_scan(run.backbone.scan, compute.device.type)
@@ -44,10 +44,10 @@ def start_lines(
 def continued_otherwise(saved: dict[str, Any], run: Run, precision: str) -> list[str]:
     """What a checkpoint's state says was otherwise before, so that the run goes on with other bits."""
     lines = []
-    if (ranks := saved.get("ranks", 1)) != run.train.ranks:
+    if (ranks := saved.get("world_size", 1)) != run.train.world_size:
         drawn = ", and drop-path draws others" if run.backbone.drop_path else ""
         lines.append(
-            f"Saved by {ranks} ranks, continued by {run.train.ranks}: the same run, but sums are rounded "
+            f"Saved by {ranks} ranks, continued by {run.train.world_size}: the same run, but sums are rounded "
             f"otherwise{drawn}."
         )
     if (before := saved.get("precision", precision)) != precision:
@@ -60,6 +60,6 @@ def not_finite(step: int, loss: float, grad_norm: float, batch: Batch, source: S
     return (
         f"At step {step} the loss is {loss} and the gradient's norm {grad_norm}: not finite, so the weights were left "
         f"as they were and the run stopped. The last checkpoint in {folder} is from before. The batch began with "
-        f"{files}. Try a lower optim.lr, a longer optim.warmup_epochs, optim.clip=1, or train.precision=fp32, under "
-        "another name= (a run keeps its settings)."
+        f"{files}. Try a lower optim.lr, a longer optim.warmup_epochs, optim.clip_grad=1, or train.precision=fp32, "
+        "under another name= (a run keeps its settings)."
     )

@@ -1,7 +1,7 @@
 """Checkpoints: atomic, without pickle, strict, and describing themselves.
 
     step-000001200/
-        tensors.safetensors      student, teacher, heads, centre and optimiser, by name
+        tensors.safetensors      student, teacher, heads, center and optimizer, by name
         state.json               step, the resolved config, the data's fingerprint, versions
         manifest.json            sha256 and size of the two files above, and the seconds that writing took
 
@@ -25,7 +25,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from nearfar.ssl.backbones import Backbone, UserError, create
+from nearfar.ssl.backbones import Backbone, create
+from nearfar.ssl.errors import UserError
 
 TENSORS, STATE, MANIFEST = "tensors.safetensors", "state.json", "manifest.json"
 
@@ -164,7 +165,7 @@ def load_strict(module: nn.Module, tensors: Mapping[str, Tensor], what: str) -> 
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer, names: dict[nn.Parameter, str]) -> dict[str, Tensor]:
-    """The optimiser's state as named tensors: `exp_avg/blocks.0...` and so on."""
+    """The optimizer's state as named tensors: `exp_avg/blocks.0...` and so on."""
     return {
         f"{key}/{name}": value
         for parameter, name in names.items()
@@ -180,11 +181,11 @@ def load_optimizer(
     for full, value in tensors.items():
         key, _, name = full.partition("/")
         if name not in parameters:
-            raise UserError(f"The checkpoint holds optimiser state for {name}, which this model does not have.")
+            raise UserError(f"The checkpoint holds optimizer state for {name}, which this model does not have.")
         parameter = parameters[name]
         if key != "step" and value.shape != parameter.shape:
             raise UserError(
-                f"The optimiser state {full} has shape {tuple(value.shape)} instead of {tuple(parameter.shape)}."
+                f"The optimizer state {full} has shape {tuple(value.shape)} instead of {tuple(parameter.shape)}."
             )
         device = "cpu" if key == "step" and not _capturable(optimizer) else parameter.device
         optimizer.state[parameter][key] = value.to(device, copy=True)  # the file's pages stay the file's

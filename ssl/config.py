@@ -13,8 +13,8 @@ from typing import Any, Literal, NamedTuple
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError
 
-from nearfar.ssl.backbones.errors import UserError
-from nearfar.ssl.mistakes import impossible, unknown
+from nearfar.ssl.errors import UserError
+from nearfar.ssl.setting_errors import impossible, unknown
 
 # Settings marked so may differ when a run is continued: they do not change a single weight.
 FREE: dict[str, JsonValue] = {"resume": "free"}
@@ -35,7 +35,7 @@ class Data(Settings):
         json_schema_extra=FREE,  # what is in it may not change: checkpoints hold its fingerprint
     )
     val: str | None = Field(
-        None, description="labelled images for the online k-NN and the evaluators", json_schema_extra=FREE
+        None, description="labeled images for the online k-NN and the evaluators", json_schema_extra=FREE
     )
     workers: int | None = Field(
         None,
@@ -48,10 +48,10 @@ class Data(Settings):
         description="what makes views: Pillow (folder), compiled loops over a .beton (ffcv; auto takes it for one), or "
         "the training device, where all images lie in its memory (device)",
     )
-    colour: Literal["device", "loader"] = Field(
-        "device", description="where views are coloured: on the training device, or by the ffcv loader, to 8 bits"
+    color_on: Literal["device", "loader"] = Field(
+        "device", description="where views are colored: on the training device, or by the ffcv loader, to 8 bits"
     )
-    bad_share: float = Field(
+    max_bad_fraction: float = Field(
         0.01,
         ge=0,
         le=1,
@@ -62,27 +62,27 @@ class Data(Settings):
 
 
 class Views(Settings):
-    global_size: int = Field(224, ge=4, description="side of the 2 global views, in pixels")
-    global_scale: Share = Field((0.4, 1.0), description="share of the image's area that a global view covers")
-    local_size: int = Field(96, ge=4, description="side of a local view, in pixels")
-    local_scale: Share = Field((0.05, 0.4), description="share of the image's area that a local view covers")
-    local_count: int = Field(8, ge=0, description="local views of an image")
+    global_crops_size: int = Field(224, ge=4, description="side of the 2 global views, in pixels")
+    global_crops_scale: Share = Field((0.4, 1.0), description="share of the image's area that a global view covers")
+    local_crops_size: int = Field(96, ge=4, description="side of a local view, in pixels")
+    local_crops_scale: Share = Field((0.05, 0.4), description="share of the image's area that a local view covers")
+    local_crops_number: int = Field(8, ge=0, description="local views of an image")
     ratio: Share = Field((3 / 4, 4 / 3), description="aspect ratios of a crop, width / height")
-    flip: float = Field(0.5, ge=0, le=1, description="probability of a horizontal flip")
-    jitter: float = Field(0.8, ge=0, le=1, description="probability of colour jitter")
+    hflip_prob: float = Field(0.5, ge=0, le=1, description="probability of a horizontal flip")
+    color_jitter_prob: float = Field(0.8, ge=0, le=1, description="probability of color jitter")
     brightness: float = Field(0.4, ge=0, le=1, description="jitter: brightness factor within 1 +- this")
     contrast: float = Field(0.4, ge=0, le=1, description="jitter: contrast factor within 1 +- this")
     saturation: float = Field(0.2, ge=0, le=1, description="jitter: saturation factor within 1 +- this")
     hue: float = Field(0.1, ge=0, le=0.5, description="jitter: hue shift within +- this, in turns")
-    grey: float = Field(0.2, ge=0, le=1, description="probability of a grey view")
-    blur: tuple[float, float, float] = Field(
+    grayscale_prob: float = Field(0.2, ge=0, le=1, description="probability of a gray view")
+    blur_prob: tuple[float, float, float] = Field(
         (1.0, 0.1, 0.5), description="probability of blur: first global, second global, local views"
     )
     blur_sigma: Share = Field((0.1, 2.0), description="standard deviation of the blur, in pixels of the view")
-    solarise: tuple[float, float, float] = Field(
-        (0.0, 0.2, 0.0), description="probability of solarising: first global, second global, local views"
+    solarize_prob: tuple[float, float, float] = Field(
+        (0.0, 0.2, 0.0), description="probability of solarizing: first global, second global, local views"
     )
-    solarise_threshold: int = Field(128, ge=0, le=256, description="grey level from which solarising inverts")
+    solarize_threshold: int = Field(128, ge=0, le=256, description="gray level from which solarizing inverts")
 
 
 class Backbone(Settings):
@@ -106,8 +106,8 @@ class Backbone(Settings):
 
 class Head(Settings):
     prototypes: int | None = Field(None, ge=2, description="outputs K; default follows the number of images")
-    hidden: int = Field(2048, ge=1, description="width of the two hidden layers")
-    bottleneck: int = Field(256, ge=1, description="width of the normalised layer before the prototypes")
+    hidden_dim: int = Field(2048, ge=1, description="width of the two hidden layers")
+    bottleneck_dim: int = Field(256, ge=1, description="width of the normalized layer before the prototypes")
     batch_norm: bool | None = Field(
         None, description="batch norm in the hidden layers; default: on below 100,000 images"
     )
@@ -119,13 +119,14 @@ class Head(Settings):
 class Loss(Settings):
     student_temp: float = Field(0.1, gt=0, description="temperature of the student's softmax")
     teacher_temp: float | None = Field(None, gt=0, description="temperature of the teacher's softmax after warm-up")
-    teacher_temp_start: float = Field(0.04, gt=0, description="temperature at the start of the warm-up")
-    teacher_temp_epochs: float | None = Field(None, ge=0, description="epochs of temperature warm-up")
-    balance: Literal["center", "sinkhorn"] = Field(
-        "center", description="what keeps the teacher from one answer: a running centre (DINO), Sinkhorn-Knopp (DINOv2)"
+    warmup_teacher_temp: float = Field(0.04, gt=0, description="temperature at the start of the warm-up")
+    warmup_teacher_temp_epochs: float | None = Field(None, ge=0, description="epochs of temperature warm-up")
+    centering: Literal["centering", "sinkhorn_knopp"] = Field(
+        "centering",
+        description="what keeps the teacher from one answer: a running center (DINO), Sinkhorn-Knopp (DINOv2)",
     )
-    center_momentum: float = Field(0.9, ge=0, lt=1, description="momentum of the teacher's centre")
-    koleo: float = Field(0.0, ge=0, description="weight of KoLeo on the global views' features; 0.1 in DINOv2")
+    center_momentum: float = Field(0.9, ge=0, lt=1, description="momentum of the teacher's center")
+    koleo_weight: float = Field(0.0, ge=0, description="weight of KoLeo on the global views' features; 0.1 in DINOv2")
 
 
 class Optim(Settings):
@@ -134,15 +135,19 @@ class Optim(Settings):
     warmup_epochs: float | None = Field(None, ge=0, description="epochs of linear learning-rate warm-up")
     weight_decay: float = Field(0.04, ge=0, description="weight decay at the start (none on biases and 1-D tensors)")
     weight_decay_end: float = Field(0.4, ge=0, description="weight decay at the end, cosine between")
-    clip: float = Field(3.0, ge=0, description="gradient-norm limit of each tensor, as in DINO; 0 = off")
-    ema: float | None = Field(None, ge=0, le=1, description="teacher's momentum at the start; cosine to 1 at the end")
-    freeze_last_epochs: float | None = Field(None, ge=0, description="epochs in which the prototypes stay as they are")
+    clip_grad: float = Field(3.0, ge=0, description="gradient-norm limit of each tensor, as in DINO; 0 = off")
+    teacher_momentum: float | None = Field(
+        None, ge=0, le=1, description="teacher's momentum at the start; cosine to 1 at the end"
+    )
+    freeze_last_layer_epochs: float | None = Field(
+        None, ge=0, description="epochs in which the prototypes stay as they are"
+    )
 
 
 class Train(Settings):
     epochs: int = Field(100, ge=1, description="passes over the training images")
     batch_size: int = Field(64, ge=2, description="images a step, over all ranks")
-    ranks: int | None = Field(
+    world_size: int | None = Field(
         None,
         ge=1,
         description="processes that share each batch; torchrun and SLURM set it; default: by cores (CPU), 1 (GPU)",
@@ -156,12 +161,12 @@ class Train(Settings):
     threads: int | None = Field(
         None, ge=1, description="torch's threads on a CPU; part of a run, since sums depend on it"
     )
-    log_every: int = Field(10, ge=1, description="steps between two lines of metrics", json_schema_extra=FREE)
-    save_minutes: float = Field(5.0, gt=0, description="minutes between two checkpoints", json_schema_extra=FREE)
-    save_steps: int | None = Field(
-        None, ge=1, description="steps between two checkpoints, besides save_minutes", json_schema_extra=FREE
+    log_every_steps: int = Field(10, ge=1, description="steps between two lines of metrics", json_schema_extra=FREE)
+    save_every_minutes: float = Field(5.0, gt=0, description="minutes between two checkpoints", json_schema_extra=FREE)
+    save_every_steps: int | None = Field(
+        None, ge=1, description="steps between two checkpoints, besides save_every_minutes", json_schema_extra=FREE
     )
-    keep: int = Field(2, ge=1, description="checkpoints kept", json_schema_extra=FREE)
+    keep_last: int = Field(2, ge=1, description="checkpoints kept", json_schema_extra=FREE)
 
 
 class Eval(Settings):
@@ -169,15 +174,15 @@ class Eval(Settings):
         None, ge=4, description="side of an evaluated image, in pixels; default: global", json_schema_extra=FREE
     )
     resize: int | None = Field(
-        None, ge=4, description="shorter side before the centre crop; default: size", json_schema_extra=FREE
+        None, ge=4, description="shorter side before the center crop; default: size", json_schema_extra=FREE
     )
-    knn_every: float | None = Field(
+    knn_every_epochs: float | None = Field(
         None,
         ge=0,
         description="epochs, or parts of one, between two online k-NN scores; 0 = off",
         json_schema_extra=FREE,
     )
-    knn_images: int = Field(
+    knn_max_images: int = Field(
         5000,
         ge=1,
         description="most training images in the online k-NN's memory, and validation images it scores",
@@ -287,25 +292,27 @@ def validate(tree: dict[str, Any], problems: list[str] | None = None) -> Run:
 def combinations(run: Run) -> list[str]:
     """What is wrong between settings that are each fine alone, in words."""
     views, backbone, found = run.views, run.backbone, []
-    for name in ("global_scale", "local_scale", "ratio", "blur_sigma"):
+    for name in ("global_crops_scale", "local_crops_scale", "ratio", "blur_sigma"):
         low, high = getattr(views, name)
         if not 0 < low <= high:
             found.append(f"views.{name} must rise from above 0, and is [{low:g}, {high:g}]")
-    for name in ("global_scale", "local_scale"):
+    for name in ("global_crops_scale", "local_crops_scale"):
         if getattr(views, name)[1] > 1:
             found.append(f"views.{name} is a share of the image's area and cannot pass 1")
-    for name in ("blur", "solarise"):
+    for name in ("blur_prob", "solarize_prob"):
         if not all(0 <= p <= 1 for p in getattr(views, name)):
             found.append(f"views.{name} holds probabilities between 0 and 1")
     patch = backbone.patch_size or _patch_in(backbone.name)
     if patch:
-        for name in ("global_size", "local_size") if views.local_count else ("global_size",):
+        for name in ("global_crops_size", "local_crops_size") if views.local_crops_number else ("global_crops_size",):
             size = getattr(views, name)
             if size % patch:
                 near = max(patch, round(size / patch) * patch)
                 found.append(f"views.{name}={size} is no multiple of the patch size {patch} (nearest: {near})")
-    if views.local_count and views.local_size > views.global_size:
-        found.append(f"local views ({views.local_size} px) are larger than global ones ({views.global_size} px)")
+    if views.local_crops_number and views.local_crops_size > views.global_crops_size:
+        found.append(
+            f"local views ({views.local_crops_size} px) are larger than global ones ({views.global_crops_size} px)"
+        )
     if backbone.embed_dim and backbone.num_heads and backbone.embed_dim % backbone.num_heads:
         found.append(f"backbone.embed_dim={backbone.embed_dim} does not divide into {backbone.num_heads} heads")
     if (backbone.levels, backbone.wavelet) != ("auto", "haar") and not (backbone.lgp or "_lgp" in backbone.name):
@@ -314,8 +321,10 @@ def combinations(run: Run) -> list[str]:
         found.append("backbone.pretrained and backbone.weights are two starts; leave one out")
     if backbone.pretrained and not backbone.name.startswith("timm/"):
         found.append(f"backbone.pretrained needs a timm/NAME backbone, not {backbone.name}")
-    if run.train.batch_size % (run.train.ranks or 1):
-        found.append(f"train.batch_size={run.train.batch_size} does not divide into train.ranks={run.train.ranks}")
+    if run.train.batch_size % (run.train.world_size or 1):
+        found.append(
+            f"train.batch_size={run.train.batch_size} does not divide into train.world_size={run.train.world_size}"
+        )
     is_vim = backbone.name.startswith("vim_")
     if is_vim and (backbone.gaug or backbone.registers):
         found.append(f"{backbone.name} has no attention, so backbone.gaug and backbone.registers cannot be set")
@@ -323,12 +332,12 @@ def combinations(run: Run) -> list[str]:
         found.append(f"backbone.scan={backbone.scan} is for Vision Mamba (vim_...), not {backbone.name}")
     for key, epochs in (
         ("optim.warmup_epochs", run.optim.warmup_epochs),
-        ("loss.teacher_temp_epochs", run.loss.teacher_temp_epochs),
-        ("optim.freeze_last_epochs", run.optim.freeze_last_epochs),
+        ("loss.warmup_teacher_temp_epochs", run.loss.warmup_teacher_temp_epochs),
+        ("optim.freeze_last_layer_epochs", run.optim.freeze_last_layer_epochs),
     ):
         if epochs is not None and epochs > run.train.epochs:
             found.append(f"{key}={epochs:g} is longer than the run (train.epochs={run.train.epochs})")
-    size = run.eval.size or views.global_size
+    size = run.eval.size or views.global_crops_size
     if run.eval.resize and run.eval.resize < size:
         found.append(f"eval.resize={run.eval.resize} is smaller than the crop eval.size={size}")
     if "/" in run.name or run.name in (".", ".."):

@@ -45,9 +45,9 @@ def resolve(run: Run, images: int, cores: int = 1) -> tuple[Run, list[Derived]]:
             "teacher_temp": default(
                 "loss", "teacher_temp", temperature, ".07 from 100,000 images and 30 epochs on, else .04"
             ),
-            "teacher_temp_epochs": default(
+            "warmup_teacher_temp_epochs": default(
                 "loss",
-                "teacher_temp_epochs",
+                "warmup_teacher_temp_epochs",
                 round(min(30.0, 0.3 * epochs), 2),
                 "30 epochs or 30 % of the run",
             ),
@@ -57,19 +57,21 @@ def resolve(run: Run, images: int, cores: int = 1) -> tuple[Run, list[Derived]]:
             "warmup_epochs": default(
                 "optim", "warmup_epochs", round(min(10.0, 0.1 * epochs), 2), "10 epochs or 10 % of the run"
             ),
-            "ema": default("optim", "ema", momentum, f"1 - 20 / {steps:,} steps, within .98 and .996"),
-            "freeze_last_epochs": default(
-                "optim", "freeze_last_epochs", round(min(1.0, 0.05 * epochs), 2), "1 epoch or 5 % of the run"
+            "teacher_momentum": default(
+                "optim", "teacher_momentum", momentum, f"1 - 20 / {steps:,} steps, within .98 and .996"
+            ),
+            "freeze_last_layer_epochs": default(
+                "optim", "freeze_last_layer_epochs", round(min(1.0, 0.05 * epochs), 2), "1 epoch or 5 % of the run"
             ),
         },
         "train": {
-            "ranks": default("train", "ranks", 1, "a process that was started alone"),
+            "world_size": default("train", "world_size", 1, "a process that was started alone"),
             "threads": default("train", "threads", cores, f"{cores} cores a rank"),
         },
         "eval": {
-            "size": default("eval", "size", run.views.global_size, "size of the global views"),
-            "resize": default("eval", "resize", run.eval.size or run.views.global_size, "no border is cut away"),
-            "knn_every": default("eval", "knn_every", max(1.0, epochs // 10), "about ten scores a run"),
+            "size": default("eval", "size", run.views.global_crops_size, "size of the global views"),
+            "resize": default("eval", "resize", run.eval.size or run.views.global_crops_size, "no border is cut away"),
+            "knn_every_epochs": default("eval", "knn_every_epochs", max(1.0, epochs // 10), "about ten scores a run"),
         },
     }
     sections = {name: getattr(run, name).model_copy(update=values) for name, values in filled.items()}

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from nearfar.ssl.backbones import UserError
+from nearfar.ssl.errors import UserError
 
 # Below this width, casting eats what bf16 matrix products save on a CPU (a ViT of width 96 still gains 1.65x).
 NARROW = 64

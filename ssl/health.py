@@ -21,8 +21,8 @@ def teacher_health(probabilities: Tensor, features: Tensor) -> dict[str, float]:
         entropy: mean entropy of a row / ln K. 1 = every image gets the flat answer, 0 = a single prototype each.
         kl: mean KL(row || mean row) in nats. 0 = every image gets the same answer, whatever it is.
         prototypes_used: share of the prototypes, among as many as there are rows, that win at least one row.
-        feature_std: mean over dimensions of the std of L2-normalised features, times sqrt(D). Healthy near 1.
-        rankme: exp of the entropy of the normalised singular values (RankMe, eq. 1); at most min(rows, D).
+        feature_std: mean over dimensions of the std of L2-normalized features, times sqrt(D). Healthy near 1.
+        rankme: exp of the entropy of the normalized singular values (RankMe, eq. 1); at most min(rows, D).
     """
     rows = probabilities.flatten(0, -2).float()
     prototypes = rows.shape[1]
@@ -42,7 +42,7 @@ def teacher_health(probabilities: Tensor, features: Tensor) -> dict[str, float]:
 
 @torch.no_grad()
 def feature_std(features: Tensor) -> float:
-    """Mean std over dimensions of L2-normalised features (..., D), times sqrt(D)."""
+    """Mean std over dimensions of L2-normalized features (..., D), times sqrt(D)."""
     rows = F.normalize(features.flatten(0, -2).float(), dim=-1)
     return float(rows.std(0).mean()) * math.sqrt(rows.shape[1])
 

@@ -17,7 +17,7 @@ class Step(NamedTuple):
     """One forward pass. Shapes: B images, G = 2 global views, K prototypes, D features."""
 
     loss: Tensor  # scalar, with gradient
-    teacher_logits: Tensor  # (G, B, K), before centring
+    teacher_logits: Tensor  # (G, B, K), before centering
     teacher_probabilities: Tensor  # (G, B, K)
     teacher_features: Tensor  # (G, B, D)
     parts: dict[str, Tensor]  # what else the loss holds, unweighted
@@ -71,7 +71,7 @@ class Learner(nn.Module):
         return logits, features
 
     def forward(self, groups: list[Tensor], teacher_temp: float) -> Step:
-        """Normalised views, the global group first -> the loss and what the monitors look at."""
+        """Normalized views, the global group first -> the loss and what the monitors look at."""
         teacher_logits, teacher_features = self.do_teacher(groups[0])
         probabilities = self.loss.teacher_probabilities(teacher_logits, teacher_temp)
         student_logits, student_features = self.do_student(groups)
@@ -83,7 +83,7 @@ class Learner(nn.Module):
 
     @torch.no_grad()
     def update_teacher(self, momentum: float) -> None:
-        """theta_teacher <- momentum * theta_teacher + (1 - momentum) * theta_student, after the optimiser's step."""
+        """theta_teacher <- momentum * theta_teacher + (1 - momentum) * theta_student, after the optimizer's step."""
         teacher: list[Tensor] = list(self.teacher.parameters())
         student: list[Tensor] = list(self.student.parameters())
         torch._foreach_lerp_(teacher, student, weight=1 - momentum)

@@ -1,4 +1,4 @@
-"""What the student is asked for: the DINO loss and the centre of the teacher (METHODS section 5)."""
+"""What the student is asked for: the DINO loss and the center of the teacher (METHODS section 5)."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nearfar.ssl import ranks
+from nearfar.ssl import distributed
 
 
 def dino_loss(student: Tensor, teacher: Tensor) -> Tensor:
@@ -33,7 +33,7 @@ def sinkhorn_knopp(logits: Tensor, temperature: float, iterations: int = 3) -> T
     """
     rows = logits.flatten(0, -2) / temperature
     for _ in range(iterations):
-        rows = rows - ranks.all_logsumexp(rows)
+        rows = rows - distributed.all_logsumexp(rows)
         rows = rows - rows.logsumexp(1, keepdim=True)
     return rows.exp().view_as(logits)
 
@@ -41,24 +41,24 @@ def sinkhorn_knopp(logits: Tensor, temperature: float, iterations: int = 3) -> T
 def koleo(features: Tensor) -> Tensor:
     """Keeps the features of a view's images apart: features (V, B, D), before the head -> scalar.
 
-    Summed over the views, -mean log of the distance of each unit feature to its nearest neighbour among the images of
+    Summed over the views, -mean log of the distance of each unit feature to its nearest neighbor among the images of
     all ranks (Kozachenko-Leonenko's entropy; Sablayrolles et al. 2019, section 3.2; DINOv2, section 4).
     """
     with torch.autocast(features.device.type, enabled=False):
         precise = features.to(torch.promote_types(features.dtype, torch.float32))
         here = F.normalize(precise, dim=-1, eps=1e-8).transpose(0, 1)  # (B, V, D): images of all ranks go behind these
-        everyone, first = ranks.concatenated(here)
+        everyone, first = distributed.concatenated(here)
         with torch.no_grad():
             likeness = torch.einsum("bvd,nvd->vbn", here, everyone)
-            likeness.diagonal(first, 1, 2).fill_(-torch.inf)  # nobody is a neighbour of oneself
+            likeness.diagonal(first, 1, 2).fill_(-torch.inf)  # nobody is a neighbor of oneself
             nearest = likeness.argmax(2).T  # (B, V)
-        neighbours = everyone[nearest, torch.arange(here.shape[1], device=here.device)]
-        distance = F.pairwise_distance(here, neighbours, eps=1e-8)
+        neighbors = everyone[nearest, torch.arange(here.shape[1], device=here.device)]
+        distance = F.pairwise_distance(here, neighbors, eps=1e-8)
         return -(distance + 1e-8).log().mean(0).sum()
 
 
 class DINOLoss(nn.Module):
-    """`dino_loss` on logits, with temperatures, and the teacher balanced by a running centre or Sinkhorn-Knopp."""
+    """`dino_loss` on logits, with temperatures, and the teacher balanced by a running center or Sinkhorn-Knopp."""
 
     center: Tensor
 
@@ -88,11 +88,11 @@ class DINOLoss(nn.Module):
 
     @torch.no_grad()
     def update_center(self, teacher_logits: Tensor) -> None:
-        """Move the centre towards the mean, over all ranks, of this step's teacher logits (G, B, K); after the loss.
+        """Move the center towards the mean, over all ranks, of this step's teacher logits (G, B, K); after the loss.
 
-        Sinkhorn-Knopp has no use for a centre: then it stays 0.
+        Sinkhorn-Knopp has no use for a center: then it stays 0.
         """
         if self.sinkhorn:
             return
-        mean = ranks.all_mean_(teacher_logits.to(self.center.dtype).mean(dim=(0, 1)))
+        mean = distributed.all_mean_(teacher_logits.to(self.center.dtype).mean(dim=(0, 1)))
         self.center.lerp_(mean, 1 - self.center_momentum)

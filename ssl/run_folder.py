@@ -13,10 +13,10 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, Any
 
-from nearfar.ssl import checkpoint, config, defaults, ranks
-from nearfar.ssl.backbones import UserError
+from nearfar.ssl import checkpoint, config, defaults, distributed
 from nearfar.ssl.config import Run
 from nearfar.ssl.defaults import Derived
+from nearfar.ssl.errors import UserError
 
 TEACHER = "teacher.safetensors"
 
@@ -112,7 +112,7 @@ class RunFolder:
                     f"{self.path} holds a run with other settings ({'; '.join(changed)}). Continue it with its own "
                     "settings, or choose another name=."
                 )
-        return defaults.resolve(run, images, cores or ranks.available_cores())
+        return defaults.resolve(run, images, cores or distributed.available_cores())
 
     def record(self, run: Run) -> None:
         """Write config.yaml, once the start is accepted: a refused one must not change what the run says of itself.

@@ -21,25 +21,25 @@ class Schedule:
 
     def at(self, step: int) -> dict[str, float]:
         optim, loss, steps = self.run.optim, self.run.loss, self.steps
-        assert optim.lr is not None and optim.warmup_epochs is not None and optim.ema is not None
-        assert loss.teacher_temp is not None and loss.teacher_temp_epochs is not None
+        assert optim.lr is not None and optim.warmup_epochs is not None and optim.teacher_momentum is not None
+        assert loss.teacher_temp is not None and loss.warmup_teacher_temp_epochs is not None
         warmup = round(optim.warmup_epochs * self.steps_per_epoch)
-        temp_steps = round(loss.teacher_temp_epochs * self.steps_per_epoch)
-        start = min(loss.teacher_temp_start, loss.teacher_temp)
+        temp_steps = round(loss.warmup_teacher_temp_epochs * self.steps_per_epoch)
+        start = min(loss.warmup_teacher_temp, loss.teacher_temp)
         return {
             "lr": warmup_cosine(optim.lr, optim.min_lr, step, steps, warmup),
-            "wd": cosine(optim.weight_decay, optim.weight_decay_end, step, steps),
-            "ema": cosine(optim.ema, 1.0, step, steps),
+            "weight_decay": cosine(optim.weight_decay, optim.weight_decay_end, step, steps),
+            "teacher_momentum": cosine(optim.teacher_momentum, 1.0, step, steps),
             "teacher_temp": linear(start, loss.teacher_temp, step, temp_steps),
         }
 
     def prototypes_frozen(self, step: int) -> bool:
-        assert self.run.optim.freeze_last_epochs is not None
-        return step < round(self.run.optim.freeze_last_epochs * self.steps_per_epoch)
+        assert self.run.optim.freeze_last_layer_epochs is not None
+        return step < round(self.run.optim.freeze_last_layer_epochs * self.steps_per_epoch)
 
     def scores_due(self, step: int) -> bool:
         """Is the teacher scored after so many steps?"""
-        every = self.run.eval.knn_every or 0.0
+        every = self.run.eval.knn_every_epochs or 0.0
         return every > 0 and (step == self.steps or step % max(1, round(every * self.steps_per_epoch)) == 0)
 
 

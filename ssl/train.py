@@ -14,29 +14,30 @@ import torch
 from rich.console import Console
 from torch import Tensor, nn
 
-from nearfar.ssl import checkpoint, device, ranks
+from nearfar.ssl import checkpoint, device, distributed
 from nearfar.ssl.announce import continued_otherwise, not_finite, start_lines
-from nearfar.ssl.augment import colour_views, normalise
-from nearfar.ssl.backbones import Backbone, UserError, create
+from nearfar.ssl.backbones import Backbone, create
 from nearfar.ssl.config import Run
-from nearfar.ssl.data import Batch
+from nearfar.ssl.data.loaders.base import Batch
+from nearfar.ssl.data.loaders.choose import open_loader
+from nearfar.ssl.data.sources.files import Source
+from nearfar.ssl.data.transforms.colors import color_views, normalize
+from nearfar.ssl.distributed import ALONE, Ranks
+from nearfar.ssl.errors import UserError
 from nearfar.ssl.heads.dino import DINOHead
 from nearfar.ssl.health import CollapseWatch, teacher_health
-from nearfar.ssl.journal import Journal, Silence
 from nearfar.ssl.learner import Learner, Network, clip_gradients, parameter_groups, share_batch_norm
-from nearfar.ssl.loaders import open_loader
 from nearfar.ssl.losses import DINOLoss
-from nearfar.ssl.ranks import ALONE, Ranks
 from nearfar.ssl.run_folder import TEACHER, RunFolder
+from nearfar.ssl.run_log import Journal, Silence
 from nearfar.ssl.schedule import Schedule
-from nearfar.ssl.sources import Source
 
 
 @dataclass(frozen=True)
 class Observers:
     """What the floors above want to see of a run, on its first rank. None of it may change the run."""
 
-    views: Callable[[Batch, list[Tensor], Path], None] | None = None  # first batch, coloured views, run folder
+    views: Callable[[Batch, list[Tensor], Path], None] | None = None  # first batch, colored views, run folder
     probe: Callable[[Backbone, Run], dict[str, float] | None] | None = None  # scores of the teacher; None: stopped
 
 
@@ -62,16 +63,16 @@ def build_learner(run: Run, weights: bool = True) -> Learner:
     prototypes, batch_norm = head.prototypes, head.batch_norm
     assert prototypes is not None and batch_norm is not None
     switches = backbone.model_dump(exclude={"drop_path", "weights"})
-    size = run.views.global_size
+    size = run.views.global_crops_size
 
     def network(drop_path: float, file: str | None = None) -> Network:
         body = create(img_size=size, drop_path=drop_path, weights=file, **switches)
-        projection = DINOHead(body.embed_dim, prototypes, head.hidden, head.bottleneck, batch_norm)
+        projection = DINOHead(body.embed_dim, prototypes, head.hidden_dim, head.bottleneck_dim, batch_norm)
         return Network(body, projection, head.pooling)
 
     student, teacher = network(backbone.drop_path, backbone.weights if weights else None), network(0.0)
-    dino = DINOLoss(prototypes, loss.student_temp, loss.center_momentum, loss.balance == "sinkhorn")
-    return Learner(student, teacher, dino, loss.koleo).train()
+    dino = DINOLoss(prototypes, loss.student_temp, loss.center_momentum, loss.centering == "sinkhorn_knopp")
+    return Learner(student, teacher, dino, loss.koleo_weight).train()
 
 
 def pretrain(
@@ -85,7 +86,7 @@ def pretrain(
     """Train `run` on `source` in its folder, from where it stands to its end, as one of the ranks of `world`.
 
     `should_stop` is asked in every step; True on any rank saves a checkpoint after that step and returns. Continuing is
-    bit-exact on a CPU in float32 on as many ranks: weights, optimiser and centre come from the checkpoint, everything
+    bit-exact on a CPU in float32 on as many ranks: weights, optimizer and center come from the checkpoint, everything
     else is a function of the step.
 
     Raises:
@@ -94,8 +95,8 @@ def pretrain(
     """
     console = console or Console(quiet=not world.first)
     run = _over(run, world)
-    with ranks.joined(world), RunFolder(run.path, owns=world.first) as folder:
-        run, derived = ranks.from_first(lambda: folder.settle(run, len(source), world.cores))
+    with distributed.joined(world), RunFolder(run.path, owns=world.first) as folder:
+        run, derived = distributed.from_first(lambda: folder.settle(run, len(source), world.cores))
         assert run.data.workers is not None and run.train.threads is not None
         torch.set_num_threads(run.train.threads)
         warnings: list[str] = []
@@ -114,10 +115,10 @@ def pretrain(
             workers=run.data.workers,
             rank=world.rank,
             world_size=world.size,
-            bad_share=run.data.bad_share,
+            max_bad_fraction=run.data.max_bad_fraction,
             min_side=run.data.min_side,
             loader=run.data.loader,
-            colour=run.data.colour,
+            color=run.data.color_on,
             device=compute.device,
         )
         schedule = Schedule(run, loader.steps_per_epoch)
@@ -146,7 +147,7 @@ def pretrain(
             tensors = {f"learner/{name}": tensor for name, tensor in learner.state_dict().items()}
             state = checkpoint.optimizer_tensors(optimizer, names)
             tensors |= {f"optimizer/{name}": tensor for name, tensor in state.items()}
-            checkpoint.save(folder.checkpoints, step, tensors, about | {"step": step}, run.train.keep)
+            checkpoint.save(folder.checkpoints, step, tensors, about | {"step": step}, run.train.keep_last)
             export()
 
         def score() -> bool:
@@ -174,45 +175,45 @@ def pretrain(
             if step < schedule.steps:
                 loader.seek(*divmod(step, loader.steps_per_epoch))
                 batches = iter(loader)
-            stop = bool(saved) and schedule.scores_due(step) and ranks.from_first(score)
+            stop = bool(saved) and schedule.scores_due(step) and distributed.from_first(score)
             while step < schedule.steps and not stop:
                 asked = time.monotonic()
                 batch = next(batches)
                 waited += time.monotonic() - asked
-                coloured = colour_views(batch, run.views.solarise_threshold, compute.device)
+                colored = color_views(batch, run.views.solarize_threshold, compute.device)
                 if step == 0 and observers.views and world.first:
-                    observers.views(batch, coloured, folder.path)
+                    observers.views(batch, colored, folder.path)
 
                 values = schedule.at(step)
                 torch.manual_seed(_step_seed(run.train.seed, step, world.rank))
                 with compute.autocast():
-                    out = learner([normalise(group) for group in coloured], values["teacher_temp"])
+                    out = learner([normalize(group) for group in colored], values["teacher_temp"])
                 out.loss.backward()
                 if schedule.prototypes_frozen(step):
                     learner.student.head.prototypes.grad = None
-                ranks.average_gradients(parameters)
-                grad_norm = float(clip_gradients(parameters, run.optim.clip))
+                distributed.average_gradients(parameters)
+                grad_norm = float(clip_gradients(parameters, run.optim.clip_grad))
                 bad = [item for item in loader.bad.items() if item[0] not in known_bad]
                 mine = torch.tensor([float(out.loss.detach()), should_stop(), len(bad)], dtype=torch.float64)
-                loss, stop, any_bad = ranks.all_mean_(mine).tolist()
-                for name, why in ranks.gathered(bad) if any_bad else ():
+                loss, stop, any_bad = distributed.all_mean_(mine).tolist()
+                for name, why in distributed.gathered(bad) if any_bad else ():
                     journal.say(f"Bad image {name}: {why}. The next readable image takes its place.")
                     known_bad.add(name)
                 if not math.isfinite(loss + grad_norm):  # before it reaches the weights
                     raise UserError(not_finite(step, loss, grad_norm, batch, source, folder.path))
                 for group in optimizer.param_groups:
                     group["lr"] = values["lr"]
-                    group["weight_decay"] = values["wd"] if group["decays"] else 0.0
+                    group["weight_decay"] = values["weight_decay"] if group["decays"] else 0.0
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
                 learner.loss.update_center(out.teacher_logits)
-                learner.update_teacher(values["ema"])
+                learner.update_teacher(values["teacher_momentum"])
                 step += 1
 
                 now = time.monotonic()
-                if step % run.train.log_every == 0 or step == schedule.steps:
+                if step % run.train.log_every_steps == 0 or step == schedule.steps:
                     health = teacher_health(out.teacher_probabilities, out.teacher_features)
-                    health = ranks.mean_of(health | {name: float(part) for name, part in out.parts.items()})
+                    health = distributed.mean_of(health | {name: float(part) for name, part in out.parts.items()})
                     seconds = max(1e-9, now - logged_at)
                     speed = {
                         "img_per_s": (step - logged_step) * run.train.batch_size / seconds,
@@ -231,11 +232,11 @@ def pretrain(
                     waited, logged_at, logged_step = 0.0, time.monotonic(), step
 
                 if schedule.scores_due(step) and not stop:
-                    stop = ranks.from_first(score)
+                    stop = distributed.from_first(score)
                     logged_at, logged_step, waited = time.monotonic(), step, 0.0
 
-                steps_due = run.train.save_steps is not None and step % run.train.save_steps == 0
-                minutes_due = time.monotonic() - saved_at > 60 * run.train.save_minutes
+                steps_due = run.train.save_every_steps is not None and step % run.train.save_every_steps == 0
+                minutes_due = time.monotonic() - saved_at > 60 * run.train.save_every_minutes
                 if stop or steps_due or minutes_due or step == schedule.steps:
                     save()
                     saved_at = time.monotonic()
@@ -248,12 +249,12 @@ def _over(run: Run, world: Ranks) -> Run:
     """The run on as many ranks as there are."""
     if run.train.batch_size % world.size:
         raise UserError(f"train.batch_size={run.train.batch_size} does not divide into {world.size} ranks.")
-    if run.train.ranks not in (None, world.size):
+    if run.train.world_size not in (None, world.size):
         raise UserError(
-            f"train.ranks={run.train.ranks}, but {world.size} processes were started. `nearfar pretrain` starts them "
-            "on this machine; under torchrun or SLURM, and from Python, leave train.ranks out."
+            f"train.world_size={run.train.world_size}, but {world.size} processes were started. `nearfar pretrain` "
+            "starts them on this machine; under torchrun or SLURM, and from Python, leave train.world_size out."
         )
-    return run.model_copy(update={"train": run.train.model_copy(update={"ranks": world.size})})
+    return run.model_copy(update={"train": run.train.model_copy(update={"world_size": world.size})})
 
 
 def _step_seed(seed: int, step: int, rank: int = 0) -> int:
@@ -264,7 +265,7 @@ def _step_seed(seed: int, step: int, rank: int = 0) -> int:
 def _latest(folder: RunFolder, warnings: list[str], world: Ranks) -> checkpoint.Checkpoint | None:
     """The checkpoint to continue from: the first rank chooses it, and all read it."""
     saved = checkpoint.latest(folder.checkpoints, warnings.append) if world.first else None
-    path = ranks.from_first(lambda: saved.path if saved else None)
+    path = distributed.from_first(lambda: saved.path if saved else None)
     return saved or (checkpoint.read(path) if path else None)
 
 
@@ -291,7 +292,7 @@ def _restore(
 
 def _about(run: Run, learner: Learner, fingerprint: str, precision: str) -> dict[str, Any]:
     return {
-        "ranks": run.train.ranks,
+        "world_size": run.train.world_size,
         "precision": precision,
         "arch": learner.teacher.backbone.arch,
         "run": run.model_dump(mode="json"),

@@ -17,23 +17,20 @@ ROOMS = {"nearfar.ssl": ROOT / "ssl", "nearfar.eval": ROOT / "eval", "nearfar.la
 
 # Ground floor first. A module imports from floors below its own, and from its own floor without going in a circle.
 FLOORS: list[set[str]] = [
+    {"errors"},
     {"backbones"},
-    {"heads", "mistakes", "ranks"},
-    {"config", "decode", "turbo", "cpu_colour"},
-    {"views", "beton", "shards", "cpu_views", "defaults"},
-    {"sources"},
-    {"data", "ffcv_data", "beton_writer"},
-    {"device_data", "loaders"},
-    {"augment", "losses"},
+    {"heads", "setting_errors", "distributed"},
+    {"config"},
+    {"defaults"},
+    {"data"},
+    {"losses"},
     {"learner", "health"},
-    {"checkpoint", "device", "journal", "run_folder", "schedule"},
+    {"checkpoint", "device", "run_log", "run_folder", "schedule"},
     {"announce"},
     {"train"},
     {"eval"},
     {"launch"},
 ]
-
-LONGEST, LONGEST_LOOP = 420, 300
 
 
 def modules() -> dict[str, Path]:
@@ -143,9 +140,14 @@ def test_a_wheel_imports_without_the_repository(tmp_path: Path, pyproject: dict)
     paths = [path for path in sys.path if path.endswith(("site-packages", "dist-packages"))]
     result = subprocess.run(
         [sys.executable, "-S", "-c", code, str(target), *paths],
-        input="nearfar.ssl.config nearfar.ssl.backbones.zoo nearfar.ssl.heads.dino nearfar.eval.curves nearfar.launch",
-        cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False,
-    )  # fmt: skip
+        input="nearfar.ssl.config nearfar.ssl.backbones.factory nearfar.ssl.heads.dino nearfar.eval.curves "
+        "nearfar.launch.cli",
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
     assert result.returncode == 0, result.stderr
     assert all(line.startswith(str(target)) for line in result.stdout.splitlines()), result.stdout
     packed = {str(file.relative_to(target)) for file in (target / "nearfar").rglob("*.py")}
@@ -185,13 +187,6 @@ def test_no_imports_in_a_circle() -> None:
 
 
 # --- rooms -----------------------------------------------------------------------------------------------------
-
-
-def test_every_file_reads_in_one_sitting() -> None:
-    files = [*modules().values(), *(ROOT / "tests").rglob("*.py"), *(ROOT / "bench").rglob("*.py")]
-    lengths = {str(file.relative_to(ROOT)): len(file.read_text().splitlines()) for file in files}
-    assert not {name: lines for name, lines in lengths.items() if lines > LONGEST}
-    assert lengths.get("ssl/train.py", 0) <= LONGEST_LOOP
 
 
 @pytest.mark.parametrize("name", ["utils.py", "util.py", "helpers.py", "misc.py"])

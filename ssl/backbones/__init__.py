@@ -1,31 +1,29 @@
 """Images to tokens: ViT and Vision Mamba of ours and any timm model behind one contract, and their parts alone.
 
 tokens.py the contract; lgp.py, lgp_vim.py, gaug.py, prr.py, rope.py, scan.py one idea each; attention.py the product
-they share; vit.py, vim.py our models; graft.py the ideas on a loaded timm model; weights.py public weight files; zoo.py
-every backbone by name.
+they share; vit.py, vim.py our models; timm_grafts.py the ideas on a loaded timm model; weights.py public weight files;
+factory.py every backbone by name.
 """
 
 from nearfar.ssl.backbones import _torchvision as _torchvision  # isort: skip  (before anything imports timm)
 
-from nearfar.ssl.backbones.errors import UserError
+from nearfar.ssl.backbones.factory import create
 from nearfar.ssl.backbones.gaug import GaugBias
-from nearfar.ssl.backbones.graft import add_gaug, add_lgp, add_prr
 from nearfar.ssl.backbones.lgp import LGPPatchEmbed, bands_permuted
 from nearfar.ssl.backbones.lgp_vim import VimLGPPatchEmbed
 from nearfar.ssl.backbones.prr import prr
 from nearfar.ssl.backbones.scan import choose_scan, selective_scan
+from nearfar.ssl.backbones.timm_grafts import add_gaug, add_lgp, add_prr
 from nearfar.ssl.backbones.tokens import Backbone, Tokens, pad_to_multiple
 from nearfar.ssl.backbones.vim import VisionMamba
 from nearfar.ssl.backbones.vit import VisionTransformer
 from nearfar.ssl.backbones.weights import load_weights
-from nearfar.ssl.backbones.zoo import create
 
 __all__ = [
     "Backbone",
     "GaugBias",
     "LGPPatchEmbed",
     "Tokens",
-    "UserError",
     "VimLGPPatchEmbed",
     "VisionMamba",
     "VisionTransformer",

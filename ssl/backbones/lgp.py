@@ -4,7 +4,7 @@ The "global" path reads a full 2-D wavelet packet of the image. What it carries 
 
 - Haar with as many levels as the patch size has doublings ("auto") is an orthonormal Walsh-Hadamard map of every patch
   by itself. It carries nothing across patches: changing one patch changes one cell. Only the zero-padded 3x3
-  convolutions behind it reach neighbours. It folds exactly into the projection behind it: both paths are one product.
+  convolutions behind it reach neighbors. It folds exactly into the projection behind it: both paths are one product.
 - Longer wavelets (db2, db4, sym4, ...) and deeper packets do reach across patches, and are computed in full.
 """
 
@@ -21,10 +21,10 @@ import torch.nn.functional as F
 from timm.layers import DropPath
 from torch import Tensor, nn
 
-from nearfar.ssl.backbones.errors import UserError
 from nearfar.ssl.backbones.tokens import check_size
+from nearfar.ssl.errors import UserError
 
-COLOURS = 3
+COLORS = 3
 
 
 class Separable(nn.Sequential):
@@ -78,13 +78,13 @@ class LGPPatchEmbed(nn.Module):
         if levels < 1:
             raise UserError(f"LGP needs at least one wavelet level, not {levels}.")
         if levels > 6:
-            raise UserError(f"{levels} wavelet levels make {4**levels:,} sub-bands a colour; LGP takes 6 at most.")
+            raise UserError(f"{levels} wavelet levels make {4**levels:,} sub-bands a color; LGP takes 6 at most.")
         self.patch_size = patch_size
         self.levels = levels
         self.filters = wavelet_filters(wavelet)
         self.folds = len(self.filters[0]) == 2 and 2**levels == patch_size
         self.band_order: Tensor | None = None  # see `bands_permuted`
-        self._make_layers(embed_dim, COLOURS * 4**levels, drop_path)
+        self._make_layers(embed_dim, COLORS * 4**levels, drop_path)
         if self.folds:
             packet = packet_matrix(patch_size, levels, self.filters)[:, 0]  # of one patch, along one side
             self.register_buffer("packet", torch.from_numpy(packet), persistent=False)
@@ -93,7 +93,7 @@ class LGPPatchEmbed(nn.Module):
     def _make_layers(self, embed_dim: int, bands: int, drop_path: float) -> None:
         """`proj`, `bands_proj` and what `forward` puts behind them; another form of LGP overrides both."""
         patch_size = self.patch_size
-        self.proj = nn.Conv2d(COLOURS, embed_dim, patch_size, patch_size)
+        self.proj = nn.Conv2d(COLORS, embed_dim, patch_size, patch_size)
         self.local_mix = Separable(embed_dim)
         self.bands_proj = nn.Conv2d(bands, embed_dim, 1)
         self.bands_mix = Separable(embed_dim)
@@ -130,14 +130,14 @@ class LGPPatchEmbed(nn.Module):
                 local, bands = F.linear(cells.flatten(3), weight, bias).permute(0, 3, 1, 2).chunk(2, 1)
             else:
                 local = self.proj(images)
-                packet = self.packet_of(images).unflatten(1, (-1, COLOURS)).transpose(0, 1)
+                packet = self.packet_of(images).unflatten(1, (-1, COLORS)).transpose(0, 1)
                 packet = self._in_order(packet).transpose(0, 1).flatten(1, 2)
                 bands = self.bands_proj(self.resample(packet, local.shape[-2:]))
         return local, bands
 
     def _folded(self) -> Tensor:
         """The packet and its projection as one kernel (embed_dim, 3, patch_size, patch_size)."""
-        weight = self.bands_proj.weight.flatten(1).unflatten(1, (-1, COLOURS)).transpose(1, 2)
+        weight = self.bands_proj.weight.flatten(1).unflatten(1, (-1, COLORS)).transpose(1, 2)
         places = self.places
         if self.band_order is not None:
             places = torch.argsort(self.band_order.to(places.device))[places]
@@ -148,7 +148,7 @@ class LGPPatchEmbed(nn.Module):
         return bands if self.band_order is None else bands[self.band_order.to(bands.device)]
 
     def packet_of(self, images: Tensor) -> Tensor:
-        """The packet in full, (B, 3 * 4**levels, H / 2**levels, W / 2**levels), channel = 3 * packet + colour."""
+        """The packet in full, (B, 3 * 4**levels, H / 2**levels, W / 2**levels), channel = 3 * packet + color."""
         height, width = images.shape[-2:]
         down, across = (
             torch.from_numpy(packet_matrix(side, self.levels, self.filters)).to(images) for side in (height, width)

@@ -8,7 +8,7 @@ then depends on how far apart they are, so no position is learned and any grid f
 import torch
 from torch import Tensor, nn
 
-from nearfar.ssl.backbones.errors import UserError
+from nearfar.ssl.errors import UserError
 
 TEMPERATURE = 100.0
 

@@ -19,7 +19,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from nearfar.ssl.backbones.errors import UserError
+from nearfar.ssl.errors import UserError
 
 # Names of the literature: A (D, N), B and C (batch, L, N), D (D,).
 # ruff: noqa: N803

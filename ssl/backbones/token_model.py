@@ -10,7 +10,7 @@ from timm.models import register_model
 from timm.models._features import FeatureGetterNet
 from torch import Tensor, nn
 
-from nearfar.ssl.backbones.errors import UserError
+from nearfar.ssl.errors import UserError
 
 Grid = tuple[int, int]
 

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nearfar.ssl.backbones.errors import UserError
+from nearfar.ssl.errors import UserError
 
 log = logging.getLogger(__name__)
 
@@ -39,10 +39,10 @@ class Tokens(NamedTuple):
 
 
 class Backbone(nn.Module):
-    """Images (B, 3, H, W), ImageNet-normalised, to `Tokens`; any H and W.
+    """Images (B, 3, H, W), ImageNet-normalized, to `Tokens`; any H and W.
 
     Sides that are not multiples of `patch_size` are padded on the right and at the bottom with zeros (the mean
-    colour), and the log says so once for each size. `patch_size` is the side in pixels of what one patch token
+    color), and the log says so once for each size. `patch_size` is the side in pixels of what one patch token
     stands for (the total stride of a convolutional network). `create(**arch)` builds the same architecture.
     """
 

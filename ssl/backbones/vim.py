@@ -17,13 +17,13 @@ from timm.layers import DropPath, lecun_normal_
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from nearfar.ssl.backbones.errors import UserError
 from nearfar.ssl.backbones.lgp_vim import VimLGPPatchEmbed
 from nearfar.ssl.backbones.prr import prr
 from nearfar.ssl.backbones.scan import Scan, choose_scan, selective_scan
 from nearfar.ssl.backbones.token_model import Grid, TokenModel, register, resize_positions
 from nearfar.ssl.backbones.tokens import check_size, pad_to_multiple
 from nearfar.ssl.backbones.vit import WIDTHS, PatchEmbed
+from nearfar.ssl.errors import UserError
 
 STATE = 16  # numbers of state for each channel
 CONV = 4  # taps of the causal convolution
@@ -71,7 +71,7 @@ class Mixer(nn.Module):
 
 
 def _direction(inner: int, dim: int) -> tuple[nn.Conv1d, nn.Linear, nn.Linear, nn.Parameter, nn.Parameter]:
-    """Parameters of one direction, initialised as METHODS says: conv1d, x_proj, dt_proj, A_log, D."""
+    """Parameters of one direction, initialized as METHODS says: conv1d, x_proj, dt_proj, A_log, D."""
     rank = math.ceil(dim / 16)
     conv = nn.Conv1d(inner, inner, CONV, padding=CONV - 1, groups=inner)
     x_proj = nn.Linear(inner, rank + 2 * STATE, bias=False)

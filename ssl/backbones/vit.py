@@ -16,13 +16,13 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from nearfar.ssl.backbones.attention import attend
-from nearfar.ssl.backbones.errors import UserError
 from nearfar.ssl.backbones.gaug import GaugBias
 from nearfar.ssl.backbones.lgp import LGPPatchEmbed
 from nearfar.ssl.backbones.prr import prr
 from nearfar.ssl.backbones.rope import AxialRope, rotate
 from nearfar.ssl.backbones.token_model import Grid, TokenModel, register, resize_positions
 from nearfar.ssl.backbones.tokens import check_size, pad_to_multiple
+from nearfar.ssl.errors import UserError
 
 WIDTHS = {"tiny": (192, 3), "small": (384, 6), "base": (768, 12)}  # embed_dim, num_heads; depth 12
 

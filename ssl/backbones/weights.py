@@ -14,10 +14,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from nearfar.ssl.backbones.errors import UserError
 from nearfar.ssl.backbones.lgp import LGPPatchEmbed
 from nearfar.ssl.backbones.tokens import Backbone
 from nearfar.ssl.backbones.vit import VisionTransformer
+from nearfar.ssl.errors import UserError
 
 State = dict[str, Tensor]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from nearfar.ssl import ranks
+from nearfar.ssl import distributed
 
 
 class BatchNorm(nn.BatchNorm1d):
@@ -13,17 +13,17 @@ class BatchNorm(nn.BatchNorm1d):
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, C) -> (N, C)."""
-        if not self.training or ranks.count() == 1:
+        if not self.training or distributed.count() == 1:
             return super().forward(x)
         x32 = x.float() if x.dtype.itemsize < 4 else x
         variance, mean = torch.var_mean(x32, 0, correction=0)
         moments = torch.stack([mean, variance]).double()  # the square of the mean is taken away again below
-        moments = ranks.all_sum(torch.stack([moments[0], moments[1] + moments[0].square()])) / ranks.count()
+        moments = distributed.all_sum(torch.stack([moments[0], moments[1] + moments[0].square()])) / distributed.count()
         mean, variance = moments[0].to(x32.dtype), (moments[1] - moments[0].square()).to(x32.dtype)
         assert self.running_mean is not None and self.running_var is not None and self.momentum is not None
         assert self.num_batches_tracked is not None
         self.num_batches_tracked.add_(1)
-        rows = ranks.count() * len(x)
+        rows = distributed.count() * len(x)
         self.running_mean.lerp_(mean.detach(), self.momentum)
         self.running_var.lerp_(variance.detach() * (rows / max(1, rows - 1)), self.momentum)
         return ((x32 - mean) * (variance + self.eps).rsqrt() * self.weight + self.bias).to(x.dtype)

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 class LinearHeads(nn.Module):
     """`heads` independent linear classifiers as one matrix product. (B, D) -> (B, heads, classes).
 
-    Zero-initialised: softmax regression is convex, so a start at zero is as good as any and needs no seed.
+    Zero-initialized: softmax regression is convex, so a start at zero is as good as any and needs no seed.
     """
 
     def __init__(self, dim: int, classes: int, heads: int = 1) -> None:

@@ -3,11 +3,11 @@
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nearfar.ssl.backbones.errors import UserError
+from nearfar.ssl.errors import UserError
 
 
 class SegmentationHead(nn.Module):
-    """(B, D, h, w) patch features -> (B, classes, H, W) logits, bilinear (half-pixel centres) between
+    """(B, D, h, w) patch features -> (B, classes, H, W) logits, bilinear (half-pixel centers) between
     patches.
 
     kind "linear": one 1x1 convolution. "mlp": Conv1x1(D -> hidden), GroupNorm(1), GELU, Conv1x1(-> classes),

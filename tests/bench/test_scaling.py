@@ -38,7 +38,7 @@ def test_by_hand() -> None:
 
 def test_one_gpu_talks_to_nobody() -> None:
     found = scaling.needs(scaling.Cluster(), 1)
-    assert found.gradients == found.centre == found.waiting == 0 and found.efficiency == 1
+    assert found.gradients == found.center == found.waiting == 0 and found.efficiency == 1
 
 
 def test_the_page_shows_what_the_script_prints() -> None:

@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from nearfar.eval.compare import compare, runs_in, write_comparison
-from nearfar.ssl.backbones.errors import UserError
+from nearfar.ssl.errors import UserError
 
 Scores = dict[str, float] | None
 
@@ -18,7 +18,7 @@ Scores = dict[str, float] | None
 def make(folder: Path, name: str, lr: float, loss: float, scores: Scores, online: float | None) -> None:
     run = folder / name
     run.mkdir()
-    (run / "config.yaml").write_text(yaml.safe_dump({"name": name, "folder": "x", "optim": {"lr": lr, "clip": 3}}))
+    (run / "config.yaml").write_text(yaml.safe_dump({"name": name, "folder": "x", "optim": {"lr": lr, "clip_grad": 3}}))
     lines = [{"step": 10, "loss": loss + 1}, {"step": 1200, "loss": loss}]
     lines += [{"step": 1200, "knn_top1": online}] if online is not None else []
     (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))

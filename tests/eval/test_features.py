@@ -10,16 +10,15 @@ from nearfar.eval.features import describe, digest, extract, read
 from nearfar.eval.pixels import pixel_features, pixel_grid
 from nearfar.eval.store import FeatureStore
 from nearfar.ssl.backbones import create
-from nearfar.ssl.backbones.errors import UserError
 from nearfar.ssl.backbones.tokens import Backbone, Tokens
-from nearfar.ssl.decode import BadImage
-from nearfar.ssl.sources import ArraySource, Subset
+from nearfar.ssl.data.sources.files import ArraySource, Subset
+from nearfar.ssl.errors import BadImage, UserError
 
 MEAN, STD = np.array([0.485, 0.456, 0.406]), np.array([0.229, 0.224, 0.225])
 
 
 class Averages(Backbone):
-    """Patch token = mean colour of the patch; CLS = mean colour of the image; block k adds k; the norm doubles."""
+    """Patch token = mean color of the patch; CLS = mean color of the image; block k adds k; the norm doubles."""
 
     patch_size, embed_dim, num_heads = 8, 3, 1
 
@@ -62,7 +61,7 @@ def source(images):
     return SomeBad(images, labels=np.arange(7) % 3, masks=masks, classes=["a", "b", "c"])
 
 
-def patch_colours(images):
+def patch_colors(images):
     x = (images / 255 - MEAN) / STD
     n, h, w, _ = x.shape
     return x.reshape(n, h // 8, 8, w // 8, 8, 3).mean((2, 4))
@@ -73,7 +72,7 @@ GOOD = [0, 2, 3, 5, 6]
 
 def test_grids_hold_the_patches_of_the_whole_image(source, images):
     features = extract(Averages(), source, size=(16, 24), layer="last-block", pooling="grid", batch_size=2)
-    np.testing.assert_allclose(features.x, patch_colours(images)[GOOD], atol=1e-5)
+    np.testing.assert_allclose(features.x, patch_colors(images)[GOOD], atol=1e-5)
     assert features.x.dtype == np.float32
 
 
@@ -95,11 +94,11 @@ def test_batches_and_workers_change_nothing(source, batch_size):
 
 def test_layers_and_poolings(images):
     model, x = Averages().eval(), torch.rand(2, 3, 16, 24)
-    colour = x.mean((2, 3))
-    torch.testing.assert_close(read(model, x, "final", "cls"), 2 * colour)
-    torch.testing.assert_close(read(model, x, "last-block", "mean"), colour)
-    torch.testing.assert_close(read(model, x, "blocks-1", "cls+mean"), torch.cat([2 * colour] * 2, 1))
-    torch.testing.assert_close(read(model, x, "blocks-2", "cls"), torch.cat([2 * colour + 2, 2 * colour], 1))
+    color = x.mean((2, 3))
+    torch.testing.assert_close(read(model, x, "final", "cls"), 2 * color)
+    torch.testing.assert_close(read(model, x, "last-block", "mean"), color)
+    torch.testing.assert_close(read(model, x, "blocks-1", "cls+mean"), torch.cat([2 * color] * 2, 1))
+    torch.testing.assert_close(read(model, x, "blocks-2", "cls"), torch.cat([2 * color + 2, 2 * color], 1))
     assert read(model, x, "blocks-2", "grid").shape == (2, 2, 3, 6)
 
 

@@ -10,7 +10,7 @@ from sklearn.neighbors import KNeighborsClassifier
 
 from nearfar.eval import knn as module
 from nearfar.eval.knn import knn
-from nearfar.ssl.backbones.errors import UserError
+from nearfar.ssl.errors import UserError
 
 
 def brute_force(train_x, train_y, test_x, test_y, k, temperature=0.07):
@@ -30,9 +30,9 @@ def brute_force(train_x, train_y, test_x, test_y, k, temperature=0.07):
 
 def blobs(n, m, dim, classes, seed):
     rng = np.random.default_rng(seed)
-    centres = rng.normal(size=(classes, dim))
+    centers = rng.normal(size=(classes, dim))
     y = rng.integers(0, classes, n + m)
-    x = centres[y] + rng.normal(scale=1.5, size=(n + m, dim))
+    x = centers[y] + rng.normal(scale=1.5, size=(n + m, dim))
     return x[:n], y[:n], x[n:], y[n:]
 
 
@@ -66,7 +66,7 @@ def test_length_of_a_feature_does_not_matter():
     assert knn(a * scale, ya, b, yb, ks=(5,)) == knn(a, ya, b, yb, ks=(5,))
 
 
-def test_equal_neighbours_are_taken_by_index():
+def test_equal_neighbors_are_taken_by_index():
     # eight copies of one point: k = 2 must see the first two of them, whatever topk would pick
     x = np.ones((8, 3))
     assert knn(x, np.array([1, 1, 0, 0, 0, 0, 0, 0]), x[:1], np.array([1]), ks=(2,)) == {2: 100.0}

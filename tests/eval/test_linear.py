@@ -10,7 +10,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import StandardScaler
 
 from nearfar.eval.linear import linear_probe, score, stratified, train
-from nearfar.ssl.backbones.errors import UserError
+from nearfar.ssl.errors import UserError
 
 
 @pytest.fixture(scope="module")

@@ -12,10 +12,11 @@ from PIL import Image
 from sklearn.decomposition import PCA
 from torch import Tensor
 
-from nearfar.eval.pictures import attention_maps, contact_sheet, principal_colours, tile, token_pca
-from nearfar.ssl.augment import normalise
-from nearfar.ssl.backbones import Backbone, Tokens, UserError, create
-from nearfar.ssl.data import Batch
+from nearfar.eval.pictures import attention_maps, contact_sheet, principal_colors, tile, token_pca
+from nearfar.ssl.backbones import Backbone, Tokens, create
+from nearfar.ssl.data.loaders.base import Batch
+from nearfar.ssl.data.transforms.colors import normalize
+from nearfar.ssl.errors import UserError
 
 
 class Fixed(Backbone):
@@ -35,7 +36,7 @@ class Fixed(Backbone):
 
 
 def flat(shade: float) -> Tensor:
-    return normalise(torch.full((1, 3, 16, 24), shade))
+    return normalize(torch.full((1, 3, 16, 24), shade))
 
 
 def panes(strip: Image.Image, count: int) -> list[np.ndarray]:
@@ -120,9 +121,9 @@ def test_a_network_without_attention_says_so() -> None:
 # --- principal components --------------------------------------------------------------------------------------
 
 
-def test_colours_are_the_first_three_components() -> None:
+def test_colors_are_the_first_three_components() -> None:
     tokens = np.random.default_rng(0).normal(size=(200, 12)) * np.arange(12, 0, -1) ** 2
-    ours, theirs = principal_colours(tokens), PCA(3).fit_transform(tokens)
+    ours, theirs = principal_colors(tokens), PCA(3).fit_transform(tokens)
     inner = ((ours > 0) & (ours < 1)).all(1)  # the percentiles clip the rest
     assert inner.mean() > 0.9
     for c in range(3):
@@ -133,15 +134,15 @@ def test_colours_are_the_first_three_components() -> None:
 
 def test_the_sign_is_fixed_and_an_offset_changes_nothing() -> None:
     tokens = np.random.default_rng(1).normal(size=(50, 8)) * np.arange(8, 0, -1)
-    assert principal_colours(tokens + 100) == pytest.approx(principal_colours(tokens), abs=1e-6)
+    assert principal_colors(tokens + 100) == pytest.approx(principal_colors(tokens), abs=1e-6)
 
 
-def test_tokens_of_low_rank_leave_the_other_colours_flat() -> None:
+def test_tokens_of_low_rank_leave_the_other_colors_flat() -> None:
     tokens = np.outer(np.arange(20.0), np.ones(6))
-    colours = principal_colours(tokens)
-    assert np.ptp(colours[:, 0]) == 1
-    assert (colours[:, 1:] == 0.5).all()
-    assert (principal_colours(np.ones((5, 4))) == 0.5).all()
+    colors = principal_colors(tokens)
+    assert np.ptp(colors[:, 0]) == 1
+    assert (colors[:, 1:] == 0.5).all()
+    assert (principal_colors(np.ones((5, 4))) == 0.5).all()
 
 
 def test_alike_tokens_are_alike_across_images() -> None:
@@ -160,8 +161,8 @@ def test_alike_tokens_are_alike_across_images() -> None:
 
 
 def test_tiles_go_row_by_row() -> None:
-    colours = ["red", "lime", "blue"]
-    sheet = tile([Image.new("RGB", (10, 6), c) for c in colours], columns=2)
+    colors = ["red", "lime", "blue"]
+    sheet = tile([Image.new("RGB", (10, 6), c) for c in colors], columns=2)
     assert sheet.size == (24, 16)
     assert [sheet.getpixel(at) for at in ((0, 0), (14, 0), (0, 10), (14, 10), (11, 0))] == [
         (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255), (255, 255, 255),

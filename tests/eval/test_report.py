@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from nearfar.eval.report import write_report
-from nearfar.ssl.backbones.errors import UserError
+from nearfar.ssl.errors import UserError
 
 RESULTS = {
     "trained": {"knn_top1": 64.6, "linear_top1": 84.6, "miou": 30.0},
@@ -63,8 +63,8 @@ def run(tmp_path: Path) -> Path:
     ]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"step": 310, "lo')
     (folder / "results.json").write_text(json.dumps(RESULTS))
-    for name, colour in (("views", "red"), ("attention", "green"), ("pca", "blue")):
-        Image.new("RGB", (40, 30), colour).save(folder / f"{name}.png")
+    for name, color in (("views", "red"), ("attention", "green"), ("pca", "blue")):
+        Image.new("RGB", (40, 30), color).save(folder / f"{name}.png")
     return folder
 
 

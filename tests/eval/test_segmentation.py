@@ -11,7 +11,7 @@ from hypothesis.extra.numpy import arrays
 from PIL import Image
 
 from nearfar.eval.segmentation import confusion, nearest, scores, segment_probe
-from nearfar.ssl.backbones.errors import UserError
+from nearfar.ssl.errors import UserError
 
 label = st.sampled_from([0, 1, 2, 3, 255])
 
@@ -45,13 +45,13 @@ def test_one_matrix_over_the_set_is_not_the_mean_over_images():
 
 @settings(max_examples=40, deadline=None)
 @given(new=st.tuples(st.integers(1, 30), st.integers(1, 30)), old=st.tuples(st.integers(1, 30), st.integers(1, 30)))
-def test_nearest_takes_the_class_at_each_pixels_centre(new, old):
+def test_nearest_takes_the_class_at_each_pixels_center(new, old):
     mask = np.random.default_rng(0).integers(0, 256, old, dtype=np.uint8)
     got = nearest(mask, new)
     for r in range(new[0]):
         for c in range(new[1]):
-            centre = [Fraction(2 * i + 1, 2 * n) * o for i, n, o in zip((r, c), new, old, strict=True)]
-            assert got[r, c] == mask[int(centre[0]), int(centre[1])]
+            center = [Fraction(2 * i + 1, 2 * n) * o for i, n, o in zip((r, c), new, old, strict=True)]
+            assert got[r, c] == mask[int(center[0]), int(center[1])]
 
 
 def test_nearest_agrees_with_pillow():

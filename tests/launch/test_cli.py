@@ -22,13 +22,13 @@ from nearfar.ssl.run_folder import RunFolder, read_metrics
 
 RECIPE = {
     "data": {"workers": 0},
-    "views": {"global_size": 32, "local_size": 16, "local_count": 2},
+    "views": {"global_crops_size": 32, "local_crops_size": 16, "local_crops_number": 2},
     "backbone": {
         "name": "vit_tiny_patch8", "embed_dim": 24, "depth": 2, "num_heads": 2,
         "lgp": True, "gaug": True, "prr": True, "drop_path": 0.2,
     },
-    "head": {"prototypes": 20, "hidden": 16, "bottleneck": 8},
-    "train": {"epochs": 5, "batch_size": 8, "device": "cpu", "precision": "fp32", "threads": 1, "log_every": 1},
+    "head": {"prototypes": 20, "hidden_dim": 16, "bottleneck_dim": 8},
+    "train": {"epochs": 5, "batch_size": 8, "device": "cpu", "precision": "fp32", "threads": 1, "log_every_steps": 1},
 }  # fmt: skip
 STEPS = 25
 
@@ -70,7 +70,7 @@ PRETRAIN = ("pretrain", "mine.yaml", "data.path=pictures")
 
 
 def test_settings_are_checked_before_anything_is_touched(here: Path, refused: Refused) -> None:
-    told = refused(*PRETRAIN, "train.epoch=3", "views.global_size=33", "optim.lr=-1")
+    told = refused(*PRETRAIN, "train.epoch=3", "views.global_crops_size=33", "optim.lr=-1")
     for part in ("3 mistakes", "did you mean train.epochs?", "no multiple of the patch size 8", "optim.lr=-1"):
         assert part in told
     assert not (here / "runs").exists()
@@ -136,7 +136,7 @@ def test_no_space_left_is_told_with_the_checkpoint_before_intact(here: Path, cap
             save_file(*arguments)  # type: ignore[arg-type]
 
         checkpoint.save_file = fails_later  # type: ignore[assignment]
-        os._exit(cli.main([*PRETRAIN, "train.save_steps=5"]))
+        os._exit(cli.main([*PRETRAIN, "train.save_every_steps=5"]))
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 2
     told = capfd.readouterr().err
     assert "No space left on device" in told and "step-000000010 is intact" in told
@@ -150,7 +150,7 @@ def test_no_space_left_between_two_checkpoints_is_told_too(here: Path, refused: 
     assert "No space left on the disk. Checkpoints saved before are intact" in refused(*PRETRAIN)
 
 
-@pytest.mark.parametrize("argv", [[], ["pretrian"], ["pretrain"], ["eval", "colour", "x"], ["pretrain", "demo", "-x"]])
+@pytest.mark.parametrize("argv", [[], ["pretrian"], ["pretrain"], ["eval", "color", "x"], ["pretrain", "demo", "-x"]])
 def test_what_is_no_command_is_answered_with_the_usage(argv: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as caught:
         cli.main(argv)
@@ -222,7 +222,7 @@ def same(one: Path, two: Path) -> None:
 
 
 def test_a_run_with_its_pictures_scores_and_export(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main([*PRETRAIN, "data.val=pictures", "eval.knn_every=2"]) == 0
+    assert cli.main([*PRETRAIN, "data.val=pictures", "eval.knn_every_epochs=2"]) == 0
     run = here / "runs" / "mine"
     assert Image.open(run / "views.png").size[0] > 64
     scored = [line for line in read_metrics(run / "metrics.jsonl") if "knn_top1" in line]
@@ -235,7 +235,7 @@ def test_a_run_with_its_pictures_scores_and_export(here: Path, capsys: pytest.Ca
     assert one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
 
     before = (run / "metrics.jsonl").read_bytes()
-    assert cli.main([*PRETRAIN, "data.val=pictures", "eval.knn_every=2"]) == 0
+    assert cli.main([*PRETRAIN, "data.val=pictures", "eval.knn_every_epochs=2"]) == 0
     assert "already finished" in capsys.readouterr().out and (run / "metrics.jsonl").read_bytes() == before
 
 

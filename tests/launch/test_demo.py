@@ -15,7 +15,7 @@ from nearfar.launch.cli import main
 from nearfar.launch.score import Subject, score, sources
 from nearfar.ssl.run_folder import read_metrics
 
-SMALL = ["train.epochs=1", "train.batch_size=32", "train.threads=1", "data.workers=0", "eval.knn_every=1"]
+SMALL = ["train.epochs=1", "train.batch_size=32", "train.threads=1", "data.workers=0", "eval.knn_every_epochs=1"]
 
 
 @pytest.fixture(scope="module")

@@ -15,13 +15,13 @@ from rich.console import Console
 
 from nearfar.eval.features import extract
 from nearfar.eval.knn import knn
-from nearfar.launch import local, pretrain
+from nearfar.launch import pretrain, processes
 from nearfar.launch.pretrain import OnlineKNN
 from nearfar.ssl import config
 from nearfar.ssl.backbones import create
 from nearfar.ssl.config import Run
-from nearfar.ssl.ranks import Ranks
-from nearfar.ssl.sources import ArraySource
+from nearfar.ssl.data.sources.files import ArraySource
+from nearfar.ssl.distributed import Ranks
 
 
 def make(folder: Path, *settings: str) -> Run:
@@ -30,22 +30,22 @@ def make(folder: Path, *settings: str) -> Run:
 
 @pytest.mark.parametrize(
     ("settings", "cores", "size"),
-    [([], 1, 1), ([], 2, 2), ([], 64, 4), (["train.batch_size=30"], 8, 1), (["train.ranks=4"], 2, 4)],
+    [([], 1, 1), ([], 2, 2), ([], 64, 4), (["train.batch_size=30"], 8, 1), (["train.world_size=4"], 2, 4)],
 )
 def test_processes_follow_the_cores_and_the_batch(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, settings: list[str], cores: int, size: int
 ) -> None:
-    monkeypatch.setattr(local, "available_cores", lambda: cores)
-    assert local.wanted(make(tmp_path, *settings)).value == size
+    monkeypatch.setattr(processes, "available_cores", lambda: cores)
+    assert processes.wanted(make(tmp_path, *settings)).value == size
 
 
 def test_a_run_goes_on_with_as_many_processes_as_it_was_begun(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    begun = make(tmp_path, "train.ranks=2")
+    begun = make(tmp_path, "train.world_size=2")
     begun.path.mkdir(parents=True)
     (begun.path / "config.yaml").write_text(config.to_yaml(begun))
     (begun.path / "teacher.safetensors").touch()
-    monkeypatch.setattr(local, "available_cores", lambda: 64)
-    assert local.wanted(make(tmp_path)) == ("train.ranks", 2, "as the run was begun")
+    monkeypatch.setattr(processes, "available_cores", lambda: 64)
+    assert processes.wanted(make(tmp_path)) == ("train.world_size", 2, "as the run was begun")
 
 
 @pytest.mark.parametrize("size", [1, 2])
@@ -55,7 +55,7 @@ def test_under_torchrun_no_further_process_is_started(
     seen: list[Ranks] = []
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", str(size))
-    monkeypatch.setattr(local, "started", lambda *_: pytest.fail("torchrun starts what is to run"))
+    monkeypatch.setattr(processes, "started", lambda *_: pytest.fail("torchrun starts what is to run"))
     monkeypatch.setattr(pretrain, "train_rank", lambda run, console, world: seen.append(world))
     pretrain.pretrain(make(tmp_path), Console(file=StringIO()))
     assert [world.size for world in seen] == [size]
@@ -63,11 +63,11 @@ def test_under_torchrun_no_further_process_is_started(
 
 def test_derived_ranks_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     said, worlds = StringIO(), []
-    monkeypatch.setattr(local, "available_cores", lambda: 1)
+    monkeypatch.setattr(processes, "available_cores", lambda: 1)
     monkeypatch.setattr(pretrain, "train_rank", lambda run, console, world: worlds.append(world))
     pretrain.pretrain(make(tmp_path), Console(file=said, width=200))
-    assert "derived train.ranks = 1  (1 cores" in said.getvalue()
-    pretrain.pretrain(make(tmp_path, "train.ranks=1"), Console(file=said, width=200))
+    assert "derived train.world_size = 1  (1 cores" in said.getvalue()
+    pretrain.pretrain(make(tmp_path, "train.world_size=1"), Console(file=said, width=200))
     assert said.getvalue().count("derived") == 1 and len(worlds) == 2
 
 

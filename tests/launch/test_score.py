@@ -18,7 +18,7 @@ from nearfar.launch import score as scores
 from nearfar.launch.score import Subject, score
 from nearfar.ssl import config
 from nearfar.ssl.backbones import Backbone, create
-from nearfar.ssl.sources import ArraySource
+from nearfar.ssl.data.sources.files import ArraySource
 
 
 def scenes(count: int, seed: int) -> ArraySource:
@@ -45,7 +45,9 @@ def said() -> StringIO:
 
 
 def subject(folder: Path, seed: int = 0, *settings: str) -> Subject:
-    run = config.load(None, ["name=r", f"folder={folder}", "views.global_size=16", "views.local_size=16", *settings])
+    run = config.load(
+        None, ["name=r", f"folder={folder}", "views.global_crops_size=16", "views.local_crops_size=16", *settings]
+    )
     return Subject(network(seed), run, folder)
 
 

@@ -18,21 +18,22 @@ import torch
 import yaml
 from PIL import Image
 
-from nearfar.launch import cli, control, ledger, snapshot
-from nearfar.launch.control import Status
+from nearfar.launch import cli
+from nearfar.launch.slurm import control, records, snapshot
+from nearfar.launch.slurm.control import Status
 from nearfar.ssl import checkpoint
 from nearfar.ssl.run_folder import read_metrics
 
 RECIPE: dict[str, Any] = {
     "data": {"workers": 0},
-    "views": {"global_size": 32, "local_size": 16, "local_count": 2},
+    "views": {"global_crops_size": 32, "local_crops_size": 16, "local_crops_number": 2},
     "backbone": {
         "name": "vit_tiny_patch8", "embed_dim": 24, "depth": 2, "num_heads": 2,
         "lgp": True, "gaug": True, "prr": True, "drop_path": 0.2,
     },
-    "head": {"prototypes": 20, "hidden": 16, "bottleneck": 8},
-    "train": {"epochs": 12, "batch_size": 8, "precision": "fp32", "threads": 1, "log_every": 1},
-    "eval": {"knn_every": 0},
+    "head": {"prototypes": 20, "hidden_dim": 16, "bottleneck_dim": 8},
+    "train": {"epochs": 12, "batch_size": 8, "precision": "fp32", "threads": 1, "log_every_steps": 1},
+    "eval": {"knn_every_epochs": 0},
 }  # fmt: skip
 STEPS = 60
 PATIENCE = 180.0  # seconds until a test gives up; other tests may be using the machine
@@ -80,7 +81,7 @@ class Launched:
 
     @property
     def job(self) -> str:
-        job = ledger.latest(self.run, "train")
+        job = records.latest(self.run, "train")
         assert job is not None
         return job.job
 
@@ -91,11 +92,11 @@ class Launched:
 
     @property
     def step(self) -> int:
-        return ledger.reached_step(self.run)
+        return records.reached_step(self.run)
 
     @property
     def log(self) -> str:
-        job = ledger.latest(self.run, "train")
+        job = records.latest(self.run, "train")
         return job.log.read_text() if job and job.log.exists() else "no log"
 
     def wait(self, what: str, ready: Callable[[Status], bool], seconds: float = PATIENCE) -> Status:
@@ -126,13 +127,13 @@ class Launched:
         moment = time.time()
         action()
         self.wait("another attempt", lambda status: len(status.attempts) > began)
-        attempt = ledger.attempts(self.run)[began]
+        attempt = records.attempts(self.run)[began]
         first = self.wait("a step", lambda _: self.step > attempt.step and self._told() > attempt.time)
         assert len(first.attempts) == began + 1
         return attempt.lost, self._told() - moment
 
     def _told(self) -> float:
-        return float(ledger.last_metrics(self.run).get("time", 0.0))
+        return float(records.last_metrics(self.run).get("time", 0.0))
 
 
 def _bits(run: Path) -> dict[str, torch.Tensor]:
@@ -216,7 +217,7 @@ def reference(tmp_path_factory: pytest.TempPathFactory, pictures: Path) -> Refer
             words = [
                 f"data.path={pictures}",
                 f"folder={run.parent}",
-                f"train.ranks={ranks}",
+                f"train.world_size={ranks}",
                 "train.device=cpu",
                 *settings,
             ]

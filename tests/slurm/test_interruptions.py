@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from nearfar.launch import ledger
+from nearfar.launch.slurm import records
 from nearfar.ssl.run_folder import read_metrics
 
 pytestmark = pytest.mark.slow
@@ -47,7 +47,7 @@ def test_signals_requeues_preemptions_and_the_death_of_a_node_one_after_the_othe
     cluster: Any, limited: Any, launch: Callable[..., Any], reference: Callable[[int], Path], same: Callable[..., None]
 ) -> None:
     """No bit differs in the end, however often; and where SLURM says a word before, no step is lost."""
-    words = ("--nodes", "2", "--partition", "low", "--cpus-per-task", "5", "train.save_steps=5")
+    words = ("--nodes", "2", "--partition", "low", "--cpus-per-task", "5", "train.save_every_steps=5")
     run = launch(*words, name="everything", pace=PACE)
 
     def preempt() -> None:
@@ -72,7 +72,7 @@ def test_signals_requeues_preemptions_and_the_death_of_a_node_one_after_the_othe
         "node death, a checkpoint every 5 steps": lambda: cluster.kill_node("node2"),
     }
     for number, (what, action) in enumerate(interruptions.items(), 1):
-        run.reach(ledger.saved_step(run.run) + 2)
+        run.reach(records.saved_step(run.run) + 2)
         lost, seconds = run.interrupted(action, number)
         told(what, lost, seconds)
         assert lost <= (5 if "death" in what else 0), f"{what}\n{run.log}"
@@ -86,7 +86,7 @@ def test_the_time_limit_again_and_again(
 ) -> None:
     """Two times or more: the slower the machine, the less an attempt of a minute gets done."""
     attempts = limited.finish(240).attempts
-    *saved, finished = ledger.endings(limited.run)
+    *saved, finished = records.endings(limited.run)
     assert len(saved) == len(attempts) - 1 >= 2 and finished["why"] == "finished"
     for ending, attempt in zip(saved, attempts[1:], strict=True):
         assert ending["why"] == f"saved at step {attempt.step} after SIGUSR2"

@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 
-from nearfar.launch import cli, control, ledger, squeue
+from nearfar.launch import cli
+from nearfar.launch.slurm import control, queue, records
 from nearfar.ssl.run_folder import read_metrics
 
 pytestmark = pytest.mark.slow
@@ -46,12 +47,12 @@ def test_evaluation_waits_through_a_requeue(
     cluster: Any, launch: Launch, pictures: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = launch(f"data.val={pictures}", "--then", "eval=knn,linear", name="scored", pace=0.1)
-    scoring = ledger.latest(run.run, "eval")
+    scoring = records.latest(run.run, "eval")
     assert scoring is not None
     run.reach(3)
     (lost, _) = run.interrupted(lambda: subprocess.run(["scancel", "--signal=USR2", run.job], check=True))
     assert lost == 0
-    assert squeue.look([scoring.job])[scoring.job].reason.startswith("Dependency")
+    assert queue.look([scoring.job])[scoring.job].reason.startswith("Dependency")
     assert run.status.evaluation == "pending"
     run.finish()
     assert run.wait("scores", lambda status: status.evaluation == "finished").state == "finished"
@@ -74,7 +75,7 @@ def test_a_run_whose_code_raises_fails_once_and_says_why(
     status = run.wait("failure", lambda status: status.state == "failed")
     assert "rank 1" in status.why and "KeyError: 'planted'" in status.why
     assert len(status.attempts) == 1
-    assert squeue.look([run.job])[run.job].state == "FAILED"
+    assert queue.look([run.job])[run.job].state == "FAILED"
     assert cli.main(["launch", "status", str(run.run)]) == 0
     assert "planted" in capsys.readouterr().out
 
@@ -87,8 +88,8 @@ def test_cancel_ends_a_run_for_good_and_resubmit_continues_it(
     first = run.job
     assert cli.main(["launch", "cancel", str(run.run)]) == 0
     status = run.wait("its end", lambda status: status.state == "cancelled")
-    assert squeue.look([first])[first].state == "CANCELLED"
-    assert len(status.attempts) == 1 and ledger.saved_step(run.run) >= 3, "TERM saves before KILL comes"
+    assert queue.look([first])[first].state == "CANCELLED"
+    assert len(status.attempts) == 1 and records.saved_step(run.run) >= 3, "TERM saves before KILL comes"
     assert cli.main(["launch", "cancel", str(run.run)]) == 2
 
     assert cli.main(["launch", "resubmit", str(run.run), "--hours", "2"]) == 0
@@ -127,7 +128,7 @@ def test_what_squeue_forgot_sacct_still_knows(accounting_cluster: Any, tmp_path:
         submit = ["sbatch", "--wait", "-J", "accounted", "-o", "/dev/null", "--wrap", script]
         subprocess.run(submit, cwd=tmp_path, check=False, capture_output=True, timeout=60)
     for _ in range(200):  # accounts are written every few seconds
-        found = squeue._accounted(["1", "2", "3"])
+        found = queue._accounted(["1", "2", "3"])
         if {seen.state for seen in found.values()} == {"COMPLETED", "FAILED"}:
             break
     assert found["1"].state == "COMPLETED" and found["2"].state == "FAILED" and found["1"].nodes == "node1"

@@ -12,18 +12,19 @@ import pytest
 from PIL import Image
 from rich.console import Console
 
-from nearfar.ssl import config, turbo
-from nearfar.ssl.beton_writer import write_beton
+from nearfar.ssl import config
 from nearfar.ssl.config import Run
-from nearfar.ssl.sources import ArraySource, open_source
+from nearfar.ssl.data import libjpeg
+from nearfar.ssl.data.beton_writer import write_beton
+from nearfar.ssl.data.sources.files import ArraySource, open_source
 
 TINY = [
-    "name=tiny", "views.global_size=32", "views.local_size=16", "views.local_count=2",
+    "name=tiny", "views.global_crops_size=32", "views.local_crops_size=16", "views.local_crops_number=2",
     "backbone.name=vit_tiny_patch8", "backbone.embed_dim=24", "backbone.depth=2", "backbone.num_heads=2",
     "backbone.lgp=true", "backbone.gaug=true", "backbone.prr=true", "backbone.drop_path=0.2",
-    "head.prototypes=20", "head.hidden=16", "head.bottleneck=8", "head.batch_norm=true",
+    "head.prototypes=20", "head.hidden_dim=16", "head.bottleneck_dim=8", "head.batch_norm=true",
     "train.epochs=4", "train.batch_size=8", "train.device=cpu", "train.precision=fp32", "train.threads=1",
-    "train.log_every=1", "data.workers=0", "optim.lr=1e-3",
+    "train.log_every_steps=1", "data.workers=0", "optim.lr=1e-3",
 ]  # fmt: skip
 
 
@@ -82,7 +83,7 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def beton(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The photos as a .beton."""
-    if not turbo.available():
+    if not libjpeg.available():
         pytest.skip("FFCV is not installed")
     file = tmp_path_factory.mktemp("beton") / "photos.beton"
     write_beton(open_source(photos), file)

@@ -7,12 +7,12 @@ from nearfar.ssl.announce import continued_otherwise
 
 
 def test_only_what_differs_is_said() -> None:
-    run = config.load(None, ["name=r", "train.ranks=2", "backbone.drop_path=0.1"])
-    still = config.load(None, ["name=r", "train.ranks=2", "backbone.drop_path=0"])
-    assert continued_otherwise({"ranks": 2, "precision": "float32"}, run, "float32") == []
-    (ranks,) = continued_otherwise({"ranks": 1, "precision": "float32"}, run, "float32")
+    run = config.load(None, ["name=r", "train.world_size=2", "backbone.drop_path=0.1"])
+    still = config.load(None, ["name=r", "train.world_size=2", "backbone.drop_path=0"])
+    assert continued_otherwise({"world_size": 2, "precision": "float32"}, run, "float32") == []
+    (ranks,) = continued_otherwise({"world_size": 1, "precision": "float32"}, run, "float32")
     assert "Saved by 1 ranks, continued by 2" in ranks and "drop-path draws others" in ranks
-    (ranks,) = continued_otherwise({"ranks": 1}, still, "float32")
+    (ranks,) = continued_otherwise({"world_size": 1}, still, "float32")
     assert "drop-path" not in ranks
-    (precision,) = continued_otherwise({"ranks": 2, "precision": "bf16 autocast"}, run, "float32")
+    (precision,) = continued_otherwise({"world_size": 2, "precision": "bf16 autocast"}, run, "float32")
     assert "Saved in bf16 autocast, continued in float32" in precision

@@ -17,8 +17,8 @@ from torch import Tensor
 
 from nearfar.ssl import checkpoint, config
 from nearfar.ssl.backbones import create
-from nearfar.ssl.backbones.errors import UserError
 from nearfar.ssl.defaults import resolve
+from nearfar.ssl.errors import UserError
 from nearfar.ssl.learner import parameter_groups
 from nearfar.ssl.train import build_learner
 
@@ -70,8 +70,8 @@ def test_round_trip_is_bit_exact(folder: Path) -> None:
     assert same(found.tensors, tensors(7)) and found.state == STATE
 
 
-def test_learner_and_optimiser_round_trip_bit_exact(tmp_path: Path) -> None:
-    settings = ["views.global_size=32", "views.local_count=0", "head.hidden=16", "head.prototypes=20"]
+def test_learner_and_optimizer_round_trip_bit_exact(tmp_path: Path) -> None:
+    settings = ["views.global_crops_size=32", "views.local_crops_number=0", "head.hidden_dim=16", "head.prototypes=20"]
     settings += [f"backbone.{key}={value}" for key, value in ARCH.items() if key != "img_size"]
     run = resolve(config.load(None, [*settings, "head.batch_norm=true"]), 2_000)[0]
 
@@ -83,7 +83,7 @@ def test_learner_and_optimiser_round_trip_bit_exact(tmp_path: Path) -> None:
     learner, optimizer, by_name = made()
     for _ in range(3):
         learner([torch.randn(2, 4, 3, 32, 32)], 0.04).loss.backward()
-        learner.student.head.prototypes.grad = None  # frozen: no optimiser state yet
+        learner.student.head.prototypes.grad = None  # frozen: no optimizer state yet
         optimizer.step()
     saved = checkpoint.optimizer_tensors(optimizer, by_name)
     assert not any("prototypes" in name for name in saved)
@@ -298,10 +298,10 @@ def test_strict_loading_lists_at_most_five_and_counts_the_rest() -> None:
         checkpoint.load_strict(module, {}, "x")
 
 
-def test_optimiser_state_that_does_not_fit_is_named() -> None:
+def test_optimizer_state_that_does_not_fit_is_named() -> None:
     p = torch.nn.Parameter(torch.zeros(3))
     optimizer = torch.optim.AdamW([p])
-    with pytest.raises(UserError, match="optimiser state for gone"):
+    with pytest.raises(UserError, match="optimizer state for gone"):
         checkpoint.load_optimizer(optimizer, {p: "here"}, {"exp_avg/gone": torch.zeros(3)})
     with pytest.raises(UserError, match=r"exp_avg/here has shape \(4,\) instead of \(3,\)"):
         checkpoint.load_optimizer(optimizer, {p: "here"}, {"exp_avg/here": torch.zeros(4)})

@@ -8,9 +8,9 @@ import pytest
 import yaml
 
 from nearfar.ssl import config, run_folder
-from nearfar.ssl.backbones.errors import UserError
 from nearfar.ssl.config import Run
 from nearfar.ssl.defaults import local_ranks, resolve
+from nearfar.ssl.errors import UserError
 
 
 def mistakes(*overrides: str, recipe: Path | None = None) -> str:
@@ -30,16 +30,16 @@ def write(folder: Path, text: str, name: str = "mine.yaml") -> Path:
 
 def test_a_recipe_is_named_after_its_file_and_overridden_by_key_and_value(tmp_path: Path) -> None:
     recipe = write(tmp_path, "train: {epochs: 7, batch_size: 8}\nbackbone: {lgp: true}\n")
-    run = config.load(recipe, ["train.epochs=9", "views.blur=[1, 0, 0.5]", "data.val=null"])
+    run = config.load(recipe, ["train.epochs=9", "views.blur_prob=[1, 0, 0.5]", "data.val=null"])
     assert (run.name, run.train.epochs, run.train.batch_size) == ("mine", 9, 8)
-    assert run.backbone.lgp and run.views.blur == (1, 0, 0.5) and run.data.val is None
+    assert run.backbone.lgp and run.views.blur_prob == (1, 0, 0.5) and run.data.val is None
     assert config.load(recipe, ["name=other"]).name == "other"
 
 
 def test_nothing_given_is_dino_as_published() -> None:
     run = config.load(None)
     assert run == Run()
-    assert run.views.local_count == 8 and run.optim.clip == 3.0 and run.backbone.drop_path == 0.1
+    assert run.views.local_crops_number == 8 and run.optim.clip_grad == 3.0 and run.backbone.drop_path == 0.1
 
 
 @pytest.mark.parametrize("written", ["1e-4", "'1e-4'", "0.0001", "1.0e-4"])
@@ -83,14 +83,14 @@ def test_a_missing_recipe_and_a_folder(tmp_path: Path) -> None:
 
 
 def test_all_mistakes_are_told_at_once(tmp_path: Path) -> None:
-    recipe = write(tmp_path, "trian: {epochs: 3}\ntrain: {epochs: -1, seed: one}\nviews: {global_size: 225}\n")
+    recipe = write(tmp_path, "trian: {epochs: 3}\ntrain: {epochs: -1, seed: one}\nviews: {global_crops_size: 225}\n")
     told = mistakes("optim.lrr=1", "optim.min_lr=-1", "nonsense", "optim.warmup_epochs=200", recipe=recipe)
     assert told.startswith("8 mistakes in the settings: ")
     for part in (
         "trian is unknown (did you mean train?)",
         "train.epochs=-1",
         "train.seed='one'",
-        "views.global_size=225 is no multiple of the patch size 16 (nearest: 224)",
+        "views.global_crops_size=225 is no multiple of the patch size 16 (nearest: 224)",
         "optim.lrr is unknown (did you mean optim.lr?)",
         "optim.min_lr=-1",
         "'nonsense' is not a setting",
@@ -112,7 +112,7 @@ def test_all_mistakes_are_told_at_once(tmp_path: Path) -> None:
         ("train.epoch=3", "train.epochs"),
         ("train.lr=3", "optim.lr"),
         ("head.prototyps=3", "head.prototypes"),
-        ("views.solarize_threshold=3", "views.solarise_threshold"),
+        ("views.solarise_threshold=3", "views.solarize_threshold"),
         ("optim.warmup=3", "optim.warmup_epochs"),
     ],
 )
@@ -140,10 +140,10 @@ def test_keys_that_are_no_text(tmp_path: Path) -> None:
         "optim.lr=0",
         "optim.lr=.nan",
         "optim.weight_decay=.inf",
-        "views.flip=1.5",
+        "views.hflip_prob=1.5",
         "views.hue=0.6",
-        "views.global_scale=[0.4]",
-        "views.blur=[1, 0.1]",
+        "views.global_crops_scale=[0.4]",
+        "views.blur_prob=[1, 0.1]",
         "backbone.drop_path=1",
         "backbone.lgp=perhaps",
         "head.prototypes=1",
@@ -163,19 +163,25 @@ def test_bad_types_and_ranges(setting: str) -> None:
 @pytest.mark.parametrize(
     ("settings", "told"),
     [
-        (["views.global_size=100"], "views.global_size=100 is no multiple of the patch size 16 (nearest: 96)"),
-        (["views.local_size=90"], "views.local_size=90 is no multiple"),
-        (["backbone.patch_size=14", "views.local_count=0", "views.global_size=225"], "patch size 14 (nearest: 224)"),
-        (["views.global_size=64"], "local views (96 px) are larger than global ones (64 px)"),
-        (["views.global_scale=[0.4, 1.2]"], "cannot pass 1"),
-        (["views.local_scale=[0.5, 0.2]"], "views.local_scale must rise from above 0"),
+        (
+            ["views.global_crops_size=100"],
+            "views.global_crops_size=100 is no multiple of the patch size 16 (nearest: 96)",
+        ),
+        (["views.local_crops_size=90"], "views.local_crops_size=90 is no multiple"),
+        (
+            ["backbone.patch_size=14", "views.local_crops_number=0", "views.global_crops_size=225"],
+            "patch size 14 (nearest: 224)",
+        ),
+        (["views.global_crops_size=64"], "local views (96 px) are larger than global ones (64 px)"),
+        (["views.global_crops_scale=[0.4, 1.2]"], "cannot pass 1"),
+        (["views.local_crops_scale=[0.5, 0.2]"], "views.local_crops_scale must rise from above 0"),
         (["views.ratio=[0, 1]"], "views.ratio must rise"),
         (["views.blur_sigma=[2, 1]"], "views.blur_sigma must rise"),
-        (["views.blur=[1, 2, 0]"], "views.blur holds probabilities"),
-        (["views.solarise=[0, -1, 0]"], "views.solarise holds probabilities"),
+        (["views.blur_prob=[1, 2, 0]"], "views.blur_prob holds probabilities"),
+        (["views.solarize_prob=[0, -1, 0]"], "views.solarize_prob holds probabilities"),
         (["train.epochs=5", "optim.warmup_epochs=6"], "optim.warmup_epochs=6 is longer than the run (train.epochs=5)"),
-        (["train.epochs=5", "loss.teacher_temp_epochs=6"], "loss.teacher_temp_epochs=6 is longer"),
-        (["train.epochs=5", "optim.freeze_last_epochs=6"], "optim.freeze_last_epochs=6 is longer"),
+        (["train.epochs=5", "loss.warmup_teacher_temp_epochs=6"], "loss.warmup_teacher_temp_epochs=6 is longer"),
+        (["train.epochs=5", "optim.freeze_last_layer_epochs=6"], "optim.freeze_last_layer_epochs=6 is longer"),
         (["backbone.pretrained=true"], "backbone.pretrained needs a timm/NAME backbone"),
         (["backbone.embed_dim=100", "backbone.num_heads=3"], "does not divide into 3 heads"),
         (["eval.size=64", "eval.resize=32"], "eval.resize=32 is smaller than the crop eval.size=64"),
@@ -190,8 +196,8 @@ def test_impossible_combinations(settings: list[str], told: str) -> None:
 
 
 def test_what_does_not_apply_is_no_mistake() -> None:
-    config.load(None, ["views.local_count=0", "views.local_size=90"])  # there are no local views
-    config.load(None, ["backbone.name=timm/resnet18", "views.global_size=100", "backbone.pretrained=true"])
+    config.load(None, ["views.local_crops_number=0", "views.local_crops_size=90"])  # there are no local views
+    config.load(None, ["backbone.name=timm/resnet18", "views.global_crops_size=100", "backbone.pretrained=true"])
 
 
 def test_validate_leaves_what_it_is_given_as_it_was() -> None:
@@ -219,16 +225,24 @@ def test_size_aware_defaults(images: int, prototypes: int, batch_norm: bool, tea
 
 def test_imagenet_for_a_hundred_epochs_is_dino_as_published() -> None:
     run = derived(1_281_167, "train.batch_size=1024")
-    assert run.optim.lr == pytest.approx(5e-4 * 4) and run.optim.warmup_epochs == 10 and run.optim.ema == 0.996
-    assert run.loss.teacher_temp_start == 0.04 and run.loss.teacher_temp_epochs == 30
-    assert run.optim.freeze_last_epochs == 1
+    assert (
+        run.optim.lr == pytest.approx(5e-4 * 4)
+        and run.optim.warmup_epochs == 10
+        and run.optim.teacher_momentum == 0.996
+    )
+    assert run.loss.warmup_teacher_temp == 0.04 and run.loss.warmup_teacher_temp_epochs == 30
+    assert run.optim.freeze_last_layer_epochs == 1
 
 
 def test_a_short_run_has_shorter_warm_ups_and_a_faster_teacher() -> None:
     run = derived(2_000, "train.epochs=10")  # 31 steps an epoch
-    assert run.optim.warmup_epochs == 1 and run.loss.teacher_temp_epochs == 3 and run.optim.freeze_last_epochs == 0.5
-    assert run.optim.ema == 0.98
-    assert derived(2_000, "train.epochs=100").optim.ema == pytest.approx(1 - 20 / 3100, abs=1e-4)
+    assert (
+        run.optim.warmup_epochs == 1
+        and run.loss.warmup_teacher_temp_epochs == 3
+        and run.optim.freeze_last_layer_epochs == 0.5
+    )
+    assert run.optim.teacher_momentum == 0.98
+    assert derived(2_000, "train.epochs=100").optim.teacher_momentum == pytest.approx(1 - 20 / 3100, abs=1e-4)
 
 
 def test_nothing_is_left_open_and_every_derived_value_is_told_with_its_reason() -> None:
@@ -237,7 +251,7 @@ def test_nothing_is_left_open_and_every_derived_value_is_told_with_its_reason() 
     open_before = {s.key for s in config.settings() if s.default is None}
     open_after = {s.key for s in config.settings() if run_folder._get(run, s.key) is None}
     named = {"patch_size", "embed_dim", "depth", "num_heads"}  # the backbone's name says these
-    assert {key.rpartition(".")[2] for key in open_after} == named | {"val", "save_steps", "weights"}
+    assert {key.rpartition(".")[2] for key in open_after} == named | {"val", "save_every_steps", "weights"}
     assert {d.key for d in told} == open_before - open_after
     assert all(d.why and run_folder._get(run, d.key) == d.value for d in told)
     assert resolve(run, 50_000) == (run, [])
@@ -245,10 +259,21 @@ def test_nothing_is_left_open_and_every_derived_value_is_told_with_its_reason() 
 
 def test_explicit_values_win() -> None:
     given = [
-        "head.prototypes=65536", "head.batch_norm=false", "loss.teacher_temp=0.06", "loss.teacher_temp_epochs=0",
-        "optim.lr=0.1", "optim.warmup_epochs=0", "optim.ema=0.5", "optim.freeze_last_epochs=0", "data.workers=0",
-        "train.threads=1", "train.ranks=2", "eval.size=64", "eval.resize=64", "eval.knn_every=0",
-    ]  # fmt: skip
+        "head.prototypes=65536",
+        "head.batch_norm=false",
+        "loss.teacher_temp=0.06",
+        "loss.warmup_teacher_temp_epochs=0",
+        "optim.lr=0.1",
+        "optim.warmup_epochs=0",
+        "optim.teacher_momentum=0.5",
+        "optim.freeze_last_layer_epochs=0",
+        "data.workers=0",
+        "train.threads=1",
+        "train.world_size=2",
+        "eval.size=64",
+        "eval.resize=64",
+        "eval.knn_every_epochs=0",
+    ]
     run, told = resolve(config.load(None, given), 2_000)
     assert told == []
     assert run == config.load(None, given)
@@ -262,7 +287,7 @@ def test_tiny_data_still_resolves() -> None:
 
 
 def test_yaml_round_trip(tmp_path: Path) -> None:
-    run, _ = resolve(config.load(None, ["name=x", "views.blur=[0.1, 0.2, 0.3]", "optim.lr=3e-5"]), 2_000)
+    run, _ = resolve(config.load(None, ["name=x", "views.blur_prob=[0.1, 0.2, 0.3]", "optim.lr=3e-5"]), 2_000)
     text = config.to_yaml(run)
     assert config.load(write(tmp_path, text, "config.yaml")) == run
     assert yaml.safe_load(text)["optim"]["lr"] == 3e-5
@@ -270,8 +295,10 @@ def test_yaml_round_trip(tmp_path: Path) -> None:
 
 def test_inherit_keeps_what_was_derived_and_lets_what_is_written_win() -> None:
     saved, _ = resolve(config.load(None, ["train.threads=3"]), 2_000)
-    again = run_folder.inherit(config.load(None, ["train.log_every=3"]), saved)
-    assert again.train.threads == 3 and again.head.prototypes == saved.head.prototypes and again.train.log_every == 3
+    again = run_folder.inherit(config.load(None, ["train.log_every_steps=3"]), saved)
+    assert (
+        again.train.threads == 3 and again.head.prototypes == saved.head.prototypes and again.train.log_every_steps == 3
+    )
     assert run_folder.differences(saved, again) == []
     other = run_folder.inherit(config.load(None, ["head.prototypes=512"]), saved)
     assert run_folder.differences(saved, other) == ["head.prototypes: 128 -> 512"]
@@ -281,17 +308,39 @@ def test_differences_name_every_setting_that_changes_weights_and_no_free_one() -
     saved, _ = resolve(config.load(None), 2_000)
     free = {s.key for s in config.settings() if s.free}
     assert free == {
-        "folder", "data.path", "data.val", "data.bad_share", "data.workers", "train.log_every", "train.save_minutes",
-        "train.save_steps",
-        "train.keep", "train.ranks", "eval.size", "eval.resize", "eval.knn_every", "eval.knn_images",
-    }  # fmt: skip
+        "folder",
+        "data.path",
+        "data.val",
+        "data.max_bad_fraction",
+        "data.workers",
+        "train.log_every_steps",
+        "train.save_every_minutes",
+        "train.save_every_steps",
+        "train.keep_last",
+        "train.world_size",
+        "eval.size",
+        "eval.resize",
+        "eval.knn_every_epochs",
+        "eval.knn_max_images",
+    }
     changed = [
-        "folder=elsewhere", "data.path=moved", "data.val=moved", "eval.size=32", "eval.resize=48",
-        "data.workers=7", "data.bad_share=0.5", "train.log_every=1", "train.save_minutes=1", "train.save_steps=1",
-        "train.keep=9", "train.ranks=4", "eval.knn_every=3", "eval.knn_images=10",
-    ]  # fmt: skip
+        "folder=elsewhere",
+        "data.path=moved",
+        "data.val=moved",
+        "eval.size=32",
+        "eval.resize=48",
+        "data.workers=7",
+        "data.max_bad_fraction=0.5",
+        "train.log_every_steps=1",
+        "train.save_every_minutes=1",
+        "train.save_every_steps=1",
+        "train.keep_last=9",
+        "train.world_size=4",
+        "eval.knn_every_epochs=3",
+        "eval.knn_max_images=10",
+    ]
     assert run_folder.differences(saved, run_folder.inherit(config.load(None, changed), saved)) == []
-    changed = ["train.seed=1", "train.threads=64", "views.flip=0", "backbone.name=vit_tiny_patch16"]
+    changed = ["train.seed=1", "train.threads=64", "views.hflip_prob=0", "backbone.name=vit_tiny_patch16"]
     named = run_folder.differences(saved, run_folder.inherit(config.load(None, changed), saved))
     assert {line.partition(":")[0] for line in named} == {item.partition("=")[0] for item in changed}
 
@@ -314,4 +363,4 @@ def test_a_cpu_run_takes_a_process_a_core_with_equal_slices_of_16_images_or_more
 
 
 def test_a_batch_that_does_not_divide_among_the_ranks_is_a_mistake() -> None:
-    assert "does not divide into train.ranks=3" in mistakes("train.batch_size=64", "train.ranks=3")
+    assert "does not divide into train.world_size=3" in mistakes("train.batch_size=64", "train.world_size=3")

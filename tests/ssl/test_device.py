@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from nearfar.ssl import device
-from nearfar.ssl.backbones.errors import UserError
+from nearfar.ssl.errors import UserError
 
 
 @pytest.fixture(params=[True, False])

@@ -21,7 +21,7 @@ from torch import nn
 
 from nearfar.ssl import train
 from nearfar.ssl.config import Run
-from nearfar.ssl.sources import ArraySource
+from nearfar.ssl.data.sources.files import ArraySource
 
 Make = Callable[..., Run]
 
@@ -84,20 +84,25 @@ def registered() -> None:
 
 @pytest.fixture
 def shades() -> ArraySource:
-    """40 images that differ in colour and direction, so that there is something to learn within seconds."""
+    """40 images that differ in color and direction, so that there is something to learn within seconds."""
     rng = np.random.default_rng(0)
     y, x = np.mgrid[:64, :64] / 64
-    turn, colour = rng.uniform(0, 2 * np.pi, 40), rng.uniform(0.2, 1, (40, 3))
+    turn, color = rng.uniform(0, 2 * np.pi, 40), rng.uniform(0.2, 1, (40, 3))
     waves = 0.5 + 0.5 * np.sin(8 * (np.cos(turn)[:, None, None] * x + np.sin(turn)[:, None, None] * y))
-    return ArraySource((255 * waves[..., None] * colour[:, None, None]).astype(np.uint8), labels=np.arange(40) % 4)
+    return ArraySource((255 * waves[..., None] * color[:, None, None]).astype(np.uint8), labels=np.arange(40) % 4)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_loss_falls(family: str, tiny: Make, shades: ArraySource, quiet: Console) -> None:
-    easy = ["views.global_scale=[0.7,1]", "views.local_scale=[0.3,0.6]", "views.jitter=0", "views.blur=[0,0,0]"]
-    sizes = ["views.global_size=64", "views.local_size=32", "head.prototypes=64"]
-    run = tiny(*FAMILIES[family], *easy, *sizes, "optim.lr=2e-3", "optim.ema=0.9")
+    easy = [
+        "views.global_crops_scale=[0.7,1]",
+        "views.local_crops_scale=[0.3,0.6]",
+        "views.color_jitter_prob=0",
+        "views.blur_prob=[0,0,0]",
+    ]
+    sizes = ["views.global_crops_size=64", "views.local_crops_size=32", "head.prototypes=64"]
+    run = tiny(*FAMILIES[family], *easy, *sizes, "optim.lr=2e-3", "optim.teacher_momentum=0.9")
     assert train.pretrain(run, shades, console=quiet).step == 20
     lines = [json.loads(line) for line in (Path(run.path) / "metrics.jsonl").read_text().splitlines()]
     losses = [line["loss"] for line in lines if "loss" in line]

@@ -16,10 +16,18 @@ from nearfar.ssl.losses import koleo
 from nearfar.ssl.train import build_learner
 
 TINY = [
-    "views.global_size=32", "views.local_size=16", "views.local_count=3", "backbone.name=vit_tiny_patch16",
-    "backbone.patch_size=8", "backbone.embed_dim=24", "backbone.depth=2", "backbone.num_heads=2", "head.prototypes=20",
-    "head.hidden=16", "head.bottleneck=8",
-]  # fmt: skip
+    "views.global_crops_size=32",
+    "views.local_crops_size=16",
+    "views.local_crops_number=3",
+    "backbone.name=vit_tiny_patch16",
+    "backbone.patch_size=8",
+    "backbone.embed_dim=24",
+    "backbone.depth=2",
+    "backbone.num_heads=2",
+    "head.prototypes=20",
+    "head.hidden_dim=16",
+    "head.bottleneck_dim=8",
+]
 
 
 def tiny(*overrides: str) -> Learner:
@@ -64,7 +72,7 @@ def test_the_head_reads_the_mean_over_the_patches_when_told() -> None:
 
 
 def test_koleo_is_weighed_on_the_students_global_views() -> None:
-    plain, apart = tiny("backbone.drop_path=0"), tiny("backbone.drop_path=0", "loss.koleo=0.3")
+    plain, apart = tiny("backbone.drop_path=0"), tiny("backbone.drop_path=0", "loss.koleo_weight=0.3")
     views = groups()
     _, features = plain.do_student(views)
     difference = apart(views, 0.04).loss - plain(views, 0.04).loss

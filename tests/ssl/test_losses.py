@@ -1,4 +1,4 @@
-"""The DINO loss against the published double loop, and the centre against its recurrence."""
+"""The DINO loss against the published double loop, and the center against its recurrence."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def test_no_gradient_reaches_the_teacher() -> None:
     assert not DINOLoss(5).teacher_probabilities(logits, 0.04).requires_grad
 
 
-def test_the_centre_follows_the_mean_of_all_teacher_logits() -> None:
+def test_the_center_follows_the_mean_of_all_teacher_logits() -> None:
     loss, center = DINOLoss(5, center_momentum=0.9).double(), np.zeros(5)
     for seed in range(4):
         logits = np.random.default_rng(seed).normal(1, 1, (2, 3, 5))
@@ -82,7 +82,7 @@ def test_the_centre_follows_the_mean_of_all_teacher_logits() -> None:
         np.testing.assert_allclose(loss.center.numpy(), center, rtol=1e-12)
 
 
-def test_the_centre_is_saved_with_the_run() -> None:
+def test_the_center_is_saved_with_the_run() -> None:
     assert set(DINOLoss(5).state_dict()) == {"center"}
 
 
@@ -142,7 +142,7 @@ def test_the_loss_balances_as_it_is_told() -> None:
 
 @given(views=st.integers(1, 3), batch=st.integers(2, 7), width=st.integers(2, 6), seed=st.integers(0, 999))
 @settings(max_examples=30, deadline=None)
-def test_koleo_is_the_log_of_the_nearest_neighbours_distance(views: int, batch: int, width: int, seed: int) -> None:
+def test_koleo_is_the_log_of_the_nearest_neighbors_distance(views: int, batch: int, width: int, seed: int) -> None:
     features = np.random.default_rng(seed).normal(size=(views, batch, width))
     expected = 0.0
     for view in features / np.linalg.norm(features, axis=-1, keepdims=True):

@@ -18,10 +18,10 @@ from rich.console import Console
 from safetensors.torch import load_file
 
 from nearfar.ssl import checkpoint, train
-from nearfar.ssl.backbones import UserError
 from nearfar.ssl.config import Run
+from nearfar.ssl.data.sources.files import ArraySource
+from nearfar.ssl.errors import UserError
 from nearfar.ssl.run_folder import RunFolder, read_metrics
-from nearfar.ssl.sources import ArraySource
 
 Make = Callable[..., Run]
 CLOCK = {"img_per_s", "data_wait", "time"}
@@ -130,7 +130,7 @@ def test_stopped_at_random_steps_and_continued(
 
 
 def test_killed_at_random_moments_and_started_again(tiny: Make, data: ArraySource, reference: Result) -> None:
-    run = tiny("train.save_steps=2")
+    run = tiny("train.save_every_steps=2")
     killed = [kill_at(start(run, data), run, lines) for lines in (random.randrange(1, 9), random.randrange(10, 19))]
     assert killed == [True, True]
     assert os.waitpid(start(run, data), 0)[1] == 0
@@ -149,7 +149,7 @@ def test_killed_with_workers_and_started_again_at_once(
     tiny: Make, data: ArraySource, quiet: Console, reference: Result
 ) -> None:
     """The workers outlive their parent by seconds; they must not keep the folder's lock, and must go by themselves."""
-    run = tiny("data.workers=2", "train.save_steps=3")
+    run = tiny("data.workers=2", "train.save_every_steps=3")
     child = start(run, data)
     assert kill_at(child, run, 8)
     assert train.pretrain(run, data, console=quiet).finished
@@ -176,7 +176,7 @@ def members(group: int) -> list[psutil.Process]:
 def test_a_damaged_checkpoint_falls_back_and_ends_the_same(
     tiny: Make, data: ArraySource, quiet: Console, reference: Result
 ) -> None:
-    run = tiny("train.save_steps=5")
+    run = tiny("train.save_every_steps=5")
     asked = iter(range(1, STEPS))
     train.pretrain(run, data, should_stop=lambda: next(asked) == 13, console=quiet)
     file = run.path / "checkpoints" / "step-000000013" / "tensors.safetensors"
@@ -189,7 +189,7 @@ def test_a_damaged_checkpoint_falls_back_and_ends_the_same(
 
 def test_free_settings_may_change_on_the_way(tiny: Make, data: ArraySource, quiet: Console, reference: Result) -> None:
     train.pretrain(tiny(), data, should_stop=lambda: True, console=quiet)
-    run = tiny("data.workers=1", "train.save_minutes=0.0001", "train.keep=1", "eval.knn_every=3")
+    run = tiny("data.workers=1", "train.save_every_minutes=0.0001", "train.keep_last=1", "eval.knn_every_epochs=3")
     assert train.pretrain(run, data, console=quiet).finished
     same(result(run), reference)
     assert len(list((run.path / "checkpoints").iterdir())) == 1
@@ -200,7 +200,7 @@ def test_a_teacher_that_was_not_exported_is_exported_by_the_next_start(
     tiny: Make, data: ArraySource, quiet: Console, left: str
 ) -> None:
     """Killed, or no space left, between the two files of the last save."""
-    run = tiny("train.save_steps=10")
+    run = tiny("train.save_every_steps=10")
     asked = iter(range(STEPS))
     train.pretrain(run, data, should_stop=lambda: next(asked) == 9, console=quiet)
     file = run.path / "teacher.safetensors"
@@ -217,7 +217,7 @@ def test_a_teacher_that_was_not_exported_is_exported_by_the_next_start(
 
 
 def test_a_stop_is_saved_before_the_scores_are_computed(tiny: Make, data: ArraySource, quiet: Console) -> None:
-    run = tiny("eval.knn_every=1")
+    run = tiny("eval.knn_every_epochs=1")
     saved_first = []
 
     def probe(*_: object) -> dict[str, float]:
@@ -247,12 +247,12 @@ def test_a_score_that_a_stop_left_undone_is_done_by_the_next_start(
         return {"knn": float(sum(p.double().sum() for p in backbone.parameters()))}
 
     calls, interrupted = iter(range(99)), set[int]()
-    whole = tiny("eval.knn_every=1", folder="whole")
+    whole = tiny("eval.knn_every_epochs=1", folder="whole")
     assert train.pretrain(whole, data, train.Observers(probe=probe), console=quiet).finished
     assert [step for step, _ in scored(whole)] == [5, 10, 15, 20]
 
     calls, interrupted = iter(range(99)), {1, 4}  # the second score, and the last one
-    run, asked = tiny("eval.knn_every=1"), iter(range(99))
+    run, asked = tiny("eval.knn_every_epochs=1"), iter(range(99))
     for _ in range(4):
         train.pretrain(run, data, train.Observers(probe=probe), should_stop=lambda: next(asked) == 4, console=quiet)
     assert scored(run) == scored(whole)
@@ -280,7 +280,7 @@ def test_other_images_and_other_settings_are_refused_and_nothing_is_lost(
 
 
 def test_all_checkpoints_damaged_is_told_and_nothing_is_lost(tiny: Make, data: ArraySource, quiet: Console) -> None:
-    run = tiny("train.save_steps=1")
+    run = tiny("train.save_every_steps=1")
     asked = iter(range(STEPS))
     train.pretrain(run, data, should_stop=lambda: next(asked) == 2, console=quiet)
     for file in run.path.glob("checkpoints/*/tensors.safetensors"):

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from nearfar.ssl import config
-from nearfar.ssl.backbones.errors import UserError
+from nearfar.ssl.errors import UserError
 from nearfar.ssl.run_folder import RunFolder, read_metrics
 
 
@@ -104,11 +104,11 @@ def test_a_continued_run_keeps_what_was_derived(tmp_path: Path) -> None:
 
 
 def test_free_settings_may_change_and_are_saved(tmp_path: Path) -> None:
-    begin(tmp_path / "r", "train.log_every=10")
+    begin(tmp_path / "r", "train.log_every_steps=10")
     with RunFolder(tmp_path / "r") as folder:
-        again, _ = folder.settle(run("train.log_every=3", "data.workers=5"), 2_000)
+        again, _ = folder.settle(run("train.log_every_steps=3", "data.workers=5"), 2_000)
         folder.record(again)
-    assert again.train.log_every == 3 and again.data.workers == 5
+    assert again.train.log_every_steps == 3 and again.data.workers == 5
     assert config.load(tmp_path / "r" / "config.yaml") == again
 
 
@@ -116,8 +116,8 @@ def test_other_settings_are_refused_by_name_and_the_config_stays(tmp_path: Path)
     first = begin(tmp_path / "r")
     with RunFolder(tmp_path / "r") as folder:
         with pytest.raises(UserError) as caught:
-            folder.settle(run("optim.clip=1", "train.epochs=7"), 2_000)
-        for part in ("optim.clip: 3.0 -> 1.0", "train.epochs: 100 -> 7", "choose another name="):
+            folder.settle(run("optim.clip_grad=1", "train.epochs=7"), 2_000)
+        for part in ("optim.clip_grad: 3.0 -> 1.0", "train.epochs: 100 -> 7", "choose another name="):
             assert part in str(caught.value)
     assert config.load(tmp_path / "r" / "config.yaml") == first
 
@@ -135,7 +135,7 @@ def test_weights_alone_are_protected_from_other_settings(tmp_path: Path) -> None
         folder.record(folder.settle(run(), 2_000)[0])
         (tmp_path / "r" / "teacher.safetensors").write_text("weights of months")
         with pytest.raises(UserError, match="other settings"):
-            folder.settle(run("optim.clip=1"), 2_000)
+            folder.settle(run("optim.clip_grad=1"), 2_000)
 
 
 def test_a_config_that_this_version_does_not_know_is_told(tmp_path: Path) -> None:

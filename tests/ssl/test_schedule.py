@@ -20,9 +20,15 @@ STEPS = EPOCHS * PER_EPOCH
 @pytest.fixture
 def schedule() -> Schedule:
     settings = [
-        f"train.epochs={EPOCHS}", "optim.lr=2e-3", "optim.min_lr=1e-6", "optim.warmup_epochs=2", "optim.ema=0.996",
-        "loss.teacher_temp=0.07", "loss.teacher_temp_epochs=5", "optim.freeze_last_epochs=1.5",
-    ]  # fmt: skip
+        f"train.epochs={EPOCHS}",
+        "optim.lr=2e-3",
+        "optim.min_lr=1e-6",
+        "optim.warmup_epochs=2",
+        "optim.teacher_momentum=0.996",
+        "loss.teacher_temp=0.07",
+        "loss.warmup_teacher_temp_epochs=5",
+        "optim.freeze_last_layer_epochs=1.5",
+    ]
     return Schedule(resolve(config.load(None, settings), 2_000)[0], PER_EPOCH)
 
 
@@ -41,7 +47,7 @@ def test_learning_rate_warms_up_from_zero_and_ends_exactly_at_min_lr(schedule: S
 
 def test_weight_decay_and_momentum_follow_half_a_cosine_to_their_ends(schedule: Schedule) -> None:
     t = np.arange(STEPS) / (STEPS - 1)
-    wd, ema = column(schedule, "wd"), column(schedule, "ema")
+    wd, ema = column(schedule, "weight_decay"), column(schedule, "teacher_momentum")
     np.testing.assert_allclose(wd, 0.4 - 0.36 * (1 + np.cos(np.pi * t)) / 2, rtol=1e-12)
     np.testing.assert_allclose(ema, 1 - 0.004 * (1 + np.cos(np.pi * t)) / 2, rtol=1e-12)
     assert (wd[0], wd[-1]) == (pytest.approx(0.04), 0.4) and (ema[0], ema[-1]) == (pytest.approx(0.996), 1.0)

@@ -16,12 +16,13 @@ from rich.console import Console
 from torch import Tensor, nn
 
 from nearfar.ssl import checkpoint, train
-from nearfar.ssl.backbones import Backbone, Tokens, UserError
+from nearfar.ssl.backbones import Backbone, Tokens
 from nearfar.ssl.config import Run
-from nearfar.ssl.data import Batch
+from nearfar.ssl.data.loaders.base import Batch
+from nearfar.ssl.data.sources.files import ArraySource
 from nearfar.ssl.defaults import resolve
+from nearfar.ssl.errors import UserError
 from nearfar.ssl.run_folder import read_metrics
-from nearfar.ssl.sources import ArraySource
 
 Make = Callable[..., Run]
 Weights = dict[str, Tensor]
@@ -145,20 +146,27 @@ def float64() -> Iterator[None]:
 def test_golden_steps(
     tiny: Make, images: ArraySource, quiet: Console, monkeypatch: pytest.MonkeyPatch, batch_norm: bool
 ) -> None:
-    """Loss, all weights of student and teacher, centre and AdamW's moments, after 1, 2 and 4 steps of the real loop."""
+    """Loss, all weights of student and teacher, center and AdamW's moments, after 1, 2 and 4 steps of the real loop."""
     run = tiny(
-        f"head.batch_norm={batch_norm}", "optim.lr=0.01", "optim.warmup_epochs=0.4", "optim.ema=0.9",
-        f"optim.clip={CLIP}", "optim.freeze_last_epochs=0.4", "loss.teacher_temp=0.07", "loss.teacher_temp_epochs=2",
-        "train.save_steps=1", "train.keep=99",
-    )  # fmt: skip
+        f"head.batch_norm={batch_norm}",
+        "optim.lr=0.01",
+        "optim.warmup_epochs=0.4",
+        "optim.teacher_momentum=0.9",
+        f"optim.clip_grad={CLIP}",
+        "optim.freeze_last_layer_epochs=0.4",
+        "loss.teacher_temp=0.07",
+        "loss.warmup_teacher_temp_epochs=2",
+        "train.save_every_steps=1",
+        "train.keep_last=99",
+    )
     seen: list[list[Tensor]] = []
 
-    def uncoloured(batch: Batch, _: int, __: torch.device) -> list[Tensor]:
+    def uncolored(batch: Batch, _: int, __: torch.device) -> list[Tensor]:
         groups = [group.double() / 255 for group in batch.groups]
         seen.append([view for group in groups for view in group])
         return groups
 
-    monkeypatch.setattr(train, "colour_views", uncoloured)
+    monkeypatch.setattr(train, "color_views", uncolored)
     monkeypatch.setattr(train, "create", lambda name, **_: TwoLayers())
     start = {name: p.detach().clone() for name, p in train.build_learner(_resolved(run)).student.named_parameters()}
     outcome = train.pretrain(run, images, should_stop=lambda: len(seen) == 4, console=quiet)
@@ -200,28 +208,42 @@ def _resolved(run: Run) -> Run:
 def test_a_whole_run_leaves_what_it_promises(tiny: Make, images: ArraySource, quiet: Console) -> None:
     seen: list[tuple[Any, ...]] = []
     observers = train.Observers(
-        views=lambda batch, coloured, folder: seen.append((batch, coloured, folder)),
+        views=lambda batch, colored, folder: seen.append((batch, colored, folder)),
         probe=lambda backbone, run: {"knn_top1": 50.0 + backbone.training},
     )
-    run = tiny("train.log_every=3", "eval.knn_every=2")
+    run = tiny("train.log_every_steps=3", "eval.knn_every_epochs=2")
     outcome = train.pretrain(run, images, observers, console=quiet)
     assert outcome.finished and outcome.step == outcome.steps == 20 and outcome.folder == run.path
 
-    ((batch, coloured, folder),) = seen
+    ((batch, colored, folder),) = seen
     assert folder == run.path and batch.epoch == batch.step == 0
-    assert [tuple(group.shape) for group in coloured] == [(2, 8, 3, 32, 32), (2, 8, 3, 16, 16)]
-    assert all(group.min() >= 0 and group.max() <= 1 for group in coloured)
+    assert [tuple(group.shape) for group in colored] == [(2, 8, 3, 32, 32), (2, 8, 3, 16, 16)]
+    assert all(group.min() >= 0 and group.max() <= 1 for group in colored)
 
     metrics = read_metrics(run.path / "metrics.jsonl")
     assert [line["step"] for line in metrics if "loss" in line] == [3, 6, 9, 12, 15, 18, 20]
     keys = {
-        "step", "epoch", "loss", "lr", "wd", "ema", "teacher_temp", "grad_norm", "img_per_s", "data_wait", "entropy",
-        "feature_std", "rankme", "kl", "prototypes_used", "time",
-    }  # fmt: skip
+        "step",
+        "epoch",
+        "loss",
+        "lr",
+        "weight_decay",
+        "teacher_momentum",
+        "teacher_temp",
+        "grad_norm",
+        "img_per_s",
+        "data_wait",
+        "entropy",
+        "feature_std",
+        "rankme",
+        "kl",
+        "prototypes_used",
+        "time",
+    }
     assert all(set(line) == keys for line in metrics if "loss" in line)
     probed = [line for line in metrics if "knn_top1" in line]
     assert probed == [{"step": 10, "epoch": 2.0, "knn_top1": 50.0}, {"step": 20, "epoch": 4.0, "knn_top1": 50.0}]
-    assert metrics[-2]["lr"] == 1e-6 and metrics[-2]["wd"] == 0.4 and metrics[-2]["ema"] == 1.0
+    assert metrics[-2]["lr"] == 1e-6 and metrics[-2]["weight_decay"] == 0.4 and metrics[-2]["teacher_momentum"] == 1.0
 
     tensors = checkpoint.read(run.path / "checkpoints" / "step-000000020").tensors
     exported = checkpoint.load(run.path)
@@ -243,7 +265,7 @@ def test_what_observers_do_changes_nothing(tiny: Make, images: ArraySource, quie
     def look(*_: object) -> None:
         torch.rand(9)
 
-    watched, alone = tiny("eval.knn_every=1", folder="a"), tiny(folder="b")
+    watched, alone = tiny("eval.knn_every_epochs=1", folder="a"), tiny(folder="b")
     train.pretrain(watched, images, train.Observers(look, probe), console=quiet)
     train.pretrain(alone, images, console=quiet)
     one, two = (checkpoint.latest(run.path / "checkpoints") for run in (watched, alone))
@@ -280,19 +302,19 @@ def test_the_seed_of_a_step_differs_from_step_to_step_and_from_run_to_run() -> N
 def test_a_loss_that_is_not_finite_stops_before_it_reaches_the_weights(
     tiny: Make, images: ArraySource, quiet: Console, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    clean, run = tiny(folder="clean"), tiny("train.save_steps=3")
+    clean, run = tiny(folder="clean"), tiny("train.save_every_steps=3")
     train.pretrain(clean, images, console=quiet)
-    colour_views, seen = train.colour_views, []
+    color_views, seen = train.color_views, []
 
     def poisoned(batch: Batch, *rest: Any) -> list[Tensor]:
-        groups = colour_views(batch, *rest)
+        groups = color_views(batch, *rest)
         seen.append(batch)
         if len(seen) == 8:
             groups[1][0, 2, 0, 3, 3] = float("nan")
         return groups
 
     with monkeypatch.context() as patch:
-        patch.setattr(train, "colour_views", poisoned)
+        patch.setattr(train, "color_views", poisoned)
         with pytest.raises(UserError) as caught:
             train.pretrain(run, images, console=quiet)
     message = str(caught.value)
@@ -308,7 +330,7 @@ def test_a_loss_that_is_not_finite_stops_before_it_reaches_the_weights(
 
 
 def test_a_run_that_blows_up_says_so(tiny: Make, images: ArraySource, quiet: Console) -> None:
-    run = tiny("optim.lr=1e38", "optim.warmup_epochs=0", "train.save_steps=1")
+    run = tiny("optim.lr=1e38", "optim.warmup_epochs=0", "train.save_every_steps=1")
     with pytest.raises(UserError, match=r"At step \d+ the loss is .*not finite"):
         train.pretrain(run, images, console=quiet)
 
@@ -322,7 +344,7 @@ def test_a_failed_start_may_be_corrected(tiny: Make, images: ArraySource, quiet:
 
 
 def test_bad_images_are_named_once_and_the_run_goes_on(tiny: Make, quiet: Console) -> None:
-    from nearfar.ssl.decode import BadImage
+    from nearfar.ssl.errors import BadImage
 
     class Torn(ArraySource):
         def read(self, i: int) -> Any:
@@ -331,7 +353,9 @@ def test_bad_images_are_named_once_and_the_run_goes_on(tiny: Make, quiet: Consol
             return super().read(i)
 
     source = Torn(np.random.default_rng(0).integers(0, 256, (40, 32, 32, 3), np.uint8))
-    run = tiny("data.bad_share=0.1", "train.log_every=1000")  # told at their step, not at the next line of metrics
+    run = tiny(
+        "data.max_bad_fraction=0.1", "train.log_every_steps=1000"
+    )  # told at their step, not at the next line of metrics
     assert train.pretrain(run, source, console=quiet).finished
     lines = (run.path / "run.log").read_text().splitlines()
     (told,) = [number for number, line in enumerate(lines) if "Bad image image 17: torn." in line]
@@ -340,7 +364,7 @@ def test_bad_images_are_named_once_and_the_run_goes_on(tiny: Make, quiet: Consol
 
 
 def test_too_many_bad_images_end_it_with_the_checkpoint_kept(tiny: Make, quiet: Console) -> None:
-    from nearfar.ssl.decode import BadImage
+    from nearfar.ssl.errors import BadImage
 
     class Torn(ArraySource):
         torn = False
@@ -354,7 +378,7 @@ def test_too_many_bad_images_end_it_with_the_checkpoint_kept(tiny: Make, quiet: 
     run = tiny()
     train.pretrain(run, source, should_stop=lambda: True, console=quiet)
     source.torn = True
-    with pytest.raises(UserError, match=r"cannot be used, more than data.bad_share"):
+    with pytest.raises(UserError, match=r"cannot be used, more than data.max_bad_fraction"):
         train.pretrain(run, source, console=quiet)
     saved = checkpoint.latest(run.path / "checkpoints")
     assert saved is not None and saved.state["step"] == 1

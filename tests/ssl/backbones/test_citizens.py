@@ -12,7 +12,8 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from nearfar.ssl.backbones import UserError, VisionTransformer, add_gaug
+from nearfar.ssl.backbones import VisionTransformer, add_gaug
+from nearfar.ssl.errors import UserError
 
 SMALL: dict[str, Any] = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 3, "num_heads": 3}
 SWITCHES: list[dict[str, Any]] = [{}, {"lgp": True}, {"gaug": True, "prr": True}, {"rope": True, "registers": 2}]
@@ -20,7 +21,7 @@ IDS = ["plain", "lgp", "locat", "rope"]
 ALL: dict[str, Any] = {"lgp": True, "gaug": True, "prr": True, "rope": True, "registers": 2}
 
 
-def randomised(model: nn.Module) -> Any:
+def randomized(model: nn.Module) -> Any:
     torch.manual_seed(1)
     for parameter in model.parameters():
         nn.init.normal_(parameter, std=0.2)
@@ -33,7 +34,7 @@ def test_features_only(switches: dict[str, Any]) -> None:
     extractor = timm.create_model("vit_tiny_patch16", features_only=True, out_indices=(0, 2), **SMALL, **switches)
     assert extractor.feature_info.channels() == [48, 48]
     assert extractor.feature_info.reduction() == [8, 8]
-    randomised(extractor)
+    randomized(extractor)
     images = torch.randn(2, 3, 32, 48)
     maps = extractor(images)
     assert [tuple(x.shape) for x in maps] == [(2, 48, 4, 6)] * 2
@@ -54,7 +55,7 @@ def test_features_only(switches: dict[str, Any]) -> None:
 @pytest.mark.parametrize("switches", SWITCHES, ids=IDS)
 def test_safetensors_through_timm(switches: dict[str, Any], tmp_path: Path) -> None:
     """What safetensors writes, timm's own loader reads, strictly."""
-    first = randomised(timm.create_model("vit_tiny_patch16", num_classes=5, **SMALL, **switches))
+    first = randomized(timm.create_model("vit_tiny_patch16", num_classes=5, **SMALL, **switches))
     path = str(tmp_path / "model.safetensors")
     save_file(first.state_dict(), path)
     again = timm.create_model("vit_tiny_patch16", num_classes=5, checkpoint_path=path, **SMALL, **switches).eval()
@@ -81,7 +82,7 @@ def test_interface() -> None:
 @pytest.mark.parametrize("switches", [{}, ALL], ids=["plain", "all"])
 def test_graph_is_whole_under_compile(switches: dict[str, Any]) -> None:
     """Dynamo sees no break at any of two sizes, and what it captured computes the same."""
-    model = randomised(VisionTransformer(**{**SMALL, "depth": 1}, **switches, num_classes=0))
+    model = randomized(VisionTransformer(**{**SMALL, "depth": 1}, **switches, num_classes=0))
     compiled = torch.compile(model, backend="eager", fullgraph=True)
     for size in (32, 16):
         images = torch.randn(2, 3, size, size)
@@ -91,7 +92,7 @@ def test_graph_is_whole_under_compile(switches: dict[str, Any]) -> None:
 @pytest.mark.slow
 def test_gradients_under_compile() -> None:
     """With all sizes traced at once, as after the first local view."""
-    model = randomised(VisionTransformer(**{**SMALL, "depth": 1}, gaug=True, prr=True, registers=1, num_classes=0))
+    model = randomized(VisionTransformer(**{**SMALL, "depth": 1}, gaug=True, prr=True, registers=1, num_classes=0))
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
     for size in (32, 16):
         images, found = torch.randn(2, 3, size, size), []
@@ -107,14 +108,14 @@ def test_gradients_under_compile() -> None:
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on a CPU")
 @torch.no_grad()
 def test_inductor_computes_the_same() -> None:
-    model = randomised(VisionTransformer(**{**SMALL, "depth": 1}, gaug=True, num_classes=0))
+    model = randomized(VisionTransformer(**{**SMALL, "depth": 1}, gaug=True, num_classes=0))
     images = torch.randn(2, 3, 32, 32)
     torch.testing.assert_close(torch.compile(model)(images), model(images), rtol=1e-4, atol=1e-4)
 
 
 def test_a_grafted_model_compiles() -> None:
     options: dict[str, Any] = {**SMALL, "depth": 1, "dynamic_img_size": True}
-    model = add_gaug(randomised(timm.models.VisionTransformer(**options, num_classes=0)))
+    model = add_gaug(randomized(timm.models.VisionTransformer(**options, num_classes=0)))
     compiled = torch.compile(model, backend="eager")
     for size in (32, 16):
         images = torch.randn(2, 3, size, size)
@@ -131,7 +132,7 @@ def test_onnxruntime_agrees(switches: dict[str, Any], tmp_path: Path) -> None:
     """One export per size, with any batch; at the second size positions are resampled and views are not square."""
     import onnxruntime
 
-    model = randomised(VisionTransformer(**{**SMALL, "depth": 1}, **switches, num_classes=5))
+    model = randomized(VisionTransformer(**{**SMALL, "depth": 1}, **switches, num_classes=5))
     for height, width in [(32, 32), (48, 24)]:
         images = torch.randn(2, 3, height, width)
         path = str(tmp_path / f"{height}x{width}.onnx")

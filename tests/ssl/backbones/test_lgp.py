@@ -5,7 +5,8 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from nearfar.ssl.backbones import LGPPatchEmbed, UserError, VisionTransformer, bands_permuted, create
+from nearfar.ssl.backbones import LGPPatchEmbed, VisionTransformer, bands_permuted, create
+from nearfar.ssl.errors import UserError
 
 
 def recursion(images: Tensor, levels: int, wavelet: str = "haar") -> Tensor:

@@ -7,7 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nearfar.ssl.backbones import UserError, VimLGPPatchEmbed
+from nearfar.ssl.backbones import VimLGPPatchEmbed
+from nearfar.ssl.errors import UserError
 
 
 def recursion(images: Tensor, levels: int, wavelet: str) -> Tensor:

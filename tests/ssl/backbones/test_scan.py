@@ -10,8 +10,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from nearfar.ssl.backbones import UserError, scan
+from nearfar.ssl.backbones import scan
 from nearfar.ssl.backbones.scan import choose_scan, selective_scan
+from nearfar.ssl.errors import UserError
 
 
 def stepwise(x: Tensor, dt: Tensor, a: Tensor, b: Tensor, c: Tensor, d: Tensor) -> Tensor:

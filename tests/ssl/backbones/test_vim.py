@@ -12,13 +12,14 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from nearfar.ssl.backbones import UserError, VisionMamba, prr
+from nearfar.ssl.backbones import VisionMamba, prr
 from nearfar.ssl.backbones.token_model import resize_positions
+from nearfar.ssl.errors import UserError
 
 SMALL: dict[str, Any] = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 3}
 
 
-def randomised(model: nn.Module) -> Any:
+def randomized(model: nn.Module) -> Any:
     """Every parameter away from its start, so that none can be swapped or left out unseen."""
     torch.manual_seed(1)
     with torch.no_grad():
@@ -164,7 +165,7 @@ def written_out(model: Any, images: Tensor, bidirectional: bool) -> Tensor:
 
 @pytest.mark.parametrize("bidirectional", [True, False])
 def test_equals_methods_written_out_with_gradients(bidirectional: bool) -> None:
-    model = randomised(VisionMamba(**SMALL, num_classes=0, bidirectional=bidirectional)).double()
+    model = randomized(VisionMamba(**SMALL, num_classes=0, bidirectional=bidirectional)).double()
     images = torch.randn(2, 3, 32, 32, dtype=torch.float64)
     got, wanted = model.forward_features(images), written_out(model, images, bidirectional)
     torch.testing.assert_close(got, wanted)
@@ -185,7 +186,7 @@ def test_both_directions_run_and_one_only_forwards(lgp: bool) -> None:
     """Which output tokens move when one token of the sequence is changed."""
     images = torch.randn(1, 3, 32, 32, dtype=torch.float64)
     for bidirectional in (True, False):
-        model = randomised(VisionMamba(**SMALL, lgp=lgp, num_classes=0, bidirectional=bidirectional)).double()
+        model = randomized(VisionMamba(**SMALL, lgp=lgp, num_classes=0, bidirectional=bidirectional)).double()
         x, _ = model.embed(images)
         for place in (0, 7, 16):
             other = x.clone()
@@ -198,7 +199,7 @@ def test_both_directions_run_and_one_only_forwards(lgp: bool) -> None:
 
 
 def test_cls_is_in_the_middle_and_comes_out_first() -> None:
-    model = randomised(VisionMamba(**SMALL, lgp=True, num_classes=0))
+    model = randomized(VisionMamba(**SMALL, lgp=True, num_classes=0))
     images = torch.randn(1, 3, 24, 40)
     x, grid = model.embed(images)
     assert grid == (3, 5) and x.shape == (1, 16, 48)
@@ -215,7 +216,7 @@ def test_cls_is_in_the_middle_and_comes_out_first() -> None:
 
 
 def test_positions_of_any_size_keep_cls_apart() -> None:
-    model = randomised(VisionMamba(**SMALL, num_classes=0))
+    model = randomized(VisionMamba(**SMALL, num_classes=0))
     with torch.no_grad():
         model.pos_embed[:, 8] = 100.0  # CLS's
     for height, width in ((32, 32), (48, 24), (16, 64), (8, 8)):
@@ -241,7 +242,7 @@ def test_positions_are_resampled_as_torch_does() -> None:
 
 
 def test_prr_comes_last() -> None:
-    model = randomised(VisionMamba(**SMALL, prr=True, num_heads=3, num_classes=0))
+    model = randomized(VisionMamba(**SMALL, prr=True, num_heads=3, num_classes=0))
     images = torch.randn(2, 3, 32, 32)
     refined = model.forward_features(images)
     model.prr = False
@@ -348,7 +349,7 @@ def test_drop_path_and_checkpointing() -> None:
 
 
 def test_compiles_in_one_graph() -> None:
-    model = randomised(VisionMamba(**{**SMALL, "depth": 1}, num_classes=0))
+    model = randomized(VisionMamba(**{**SMALL, "depth": 1}, num_classes=0))
     images = torch.randn(1, 3, 32, 32)
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(images), model(images))

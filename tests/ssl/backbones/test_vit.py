@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nearfar.ssl.backbones import UserError, VisionTransformer
+from nearfar.ssl.backbones import VisionTransformer
+from nearfar.ssl.errors import UserError
 
 SMALL: dict[str, Any] = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 3, "num_heads": 3}
 
@@ -17,7 +18,7 @@ def count(model: nn.Module) -> int:
     return sum(p.numel() for p in model.parameters())
 
 
-def randomised(model: nn.Module) -> nn.Module:
+def randomized(model: nn.Module) -> nn.Module:
     """Every parameter away from its start, so that none can be swapped or left out unseen."""
     torch.manual_seed(1)
     for parameter in model.parameters():
@@ -62,7 +63,7 @@ def test_registered_names() -> None:
 def test_equals_timm_with_its_weights(height: int, width: int) -> None:
     theirs = timm.models.VisionTransformer(**SMALL, num_classes=7, dynamic_img_size=True)
     ours = VisionTransformer(**SMALL, num_classes=7).eval()
-    ours.load_state_dict(randomised(theirs).state_dict(), strict=True)
+    ours.load_state_dict(randomized(theirs).state_dict(), strict=True)
     images = torch.randn(2, 3, height, width)
     torch.testing.assert_close(ours(images), theirs(images), rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(ours.forward_features(images), theirs.forward_features(images), rtol=1e-5, atol=1e-5)
@@ -77,7 +78,7 @@ def test_equals_timm_with_its_weights(height: int, width: int) -> None:
 def test_gradients_equal_timm() -> None:
     theirs = timm.models.VisionTransformer(**SMALL, num_classes=7)
     ours = VisionTransformer(**SMALL, num_classes=7).eval()
-    ours.load_state_dict(randomised(theirs).state_dict())
+    ours.load_state_dict(randomized(theirs).state_dict())
     images = torch.randn(2, 3, 32, 32)
     for model in (ours, theirs):
         model(images).square().sum().backward()
@@ -95,7 +96,7 @@ def test_released_layout_loads_strictly() -> None:
 
 
 def test_gaug_is_added_to_the_logits_and_prr_comes_last() -> None:
-    model: Any = randomised(VisionTransformer(**SMALL, gaug=True, prr=True, registers=2, num_classes=0))
+    model: Any = randomized(VisionTransformer(**SMALL, gaug=True, prr=True, registers=2, num_classes=0))
     images = torch.randn(2, 3, 24, 40)
     x, grid = model.embed(images)
 
@@ -122,7 +123,7 @@ def test_gaug_bias_leaves_prefix_alone_and_adapts_to_the_grid() -> None:
 
 
 def test_lgp_has_no_positions_and_mean_head() -> None:
-    model = randomised(VisionTransformer(**SMALL, lgp=True, registers=2, num_classes=5))
+    model = randomized(VisionTransformer(**SMALL, lgp=True, registers=2, num_classes=5))
     assert "pos_embed" not in model.state_dict()
     images = torch.randn(2, 3, 32, 32)
     tokens = model.forward_features(images)  # type: ignore[operator]
@@ -132,7 +133,7 @@ def test_lgp_has_no_positions_and_mean_head() -> None:
 
 def test_encoder_without_positions_does_not_see_the_order_of_tokens() -> None:
     """Token shuffle of METHODS section 1: exact invariance of the mean, and of CLS."""
-    model: Any = randomised(VisionTransformer(**SMALL, lgp=True, num_classes=0))
+    model: Any = randomized(VisionTransformer(**SMALL, lgp=True, num_classes=0))
     x, grid = model.embed(torch.randn(2, 3, 32, 32))
     shuffled = torch.cat([x[:, :1], x[:, 1 + torch.randperm(16)]], 1)
     for block in model.blocks:

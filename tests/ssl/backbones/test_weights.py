@@ -10,7 +10,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from nearfar.ssl.backbones import UserError, VisionTransformer, create, load_weights
+from nearfar.ssl.backbones import VisionTransformer, create, load_weights
+from nearfar.ssl.errors import UserError
 
 SMALL: dict[str, Any] = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 2, "num_heads": 3}
 

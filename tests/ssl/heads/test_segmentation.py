@@ -1,11 +1,11 @@
-"""Segmentation heads: the layers of METHODS section 3, and bilinear upsampling with half-pixel centres."""
+"""Segmentation heads: the layers of METHODS section 3, and bilinear upsampling with half-pixel centers."""
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from nearfar.ssl.backbones.errors import UserError
+from nearfar.ssl.errors import UserError
 from nearfar.ssl.heads.segmentation import SegmentationHead
 
 

@@ -1,0 +1,159 @@
+"""`nearfar launch`: its flags, and what each does."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from nearfar.launch.recipes import bundled, find_recipe
+from nearfar.launch.slurm import resources
+from nearfar.ssl.errors import UserError
+
+CLUSTERS = ("auto", "slurm", "local", "debug")
+CONTROLS = ("status", "cancel", "logs", "resubmit")
+SCORES = ("knn", "linear", "segment")
+
+
+def add_launch(verbs: Any) -> None:
+    """Put `launch` among the verbs of the `nearfar` command."""
+    verbs.add_parser("launch", help="the same on a SLURM cluster: submit, status, logs, cancel, resubmit")
+    verbs.choices["launch"] = LaunchParser()  # in its place: what follows `launch` is a recipe or one of CONTROLS
+
+
+class LaunchParser(argparse.ArgumentParser):
+    """Hands on to the parser of the word after `launch`; settings may stand before and behind the flags."""
+
+    def __init__(self) -> None:
+        super().__init__(prog="nearfar launch")
+
+    def parse_known_args(  # type: ignore[override]
+        self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None
+    ) -> tuple[argparse.Namespace, list[str]]:
+        words = list(args or [])
+        if words[:1] and words[0] in CONTROLS:
+            return control_parser(words[0]).parse_args(words[1:], namespace), []
+        return submit_parser().parse_intermixed_args(words, namespace), []
+
+
+def submit_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="nearfar launch",
+        description="Pretrain as `nearfar pretrain` does, as a job that survives preemption, time limits and dead "
+        "nodes, or as an array of jobs.",
+        epilog="Afterwards: nearfar launch " + " | ".join(f"{verb} RUN" for verb in CONTROLS),
+    )
+    parser.add_argument("recipe", help=f"a .yaml file, or the name of a bundled one: {', '.join(bundled())}")
+    parser.add_argument("settings", nargs="*", metavar="key=value", help="settings, such as train.epochs=20")
+    parser.add_argument(
+        "--cluster",
+        choices=CLUSTERS,
+        default="auto",
+        help="slurm; local: processes of this machine, in the foreground; debug: what a job does, in this process; "
+        "auto (default): slurm where it is installed, else local",
+    )
+    parser.add_argument("--site", type=Path, help="YAML with defaults for these flags (~/.config/nearfar/slurm.yaml)")
+    parser.add_argument("--dry-run", action="store_true", help="print what sbatch would be given, and submit nothing")
+    parser.add_argument("--then", metavar="eval=A,B", help=f"score the run when it is finished: {', '.join(SCORES)}")
+    parser.add_argument("--sweep", nargs="+", metavar="key=a,b", help="a run for every combination, as one array")
+    parser.add_argument("--parallel", type=int, help="runs of a sweep at the same time (default: all)")
+    resources.add_flags(parser)
+    parser.set_defaults(verb=run_launch)
+    return parser
+
+
+def control_parser(verb: str) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog=f"nearfar launch {verb}")
+    parser.add_argument(
+        "run",
+        type=Path,
+        nargs="?" if verb == "status" else None,
+        default=Path("runs"),
+        help="folder of a run or a sweep",
+    )
+    if verb == "logs":
+        parser.add_argument("-f", "--follow", action="store_true", help="go on until the job has left the queue")
+        parser.add_argument("--eval", action="store_true", help="of the evaluation instead of the training")
+    if verb == "resubmit":
+        resources.add_flags(parser)
+    actions = {"status": run_status, "cancel": run_cancel, "logs": run_logs, "resubmit": run_resubmit}
+    parser.set_defaults(verb=actions[verb])
+    return parser
+
+
+def run_launch(arguments: argparse.Namespace) -> None:
+    from nearfar.launch.slurm import queue, submission, sweep
+    from nearfar.launch.slurm.submission import Plan
+    from nearfar.ssl import config
+
+    console = Console()
+    cluster = arguments.cluster
+    if cluster == "auto":
+        cluster = "slurm" if queue.installed() or arguments.dry_run else "local"
+    then = evaluations(arguments.then)
+    recipe = find_recipe(arguments.recipe)
+    if arguments.sweep:
+        folder, runs = sweep.runs(recipe, arguments.settings, arguments.sweep)
+        if (folder / "config.yaml").exists():
+            raise UserError(f"{folder} holds a run; a sweep needs a folder of its own: choose another name=.")
+    else:
+        run = config.load(recipe, arguments.settings)
+        folder, runs = run.path, [run]
+    if then and not all(run.data.val for run in runs):
+        raise UserError("--then eval=... needs labeled images: set data.val=.")
+    if arguments.parallel is not None and (not arguments.sweep or arguments.parallel < 1):
+        raise UserError("--parallel is the number of runs of a --sweep at the same time: 1 or more.")
+    given = resources.given(arguments)
+    if cluster != "slurm":
+        from nearfar.launch.slurm import local_cluster
+
+        local_cluster.launch(runs, given, then, debug=cluster == "debug", console=console)
+        return
+    share = resources.load(arguments.site, given)
+    runs = [submission.settled(run, share) for run in runs]
+    plan = Plan(Path(folder).expanduser().absolute(), runs, share, then, arguments.parallel)
+    if arguments.dry_run:
+        submission.dry_run(plan, console)
+    else:
+        submission.submit(plan, console)
+
+
+def run_status(arguments: argparse.Namespace) -> None:
+    from nearfar.launch.slurm import control
+
+    control.show(control.statuses(control.found(arguments.run)), Console())
+
+
+def run_cancel(arguments: argparse.Namespace) -> None:
+    from nearfar.launch.slurm import control
+
+    control.cancel(control.found(arguments.run), Console())
+
+
+def run_logs(arguments: argparse.Namespace) -> None:
+    from nearfar.launch.slurm import control
+
+    runs = control.found(arguments.run)
+    if len(runs) > 1:
+        raise UserError(f"{arguments.run} holds {len(runs)} runs: name one of them, such as {runs[0]}.")
+    control.logs(runs[0], arguments.follow, "eval" if arguments.eval else "train")
+
+
+def run_resubmit(arguments: argparse.Namespace) -> None:
+    from nearfar.launch.slurm import control
+
+    control.resubmit(control.found(arguments.run), resources.given(arguments), Console())
+
+
+def evaluations(text: str | None) -> tuple[str, ...]:
+    """`eval=knn,linear` -> ("knn", "linear")."""
+    if text is None:
+        return ()
+    what, sign, names = text.partition("=")
+    chosen = tuple(names.split(","))
+    if what != "eval" or not sign or not set(chosen) <= set(SCORES):
+        raise UserError(f"--then {text}: write eval= and any of {', '.join(SCORES)}, separated by commas.")
+    return chosen

@@ -1,0 +1,125 @@
+"""What a job may ask of a cluster: defaults written once for a site, and the flags of `nearfar launch` over them."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import os
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from nearfar.ssl.errors import UserError
+
+
+class Resources(BaseModel):
+    """One job's share of a cluster. Every field but `setup` and `extra` is also a flag."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    nodes: int = Field(1, ge=1, description="machines")
+    gpus_per_node: int | None = Field(None, ge=1, description="GPUs of each machine, and processes unless set")
+    tasks_per_node: int | None = Field(None, ge=1, description="processes on each machine (default: one a GPU, or 1)")
+    cpu: bool = Field(False, description="train on CPUs (gloo) and ask for no GPU")
+    cpus_per_task: int = Field(8, ge=1, description="cores of each process: data workers, and the network on a CPU")
+    mem_gb: float | None = Field(None, gt=0, description="memory of each machine, in GB (default: SLURM's)")
+    hours: float = Field(24.0, gt=0, description="time limit of one attempt; the job goes on in the next one")
+    partition: str | None = Field(None, description="SLURM partition")
+    account: str | None = Field(None, description="SLURM account")
+    qos: str | None = Field(None, description="SLURM quality of service")
+    constraint: str | None = Field(None, description="node features that are needed")
+    exclude: str | None = Field(None, description="nodes that are not wanted")
+    mail: str | None = Field(None, description="address that SLURM writes to at the end, at a failure and at a requeue")
+    tries: int = Field(3, ge=1, description="attempts without a step of progress before the job gives up")
+    signal_delay: int | None = Field(
+        None, ge=1, description="seconds before the time limit at which to save (default: from measured times)"
+    )
+    setup: list[str] = Field([], description="shell lines before srun, such as module load or an environment variable")
+    extra: dict[str, str | int | bool] = Field({}, description="any other option of sbatch, by its long name")
+
+    @property
+    def tasks(self) -> int:
+        """Processes on each machine."""
+        return self.tasks_per_node or self.gpus_per_node or 1
+
+    @property
+    def world(self) -> int:
+        return self.nodes * self.tasks
+
+    @property
+    def minutes(self) -> int:
+        """SLURM's time limits are whole minutes."""
+        return max(1, round(60 * self.hours))
+
+
+FILE_ONLY = ("setup", "extra")
+
+
+def site_file() -> Path:
+    """Where a site's defaults are looked for: ~/.config/nearfar/slurm.yaml."""
+    return Path(os.environ.get("XDG_CONFIG_HOME") or "~/.config").expanduser() / "nearfar" / "slurm.yaml"
+
+
+def load(file: Path | None, given: dict[str, Any]) -> Resources:
+    """The resources of a job: what was `given`, else what the site's file says, else the defaults.
+
+    Raises:
+        UserError: a named file that is not there, or anything in it or given that cannot be.
+    """
+    if file is not None and not file.is_file():
+        raise UserError(f"There is no site file {file}.")
+    file = file or site_file()
+    tree: Any = {}
+    if file.is_file():
+        try:
+            tree = yaml.safe_load(file.read_text()) or {}
+        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+            raise UserError(f"The site file {file} cannot be read: {' '.join(str(error).split())}.") from None
+        if not isinstance(tree, dict):
+            raise UserError(f"The site file {file} must hold lines such as 'partition: gpu', not {tree!r}.")
+    return check({**tree, **given}, f"in {file} or the flags" if tree else "in the flags")
+
+
+def check(tree: dict[str, Any], where: str) -> Resources:
+    """`tree` as Resources, or one UserError with all that is wrong."""
+    problems = []
+    try:
+        found = Resources.model_validate(tree)
+    except ValidationError as error:
+        for mistake in error.errors():
+            key = ".".join(str(part) for part in mistake["loc"])
+            if mistake["type"] == "extra_forbidden":
+                near = difflib.get_close_matches(key, list(Resources.model_fields), n=1)
+                problems.append(f"{key} is unknown" + (f" (did you mean {near[0]}?)" if near else ""))
+            else:
+                problems.append(f"{key}={mistake['input']!r}: {mistake['msg'][:1].lower()}{mistake['msg'][1:]}")
+    else:
+        if found.cpu and found.gpus_per_node:
+            problems.append("--cpu asks for no GPU and gpus_per_node for some: choose one")
+        if not found.cpu and not found.gpus_per_node:
+            problems.append("say --gpus-per-node N, or --cpu to train on CPUs")
+        if not problems:
+            return found
+    raise UserError(f"Resources {where} that cannot be: {'; '.join(problems)}.")
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    """A flag for each field; what is not given stays out of the namespace's values (None)."""
+    for name, field in Resources.model_fields.items():
+        if name in FILE_ONLY:
+            continue
+        flag, default = "--" + name.replace("_", "-"), field.default
+        told = (field.description or "") + ("" if default is None or default is False else f" (default {default:g})")
+        if field.annotation is bool:
+            parser.add_argument(flag, action="store_true", default=None, help=told)
+        else:
+            kinds = [kind for kind in (int, float) if kind.__name__ in str(field.annotation)]
+            parser.add_argument(flag, type=kinds[0] if kinds else str, help=told)
+
+
+def given(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The flags that were given, by field."""
+    values = {name: getattr(arguments, name, None) for name in Resources.model_fields if name not in FILE_ONLY}
+    return {name: value for name, value in values.items() if value is not None}

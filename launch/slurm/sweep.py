@@ -1,0 +1,60 @@
+"""Sweeps: one run for each combination of some settings, in one folder."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from nearfar.ssl import config
+from nearfar.ssl.config import Run
+from nearfar.ssl.errors import UserError
+
+
+def runs(recipe: Path, settings: list[str], sweep: Sequence[str]) -> tuple[Path, list[Run]]:
+    """The folder of a sweep and its runs.
+
+    sweep: `key=a,b` each. All combinations are run, in FOLDER/NAME/ of the recipe, each in a folder named by what
+    differs: `lr=1e-4_lgp=true`.
+
+    Raises:
+        UserError: as `config.load`; a key without values, or one that is given twice.
+    """
+    keys, values = [], []
+    for item in sweep:
+        key, sign, text = item.partition("=")
+        found = split(text)
+        if not sign or not all(found):
+            raise UserError(f"--sweep {item} is not key=value,value ... such as optim.lr=1e-4,5e-4.")
+        if key in ("name", "folder") or key in keys or len(set(found)) < len(found):
+            raise UserError(f"--sweep {item}: each setting and value once, and neither name nor folder.")
+        keys.append(key)
+        values.append(found)
+    base = config.load(recipe, settings)
+    leaves = [key.rpartition(".")[2] for key in keys]
+    short = leaves if len(set(leaves)) == len(leaves) else keys
+    made = []
+    for combination in itertools.product(*values):
+        name = "_".join(f"{key}={_plain(value)}" for key, value in zip(short, combination, strict=True))
+        chosen = [f"{key}={value}" for key, value in zip(keys, combination, strict=True)]
+        # JSON is YAML, so a name such as lr=1 stays a name.
+        place = [f"folder={json.dumps(str(base.path))}", f"name={json.dumps(name)}"]
+        made.append(config.load(recipe, [*settings, *chosen, *place]))
+    return base.path, made
+
+
+def split(text: str) -> list[str]:
+    """`1e-4,5e-4` -> two values; commas in brackets belong to a value: `[0.3, 1],[0.4, 1]` -> two."""
+    found, depth = [""], 0
+    for letter in text:
+        depth += {"[": 1, "{": 1, "]": -1, "}": -1}.get(letter, 0)
+        if letter == "," and depth == 0:
+            found.append("")
+        else:
+            found[-1] += letter
+    return [value.strip() for value in found]
+
+
+def _plain(value: str) -> str:
+    return "".join(letter if letter.isalnum() or letter in ".-+" else "-" for letter in value).strip("-")

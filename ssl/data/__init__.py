@@ -1,0 +1,1 @@
+"""Images -> batches of views: sources, the plan of a view, transforms and loaders."""

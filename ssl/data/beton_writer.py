@@ -1,0 +1,309 @@
+"""A source -> a .beton (beton.py says what is in it), written beside its place and renamed when it is whole.
+
+Not through FFCV's DatasetWriter: it has no field for JPEG bytes that exist, needs to know beforehand how many images
+are good, and waits for ever when one of its processes dies. FFCV's Reader and Loader read what this writes.
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+import zlib
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from io import BytesIO
+from pathlib import Path
+from threading import local
+from typing import IO
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from nearfar.ssl.data import libjpeg
+from nearfar.ssl.data.decode import decode
+from nearfar.ssl.data.sources.beton import (
+    ABOUT,
+    ALLOCATION,
+    BYTES,
+    FIELD,
+    HEADER,
+    IMAGE,
+    INT,
+    JPEG,
+    JSON,
+    RAW,
+    RECORD,
+    VERSION,
+)
+from nearfar.ssl.data.sources.files import Source
+from nearfar.ssl.errors import BadImage, UserError
+
+_PAGE = 2**23  # bytes; FFCV wants a sample on one page, and pages of a power of two from 2 MiB
+_ORIENTATION = 0x0112
+
+
+@dataclass
+class Written:
+    """What became of the images of a source."""
+
+    unchanged: int = 0  # JPEG bytes as they were
+    encoded: int = 0  # as new JPEG bytes
+    raw: int = 0  # as pixels
+    bad: list[tuple[str, str]] = field(default_factory=list)  # name and reason of those left out
+
+    @property
+    def images(self) -> int:
+        return self.unchanged + self.encoded + self.raw
+
+
+@dataclass(frozen=True)
+class Form:
+    """How images are kept."""
+
+    max_side: int | None = 512  # pixels; a larger image is shrunk (Pillow's antialiased bicubic)
+    quality: int = 95  # of JPEGs that are made here
+    raw_side: int = 64  # an image that is not a JPEG, and no longer than this, is kept as pixels
+
+
+@dataclass(frozen=True)
+class _Sample:
+    """An image ready to be written; `kind` is its counter in Written."""
+
+    kind: str
+    data: bytes
+    height: int
+    width: int
+    mask: bytes | None
+
+
+def write_beton(
+    source: Source,
+    out: str | Path,
+    form: Form = Form(),
+    *,
+    stop_at_bad: bool = False,
+    workers: int = 1,
+    overwrite: bool = False,
+    progress: Callable[[int], None] = lambda done: None,
+) -> Written:
+    """Write every image of `source` that can be read, in its order; returns what became of them.
+
+    A JPEG that is upright, RGB or gray, within `max_side` and clean (libjpeg-turbo has no complaint) keeps its bytes.
+    All else is decoded, turned upright, shrunk if need be, and encoded anew, or kept as pixels when small. `workers`
+    threads do that; the file does not depend on them. `progress` is told how many images are done.
+
+    Raises UserError where FFCV is missing, `out` exists, no image can be read, or one cannot and `stop_at_bad` is set.
+    """
+    out = Path(out)
+    libjpeg.require("Writing a .beton")
+    if out.suffix != ".beton":
+        raise UserError(f"{out} should end in .beton, by which the file is known for what it is.")
+    if out.exists() and not overwrite:
+        raise UserError(f"{out} exists already. Remove it, allow overwriting (--force), or choose another name.")
+    if not out.absolute().parent.is_dir():
+        raise UserError(f"There is no folder {out.parent} to write {out.name} in.")
+    partial = out.with_name(f".{out.name}.writing-{os.getpid()}")
+    try:
+        with open(partial, "wb") as file:
+            written = _write(file, source, form, stop_at_bad, workers, progress)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, out)
+    finally:
+        partial.unlink(missing_ok=True)
+    return written
+
+
+def _write(
+    file: IO[bytes], source: Source, form: Form, stop_at_bad: bool, workers: int, progress: Callable[[int], None]
+) -> Written:
+    kinds = {"image": IMAGE, "name": JSON}
+    kinds |= {"label": INT} if source.labels is not None else {}
+    kinds |= {"mask": BYTES} if _has_masks(source) else {}
+    records = np.zeros(len(source), np.dtype([(name, RECORD[kind]) for name, kind in kinds.items()], align=True))
+    begin = HEADER.itemsize + len(kinds) * FIELD.itemsize + records.nbytes
+    pages = _Pages(file, -(-begin // _PAGE) * _PAGE)
+    digest, written, n = hashlib.sha256(), Written(), 0
+    for i, sample in enumerate(_samples(source, form, "mask" in kinds, workers)):
+        if isinstance(sample, BadImage):
+            written.bad.append((sample.name, sample.why))
+            if stop_at_bad:
+                raise UserError(f"{sample}. Mend or remove it, or leave bad images out (--on-bad skip).")
+        else:
+            entry = {"name": source.name(i), "index": i, "crc": zlib.crc32(sample.data)}
+            blocks = [sample.data, json.dumps(entry).encode() + b"\0", *([sample.mask] if sample.mask else [])]
+            places = pages.put(n, blocks)
+            mode = RAW if sample.kind == "raw" else JPEG
+            records["image"][n] = (mode, sample.width, sample.height, places[0])
+            records["name"][n] = (places[1], len(blocks[1]))
+            if source.labels is not None:
+                records["label"][n] = source.labels[i]
+            if sample.mask:
+                records["mask"][n] = (places[2], len(sample.mask))
+            digest.update(b"".join(blocks))
+            setattr(written, sample.kind, getattr(written, sample.kind) + 1)
+            n += 1
+        progress(i + 1)
+    if n == 0:
+        some = "; ".join(f"{name}: {why}" for name, why in written.bad[:5])
+        raise UserError(f"None of the {len(source)} images can be read, so there is nothing to write: {some}.")
+
+    about = {"classes": source.classes, "digest": digest.hexdigest(), "bad": written.bad[:1000], **vars(form)}
+    block = json.dumps(about).encode()
+    place = pages.whole(block)
+    table = pages.finish()
+    header = np.array([(VERSION, len(kinds), _PAGE, n, table)], HEADER)
+    file.seek(0)
+    file.write(header.tobytes() + _descriptors(kinds, place, len(block)) + records.tobytes())
+    return written
+
+
+def _has_masks(source: Source) -> bool:
+    """Asked of the first image whose mask can be read."""
+    for i in range(len(source)):
+        with contextlib.suppress(BadImage):
+            return source.mask(i) is not None
+    return False
+
+
+def _descriptors(kinds: dict[str, int], about: int, size: int) -> bytes:
+    fields = np.zeros(len(kinds), FIELD)
+    for row, (name, kind) in zip(fields, kinds.items(), strict=True):
+        row["type"] = kind
+        row["name"][: len(name)] = np.frombuffer(name.encode(), np.uint8)
+        if name == "name":
+            arguments = ABOUT + np.array([about, size], "<u8").tobytes()
+            row["arguments"][: len(arguments)] = np.frombuffer(arguments, np.uint8)
+    return fields.tobytes()
+
+
+class _Pages:
+    """Blocks of bytes, one after the other; those of a sample on the same page."""
+
+    def __init__(self, file: IO[bytes], begin: int) -> None:
+        self.file, self.at = file, begin
+        self.allocations: list[tuple[int, int, int]] = []
+
+    def put(self, sample: int, blocks: list[bytes]) -> list[int]:
+        """Where each block begins in the file."""
+        size = sum(map(len, blocks))
+        if self.at % _PAGE + size > _PAGE:
+            self.at = self._next_page()
+        places = []
+        self.file.seek(self.at)
+        for block in blocks:
+            self.file.write(block)
+            places.append(self.at)
+            self.allocations.append((sample, self.at, len(block)))
+            self.at += len(block)
+        return places
+
+    def whole(self, block: bytes) -> int:
+        """A block that belongs to no sample, and may be longer than a page."""
+        place = self.at
+        self.file.seek(place)
+        self.file.write(block)
+        self.at += len(block)
+        return place
+
+    def finish(self) -> int:
+        """Fill up the last page and write the table; where that begins."""
+        self.at = self._next_page()
+        self.file.seek(self.at)
+        self.file.write(np.array(self.allocations, ALLOCATION).tobytes())
+        return self.at
+
+    def _next_page(self) -> int:
+        return -(-self.at // _PAGE) * _PAGE
+
+
+def _samples(source: Source, form: Form, masks: bool, workers: int) -> Iterator[_Sample | BadImage]:
+    """Every image of the source in order, made ready in threads a little ahead."""
+    mine = local()
+
+    def ready(i: int) -> _Sample | BadImage:
+        if not hasattr(mine, "decoder"):
+            mine.decoder = libjpeg.Decoder()
+        try:
+            return _ready(source, i, form, masks, mine.decoder)
+        except BadImage as error:
+            return error
+
+    with ThreadPoolExecutor(max(1, workers)) as pool:
+        ahead: deque[Future[_Sample | BadImage]] = deque()
+        try:
+            for i in range(len(source)):
+                ahead.append(pool.submit(ready, i))
+                if len(ahead) > 4 * workers:
+                    yield ahead.popleft().result()
+            while ahead:
+                yield ahead.popleft().result()
+        finally:
+            for future in ahead:
+                future.cancel()
+
+
+def _ready(source: Source, i: int, form: Form, masks: bool, decoder: libjpeg.Decoder) -> _Sample:
+    data = source.encoded(i)
+    kept = None if data is None else _clean_size(data, form, decoder)
+    if kept is not None and data is not None:
+        sample = _Sample("unchanged", data, *kept, _mask(source, i, kept) if masks else None)
+        if _fits(sample):
+            return sample
+    image = source.read(i) if data is None else decode(BytesIO(data), source.name(i))
+    long = max(image.size)
+    if form.max_side and long > form.max_side:
+        shrunk = [max(1, round(side * form.max_side / long)) for side in image.size]
+        image = image.resize((shrunk[0], shrunk[1]), Image.Resampling.BICUBIC)
+    size = (image.height, image.width)
+    mask = _mask(source, i, size) if masks else None
+    if max(size) <= form.raw_side and kept is None:
+        return _Sample("raw", image.tobytes(), *size, mask)
+    file = BytesIO()
+    try:
+        image.save(file, "JPEG", quality=form.quality)
+    except OSError as error:  # JPEG ends at 65,500 pixels
+        raise BadImage(source.name(i), f"{image.width} x {image.height} pixels: {error}") from error
+    sample = _Sample("encoded", file.getvalue(), *size, mask)
+    if not _fits(sample):
+        raise BadImage(source.name(i), f"more than {_PAGE:,} bytes even as a new JPEG: set max_side")
+    return sample
+
+
+def _fits(sample: _Sample) -> bool:
+    return len(sample.data) + len(sample.mask or b"") + 2**14 <= _PAGE  # the name has the rest
+
+
+def _clean_size(data: bytes, form: Form, decoder: libjpeg.Decoder) -> tuple[int, int] | None:
+    """(height, width) of a JPEG that can be kept as it is; None for all else."""
+    try:
+        with Image.open(BytesIO(data)) as image:
+            upright = image.getexif().get(_ORIENTATION, 1) == 1
+            if image.format != "JPEG" or image.mode not in ("RGB", "L") or not upright:
+                return None
+            if form.max_side and max(image.size) > form.max_side:
+                return None
+            if Image.MAX_IMAGE_PIXELS and image.width * image.height > Image.MAX_IMAGE_PIXELS:
+                return None
+            height, width = image.height, image.width
+        decoder.decode(data, np.empty(height * width * 3, np.uint8), height, width, 3 * width)
+        return height, width
+    except (libjpeg.JPEGError, MemoryError):
+        return None
+    except Exception:  # Pillow's decoders raise nearly anything; `decode` will say what it is
+        return None
+
+
+def _mask(source: Source, i: int, size: tuple[int, int]) -> bytes | None:
+    mask: NDArray[np.uint8] | None = source.mask(i)
+    if mask is None:
+        raise BadImage(source.name(i), "it has no mask, where others have")
+    image = Image.fromarray(mask)
+    if mask.shape != size:  # the image was shrunk; classes cannot be mixed
+        image = image.resize((size[1], size[0]), Image.Resampling.NEAREST)
+    file = BytesIO()
+    image.save(file, "PNG")
+    return file.getvalue()

@@ -1,0 +1,77 @@
+"""An image file -> an upright 8-bit RGB Pillow image, or the reason why not. Alpha is dropped, as in torchvision."""
+
+import os
+from pathlib import Path
+from typing import IO
+
+import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from nearfar.ssl.errors import BadImage
+
+_ORIENTATION = 0x0112
+SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
+
+
+def decode(file: str | Path | IO[bytes], name: str) -> Image.Image:
+    """Decode a file into an upright RGB image, 16-bit gray scaled (not clipped) to 8 bits. Raises BadImage."""
+    try:
+        with Image.open(file) as image:
+            if Image.MAX_IMAGE_PIXELS and image.width * image.height > Image.MAX_IMAGE_PIXELS:
+                raise BadImage(name, f"{image.width} x {image.height} pixels are more than Pillow deems safe")
+            image.load()
+            return upright(image, name)
+    except (BadImage, MemoryError):
+        raise
+    except Exception as error:  # damaged files make Pillow's decoders raise nearly anything, from SyntaxError up
+        raise BadImage(name, _reason(error, file)) from error
+
+
+def upright(image: Image.Image, name: str) -> Image.Image:
+    """A loaded image as its EXIF orientation wants it, 8-bit RGB. Raises BadImage."""
+    if image.getexif().get(_ORIENTATION, 1) != 1:
+        return _rgb(ImageOps.exif_transpose(image), name)
+    return _rgb(image, name)
+
+
+def _reason(error: Exception, file: str | Path | IO[bytes]) -> str:
+    if isinstance(file, str | Path) and os.path.isfile(file) and os.path.getsize(file) == 0:
+        return "the file is empty (zero bytes)"
+    if isinstance(error, UnidentifiedImageError):
+        return "not an image of a known format"
+    return str(error) or type(error).__name__
+
+
+def _rgb(image: Image.Image, name: str) -> Image.Image:
+    if image.mode == "RGB":
+        return image
+    if image.mode.startswith("I"):  # convert() would clip at 255
+        pixels = np.asarray(image).astype(np.int64)
+        if pixels.min() < 0 or pixels.max() > 65535:
+            raise BadImage(name, f"integer pixels from {pixels.min()} to {pixels.max()}, beyond 16 bits")
+        return Image.fromarray(np.rint(pixels / 257).astype(np.uint8)).convert("RGB")
+    if image.mode == "F":
+        raise BadImage(name, "floating-point pixels, whose range is unknown")
+    if "transparency" in image.info:  # straight to RGB, Pillow warns
+        image = image.convert("RGBA")
+    return image.convert("RGB")
+
+
+def decode_path(path: str, name: str) -> Image.Image:
+    """As `decode`, for a path: only regular files are opened."""
+    _regular(path, name)
+    return decode(path, name)
+
+
+def read_path(path: str, name: str) -> bytes:
+    """The bytes of a regular file. Raises BadImage."""
+    _regular(path, name)
+    try:
+        return Path(path).read_bytes()
+    except OSError as error:
+        raise BadImage(name, str(error)) from error
+
+
+def _regular(path: str, name: str) -> None:
+    if not os.path.isfile(path):  # a missing file, or a pipe, on which open() would hang
+        raise BadImage(name, "no such file" if not os.path.exists(path) else "not a regular file")

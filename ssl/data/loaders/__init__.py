@@ -1,0 +1,1 @@
+"""Images -> batches, each decoded once for all its views."""

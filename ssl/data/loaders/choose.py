@@ -1,0 +1,48 @@
+"""Which loader a run takes: folder (Pillow), ffcv (compiled loops over a .beton), or device (all images in memory)."""
+
+from typing import Any, Literal
+
+import torch
+
+from nearfar.ssl.config import Views
+from nearfar.ssl.data import libjpeg
+from nearfar.ssl.data.loaders.base import Loader
+from nearfar.ssl.data.sources.beton import BetonSource
+from nearfar.ssl.data.sources.files import Source
+from nearfar.ssl.errors import UserError
+
+
+def open_loader(
+    source: Source,
+    views: Views,
+    *,
+    loader: Literal["auto", "ffcv", "folder", "device"] = "auto",
+    color: Literal["device", "loader"] = "device",
+    device: torch.device | None = None,
+    **options: Any,
+) -> Loader:
+    """The loader of `data.loader`; `word` in it says which that is. Views and order are the same in all.
+
+    `options` are those of `data.Loader`. `auto` is ffcv for a .beton where FFCV is installed, else folder. Raises
+    UserError for what does not go together.
+    """
+    if loader == "auto":
+        loader = "ffcv" if isinstance(source, BetonSource) and libjpeg.available() else "folder"
+    if color == "loader" and loader != "ffcv":
+        raise UserError(
+            f"data.color_on=loader needs the ffcv loader, and this run has the {loader} loader: data.path must be a "
+            ".beton (nearfar data beton SRC OUT.beton) and FFCV installed. Or leave data.color_on=device."
+        )
+    if loader == "ffcv":
+        from nearfar.ssl.data.loaders.ffcv import FFCVLoader
+
+        if not isinstance(source, BetonSource):
+            raise UserError(
+                "data.loader=ffcv reads a .beton, and data.path is none. Write one: nearfar data beton SRC OUT.beton."
+            )
+        return FFCVLoader(source, views, colored=color == "loader", **options)
+    if loader == "device":
+        from nearfar.ssl.data.loaders.device import DeviceLoader
+
+        return DeviceLoader(source, views, device=device or torch.device("cpu"), **options)
+    return Loader(source, views, **options)

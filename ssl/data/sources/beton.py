@@ -1,0 +1,225 @@
+"""FFCV's file format (.beton): what is where in it, and the file as a source. Reading needs numpy only.
+
+    header | field descriptors | one record a sample | pages of data | table of allocations
+
+A record holds numbers, and pointers into the pages; the table at the end holds the size of what each pointer points at
+(FFCV 1.0's `types.py`, format version 2). Files of FFCV's own writer are read as well. Ours (beton_writer.py) have the
+fields `image` (JPEG bytes or raw pixels), `label`, `mask` (PNG bytes, one channel) and `name` (JSON: name, index
+in the source, CRC-32 of the image's bytes), and a JSON block about the whole, to which the descriptor of `name` points.
+"""
+
+import hashlib
+import json
+import os
+import weakref
+import zlib
+from functools import cached_property
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from nearfar.ssl.data.decode import decode
+from nearfar.ssl.errors import BadImage, UserError
+
+VERSION = 2
+HEADER = np.dtype(
+    [("version", "<u2"), ("fields", "<u2"), ("page", "<u4"), ("samples", "<u8"), ("table", "<u8")], align=True
+)
+FIELD = np.dtype([("type", "<u1"), ("name", "<u1", 16), ("arguments", "<u1", 1024)], align=True)
+ALLOCATION = np.dtype([("sample", "<u8"), ("ptr", "<u8"), ("size", "<u8")])
+FLOAT, INT, IMAGE, BYTES, ARRAY, JSON, TENSOR = range(7)  # types of fields
+_BYTES = np.dtype([("ptr", "<u8"), ("size", "<u8")])
+RECORD = {
+    FLOAT: np.dtype("<f8"),
+    INT: np.dtype("<i8"),
+    IMAGE: np.dtype([("mode", "<u1"), ("width", "<u2"), ("height", "<u2"), ("ptr", "<u8")]),
+    BYTES: _BYTES,
+    ARRAY: np.dtype("<u8"),
+    JSON: _BYTES,
+    TENSOR: np.dtype("<u8"),
+}
+TYPE_NAMES = {
+    FLOAT: "number", INT: "integer", IMAGE: "image", BYTES: "bytes", ARRAY: "array", JSON: "JSON", TENSOR: "tensor",
+}  # fmt: skip
+JPEG, RAW = 0, 1  # modes of an image
+ABOUT = b"nearfar1"  # in the arguments of `name`: then where the block about the whole begins, and its size
+
+
+class BetonSource:
+    """A .beton as a source. Images are kept upright, so no orientation is looked for in the loader.
+
+    Raises UserError for a file that is not whole, of another version, or without a field `image`.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        try:
+            with open(self.path, "rb") as file:
+                self._bytes = os.fstat(file.fileno()).st_size
+                self._open(np.memmap(file, np.uint8, "r") if self._bytes else np.zeros(0, np.uint8))
+        except OSError as error:
+            raise UserError(f"{self.path} cannot be read: {error}.") from error
+        self._descriptor = os.open(self.path, os.O_RDONLY)
+        weakref.finalize(self, os.close, self._descriptor)
+
+    def __reduce__(self) -> tuple[type["BetonSource"], tuple[Path]]:
+        return BetonSource, (self.path,)  # another process opens the file itself
+
+    def _open(self, file: NDArray[np.uint8]) -> None:
+        """Read everything but the images, and check that it fits together."""
+
+        def part(begin: int, dtype: np.dtype, count: int, what: str) -> NDArray:
+            size = dtype.itemsize * count
+            if begin + size > len(file):
+                raise UserError(
+                    f"{self.path} is not a whole .beton: {what} should end at byte {begin + size:,}, and the file has "
+                    f"{len(file):,}. It was cut off, perhaps by a copy that did not finish: copy or write it again."
+                )
+            return file[begin : begin + size].view(dtype).copy()
+
+        self.header = part(0, HEADER, 1, "the header")[0]
+        if self.header["version"] != VERSION:
+            raise UserError(
+                f"{self.path} is not a .beton of version {VERSION}: where that should be, it says "
+                f"{self.header['version']}. Write it again: nearfar data beton SRC {self.path.name}."
+            )
+        fields = part(HEADER.itemsize, FIELD, int(self.header["fields"]), "the list of fields")
+        names = [bytes(field["name"]).partition(b"\0")[0].decode("ascii", "replace") for field in fields]
+        self.fields = dict(zip(names, (int(field["type"]) for field in fields), strict=True))
+        if unknown := [name for name, kind in self.fields.items() if kind not in RECORD]:
+            raise UserError(f"{self.path} has a field of a custom type, {unknown[0]}, which only its writer can read.")
+        self.require("image", IMAGE)
+        count = int(self.header["samples"])
+        if count == 0:
+            raise UserError(f"{self.path} holds no images: it was written from an empty source.")
+        record = np.dtype([(name, RECORD[kind]) for name, kind in self.fields.items()], align=True)
+        self.records = part(HEADER.itemsize + fields.nbytes, record, count, "the list of images")
+        begin = HEADER.itemsize + fields.nbytes
+        self._records_digest = hashlib.sha256(file[begin : begin + self.records.nbytes].tobytes()).digest()
+        self.table = int(self.header["table"])
+        part(self.table, ALLOCATION, 1, "the table of contents")
+        table = file[self.table : len(file) - (len(file) - self.table) % ALLOCATION.itemsize].view(ALLOCATION)
+        if ((table["ptr"] > self.table) | (table["size"] > self.table - table["ptr"])).any():
+            raise UserError(f"{self.path} is damaged: its table of contents points beyond the data. Write it again.")
+        self._place(table)
+        self.labels: NDArray[np.int64] | None = None
+        if self.fields.get("label") == INT:
+            self.labels = self.records["label"].astype(np.int64)
+        self.about = self._about(fields, names, file)
+        self.classes: list[str] | None = self.about.get("classes")
+
+    def _place(self, table: NDArray) -> None:
+        """Where the bytes of each image begin and how many there are."""
+        images = self.records["image"]
+        order = np.argsort(table["ptr"], kind="stable")
+        at = np.minimum(np.searchsorted(table["ptr"][order], images["ptr"]), len(table) - 1)
+        if not (table["ptr"][order][at] == images["ptr"]).all():
+            raise UserError(
+                f"{self.path} is not a whole .beton: its table of contents lacks images. Copy or write it again."
+            )
+        self.size = np.stack([images["height"], images["width"]], 1).astype(np.int64)  # (n, 2)
+        self._extent = np.stack([images["ptr"], table["size"][order][at]], 1).astype(np.int64)
+
+    def _about(self, fields: NDArray, names: list[str], file: NDArray[np.uint8]) -> dict[str, Any]:
+        if self.fields.get("name") != JSON:
+            return {}
+        arguments = bytes(fields["arguments"][names.index("name")])
+        if not arguments.startswith(ABOUT):
+            return {}
+        begin, size = np.frombuffer(arguments, "<u8", 2, len(ABOUT)).tolist()
+        try:
+            return dict(json.loads(bytes(file[begin : begin + size])))
+        except ValueError as error:
+            raise UserError(f"{self.path} is damaged: what it says about itself cannot be read ({error}).") from error
+
+    def require(self, name: str, kind: int) -> None:
+        """Raises UserError unless there is a field of this name and type."""
+        if self.fields.get(name) != kind:
+            there = ", ".join(f"{key} ({TYPE_NAMES.get(value, 'custom')})" for key, value in self.fields.items())
+            raise UserError(
+                f"{self.path} has no field '{name}' of type {TYPE_NAMES[kind]}; its fields are: {there or 'none'}."
+            )
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def raw(self, i: int) -> bool:
+        """Whether image i is kept as pixels, (height, width, 3) bytes, and not as a JPEG."""
+        return bool(self.records["image"]["mode"][i] == RAW)
+
+    def stored(self, i: int) -> bytes:
+        """The bytes of image i as they lie in the file. Raises BadImage where they cannot be read."""
+        begin, size = self._extent[i].tolist()
+        return self._read(i, begin, size)
+
+    def _read(self, i: int, begin: int, size: int) -> bytes:
+        """Read, not mapped: what a mapped file on a failing disk answers is a signal that kills the process."""
+        try:
+            data = os.pread(self._descriptor, size, begin)
+        except OSError as error:
+            raise BadImage(f"{self.path.name}[{i}]", str(error)) from error
+        if len(data) != size:
+            raise BadImage(f"{self.path.name}[{i}]", "the file ends before it")
+        return data
+
+    def _entry(self, i: int) -> dict[str, Any]:
+        """What the field `name` says of image i."""
+        if self.fields.get("name") != JSON:
+            return {}
+        try:
+            ptr, size = self.records["name"][i].tolist()
+            return dict(json.loads(self._read(i, ptr, size).rstrip(b"\0")))
+        except (ValueError, BadImage):  # damaged: a name is not worth losing the image
+            return {}
+
+    def name(self, i: int) -> str:
+        return str(self._entry(i).get("name", f"{self.path.name}[{i}]"))
+
+    def encoded(self, i: int) -> bytes | None:
+        return None if self.raw(i) else self._checked(i)
+
+    def _checked(self, i: int) -> bytes:
+        data, entry = self.stored(i), self._entry(i)
+        if "crc" in entry and zlib.crc32(data) != entry["crc"]:
+            raise BadImage(self.name(i), f"its bytes in {self.path.name} are not those that were written (CRC-32)")
+        return data
+
+    def read(self, i: int) -> Image.Image:
+        data = self._checked(i)
+        height, width = self.size[i].tolist()
+        if not self.raw(i):
+            image = decode(BytesIO(data), self.name(i))
+            if image.size != (width, height):
+                raise BadImage(
+                    self.name(i),
+                    f"its JPEG header says {image.width} x {image.height} pixels, "
+                    f"where {width} x {height} were promised",
+                )
+            return image
+        if len(data) != height * width * 3:
+            raise BadImage(self.name(i), f"{len(data)} bytes are not {width} x {height} pixels")
+        return Image.fromarray(np.frombuffer(data, np.uint8).reshape(height, width, 3))
+
+    def mask(self, i: int) -> NDArray[np.uint8] | None:
+        if self.fields.get("mask") != BYTES:
+            return None
+        data = self._read(i, *self.records["mask"][i].tolist())
+        try:
+            with Image.open(BytesIO(data)) as image:
+                return np.array(image, np.uint8)
+        except (OSError, SyntaxError) as error:
+            raise BadImage(self.name(i), f"its mask cannot be read: {error}") from None
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """What the writer saw of all bytes; for files of other writers sizes and places, and some of the bytes."""
+        digest = hashlib.sha256(str(self.about.get("digest")).encode())
+        digest.update(self._records_digest)
+        if "digest" not in self.about:
+            for i in range(0, len(self), max(1, len(self) // 100)):
+                digest.update(self.stored(i))
+        return digest.hexdigest()[:32]

@@ -1,0 +1,1 @@
+"""What is done to a decoded image: crops and colors."""

@@ -1,0 +1,156 @@
+"""The color half of a view, on a batch, on its device: jitter, gray, blur, solarize (METHODS section 5).
+
+Each operation equals torchvision.transforms.functional on float images, with one factor per sample. Samples are grouped
+by what they need, so that an operation costs nothing where it is not due.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from nearfar.ssl.data.loaders.base import Batch
+from nearfar.ssl.data.views import ViewPlan
+
+MEAN = (0.485, 0.456, 0.406)
+STD = (0.229, 0.224, 0.225)
+_LUMA = (0.2989, 0.587, 0.114)  # ITU-R 601-2, the digits torchvision uses
+_CACHE = 2**21  # bytes of images worked on at a time on a CPU: some forty passes that should stay in its cache
+
+
+@dataclass(frozen=True)
+class Color:
+    """Color parameters of N images: the fields of ViewPlan of the same name, as tensors on the CPU."""
+
+    jitter: Tensor  # bool (N,)
+    factors: Tensor  # float32 (N, 4)
+    order: Tensor  # uint8 (N, 4)
+    gray: Tensor  # bool (N,)
+    sigma: Tensor  # float32 (N,)
+    solarize: Tensor  # bool (N,)
+
+    def __getitem__(self, part: slice) -> "Color":
+        return Color(*(getattr(self, field.name)[part] for field in fields(self)))
+
+
+def color_of(plan: ViewPlan, views: slice) -> Color:
+    """The parameters of some views, view by view, as in `batch.groups[g].flatten(0, 1)`."""
+
+    def flat(array: np.ndarray) -> Tensor:
+        return torch.from_numpy(np.ascontiguousarray(array[:, views].swapaxes(0, 1))).flatten(0, 1)
+
+    return Color(*(flat(x) for x in (plan.jitter, plan.factors, plan.order, plan.gray, plan.sigma, plan.solarize)))
+
+
+def color_views(batch: Batch, solarize_threshold: int, place: torch.device) -> list[Tensor]:
+    """The color half of every view, on `place`: uint8 groups -> float (G, B, 3, s, s) within [0, 1]."""
+    groups = [group.to(place, non_blocking=True) for group in batch.groups]
+    if batch.colored:
+        return [group / 255 for group in groups]
+    colored, first = [], 0
+    for group in groups:
+        plan = color_of(batch.plan, slice(first, first + len(group)))
+        colored.append(color(group.flatten(0, 1), plan, solarize_threshold).unflatten(0, group.shape[:2]))
+        first += len(group)
+    return colored
+
+
+def normalize(images: Tensor) -> Tensor:
+    """(..., 3, H, W) in [0, 1] -> ImageNet's mean 0 and standard deviation 1 in each channel."""
+    mean, std = images.new_tensor(MEAN), images.new_tensor(STD)
+    return (images - mean[:, None, None]) / std[:, None, None]
+
+
+def color(images: Tensor, plan: Color, threshold: int = 128) -> Tensor:
+    """uint8 (N, 3, H, W) -> float32 (N, 3, H, W) in [0, 1]: jittered in the planned order, grayed, blurred, solarized.
+
+    threshold: the gray level (0..255) from which solarizing inverts.
+    """
+    out = torch.empty(images.shape, dtype=torch.float32, device=images.device)
+    step = max(1, _CACHE // (4 * images[0].numel())) if images.device.type == "cpu" and len(images) else len(images)
+    for begin in range(0, len(images), step or 1):
+        part = slice(begin, begin + step)
+        _color(torch.div(images[part], 255, out=out[part]), plan[part], threshold)
+    return out
+
+
+def _color(x: Tensor, plan: Color, threshold: int) -> None:
+    for place in range(4):
+        for op, adjust in enumerate((_brightness, _contrast, _saturation, shift_hue)):
+            chosen = plan.jitter & (plan.order[:, place] == op)
+            _update(x, chosen, adjust, plan.factors[:, op])
+    _update(x, plan.gray, lambda part: gray(part).expand_as(part))
+    _update(x, plan.sigma > 0, blur, plan.sigma)
+    _update(x, plan.solarize, lambda part: torch.where(part >= threshold / 255, 1 - part, part))
+
+
+def _update(x: Tensor, chosen: Tensor, change: Callable[..., Tensor], *values: Tensor) -> None:
+    """Change the chosen samples of x in place; `change` owns the copy it gets, beside the chosen of the values."""
+    which = chosen.nonzero()[:, 0]
+    if len(which):
+        there = which.to(x.device)
+        x.index_copy_(0, there, change(x.index_select(0, there), *(value[which].to(x.device) for value in values)))
+
+
+def _brightness(x: Tensor, factor: Tensor) -> Tensor:
+    return x.mul_(factor[:, None, None, None]).clamp_(0, 1)
+
+
+def _contrast(x: Tensor, factor: Tensor) -> Tensor:
+    mean = gray(x).flatten(1).mean(1) * (1 - factor)
+    return x.mul_(factor[:, None, None, None]).add_(mean[:, None, None, None]).clamp_(0, 1)
+
+
+def _saturation(x: Tensor, factor: Tensor) -> Tensor:
+    factor = factor[:, None, None, None]
+    other = gray(x).mul_(1 - factor)
+    return x.mul_(factor).add_(other).clamp_(0, 1)
+
+
+def gray(x: Tensor) -> Tensor:
+    """(N, 3, H, W) -> luma (N, 1, H, W)."""
+    return (x[:, :1] * _LUMA[0]).add_(x[:, 1:2], alpha=_LUMA[1]).add_(x[:, 2:], alpha=_LUMA[2])
+
+
+def shift_hue(x: Tensor, turns: Tensor) -> Tensor:
+    """Rotate the hue of (N, 3, H, W) by (N,) turns within +-0.5, through HSV but without its divisions.
+
+    With value V, chroma C and hue H in sixths of a turn, a channel is V - C * clip(|d - 3| - 1, 0, 1), where d is the
+    distance of H + shift from 0 and the shift holds the rotation and the channel's own place (5, 3, 1; minus 2). All of
+    it times C needs neither H = .../C nor a special case for gray.
+    """
+    red, green, blue = x.unbind(1)
+    value = torch.maximum(torch.maximum(red, green), blue)
+    low = torch.minimum(torch.minimum(red, green), blue)
+    chroma = value - low
+    from_green = (blue - red).add_(chroma, alpha=2)
+    from_blue = (red - green).add_(chroma, alpha=4)
+    hue = torch.where(red == value, green - blue, torch.where(green == value, from_green, from_blue))  # C * H
+    place = torch.tensor([3.0, 1.0, -1.0], device=x.device)
+    shift = torch.remainder(turns[:, None] * 6 + place + 5, 6) - 5  # with H in [-1, 5]: within a turn of 0
+    distance = torch.addcmul(hue[:, None], chroma[:, None], shift[:, :, None, None]).abs_()
+    out = distance.sub_(chroma[:, None], alpha=3).abs_()
+    torch.sub((value + chroma)[:, None], out, out=out)
+    return torch.minimum(torch.maximum(out, low[:, None], out=out), value[:, None], out=out)
+
+
+def blur(x: Tensor, sigma: Tensor) -> Tensor:
+    """Gaussian blur of (N, 3, H, W) with one sigma (N,) a sample, cut at 3 sigma (rounded up), borders reflected.
+
+    Separable, one addition for each pair of taps: on CPUs faster than grouped convolutions and band matrices.
+    """
+    reach = torch.ceil(3 * sigma)
+    radius = min(int(reach.max()), min(x.shape[-2:]) - 1)  # reflection cannot reach farther
+    taps = torch.arange(radius + 1, device=x.device)
+    weight = torch.exp(-0.5 * (taps / sigma[:, None]) ** 2) * (taps <= reach[:, None])
+    weight = (weight / (2 * weight.sum(1, keepdim=True) - 1))[:, :, None, None, None]  # the middle tap counts once
+    for axis, pad in ((3, (radius, radius, 0, 0)), (2, (0, 0, radius, radius))):
+        size = x.shape[axis]
+        wide = F.pad(x, pad, mode="reflect")
+        x = wide.narrow(axis, radius, size) * weight[:, 0]
+        for r in range(1, radius + 1):
+            x.addcmul_(wide.narrow(axis, radius - r, size) + wide.narrow(axis, radius + r, size), weight[:, r])
+    return x

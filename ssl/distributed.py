@@ -1,0 +1,230 @@
+"""Several processes as one run: which of them this is, and the few things they say to each other.
+
+Every process ("rank") holds the whole student, teacher and optimizer, and takes its slice of each batch. All sums below
+are over all ranks, and are nothing in a process that runs alone. Gradients go through one plain all-reduce of a flat
+buffer: DistributedDataParallel regroups its buckets after the first step, so that a continued run would add in another
+order than the uninterrupted one.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from nearfar.ssl.errors import PeerError, UserError
+
+T = TypeVar("T")
+
+MEETING = timedelta(minutes=5)  # until all ranks must have come together
+PATIENCE = timedelta(minutes=20)  # for a rank that scores or saves while the others wait
+_LAST_WORDS = "last words"
+_MISTAKE = "mistake: "  # in front of last words that are for the user
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """Which process this is among those of a run."""
+
+    rank: int = 0
+    size: int = 1
+    local_rank: int = 0  # among those on this machine: the number of its GPU
+    cores: int = 0  # CPU cores for this rank; 0 = all that the process may use
+    meeting: str = "env://"  # where they meet: MASTER_ADDR and MASTER_PORT, or tcp://host:port
+
+    @property
+    def first(self) -> bool:
+        return self.rank == 0
+
+
+ALONE = Ranks()
+
+
+def from_environment(env: Mapping[str, str] = os.environ) -> Ranks:
+    """The rank that torchrun (RANK, WORLD_SIZE, LOCAL_RANK) or srun (SLURM_PROCID ...) gave this process.
+
+    Without them it is alone; also in a batch script or an allocation outside srun, however many tasks were asked for.
+    """
+    if "RANK" in env and "WORLD_SIZE" in env:
+        here = int(env.get("LOCAL_WORLD_SIZE", 1))
+        return Ranks(int(env["RANK"]), int(env["WORLD_SIZE"]), int(env.get("LOCAL_RANK", 0)), _share(here))
+    size = int(env.get("SLURM_STEP_NUM_TASKS", 1))
+    if size == 1 or "SLURM_PROCID" not in env:
+        return ALONE
+    cores = int(env.get("SLURM_CPUS_PER_TASK", 0)) or _share(1)
+    meeting = "env://"
+    if "MASTER_ADDR" not in env or "MASTER_PORT" not in env:
+        port = 20000 + (101 * int(env.get("SLURM_JOB_ID", 0)) + int(env.get("SLURM_STEP_ID", 0))) % 20000
+        meeting = f"tcp://{_first_host(env['SLURM_STEP_NODELIST'])}:{port}"
+    return Ranks(int(env["SLURM_PROCID"]), size, int(env.get("SLURM_LOCALID", 0)), cores, meeting)
+
+
+def available_cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _share(processes: int) -> int:
+    return max(1, available_cores() // processes)
+
+
+def _first_host(nodes: str) -> str:
+    hosts = subprocess.run(["scontrol", "show", "hostnames", nodes], capture_output=True, text=True, check=True)
+    return hosts.stdout.split()[0]
+
+
+@contextmanager
+def joined(ranks: Ranks) -> Iterator[None]:
+    """Within it the ranks of a run can hear each other.
+
+    Raises:
+        PeerError: another rank ended first. Where connections break with the process, that is told at once, otherwise
+            after `PATIENCE`.
+        UserError: another rank ended first, and of a mistake of the user's.
+    """
+    if ranks.size == 1:
+        yield
+        return
+    cuda = torch.cuda.is_available()
+    if cuda:
+        torch.cuda.set_device(ranks.local_rank % torch.cuda.device_count())
+    try:
+        store, _, _ = next(dist.rendezvous(ranks.meeting, ranks.rank, ranks.size, timeout=MEETING))
+        backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
+        dist.init_process_group(backend, store=store, rank=ranks.rank, world_size=ranks.size, timeout=PATIENCE)
+    except (RuntimeError, ValueError) as error:
+        raise PeerError(f"Rank {ranks.rank} did not meet the other {ranks.size - 1}: {_short(error)}") from error
+    me = f"Rank {ranks.rank} on {socket.gethostname()}"
+    try:
+        yield
+    except RuntimeError as error:
+        if not _broken_connection(error):
+            _tell(store, f"{me} ended: {_short(error)}")
+            raise
+        words = _last_words(store)
+        if words.startswith(_MISTAKE):
+            raise UserError(words.removeprefix(_MISTAKE)) from error
+        raise PeerError(words or f"{me} lost another rank, which ended without a word.") from error
+    except UserError as error:
+        _tell(store, f"{_MISTAKE}{me}: {_short(error)}")
+        raise
+    except BaseException as error:
+        _tell(store, f"{me} ended: {_short(error) or type(error).__name__}")
+        raise
+    finally:
+        dist.destroy_process_group()
+
+
+def _broken_connection(error: RuntimeError) -> bool:
+    words = str(error).lower()
+    return isinstance(error, dist.DistError) or any(word in words for word in ("gloo", "nccl", "connection closed"))
+
+
+def _tell(store: dist.Store, words: str) -> None:
+    with suppress(RuntimeError):  # the rank that keeps the store is gone already
+        store.set(_LAST_WORDS, words)
+
+
+def _last_words(store: dist.Store) -> str:
+    try:
+        store.wait([_LAST_WORDS], timedelta(seconds=3))
+        return str(store.get(_LAST_WORDS).decode())
+    except RuntimeError:
+        return ""
+
+
+def _short(error: BaseException) -> str:
+    return " ".join(str(error).split())[:1000]
+
+
+def count() -> int:
+    """Ranks that are joined now."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def all_sum_(tensor: Tensor) -> Tensor:
+    """The sum over all ranks, in place."""
+    if count() > 1:
+        dist.all_reduce(tensor)
+    return tensor
+
+
+def all_mean_(tensor: Tensor) -> Tensor:
+    """The mean over all ranks, in place."""
+    return all_sum_(tensor).div_(count()) if count() > 1 else tensor
+
+
+class _Sum(torch.autograd.Function):
+    """All-reduce whose gradient is all-reduced too: every rank's output depends on every rank's input."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return all_sum_(x.clone())
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return all_sum_(grad.contiguous().clone())
+
+
+def all_sum(tensor: Tensor) -> Tensor:
+    """The sum over all ranks, with gradients."""
+    out: Tensor = _Sum.apply(tensor)
+    return out
+
+
+def concatenated(rows: Tensor) -> tuple[Tensor, int]:
+    """Rows (N, ...) of all ranks one behind the other, with gradients, and where one's own begin; N is alike on all."""
+    if count() == 1:
+        return rows, 0
+    first, others = dist.get_rank() * len(rows), (count() - 1) * len(rows)
+    empty = rows.new_zeros(others, *rows.shape[1:])
+    return all_sum(torch.cat([empty[:first], rows, empty[first:]])), first
+
+
+def all_logsumexp(rows: Tensor) -> Tensor:
+    """logsumexp over dimension 0, and over all ranks: (N, K) -> (1, K). Sums within +-700, float64's exponents."""
+    here = rows.logsumexp(0, keepdim=True)
+    return all_sum_(here.double().exp()).log().to(here.dtype) if count() > 1 else here
+
+
+def mean_of(values: dict[str, float]) -> dict[str, float]:
+    """Each number's mean over all ranks."""
+    mean = all_mean_(torch.tensor(list(values.values()), dtype=torch.float64))
+    return dict(zip(values, mean.tolist(), strict=True))
+
+
+def from_first(make: Callable[[], T]) -> T:
+    """What rank 0's call returns, on every rank; the others do not call."""
+    if count() == 1:
+        return make()
+    value: list[Any] = [make() if dist.get_rank() == 0 else None]
+    dist.broadcast_object_list(value)
+    return value[0]
+
+
+def gathered(items: list[T]) -> list[T]:
+    """The lists of all ranks, one behind the other."""
+    if count() == 1:
+        return items
+    lists: list[Any] = [None] * count()
+    dist.all_gather_object(lists, items)
+    return [item for part in lists for item in part]
+
+
+@torch.no_grad()
+def average_gradients(parameters: list[nn.Parameter]) -> None:
+    """Each gradient becomes its mean over all ranks."""
+    if count() == 1:
+        return
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    flat = all_mean_(torch.cat([g.flatten() for g in gradients]))
+    parts = flat.split([g.numel() for g in gradients])
+    torch._foreach_copy_(gradients, [part.view_as(g) for part, g in zip(parts, gradients, strict=True)])

@@ -1,0 +1,23 @@
+"""The exceptions that every part of nearfar shares. Imports nothing, so that refusing a command costs nothing."""
+
+
+class UserError(ValueError):
+    """A user's mistake, told in one paragraph that names what is wrong and how to put it right.
+
+    The command line prints the paragraph and exits with code 2, without a traceback.
+    """
+
+
+class PeerError(RuntimeError):
+    """Another rank of the run ended, so this one cannot go on; says which and why as far as that is known."""
+
+
+class BadImage(Exception):  # noqa: N818  "BadImageError" would say it twice
+    """An image that cannot be used: `name` says which, `why` says what is wrong with it."""
+
+    def __init__(self, name: str, why: str) -> None:
+        super().__init__(name, why)
+        self.name, self.why = name, why
+
+    def __str__(self) -> str:
+        return f"{self.name}: {self.why}"

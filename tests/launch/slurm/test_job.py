@@ -1,0 +1,223 @@
+"""A job's process: where it is, how ranks meet, and how it leaves."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+
+from nearfar.launch import cli
+from nearfar.launch.slurm import job, queue, records
+from nearfar.launch.slurm.job import Place
+from nearfar.launch.stop_signals import StopFlag
+from nearfar.ssl.errors import PeerError, UserError
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    with records.locked(tmp_path):
+        return tmp_path
+
+
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What was asked of SLURM; nothing waits for the end."""
+    said: list[str] = []
+    monkeypatch.setattr(queue, "requeue", lambda number: said.append(f"requeue {number}"))
+    monkeypatch.setattr(job, "wait_for_the_end", lambda *_: said.append("waited"))
+    return said
+
+
+def place(rank: int = 0, size: int = 1, number: str = "7") -> Place:
+    return Place(number, rank, size, 0, "localhost", Path("result.pkl"))
+
+
+def leave(run: Path, where: Place, *sent: signal.Signals) -> int | str | None:
+    with StopFlag() as stop:
+        for each in sent:
+            os.kill(os.getpid(), each)
+        with pytest.raises(SystemExit) as caught:
+            job.leave(run, where, stop, 5, 10)
+    return caught.value.code
+
+
+def test_only_usr2_alone_and_only_the_first_rank_requeues(run: Path, asked: list[str]) -> None:
+    assert leave(run, place(0, 2), signal.SIGUSR2) == 0 and asked == ["requeue 7"]
+    assert leave(run, place(1, 2), signal.SIGUSR2) == 0 and asked == ["requeue 7"]
+    assert records.outcome(run) is None
+
+
+@pytest.mark.parametrize(
+    "sent", [(signal.SIGTERM,), (signal.SIGTERM, signal.SIGUSR2), (signal.SIGUSR2, signal.SIGTERM)]
+)
+def test_after_term_it_waits_and_then_does_not_count_as_done(
+    run: Path, asked: list[str], sent: tuple[signal.Signals, ...]
+) -> None:
+    assert leave(run, place(), *sent) == 1 and asked == ["waited"]
+    found = records.outcome(run)
+    assert found is not None and found.state == "stopped" and found.step == 5 and "SIGTERM" in found.why
+
+
+def test_slurm_that_refuses_to_requeue_is_told_of(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(number: str) -> None:
+        raise UserError("scontrol requeue 7: disabled.")
+
+    monkeypatch.setattr(queue, "requeue", refuse)
+    with StopFlag() as stop:
+        os.kill(os.getpid(), signal.SIGUSR2)
+        with pytest.raises(UserError, match="disabled"):
+            job.leave(run, place(), stop, 5, 10)
+    found = records.outcome(run)
+    assert found is not None and found.state == "stopped" and "disabled" in found.why
+
+
+def test_a_job_that_slurm_has_requeued_already_is_no_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    def answers(text: str) -> Callable[..., subprocess.CompletedProcess[str]]:
+        return lambda *command: subprocess.CompletedProcess(command, 1, "", text)
+
+    monkeypatch.setattr(queue, "_run", answers("Job is pending execution for job 7\n"))
+    queue.requeue("7")
+    monkeypatch.setattr(queue, "_run", answers("Requested operation is presently disabled\n"))
+    with pytest.raises(UserError, match="presently disabled"):
+        queue.requeue("7")
+
+
+def test_a_rank_that_only_lost_another_leaves_the_word_to_it(run: Path, asked: list[str]) -> None:
+    job._failed(run, "train", place(1, 2), ValueError("planted"))
+    job._failed(run, "train", place(0, 2), PeerError("Rank 1 ended"))
+    found = records.outcome(run)
+    assert asked == ["waited"] and found is not None
+    assert found.why == f"rank 1 on {socket.gethostname()}: ValueError: planted"
+
+
+def test_ranks_meet_at_a_free_port_of_the_first_ones_node(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MASTER_ADDR", "not yet")  # and taken back after the test
+    monkeypatch.setenv("MASTER_PORT", "0")
+    told: list[tuple[str, str, float | None]] = []
+
+    def second() -> None:
+        deadline = job.meet(tmp_path / "meeting", place(1, 2))
+        told.append((os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"], deadline))
+
+    thread = threading.Thread(target=second)
+    thread.start()
+    time.sleep(0.2)  # the second may come first
+    assert not told
+    assert job.meet(tmp_path / "meeting", place(0, 2), 1234.5) == 1234.5
+    thread.join(timeout=20)
+    assert told == [(os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"], 1234.5)]
+    with socket.socket() as probe:
+        probe.bind((os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])))
+    monkeypatch.setattr(job, "MEETING", 0.2)
+    with pytest.raises(RuntimeError, match="Rank 1: the first rank did not write"):
+        job.meet(tmp_path / "meeting", place(1, 2, "8"))
+    assert job._resolvable("no-such-host.invalid") == socket.gethostname()
+
+
+def test_a_signal_before_training_is_not_forgotten_inside_it() -> None:
+    with StopFlag() as outer:
+        os.kill(os.getpid(), signal.SIGUSR2)
+        with StopFlag() as inner:
+            assert inner() and inner.heard == {signal.SIGUSR2}
+            os.kill(os.getpid(), signal.SIGTERM)
+        assert outer.heard == {signal.SIGUSR2, signal.SIGTERM} == inner.heard
+
+
+@pytest.mark.parametrize(
+    ("said", "seconds"),
+    [("59:12", 3552), ("1:00:00", 3600), ("2-03:04:05", 183845), ("0:07", 7), ("UNLIMITED", None), ("NOT_SET", None)],
+)
+def test_time_left_as_squeue_says_it(monkeypatch: pytest.MonkeyPatch, said: str, seconds: float | None) -> None:
+    monkeypatch.setattr(queue, "_run", lambda *command: subprocess.CompletedProcess(command, 0, f"{said}\n", ""))
+    assert queue.seconds_left("7") == seconds
+
+
+def test_the_first_rank_knows_when_to_save(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (run / "resources.yaml").write_text("cpu: true\nsignal_delay: 40\n")
+    monkeypatch.setattr(queue, "seconds_left", lambda number: 100.0)
+    assert job.save_by(run, run, place()) == pytest.approx(time.time() + 60, abs=5)
+    assert job.save_by(run, run, place(1, 2)) is None
+    monkeypatch.setattr(queue, "seconds_left", lambda number: None)
+    assert job.save_by(run, run, place()) is None
+
+
+def test_the_alarm_rings_in_time_and_not_afterwards() -> None:
+    with StopFlag() as stop:
+        with job._alarm(time.time() - 1):
+            until = time.monotonic() + 10
+            while not stop() and time.monotonic() < until:
+                time.sleep(0.01)
+        assert stop.heard == {signal.SIGUSR2}
+    with StopFlag() as stop:
+        with job._alarm(time.time() + 0.2):
+            pass
+        time.sleep(0.4)
+        assert not stop()
+
+
+def test_waiting_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    begun = time.monotonic()
+    job.wait_for_the_end(0.05)
+    assert time.monotonic() - begun >= 0.05
+
+
+@pytest.fixture
+def mine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """mine.yaml and pictures/, and no SLURM."""
+    monkeypatch.chdir(tmp_path)
+    rng = np.random.default_rng(0)
+    np.savez(tmp_path / "pictures.npz", images=rng.integers(0, 256, (40, 32, 32, 3), np.uint8), label=np.arange(40) % 2)
+    recipe = {
+        "data": {"path": "pictures.npz", "val": "pictures.npz", "workers": 0},
+        "views": {"global_crops_size": 32, "local_crops_size": 16, "local_crops_number": 2},
+        "backbone": {"name": "vit_tiny_patch8", "embed_dim": 24, "depth": 2, "num_heads": 2},
+        "head": {"prototypes": 20, "hidden_dim": 16, "bottleneck_dim": 8},
+        "train": {"epochs": 2, "batch_size": 8, "precision": "fp32", "threads": 1, "log_every_steps": 1},
+        "eval": {"knn_every_epochs": 0},
+    }
+    (tmp_path / "mine.yaml").write_text(yaml.safe_dump(recipe))
+    return tmp_path
+
+
+def test_debug_does_in_this_process_what_a_job_does(mine: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["launch", "mine.yaml", "--cpu", "--cluster", "debug", "--then", "eval=knn"]
+    assert cli.main(words) == 0
+    run = mine / "runs" / "mine"
+    done = records.outcome(run)
+    assert done is not None and (done.state, done.step, done.steps) == ("finished", 10, 10)
+    assert (
+        records.outcome(run, "eval") is not None and (run / "results.json").exists() and (run / "report.html").exists()
+    )
+    assert [ending["why"] for ending in records.endings(run)] == ["finished"]
+    capsys.readouterr()
+    assert cli.main(["launch", "status", str(run)]) == 0
+    assert "finished" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_local_runs_processes_of_this_machine_one_run_after_the_other(
+    mine: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["launch", "mine.yaml", "--cpu", "--tasks-per-node", "2", "--cluster", "local"]
+    assert cli.main([*words, "--nodes", "2"]) == 2
+    assert "--nodes needs --cluster slurm" in " ".join(capsys.readouterr().err.split())
+    sweep = [*words, "--sweep", "optim.lr=1e-3,2e-3", "--then", "eval=knn"]
+    assert cli.main(sweep) == 0
+    for name in ("lr=1e-3", "lr=2e-3"):
+        run = mine / "runs" / "mine" / name
+        done = records.outcome(run)
+        assert done is not None and done.state == "finished"
+        assert "ranks: 2" in (run / "run.log").read_text() and (run / "results.json").exists()
+    capsys.readouterr()
+    assert cli.main(["report", "runs/mine"]) == 0
+    said = capsys.readouterr().out
+    assert "optim.lr" in said and "0.001" in said and "k-NN top-1" in said

@@ -1,0 +1,45 @@
+"""Combinations of settings."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from nearfar.launch.slurm import sweep
+from nearfar.ssl.errors import UserError
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> Path:
+    file = tmp_path / "mine.yaml"
+    file.write_text("train: {epochs: 3}\n")
+    return file
+
+
+def test_every_combination_is_a_run_in_the_sweeps_folder(recipe: Path) -> None:
+    folder, runs = sweep.runs(recipe, ["folder=/x y"], ["optim.lr=1e-4,5e-4", "backbone.lgp=true,false"])
+    assert folder == Path("/x y/mine")
+    assert [run.path.name for run in runs] == [
+        "lr=1e-4_lgp=true", "lr=1e-4_lgp=false", "lr=5e-4_lgp=true", "lr=5e-4_lgp=false",
+    ]  # fmt: skip
+    assert {run.path.parent for run in runs} == {folder}
+    assert [(run.optim.lr, run.backbone.lgp) for run in runs] == [
+        (1e-4, True), (1e-4, False), (5e-4, True), (5e-4, False),
+    ]  # fmt: skip
+
+
+def test_values_may_be_lists_and_leaves_may_have_the_same_name(recipe: Path) -> None:
+    assert sweep.split("[0.3, 1],[0.4, 1]") == ["[0.3, 1]", "[0.4, 1]"]
+    _, runs = sweep.runs(recipe, [], ["views.global_crops_scale=[0.3,1],[0.4,1]", "train.seed=0,1"])
+    assert runs[3].views.global_crops_scale == (0.4, 1.0) and runs[3].name == "global_crops_scale=0.4-1_seed=1"
+    _, runs = sweep.runs(recipe, [], ["eval.size=32,64", "eval.resize=64,70"])
+    assert runs[0].name == "size=32_resize=64"
+
+
+@pytest.mark.parametrize("wrong", ["optim.lr", "optim.lr=", "optim.lr=1,,2", "name=a,b", "optim.lr=1e-3,1e-3"])
+def test_what_is_no_sweep_is_told(recipe: Path, wrong: str) -> None:
+    with pytest.raises(UserError, match="--sweep"):
+        sweep.runs(recipe, [], [wrong])
+    with pytest.raises(UserError, match=r"did you mean optim\.lr"):
+        sweep.runs(recipe, [], ["optim.lrr=1e-3,1e-4"])

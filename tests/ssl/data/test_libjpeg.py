@@ -1,0 +1,91 @@
+import gc
+import io
+
+import numpy as np
+import psutil
+import pytest
+from PIL import Image
+
+from nearfar.ssl.data import libjpeg
+
+pytestmark = pytest.mark.skipif(not libjpeg.available(), reason="FFCV is not installed")
+
+
+def jpeg(height=48, width=70, **options):
+    pixels = np.random.default_rng(0).integers(0, 256, (height // 8 + 1, width // 8 + 1, 3), np.uint8)
+    file = io.BytesIO()
+    Image.fromarray(pixels).resize((width, height), Image.Resampling.BICUBIC).save(file, "JPEG", **options)
+    return file.getvalue()
+
+
+def decoded(data, height=48, width=70, pitch=None):
+    pitch = pitch or 3 * width
+    out = np.zeros(height * pitch, np.uint8)
+    libjpeg.Decoder().decode(data, out, height, width, pitch)
+    return out.reshape(height, pitch)[:, : 3 * width].reshape(height, width, 3)
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"subsampling": 0}, {"subsampling": 1}, {"progressive": True}, {"quality": 20}]
+)
+def test_pixels_are_those_of_pillow(options):
+    data = jpeg(**options)
+    wanted = np.asarray(Image.open(io.BytesIO(data)))
+    assert np.abs(decoded(data).astype(int) - wanted).max() <= 2  # equal where Pillow has the same library
+    assert np.abs(decoded(data, pitch=216).astype(int) - wanted).max() <= 2
+    assert libjpeg.Decoder().size(data) == (48, 70)
+
+
+def test_gray_becomes_rgb():
+    file = io.BytesIO()
+    Image.open(io.BytesIO(jpeg())).convert("L").save(file, "JPEG")
+    pixels = decoded(file.getvalue())
+    assert (pixels[..., :1] == pixels).all()
+
+
+@pytest.mark.parametrize("share", [0, 0.01, 0.3, 0.9, 0.99])
+def test_missing_bytes_are_an_error(share):
+    data = jpeg()
+    with pytest.raises(libjpeg.JPEGError):
+        decoded(data[: int(len(data) * share)])
+
+
+def test_mangled_bytes_are_an_error_or_an_image_but_nothing_else():
+    data, rng, noticed = jpeg(), np.random.default_rng(0), 0
+    for _ in range(200):
+        damaged = bytearray(data)
+        for place in rng.integers(0, len(data), 5):
+            damaged[place] = rng.integers(0, 256)
+        try:
+            decoded(bytes(damaged))
+        except libjpeg.JPEGError:
+            noticed += 1
+    assert noticed > 100
+
+
+@pytest.mark.parametrize("size", [(47, 70), (48, 71), (96, 140), (24, 35)])
+def test_another_size_than_promised_is_an_error(size):
+    with pytest.raises(libjpeg.JPEGError, match="header says 70 x 48"):
+        decoded(jpeg(), *size)
+
+
+def test_a_buffer_too_small_is_refused():
+    with pytest.raises(ValueError, match="do not fit"):
+        libjpeg.Decoder().decode(jpeg(), np.zeros(100, np.uint8), 48, 70, 210)
+
+
+def test_decoders_are_freed():
+    data = jpeg(400, 400)
+    decoded(data, 400, 400)
+    before = psutil.Process().memory_info().rss
+    for _ in range(500):
+        decoded(data, 400, 400)
+    gc.collect()
+    assert psutil.Process().memory_info().rss - before < 30 * 2**20
+
+
+def test_what_is_missing_is_told(monkeypatch):
+    monkeypatch.setattr(libjpeg, "_library", lambda: None)
+    assert not libjpeg.available()
+    with pytest.raises(libjpeg.UserError, match=r"It needs FFCV.*apt-get install"):
+        libjpeg.require("It")

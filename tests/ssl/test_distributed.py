@@ -1,0 +1,283 @@
+"""Several processes are one run: same loss as one process, same bits after a stop, and nobody waits for the dead."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import textwrap
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import pytest
+import torch
+import yaml
+from PIL import Image
+
+from nearfar.ssl import checkpoint, config, distributed
+from nearfar.ssl.config import Run
+from nearfar.ssl.data.views import epoch_order
+from nearfar.ssl.distributed import Ranks, available_cores, from_environment
+from nearfar.ssl.run_folder import read_metrics
+
+Make = Callable[..., Run]
+CLOCK = {"img_per_s", "data_wait", "time"}
+
+
+def together(size: int, *command: str) -> list[subprocess.Popen[str]]:
+    """The command in `size` processes that find each other as torchrun's would."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    shared = {"WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    shared |= {"OMP_NUM_THREADS": 1}
+    return [
+        subprocess.Popen(
+            [sys.executable, *command],
+            env=os.environ | {k: str(v) for k, v in (shared | {"RANK": rank, "LOCAL_RANK": rank}).items()},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(size)
+    ]
+
+
+def finish(processes: list[subprocess.Popen[str]], timeout: float = 120) -> list[str]:
+    """What each wrote to stdout; all must have ended well."""
+    said = [process.communicate(timeout=timeout) for process in processes]
+    assert [process.returncode for process in processes] == [0] * len(processes), said
+    return [out for out, _ in said]
+
+
+# Who am I
+
+
+@pytest.mark.parametrize(
+    ("env", "expected"),
+    [
+        ({}, Ranks()),
+        ({"RANK": "3", "WORLD_SIZE": "8", "LOCAL_RANK": "1"}, Ranks(3, 8, 1, available_cores())),
+        ({"RANK": "0", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "10000"}, Ranks(0, 2, 0, 1)),
+        ({"SLURM_NTASKS": "4", "SLURM_PROCID": "0", "SLURM_JOB_ID": "7"}, Ranks()),  # in the batch script, outside srun
+        (
+            {"SLURM_STEP_NUM_TASKS": "4", "SLURM_PROCID": "2", "SLURM_LOCALID": "0", "SLURM_CPUS_PER_TASK": "6"}
+            | {"MASTER_ADDR": "node1", "MASTER_PORT": "2345"},
+            Ranks(2, 4, 0, 6),
+        ),
+    ],
+)
+def test_the_environment_says_which_rank_this_is(env: dict[str, str], expected: Ranks) -> None:
+    assert from_environment(env) == expected
+
+
+def test_srun_without_an_address_meets_on_the_first_node_of_the_step(tmp_path: Path, monkeypatch: Any) -> None:
+    scontrol = tmp_path / "scontrol"
+    scontrol.write_text("#!/bin/sh\ntest \"$*\" = 'show hostnames gpu[07-08]' && printf 'gpu07\\ngpu08\\n'\n")
+    scontrol.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    env = {"SLURM_STEP_NUM_TASKS": "2", "SLURM_PROCID": "1", "SLURM_STEP_NODELIST": "gpu[07-08]"}
+    first, second = (from_environment(env | {"SLURM_JOB_ID": "11", "SLURM_STEP_ID": step}) for step in "01")
+    assert first.meeting.startswith("tcp://gpu07:") and second.meeting.startswith("tcp://gpu07:")
+    assert first.meeting != second.meeting
+
+
+def test_alone_every_sum_is_ones_own() -> None:
+    x = torch.randn(3, 4)
+    assert torch.equal(distributed.all_sum_(x.clone()), x) and torch.equal(distributed.all_mean_(x.clone()), x)
+    assert torch.equal(distributed.all_logsumexp(x), x.logsumexp(0, keepdim=True))
+    assert (
+        distributed.from_first(lambda: 5) == 5 and distributed.gathered([1, 2]) == [1, 2] and distributed.count() == 1
+    )
+
+
+# One loss
+
+LEARNERS = """
+    import json, sys
+    import torch
+    from nearfar.ssl import config, distributed
+    from nearfar.ssl.defaults import resolve
+    from nearfar.ssl.train import build_learner
+
+    torch.set_num_threads(1)
+    world = distributed.from_environment()
+    results = []
+    with distributed.joined(world):
+        for settings in json.loads(sys.argv[1]):
+            learner = build_learner(resolve(config.load(None, settings), 2000)[0]).double()
+            optimizer = torch.optim.SGD(learner.student.parameters(), lr=0.1)  # Adam scales up rounding
+            losses = []
+            for step in range(3):
+                generator = torch.Generator().manual_seed(step)
+                shapes = [(2, 8, 3, 16, 16), (2, 8, 3, 8, 8)]
+                groups = [torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes]
+                mine = slice(8 // world.size * world.rank, 8 // world.size * (world.rank + 1))
+                out = learner([group[:, mine] for group in groups], 0.04)
+                out.loss.backward()
+                distributed.average_gradients(list(learner.student.parameters()))
+                optimizer.step()
+                optimizer.zero_grad()
+                learner.loss.update_center(out.teacher_logits)
+                learner.update_teacher(0.9)
+                losses.append(float(distributed.all_mean_(out.loss.detach())))
+            state = {k: v.double().flatten().tolist() for k, v in learner.state_dict().items()}
+            results.append([losses, state])
+    if world.first:
+        json.dump(results, open(sys.argv[2], "w"))
+"""
+
+
+def test_ranks_with_a_slice_each_agree_with_one_rank_in_float64(tmp_path: Path) -> None:
+    """Loss of three steps, then every weight, the center and the running statistics of the head's batch norm."""
+    script = tmp_path / "learners.py"
+    script.write_text(textwrap.dedent(LEARNERS))
+    small = ["backbone.name=vit_tiny_patch4", "backbone.embed_dim=12", "backbone.depth=1", "backbone.num_heads=2"]
+    small += [
+        "backbone.drop_path=0",
+        "head.prototypes=8",
+        "head.hidden_dim=16",
+        "head.bottleneck_dim=8",
+        "train.batch_size=8",
+    ]
+    small += ["views.global_crops_size=16", "views.local_crops_size=8", "backbone.lgp=true", "backbone.gaug=true"]
+    cases = [
+        [*small, "loss.centering=sinkhorn_knopp", "loss.koleo_weight=0.1"],
+        [*small, "head.batch_norm=false"],
+        small,
+    ]
+    one, two, four = (tmp_path / f"{size}.json" for size in (1, 2, 4))
+    for size, file in ((1, one), (2, two), (4, four)):
+        finish(together(size, str(script), json.dumps(cases), str(file)))
+    for file in (two, four):
+        for (losses, state), (expected, weights) in zip(
+            json.loads(file.read_text()), json.loads(one.read_text()), strict=True
+        ):
+            np.testing.assert_allclose(losses, expected, rtol=1e-9)
+            assert len(set(losses)) == 3 and state.keys() == weights.keys()
+            for name, values in state.items():
+                np.testing.assert_allclose(values, weights[name], rtol=1e-6, atol=1e-9, err_msg=name)
+
+
+# One run
+
+
+@pytest.fixture
+def recipe(tiny: Make, tmp_path: Path) -> Callable[..., Path]:
+    """A tiny run over images on disk, as a file of settings; returns its path."""
+    images = tmp_path / "images.npz"
+    np.savez(images, images=np.random.default_rng(0).integers(0, 256, (48, 32, 32, 3), np.uint8))
+
+    def make(*settings: str, folder: str = "runs") -> Path:
+        run = tiny(
+            f"data.path={images}", "train.batch_size=12", "loss.centering=sinkhorn_knopp", *settings, folder=folder
+        )
+        file = tmp_path / f"{folder}.yaml"
+        tree = yaml.safe_load(config.to_yaml(run))
+        file.write_text(yaml.safe_dump(tree))
+        return file
+
+    return make
+
+
+def bits(file: Path) -> tuple[dict[str, bytes], list[dict[str, Any]]]:
+    run = config.load(file)
+    saved = checkpoint.latest(run.path / "checkpoints")
+    assert saved is not None and saved.state["step"] == 16
+    metrics = [{k: v for k, v in line.items() if k not in CLOCK} for line in read_metrics(run.path / "metrics.jsonl")]
+    return {name: tensor.numpy().tobytes() for name, tensor in saved.tensors.items()}, metrics
+
+
+def wait_for_lines(file: Path, lines: int, processes: list[subprocess.Popen[str]]) -> None:
+    metrics, until = config.load(file).path / "metrics.jsonl", time.monotonic() + 60
+    while not metrics.exists() or metrics.read_bytes().count(b"\n") < lines:
+        assert time.monotonic() < until and all(process.poll() is None for process in processes)
+        time.sleep(0.005)
+
+
+RANK = ("-m", "nearfar.launch.rank")
+
+
+@pytest.mark.parametrize("size", [2, 3])
+def test_stopped_on_one_rank_and_continued_ends_with_the_same_bits(recipe: Callable[..., Path], size: int) -> None:
+    """SIGTERM reaches one rank only, and not the first; all save and leave; the last one standing is the same."""
+    whole, parts = recipe(folder="whole"), recipe(folder="parts")
+    finish(together(size, *RANK, str(whole)))
+    processes = together(size, *RANK, str(parts))
+    wait_for_lines(parts, 5, processes)
+    processes[-1].send_signal(signal.SIGTERM)
+    finish(processes)
+    stopped = checkpoint.latest(config.load(parts).path / "checkpoints")
+    assert stopped is not None and 5 <= stopped.state["step"] < 16 and stopped.state["world_size"] == size
+    finish(together(size, *RANK, str(parts)))
+    assert bits(whole) == bits(parts)
+
+
+def test_another_number_of_ranks_continues_and_says_so(recipe: Callable[..., Path]) -> None:
+    file = recipe()
+    processes = together(2, *RANK, str(file))
+    wait_for_lines(file, 3, processes)
+    processes[0].send_signal(signal.SIGTERM)
+    finish(processes)
+    finish(together(1, *RANK, str(file)))
+    log = (config.load(file).path / "run.log").read_text()
+    assert "Saved by 2 ranks, continued by 1" in log
+    assert len(read_metrics(config.load(file).path / "metrics.jsonl")) == 16
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_killed_rank_ends_the_other_at_once(recipe: Callable[..., Path], victim: int) -> None:
+    file = recipe("train.epochs=4000")
+    processes = together(2, *RANK, str(file))
+    wait_for_lines(file, 3, processes)
+    processes[victim].kill()
+    _, said = processes[1 - victim].communicate(timeout=60)
+    assert processes[1 - victim].returncode == 3, said
+    assert "Traceback" not in said
+    processes[victim].communicate()
+
+
+def test_a_mistake_on_one_rank_is_told_by_the_first(recipe: Callable[..., Path], tmp_path: Path) -> None:
+    """Rank 1 alone meets too many bad images: its slices of the first three batches are unreadable."""
+    file = recipe("data.max_bad_fraction=0")
+    folder = tmp_path / "files"
+    folder.mkdir()
+    second = set(epoch_order(0, 0, 48)[:36].reshape(3, 2, 6)[:, 1].flat)
+    for i in range(48):
+        if i in second:
+            (folder / f"{i:02d}.png").write_bytes(b"")
+        else:
+            Image.new("RGB", (32, 32), (i, 2 * i, 3 * i)).save(folder / f"{i:02d}.png")
+    tree = yaml.safe_load(file.read_text())
+    tree["data"]["path"] = str(folder)
+    file.write_text(yaml.safe_dump(tree))
+    processes = together(2, *RANK, str(file))
+    said = [process.communicate(timeout=60)[1] for process in processes]
+    assert [process.returncode for process in processes] == [2, 2], said
+    assert "Rank 1 on" in said[0] and "cannot be used" in said[0] and "Traceback" not in said[0]
+
+
+def test_nearfar_pretrain_starts_the_other_ranks_itself(recipe: Callable[..., Path]) -> None:
+    """And the bits are those of the same ranks started by hand; a killed child is named."""
+    by_hand, by_itself = recipe(folder="hand"), recipe(folder="itself")
+    finish(together(2, *RANK, str(by_hand)))
+    command = [sys.executable, "-m", "nearfar.launch.cli", "pretrain"]
+    subprocess.run([*command, str(by_itself), "train.world_size=2"], check=True, capture_output=True, timeout=120)
+    assert bits(by_hand) == bits(by_itself)
+
+    endless = recipe("train.epochs=4000", folder="endless")
+    process = subprocess.Popen(
+        [*command, str(endless), "train.world_size=2"], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    )
+    wait_for_lines(endless, 3, [process])
+    (child,) = psutil.Process(process.pid).children()
+    child.kill()
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 3 and "rank 1 was killed by SIGKILL" in " ".join(said.split()), said
