@@ -25,7 +25,7 @@ from nearfar.ssl.backbones.attention import attend
 from nearfar.ssl.backbones.lgp import pointwise
 from nearfar.ssl.backbones.vit import WIDTHS, Attention, PatchEmbed
 
-PUBLISHED = {"tiny": 0.07, "small": 0.24, "base": 0.82}  # G multiply-adds that LGP adds (METHODS section 1)
+PUBLISHED = {"tiny": 0.07, "small": 0.24, "base": 0.82}  # G multiply-adds LGP adds (docs/methods.md section 1)
 
 
 class MaterializedGaug(GaugBias):

@@ -72,7 +72,7 @@ def read(backbone: Backbone, images: Tensor, layer: str = "final", pooling: str 
     deepest last.
 
     layer "final": what the model outputs (final norm, and PRR when on). "last-block": the last block as it
-    is, no norm and no PRR, as LocAt's dense evaluation reads it (METHODS section 3). "blocks-N": the last N
+    is, no norm and no PRR, as LocAt's dense evaluation reads it (docs/methods.md section 3). "blocks-N": the last N
     blocks, each through the final norm, no PRR; blocks-4 with CLS is DINO's linear protocol for ViT-S.
     """
     if layer == "final":

@@ -1,4 +1,4 @@
-"""Weighted k-nearest neighbors on frozen features (METHODS section 5): nothing is trained here."""
+"""Weighted k-nearest neighbors on frozen features (docs/methods.md section 5): nothing is trained here."""
 
 from collections.abc import Iterable
 

@@ -29,7 +29,7 @@ def linear_probe(
 ) -> dict[str, Any]:
     """Top-1 (and top-5 beyond five classes) in percent of a linear classifier trained on (n, D) features.
 
-    METHODS section 5: SGD, momentum .9, no weight decay, cosine to 0. Every rate of `lrs` (per 256 samples;
+    docs/methods.md section 5: SGD, momentum .9, no weight decay, cosine to 0. Every rate of `lrs` (per 256 samples;
     scaled by batch_size / 256) is trained in the same pass and scored after the last epoch on a stratified
     `holdout` share of the *training* set. The best (ties: lower loss) is trained afresh on the whole training
     set; only that one meets the test set. Features are standardized per dimension with training statistics:

@@ -1,4 +1,4 @@
-"""Frozen segmentation: a small head on patch grids, scored by mIoU at the masks' own size (METHODS section 3)."""
+"""Frozen segmentation: a small head on patch grids, scored by mIoU at mask size (docs/methods.md section 3)."""
 
 from collections.abc import Sequence
 from typing import Any

@@ -1,4 +1,4 @@
-"""Is the run alive? Numbers that show collapse, and the plain words for it (METHODS section 7)."""
+"""Is the run alive? Numbers that show collapse, and the plain words for it (docs/methods.md section 7)."""
 
 from __future__ import annotations
 

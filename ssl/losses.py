@@ -1,4 +1,4 @@
-"""What the student is asked for: the DINO loss and the center of the teacher (METHODS section 5)."""
+"""What the student is asked for: the DINO loss and the center of the teacher (docs/methods.md section 5)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""GAug, Gaussian-augmented attention (METHODS section 2): each query looks around itself as far as it chooses."""
+"""GAug, Gaussian-augmented attention (docs/methods.md section 2): a query looks around itself as far as it chooses."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""LGP, local and global patching (METHODS section 1): a patch embedding that makes positions unnecessary.
+"""LGP, local and global patching (docs/methods.md section 1): a patch embedding that makes positions unnecessary.
 
 The "global" path reads a full 2-D wavelet packet of the image. What it carries across patches depends on the wavelet:
 
@@ -165,9 +165,10 @@ class LGPPatchEmbed(nn.Module):
 
 @contextmanager
 def bands_permuted(model: nn.Module, order: Tensor) -> Iterator[None]:
-    """Within this context every LGP embedding of `model` reads sub-band order[i] where it read i (METHODS section 1).
+    """Within this context every LGP embedding of `model` reads sub-band order[i] where it read i.
 
-    `order` is a permutation of 4**levels numbers. The weights stay as they are: it measures what the order is worth.
+    `order` is a permutation of 4**levels numbers. The weights stay as they are: it measures what the order is worth
+    (band shuffle, docs/methods.md section 1).
     Raises UserError for a model without LGP, and for an order of another length.
     """
     embeds = [module for module in model.modules() if isinstance(module, LGPPatchEmbed)]

@@ -1,4 +1,4 @@
-"""LGP in the form for Vision Mamba (METHODS section 1); the wavelet packet and its fold are those of `lgp`."""
+"""LGP in the form for Vision Mamba (docs/methods.md section 1); the wavelet packet and its fold are those of `lgp`."""
 
 from typing import Literal
 

@@ -1,4 +1,7 @@
-"""PRR, patch representation refinement (METHODS section 3): parameter-free self-attention over the final tokens."""
+"""PRR, patch representation refinement: self-attention without parameters on the final tokens.
+
+The formula is in docs/methods.md section 3.
+"""
 
 from torch import Tensor
 

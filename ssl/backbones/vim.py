@@ -1,4 +1,4 @@
-"""Vision Mamba (METHODS section 4): a state-space model that reads the patches as one sequence.
+"""Vision Mamba (docs/methods.md section 4): a state-space model that reads the patches as one sequence.
 
 `vim_{tiny,small,base}_patch16` is Vim itself: both directions, each with its own parameters, RMSNorm. `_uni` is the
 single-direction form with LayerNorm that the LGP paper's table calls ViM; `_lgp` is LGP in place of positions.
@@ -71,7 +71,7 @@ class Mixer(nn.Module):
 
 
 def _direction(inner: int, dim: int) -> tuple[nn.Conv1d, nn.Linear, nn.Linear, nn.Parameter, nn.Parameter]:
-    """Parameters of one direction, initialized as METHODS says: conv1d, x_proj, dt_proj, A_log, D."""
+    """Parameters of one direction, initialized as docs/methods.md section 4 says: conv1d, x_proj, dt_proj, A_log, D."""
     rank = math.ceil(dim / 16)
     conv = nn.Conv1d(inner, inner, CONV, padding=CONV - 1, groups=inner)
     x_proj = nn.Linear(inner, rank + 2 * STATE, bias=False)

@@ -2,7 +2,8 @@
 
 There is no generator state. Every random number is one 32-bit word of Philox4x32-10 (Salmon et al., "Parallel
 random numbers: as easy as 1, 2, 3", SC 2011), whose counter is `(block, view, sample, epoch)` and whose key is the
-seed: any worker count, backend or restart sees the same views. Backends only execute a plan (METHODS section 5).
+seed: any worker count, backend or restart sees the same views. Backends only execute a plan
+(docs/methods.md section 5).
 """
 
 from dataclasses import dataclass, fields

@@ -10,7 +10,7 @@ from nearfar.ssl.heads.batch_norm import BatchNorm
 
 
 class DINOHead(nn.Module):
-    """MLP, L2 normalization, cosine with K unit prototypes (DINO, section 3.1; METHODS section 5).
+    """MLP, L2 normalization, cosine with K unit prototypes (DINO, section 3.1; docs/methods.md section 5).
 
     Three linear layers with GELU between (`batch_norm` before each GELU, which DINO leaves out and short runs on
     little data need), then a weight-normed layer without bias whose gain stays 1: only directions are learnt.

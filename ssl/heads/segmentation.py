@@ -1,4 +1,4 @@
-"""Patch features -> per-pixel class scores, for frozen backbones (METHODS section 3)."""
+"""Patch features -> per-pixel class scores, for frozen backbones (docs/methods.md section 3)."""
 
 import torch.nn.functional as F
 from torch import Tensor, nn

@@ -1,4 +1,4 @@
-"""The loop: every step as METHODS section 5 says, re-computed in float64 from the formulas alone."""
+"""The loop: every step as docs/methods.md section 5 says, re-computed in float64 from the formulas alone."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The color half of a view, on a batch, on its device: jitter, gray, blur, solarize (METHODS section 5).
+"""The color half of a view, on a batch, on its device: jitter, gray, blur, solarize (docs/methods.md section 5).
 
 Each operation equals torchvision.transforms.functional on float images, with one factor per sample. Samples are grouped
 by what they need, so that an operation costs nothing where it is not due.

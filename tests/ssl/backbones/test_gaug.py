@@ -1,4 +1,4 @@
-"""GAug against the formula of METHODS section 2, one number at a time in float64."""
+"""GAug against the formula of docs/methods.md section 2, one number at a time in float64."""
 
 import math
 

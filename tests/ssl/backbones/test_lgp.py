@@ -1,4 +1,4 @@
-"""LGP against an explicit recursion through pytorch_wavelets, written from METHODS section 1."""
+"""LGP against an explicit recursion through pytorch_wavelets, written from docs/methods.md section 1."""
 
 import pytest
 import torch
@@ -88,7 +88,7 @@ def test_any_size_gives_its_token_grid(options: dict) -> None:
 
 
 def test_whole_embedding_follows_methods() -> None:
-    """Every formula of METHODS section 1 written out again, at a gate that is not its initial half."""
+    """Every formula of docs/methods.md section 1 written out again, at a gate that is not its initial half."""
     from torch.nn import functional as F
 
     embed = LGPPatchEmbed(4, 8).double()

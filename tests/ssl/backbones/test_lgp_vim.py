@@ -1,4 +1,4 @@
-"""LGP for Vision Mamba against the explicit, unfolded computation of METHODS section 1."""
+"""LGP for Vision Mamba against the explicit, unfolded computation of docs/methods.md section 1."""
 
 from __future__ import annotations
 

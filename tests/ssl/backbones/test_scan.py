@@ -16,7 +16,7 @@ from nearfar.ssl.errors import UserError
 
 
 def stepwise(x: Tensor, dt: Tensor, a: Tensor, b: Tensor, c: Tensor, d: Tensor) -> Tensor:
-    """METHODS section 4, one step after the other."""
+    """docs/methods.md section 4, one step after the other."""
     state = x.new_zeros(x.shape[0], x.shape[2], a.shape[1])
     out = []
     for t in range(x.shape[1]):

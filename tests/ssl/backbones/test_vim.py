@@ -1,4 +1,4 @@
-"""Vision Mamba against METHODS section 4 written out in float64, its counts, its directions and its place in timm."""
+"""Vision Mamba against docs/methods.md section 4 written out in float64; its counts, directions and place in timm."""
 
 from __future__ import annotations
 
@@ -122,7 +122,7 @@ def test_what_takes_no_weight_decay_is_marked() -> None:
 
 
 def direction(mixer: Any, x: Tensor, suffix: str) -> Tensor:
-    """One scan of METHODS section 4 over (B, L, inner), number by number along L."""
+    """One scan of docs/methods.md section 4 over (B, L, inner), number by number along L."""
     conv, x_proj, dt_proj = (getattr(mixer, name + suffix) for name in ("conv1d", "x_proj", "dt_proj"))
     a, d = (mixer.A_b_log, mixer.D_b) if suffix else (mixer.A_log, mixer.D)
     padded = torch.cat([x.new_zeros(len(x), 3, x.shape[2]), x], 1)

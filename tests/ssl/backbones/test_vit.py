@@ -132,7 +132,7 @@ def test_lgp_has_no_positions_and_mean_head() -> None:
 
 
 def test_encoder_without_positions_does_not_see_the_order_of_tokens() -> None:
-    """Token shuffle of METHODS section 1: exact invariance of the mean, and of CLS."""
+    """Token shuffle of docs/methods.md section 1: exact invariance of the mean, and of CLS."""
     model: Any = randomized(VisionTransformer(**SMALL, lgp=True, num_classes=0))
     x, grid = model.embed(torch.randn(2, 3, 32, 32))
     shuffled = torch.cat([x[:, :1], x[:, 1 + torch.randperm(16)]], 1)

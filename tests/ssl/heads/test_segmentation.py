@@ -1,4 +1,4 @@
-"""Segmentation heads: the layers of METHODS section 3, and bilinear upsampling with half-pixel centers."""
+"""Segmentation heads: the layers of docs/methods.md section 3, and bilinear upsampling with half-pixel centers."""
 
 import numpy as np
 import pytest
