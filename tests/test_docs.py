@@ -5,9 +5,11 @@ from __future__ import annotations
 import ast
 import importlib
 import re
+import runpy
 import shlex
+import sys
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import product
 from pathlib import Path
 
@@ -64,11 +66,18 @@ def blocks(page: Path) -> list[tuple[str, str]]:
     return [*fenced, *(("", re.sub(r"^    ", "", block, flags=re.MULTILINE)) for block in indented)]
 
 
+def inline(page: Path) -> list[str]:
+    text = re.sub(r"^```\w*\n.*?^```", "", page.read_text(), flags=re.MULTILINE | re.DOTALL)
+    return [" ".join(code.split()) for code in re.findall(r"`([^`]+)`", text)]
+
+
+def lines(page: Path) -> list[str]:
+    return [line.strip() for _, block in blocks(page) for line in block.splitlines()]
+
+
 def snippets(page: Path) -> list[str]:
     """Every inline code of a page and every line of its code blocks."""
-    text = re.sub(r"^```\w*\n.*?^```", "", page.read_text(), flags=re.MULTILINE | re.DOTALL)
-    inline = [" ".join(code.split()) for code in re.findall(r"`([^`]+)`", text)]
-    return inline + [line.strip() for _, block in blocks(page) for line in block.splitlines()]
+    return inline(page) + lines(page)
 
 
 def expanded(path: str) -> list[str]:
@@ -78,13 +87,13 @@ def expanded(path: str) -> list[str]:
     return ["".join(choice) for choice in product(*choices)]
 
 
-def commands(page: Path, program: str) -> list[list[str]]:
-    """The arguments of every call of a program in a page's code, without its comments."""
+def commands(code: list[str], program: str) -> list[list[str]]:
+    """The arguments of every call of a program in some lines of code, without comments."""
     found = []
-    for snippet in snippets(page):
-        if match := re.search(rf"(?:^|[ /]){re.escape(program)} (.*)", snippet):
+    for line in code:
+        if match := re.search(rf"(?:^|[ /]){re.escape(program)} (.*)", line):
             arguments = shlex.split(match[1], comments=True)
-            if "..." not in arguments:
+            if arguments and "..." not in arguments:
                 found.append(arguments)
     return found
 
@@ -147,13 +156,15 @@ def test_the_design_names_every_module() -> None:
 # --- commands, settings, code ----------------------------------------------------------------------------------
 
 
-def command_cases() -> list[tuple[str, list[str]]]:
-    return [(names(page), arguments) for page in PAGES for arguments in commands(page, "nearfar")]
+def command_id(case: object) -> str | None:
+    return case if isinstance(case, str) else None
 
 
-@pytest.mark.parametrize(
-    ("page", "arguments"), command_cases(), ids=lambda case: case if isinstance(case, str) else None
-)
+def command_cases(read: Callable[[Path], list[str]]) -> list[tuple[str, list[str]]]:
+    return [(names(page), arguments) for page in PAGES for arguments in commands(read(page), "nearfar")]
+
+
+@pytest.mark.parametrize(("page", "arguments"), command_cases(lines), ids=command_id)
 def test_commands_parse(page: str, arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     try:
         parsed = build_parser().parse_args(arguments)
@@ -168,26 +179,47 @@ def test_commands_parse(page: str, arguments: list[str], capsys: pytest.CaptureF
         assert key in config.KEYS, f"{page}: nearfar {shlex.join(arguments)}: there is no setting {key}"
 
 
+@pytest.mark.parametrize(("page", "arguments"), command_cases(inline), ids=command_id)
+def test_commands_in_sentences_name_verbs_and_flags(
+    page: str, arguments: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """`nearfar launch --signal-delay` is no whole command, but verb and flag must be there."""
+    verbs = arguments[:2] if arguments[0] == "data" or arguments[1:2] == ["status"] else arguments[:1]
+    with pytest.raises(SystemExit) as end:
+        build_parser().parse_args([*verbs, "--help"])
+    assert end.value.code == 0, f"{page}: nearfar {shlex.join(arguments)}\n{capsys.readouterr().err}"
+    known = capsys.readouterr().out
+    for flag in [argument.partition("=")[0] for argument in arguments if argument.startswith("-")]:
+        assert re.search(rf"(?<![\w-]){re.escape(flag)}(?![\w-])", known), f"{page}: nearfar {shlex.join(arguments)}"
+
+
 def test_the_readme_shows_the_commands_that_matter() -> None:
-    verbs = {arguments[0] for arguments in commands(ROOT / "README.md", "nearfar")}
+    verbs = {arguments[0] for arguments in commands(lines(ROOT / "README.md"), "nearfar")}
     assert verbs >= {"pretrain", "eval", "launch", "report"}
 
 
 @pytest.mark.parametrize("page", PAGES, ids=page_id)
-def test_scripts_and_their_flags_exist(page: Path) -> None:
-    for arguments in commands(page, "python"):
-        if not arguments or not arguments[0].endswith(".py"):
+def test_scripts_and_their_flags_exist(
+    page: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for arguments in commands(snippets(page), "python"):
+        if not arguments[0].endswith(".py"):
             continue
         script = ROOT / arguments[0]
         assert script.is_file(), f"{names(page)}: {arguments[0]}"
-        for flag in [argument.partition("=")[0] for argument in arguments[1:] if argument.startswith("--")]:
-            assert f'"{flag}"' in script.read_text(), f"{names(page)}: {arguments[0]} has no {flag}"
+        flags = [argument.partition("=")[0] for argument in arguments[1:] if argument.startswith("--")]
+        if flags:
+            monkeypatch.setattr(sys, "argv", [str(script), "--help"])
+            with pytest.raises(SystemExit):
+                runpy.run_path(str(script), run_name="__main__")
+            known = capsys.readouterr().out
+            assert not [flag for flag in flags if flag not in known], f"{names(page)}: {shlex.join(arguments)}"
 
 
 @pytest.mark.parametrize("page", PAGES, ids=page_id)
 def test_make_targets_exist(page: Path) -> None:
     targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
-    used = {arguments[0] for arguments in commands(page, "make") if arguments}
+    used = {arguments[0] for arguments in commands(snippets(page), "make") if arguments}
     assert used <= targets, f"{names(page)}: make {', '.join(sorted(used - targets))}"
 
 
