@@ -140,7 +140,7 @@ def ours(folder: Path, threads: int, kind: str) -> Iterator[int]:
     from nearfar.ssl.config import Views
     from nearfar.ssl.data.loaders.base import Loader
     from nearfar.ssl.data.loaders.ffcv import FFCVLoader
-    from nearfar.ssl.data.sources.files import open_source
+    from nearfar.ssl.data.sources.choose import open_source
 
     torch.set_num_threads(1)
     options = {"batch_size": BATCH, "epochs": 10**6, "workers": threads}
@@ -195,8 +195,9 @@ def measure(method: str, folder: Path, threads: int, seconds: float) -> dict[str
 
 def prepare(data: Path, folder: Path, count: int) -> None:
     """A list of `count` images (those of `data`, again and again), and the same as a .beton."""
-    from nearfar.ssl.data.beton_writer import Form, write_beton
-    from nearfar.ssl.data.sources.files import PathSource, open_source
+    from nearfar.ssl.data.beton_writer import BetonOptions, write_beton
+    from nearfar.ssl.data.sources.choose import open_source
+    from nearfar.ssl.data.sources.files import PathSource
 
     found = open_source(data)
     if not isinstance(found, PathSource):
@@ -204,7 +205,10 @@ def prepare(data: Path, folder: Path, count: int) -> None:
     names = [os.path.abspath(found.path(i)) for i in range(len(found))]
     names = (names * -(-count // len(names)))[:count]
     (folder / "images.txt").write_text("\n".join(names))
-    print(write_beton(open_source(folder / "images.txt"), folder / "images.beton", Form(max_side=None)), flush=True)
+    print(
+        write_beton(open_source(folder / "images.txt"), folder / "images.beton", BetonOptions(max_side=None)),
+        flush=True,
+    )
 
 
 def main() -> None:

@@ -163,7 +163,7 @@ def measure() -> dict[str, float]:
 
     from nearfar.ssl import checkpoint, config
     from nearfar.ssl.data.loaders.base import Loader
-    from nearfar.ssl.data.sources.files import open_source
+    from nearfar.ssl.data.sources.choose import open_source
 
     torch.set_num_threads(1)
     rng = np.random.default_rng(0)

@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from nearfar.ssl.backbones.tokens import Backbone, Tokens
 from nearfar.ssl.data.loaders.base import eval_view
-from nearfar.ssl.data.sources.files import Source
+from nearfar.ssl.data.sources.base import Source
 from nearfar.ssl.data.transforms.colors import normalize
 from nearfar.ssl.errors import BadImage, UserError
 

@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image
 
 from nearfar.eval.features import Features, Rows, Size, fitting_mask
-from nearfar.ssl.data.sources.files import Source
+from nearfar.ssl.data.sources.base import Source
 from nearfar.ssl.data.transforms.colors import MEAN, STD
 from nearfar.ssl.errors import BadImage, UserError
 

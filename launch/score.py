@@ -30,7 +30,8 @@ from nearfar.ssl import checkpoint, config
 from nearfar.ssl.backbones import Backbone
 from nearfar.ssl.config import Run
 from nearfar.ssl.data.loaders.base import eval_view
-from nearfar.ssl.data.sources.files import Source, open_source
+from nearfar.ssl.data.sources.base import Source
+from nearfar.ssl.data.sources.choose import open_source
 from nearfar.ssl.data.transforms.colors import normalize
 from nearfar.ssl.errors import UserError
 from nearfar.ssl.train import build_learner

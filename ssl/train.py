@@ -20,7 +20,7 @@ from nearfar.ssl.backbones import Backbone, create
 from nearfar.ssl.config import Run
 from nearfar.ssl.data.loaders.base import Batch
 from nearfar.ssl.data.loaders.choose import open_loader
-from nearfar.ssl.data.sources.files import Source
+from nearfar.ssl.data.sources.base import Source
 from nearfar.ssl.data.transforms.colors import color_views, normalize
 from nearfar.ssl.distributed import ALONE, Ranks
 from nearfar.ssl.errors import UserError

@@ -18,7 +18,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from nearfar.ssl.config import Views
-from nearfar.ssl.data.sources.files import Source
+from nearfar.ssl.data.decode import size_problem
+from nearfar.ssl.data.sources.base import Source
 from nearfar.ssl.data.views import ViewPlan, epoch_order, plan_views
 from nearfar.ssl.errors import BadImage, UserError
 
@@ -79,7 +80,7 @@ class _Batches(Dataset[Batch]):
             nonlocal decoded
             image = self.source.read(i)
             decoded += 1
-            check_side(self.source, i, image.height, image.width, self.min_side)
+            check_size(self.source, i, image.height, image.width, self.min_side)
             images.append(image)
 
         for k, wanted in enumerate(task.index):
@@ -115,10 +116,10 @@ def first_good(wanted: int, n: int, use: Callable[[int], None], bad: dict[str, s
     return None
 
 
-def check_side(source: Source, i: int, height: int, width: int, min_side: int) -> None:
-    """Raises BadImage for an image with a side below `min_side` pixels."""
-    if min(height, width) < min_side:
-        raise BadImage(source.name(i), f"{width} x {height} pixels, below data.min_side = {min_side}")
+def check_size(source: Source, i: int, height: int, width: int, min_side: int) -> None:
+    """Raises BadImage for an image of a size that cannot be used."""
+    if why := size_problem(height, width, min_side):
+        raise BadImage(source.name(i), why)
 
 
 def render(images: list[Image.Image], plan: ViewPlan, size: int) -> Tensor:

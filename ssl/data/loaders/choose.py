@@ -7,8 +7,8 @@ import torch
 from nearfar.ssl.config import Views
 from nearfar.ssl.data import libjpeg
 from nearfar.ssl.data.loaders.base import Loader
+from nearfar.ssl.data.sources.base import Source
 from nearfar.ssl.data.sources.beton import BetonSource
-from nearfar.ssl.data.sources.files import Source
 from nearfar.ssl.errors import UserError
 
 

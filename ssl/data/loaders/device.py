@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from nearfar.ssl.config import Views
-from nearfar.ssl.data.loaders.base import Batch, Loader, Task, check_side, first_good
-from nearfar.ssl.data.sources.files import Source
+from nearfar.ssl.data.loaders.base import Batch, Loader, Task, check_size, first_good
+from nearfar.ssl.data.sources.base import Source
 from nearfar.ssl.data.views import ViewPlan, plan_views
 from nearfar.ssl.errors import BadImage, UserError
 
@@ -97,7 +97,7 @@ class DeviceLoader(Loader):
             if i in self._broken:
                 raise self._broken[i]
             height, width = self._size[i].tolist()
-            check_side(self.source, i, height, width, self._min_side)
+            check_size(self.source, i, height, width, self._min_side)
 
         for k, wanted in enumerate(task.index.tolist()):
             found = first_good(wanted, len(self.source), use, bad, self._batches.patience)

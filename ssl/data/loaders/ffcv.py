@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from nearfar.ssl.config import Views
 from nearfar.ssl.data import libjpeg
-from nearfar.ssl.data.loaders.base import Batch, Loader, Task, check_side, first_good
+from nearfar.ssl.data.loaders.base import Batch, Loader, Task, check_size, first_good
 from nearfar.ssl.data.sources.beton import BetonSource
 from nearfar.ssl.data.views import ViewPlan, plan_views
 from nearfar.ssl.errors import BadImage
@@ -100,7 +100,7 @@ class _Room:
             def use(i: int, k: int = k, wanted: int = wanted) -> None:
                 nonlocal decoded
                 height, width = self.source.size[i].tolist()
-                check_side(self.source, i, height, width, self.min_side)
+                check_size(self.source, i, height, width, self.min_side)
                 if i != wanted:
                     _replace(plan, k, plan_views(self.views, self.seed, task.epoch, [i], [(height, width)]))
                 artist.decode(i, height, width)
@@ -144,7 +144,7 @@ class _Artist:
         if height > self.reach[0] or width > self.reach[1]:
             self.reach = (max(height, self.reach[0]), max(width, self.reach[1]))
             self.scratch = make_scratch(*self.reach, self.side)
-        data, place, row = self.source.stored(i), self.scratch.pixels.view(np.uint8), pitch(width)
+        data, place, row = self.source.checked(i), self.scratch.pixels.view(np.uint8), pitch(width)
         if not self.source.raw(i):
             try:
                 self.decoder.decode(data, place, height, width, row)

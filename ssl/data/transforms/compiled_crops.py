@@ -8,6 +8,7 @@ Sizes: an image is H x W pixels; rows are padded to 8 bytes, since transposing g
 """
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
@@ -239,9 +240,21 @@ def _vertical_first(s: tuple, width: int, box: NDArray, flip: bool, size: int, o
                 out[d + j] = plane[o + j]
 
 
-# The one that is filed: what it calls is compiled into it. A file for each of them could be written by one process and
+def compiled_and_kept(function: Callable[..., None]) -> Callable[..., None]:
+    """Compiled by numba and kept on disk for the next process, or compiled by each where no folder can be written.
+
+    numba looks for a place in NUMBA_CACHE_DIR, beside the file and in the user's cache folder, and raises RuntimeError
+    when it finds none, as in a read-only container.
+    """
+    try:
+        return njit(nogil=True, cache=True)(function)
+    except RuntimeError:
+        return njit(nogil=True)(function)
+
+
+# The one that is kept: what it calls is compiled into it. A file for each of them could be written by one process and
 # read by another that had compiled the rest, and numba's tables of types do not survive that.
-@njit(nogil=True, cache=True)
+@compiled_and_kept
 def make_views(
     s: tuple, height: int, width: int, box: NDArray, flip: NDArray, size: NDArray, place: NDArray, out: NDArray,
     colored: bool, jitter: NDArray, factors: NDArray, order: NDArray, gray: NDArray, sigma: NDArray,

@@ -19,7 +19,7 @@ from PIL import Image
 import nearfar.ssl.backbones  # noqa: F401  makes torchvision importable everywhere
 from nearfar.ssl.config import Views
 from nearfar.ssl.data.loaders.base import Loader, eval_view, render
-from nearfar.ssl.data.sources.files import ArraySource
+from nearfar.ssl.data.sources.base import ArraySource
 from nearfar.ssl.data.views import epoch_order, plan_views
 from nearfar.ssl.errors import BadImage, UserError
 
@@ -276,7 +276,7 @@ def test_a_program_that_ends_in_the_middle_ends():
         import numpy as np
         from nearfar.ssl.config import Views
         from nearfar.ssl.data.loaders.base import Loader
-        from nearfar.ssl.data.sources.files import ArraySource
+        from nearfar.ssl.data.sources.base import ArraySource
         data = ArraySource(np.zeros((50, 20, 20, 3), np.uint8))
         loader = Loader(data, Views(global_crops_size=8, local_crops_number=0), batch_size=8, epochs=100, workers=2)
         stream = iter(loader)

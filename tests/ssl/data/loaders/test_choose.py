@@ -5,8 +5,8 @@ import torch
 from nearfar.ssl.config import Views
 from nearfar.ssl.data import libjpeg
 from nearfar.ssl.data.loaders.choose import open_loader
+from nearfar.ssl.data.sources.base import ArraySource
 from nearfar.ssl.data.sources.beton import BetonSource
-from nearfar.ssl.data.sources.files import ArraySource
 from nearfar.ssl.errors import UserError
 
 VIEWS = Views(global_crops_size=16, local_crops_size=8, local_crops_number=2)

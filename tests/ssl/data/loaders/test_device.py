@@ -8,7 +8,8 @@ from nearfar.ssl.config import Views
 from nearfar.ssl.data.loaders import base
 from nearfar.ssl.data.loaders.base import Loader
 from nearfar.ssl.data.loaders.device import DeviceLoader, render, weights
-from nearfar.ssl.data.sources.files import ArraySource, FolderSource, Subset
+from nearfar.ssl.data.sources.base import ArraySource, Subset
+from nearfar.ssl.data.sources.files import FolderSource
 from nearfar.ssl.data.views import plan_views
 from nearfar.ssl.errors import BadImage, UserError
 

@@ -13,11 +13,12 @@ from PIL import Image
 
 from nearfar.ssl.config import Views
 from nearfar.ssl.data import libjpeg
-from nearfar.ssl.data.beton_writer import Form, write_beton
+from nearfar.ssl.data.beton_writer import BetonOptions, write_beton
 from nearfar.ssl.data.loaders.base import Loader
 from nearfar.ssl.data.loaders.ffcv import FFCVLoader
+from nearfar.ssl.data.sources.base import ArraySource
 from nearfar.ssl.data.sources.beton import BetonSource
-from nearfar.ssl.data.sources.files import ArraySource, FolderSource
+from nearfar.ssl.data.sources.files import FolderSource
 from nearfar.ssl.data.transforms.colors import color, color_of
 from nearfar.ssl.data.views import plan_views
 from nearfar.ssl.errors import UserError
@@ -130,7 +131,7 @@ def test_an_image_is_decoded_once_for_ten_views(source, monkeypatch):
 
 def test_pixels_kept_raw_and_arrays_without_labels(tmp_path):
     images = np.random.default_rng(0).integers(0, 256, (40, 20, 26, 3), np.uint8)
-    write_beton(ArraySource(images), tmp_path / "raw.beton", Form())
+    write_beton(ArraySource(images), tmp_path / "raw.beton", BetonOptions())
     raw = BetonSource(tmp_path / "raw.beton")
     assert raw.raw(0)
     assert_same(ffcv(raw), Loader(ArraySource(images), VIEWS, **OPTIONS))
@@ -304,7 +305,7 @@ def test_large_photographs_shrink_as_pillow_shrinks_them(tmp_path):
     for i, (height, width) in enumerate([(100, 90), (1300, 200), (400, 1500), (1100, 1200)]):
         small = Image.fromarray(rng.integers(0, 256, (height // 10, width // 10, 3), np.uint8))
         small.resize((width, height), Image.Resampling.BICUBIC).save(folder / f"{i}.jpg")
-    write_beton(FolderSource(folder), tmp_path / "large.beton", Form(max_side=None))
+    write_beton(FolderSource(folder), tmp_path / "large.beton", BetonOptions(max_side=None))
     large = BetonSource(tmp_path / "large.beton")
     options = {**OPTIONS, "batch_size": 2}
     assert_same(FFCVLoader(large, VIEWS, **options), Loader(large, VIEWS, **options))

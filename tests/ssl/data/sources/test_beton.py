@@ -12,9 +12,11 @@ import pytest
 from PIL import Image
 
 from nearfar.ssl.data import libjpeg
-from nearfar.ssl.data.beton_writer import Form, write_beton
+from nearfar.ssl.data.beton_writer import BetonOptions, write_beton
+from nearfar.ssl.data.sources.base import ArraySource, Subset
 from nearfar.ssl.data.sources.beton import HEADER, BetonSource
-from nearfar.ssl.data.sources.files import ArraySource, FolderSource, Subset, open_source
+from nearfar.ssl.data.sources.choose import open_source
+from nearfar.ssl.data.sources.files import FolderSource
 from nearfar.ssl.errors import BadImage, UserError
 
 pytestmark = pytest.mark.skipif(not libjpeg.available(), reason="FFCV is not installed")
@@ -31,7 +33,7 @@ def save(path, pixels, **options):
 
 
 def written(source, tmp_path, form=None, **options):
-    outcome = write_beton(source, tmp_path / "out.beton", form or Form(), **options)
+    outcome = write_beton(source, tmp_path / "out.beton", form or BetonOptions(), **options)
     return outcome, BetonSource(tmp_path / "out.beton")
 
 
@@ -60,7 +62,7 @@ def test_turned_photographs_end_upright(tmp_path, orientation):
     exif[0x0112] = orientation
     save(tmp_path / "in" / "a.jpg", scene(), quality=95, exif=exif)
     source = FolderSource(tmp_path / "in")
-    outcome, beton = written(source, tmp_path, Form(raw_side=0))
+    outcome, beton = written(source, tmp_path, BetonOptions(raw_side=0))
     assert outcome.encoded == 1
     upright = np.asarray(source.read(0)).astype(int)
     assert tuple(beton.size[0]) == upright.shape[:2] == ((60, 40) if orientation > 4 else (40, 60))
@@ -71,7 +73,9 @@ def test_turned_photographs_end_upright(tmp_path, orientation):
 
 def test_large_images_are_shrunk_with_their_masks(tmp_path):
     images, masks = scene(100, 160)[None], (np.arange(160) // 40).astype(np.uint8)[None, None].repeat(100, 1)
-    outcome, beton = written(ArraySource(images, [1], masks), tmp_path, Form(max_side=80, raw_side=0, quality=99))
+    outcome, beton = written(
+        ArraySource(images, [1], masks), tmp_path, BetonOptions(max_side=80, raw_side=0, quality=99)
+    )
     assert outcome.encoded == 1
     wanted = np.asarray(Image.fromarray(images[0]).resize((80, 50), Image.Resampling.BICUBIC)).astype(int)
     assert np.abs(np.asarray(beton.read(0)) - wanted).mean() < 6
@@ -145,7 +149,7 @@ def test_the_file_does_not_depend_on_threads_and_changes_with_the_data(tmp_path,
 def test_more_than_a_page(tmp_path):
     """Samples stay on one page of 8 MiB each."""
     images = np.random.default_rng(0).integers(0, 256, (5, 1100, 1100, 3), np.uint8)
-    _, beton = written(ArraySource(images), tmp_path, Form(max_side=None, raw_side=2000))
+    _, beton = written(ArraySource(images), tmp_path, BetonOptions(max_side=None, raw_side=2000))
     for i in range(5):
         np.testing.assert_array_equal(np.asarray(beton.read(i)), images[i])
     assert (beton.records["image"]["ptr"] % 2**23 + 3 * 1100**2 <= 2**23).all()
@@ -179,7 +183,7 @@ def test_a_jpeg_that_only_pillow_forgives_is_encoded_anew(tmp_path):
     data = (tmp_path / "in" / "a.jpg").read_bytes()
     (tmp_path / "in" / "a.jpg").write_bytes(data[:-2] + b"\x12\x34\x56" * 9 + data[-2:])
     source = FolderSource(tmp_path / "in")
-    outcome, beton = written(source, tmp_path, Form(raw_side=0))
+    outcome, beton = written(source, tmp_path, BetonOptions(raw_side=0))
     assert outcome.encoded == 1
     pixels = np.empty(40 * 60 * 3, np.uint8)
     libjpeg.Decoder().decode(beton.stored(0), pixels, 40, 60, 180)

@@ -6,7 +6,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from nearfar.ssl.data.sources.files import ArraySource, FolderSource, ListSource, NpzSource, Subset, open_source
+from nearfar.ssl.data.sources.base import ArraySource, Subset
+from nearfar.ssl.data.sources.choose import open_source
+from nearfar.ssl.data.sources.files import FolderSource, ListSource
+from nearfar.ssl.data.sources.npz import NpzSource
 from nearfar.ssl.errors import BadImage, UserError
 
 DATA = Path(os.environ.get("NEARFAR_DATA", Path(__file__).parents[5] / "shared" / "data"))

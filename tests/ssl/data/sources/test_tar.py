@@ -10,8 +10,11 @@ from PIL import Image
 
 from nearfar.ssl.config import Views
 from nearfar.ssl.data.loaders.base import Loader
-from nearfar.ssl.data.sources.files import ArraySource, FolderSource, open_source
-from nearfar.ssl.data.sources.tar import HuggingFaceSource, TarSource
+from nearfar.ssl.data.sources.base import ArraySource
+from nearfar.ssl.data.sources.choose import open_source
+from nearfar.ssl.data.sources.files import FolderSource
+from nearfar.ssl.data.sources.hugging_face import HuggingFaceSource
+from nearfar.ssl.data.sources.tar import TarSource
 from nearfar.ssl.errors import BadImage, UserError
 
 VIEWS = Views(global_crops_size=16, local_crops_size=8, local_crops_number=2)
