@@ -128,7 +128,7 @@ def run_features(arguments: argparse.Namespace) -> None:
     from nearfar.eval.store import FeatureStore
     from nearfar.launch.progress import progress, summed
     from nearfar.launch.score import Subject
-    from nearfar.ssl.data.sources.choose import open_source
+    from nearfar.ssl.data import open_source
 
     subject, source = Subject.of(arguments.model), open_source(arguments.data)
     with progress(len(source), f"Reading {arguments.data}", Console()) as tell:

@@ -9,12 +9,11 @@ import numpy as np
 from rich.console import Console
 
 from nearfar.launch.progress import progress
-from nearfar.ssl.data import libjpeg
+from nearfar.ssl.data import libjpeg, open_source
 from nearfar.ssl.data.beton_writer import BetonOptions, Written, write_beton
 from nearfar.ssl.data.decode import size_problem
 from nearfar.ssl.data.sources.base import Source, passed_over
 from nearfar.ssl.data.sources.beton import TYPE_NAMES, BetonSource
-from nearfar.ssl.data.sources.choose import open_source
 from nearfar.ssl.data.sources.files import kinds_of
 from nearfar.ssl.errors import BadImage, UserError, printable
 

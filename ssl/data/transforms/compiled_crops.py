@@ -12,19 +12,17 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
-import PIL
 from numba import njit
 from numpy.typing import NDArray
 
 from nearfar.ssl.data.transforms.compiled_colors import Planes, color_view, make_planes
+from nearfar.ssl.data.transforms.crops import VERTICAL_MAY_BE_FIRST
 
 _ONE = np.int32(1 << 22)  # a weight of 1
 _HALF = np.int32(1 << 21)
 _S8, _S16, _S32 = np.uint64(8), np.uint64(16), np.uint64(32)
 _M8, _M16, _M32 = np.uint64(0x00FF00FF00FF00FF), np.uint64(0x0000FFFF0000FFFF), np.uint64(0x00000000FFFFFFFF)
 _U = np.uint64
-# Pillow's first pass was always horizontal; since version 13 it is vertical where that leaves less to the second.
-_PILLOW_TURNS = int(PIL.__version__.partition(".")[0]) >= 13
 
 
 class Scratch(NamedTuple):
@@ -267,7 +265,7 @@ def make_views(
     """
     transpose_bytes(s[0], height, (3 * width + 7) // 8, s[1])
     for v in range(len(flip)):
-        if _PILLOW_TURNS and box[v, 2] - size[v] > 2 * max(box[v, 3] - size[v], 0):
+        if VERTICAL_MAY_BE_FIRST and box[v, 2] - size[v] > 2 * max(box[v, 3] - size[v], 0):
             _vertical_first(s, width, box[v], flip[v], size[v], out, place[v])
         else:
             _horizontal_first(s, height, box[v], flip[v], size[v], out, place[v])

@@ -11,11 +11,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from nearfar.ssl.data import libjpeg
+from nearfar.ssl.data import libjpeg, open_source
 from nearfar.ssl.data.beton_writer import BetonOptions, write_beton
 from nearfar.ssl.data.sources.base import ArraySource, Subset
 from nearfar.ssl.data.sources.beton import HEADER, BetonSource
-from nearfar.ssl.data.sources.choose import open_source
 from nearfar.ssl.data.sources.files import FolderSource
 from nearfar.ssl.errors import BadImage, UserError
 
