@@ -72,13 +72,16 @@ def check(path: str, *, min_side: int, workers: int, console: Console) -> None:
     """
     source = open_source(path)
     bad = []
-    with (
-        progress(len(source), f"Checking {path}", console) as done,
-        ThreadPoolExecutor(max(1, workers)) as pool,
-    ):
-        for i, problem in enumerate(pool.map(lambda i: _problem(source, i, min_side), range(len(source)))):
-            bad += [problem] if problem else []
-            done(i + 1)
+    try:
+        with (
+            progress(len(source), f"Checking {path}", console) as done,
+            ThreadPoolExecutor(max(1, workers)) as pool,
+        ):
+            for i, problem in enumerate(pool.map(lambda i: _problem(source, i, min_side), range(len(source)))):
+                bad += [problem] if problem else []
+                done(i + 1)
+    except MemoryError as error:
+        raise UserError(f"The memory does not suffice to check {path}: allow fewer --workers.") from error
     _list(bad, console)
     _list_passed_over(source, console)
     if bad:

@@ -114,6 +114,8 @@ def write_beton(
         os.replace(partial, out)
     except OSError as error:  # a folder that is read-only or full, a name that is too long
         raise UserError(f"{out} cannot be written: {error.strerror or error}.") from error
+    except MemoryError as error:
+        raise UserError(f"The memory does not suffice to write {out}: allow fewer --workers.") from error
     finally:
         with contextlib.suppress(OSError):
             partial.unlink(missing_ok=True)

@@ -233,7 +233,7 @@ def test_too_many_damaged_images_end_the_run(beton, tmp_path, workers):
 
 
 def test_images_too_small_are_bad(tmp_path):
-    write_beton(ArraySource(np.zeros((40, 7, 30, 3), np.uint8)), tmp_path / "a.beton")
+    write_beton(ArraySource(np.zeros((40, 7, 30, 3), np.uint8)), tmp_path / "a.beton", BetonOptions(min_side=1))
     with pytest.raises(UserError, match=r"30 x 7 pixels, below data.min_side = 8"):
         next(iter(ffcv(BetonSource(tmp_path / "a.beton"))))
 

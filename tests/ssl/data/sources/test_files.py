@@ -225,5 +225,5 @@ def test_a_mask_that_is_no_png_or_damaged_is_bad(tmp_path):
     whole = mask.read_bytes()
     for data in (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", whole[:40], b""):
         mask.write_bytes(data)
-        with pytest.raises(BadImage, match="its mask .* cannot be read"):
+        with pytest.raises(BadImage, match=r"its mask .* cannot be read"):
             open_source(tmp_path / "images").mask(0)
