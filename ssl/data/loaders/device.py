@@ -33,7 +33,9 @@ class DeviceLoader(Loader):
     def _load(self, workers: int, share: float) -> None:
         def read(i: int) -> np.ndarray | BadImage:
             try:
-                return np.asarray(self.source.read(i)).transpose(2, 0, 1)
+                image = self.source.read(i)
+                self.check_size(i, image.height, image.width)
+                return np.asarray(image).transpose(2, 0, 1)
             except BadImage as error:
                 return error
 
@@ -70,7 +72,6 @@ class DeviceLoader(Loader):
         def use(_: int, i: int) -> None:
             if i in self._broken:
                 raise self._broken[i]
-            self.check_size(i, *self._size[i].tolist())
 
         taken = self.take(task.index, use)
         index = taken.index if taken.complete else taken.index[:0]
