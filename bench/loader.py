@@ -138,17 +138,14 @@ def ours(folder: Path, threads: int, kind: str) -> Iterator[int]:
     import torch
 
     from nearfar.ssl.config import Views
-    from nearfar.ssl.data.loaders.base import Loader
-    from nearfar.ssl.data.loaders.ffcv import FFCVLoader
-    from nearfar.ssl.data.sources.files import open_source
+    from nearfar.ssl.data import open_loader, open_source
+    from nearfar.ssl.data.loaders.base import LoaderOptions
 
     torch.set_num_threads(1)
-    options = {"batch_size": BATCH, "epochs": 10**6, "workers": threads}
-    if kind == "folder":
-        loader = Loader(open_source(folder / "images.txt"), Views(), **options)
-    else:
-        loader = FFCVLoader(open_source(folder / "images.beton"), Views(), colored=kind == "ffcv-color", **options)
-    for batch in loader:
+    options = LoaderOptions(batch_size=BATCH, epochs=10**6, workers=threads)
+    source = open_source(folder / ("images.txt" if kind == "folder" else "images.beton"))
+    color = "loader" if kind == "ffcv-color" else "device"
+    for batch in open_loader(source, Views(), options, color=color):
         yield len(batch.index)
 
 
@@ -195,8 +192,9 @@ def measure(method: str, folder: Path, threads: int, seconds: float) -> dict[str
 
 def prepare(data: Path, folder: Path, count: int) -> None:
     """A list of `count` images (those of `data`, again and again), and the same as a .beton."""
-    from nearfar.ssl.data.beton_writer import Form, write_beton
-    from nearfar.ssl.data.sources.files import PathSource, open_source
+    from nearfar.ssl.data import open_source
+    from nearfar.ssl.data.beton_writer import BetonOptions, write_beton
+    from nearfar.ssl.data.sources.files import PathSource
 
     found = open_source(data)
     if not isinstance(found, PathSource):
@@ -204,7 +202,10 @@ def prepare(data: Path, folder: Path, count: int) -> None:
     names = [os.path.abspath(found.path(i)) for i in range(len(found))]
     names = (names * -(-count // len(names)))[:count]
     (folder / "images.txt").write_text("\n".join(names))
-    print(write_beton(open_source(folder / "images.txt"), folder / "images.beton", Form(max_side=None)), flush=True)
+    print(
+        write_beton(open_source(folder / "images.txt"), folder / "images.beton", BetonOptions(max_side=None)),
+        flush=True,
+    )
 
 
 def main() -> None:

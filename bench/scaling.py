@@ -162,8 +162,8 @@ def measure() -> dict[str, float]:
     from PIL import Image
 
     from nearfar.ssl import checkpoint, config
-    from nearfar.ssl.data.loaders.base import Loader
-    from nearfar.ssl.data.sources.files import open_source
+    from nearfar.ssl.data import open_loader, open_source
+    from nearfar.ssl.data.loaders.base import LoaderOptions
 
     torch.set_num_threads(1)
     rng = np.random.default_rng(0)
@@ -173,7 +173,8 @@ def measure() -> dict[str, float]:
         for k in range(128):  # smooth noise: about the bytes of a photograph of this size
             noise = Image.fromarray(rng.integers(0, 256, (47, 63, 3), np.uint8))
             noise.resize((500, 375), Image.Resampling.BICUBIC).save(pictures / f"{k}.jpg", quality=90)
-        loader = Loader(open_source(str(pictures)), config.Views(), batch_size=32, epochs=3)
+        options = LoaderOptions(batch_size=32, epochs=3)
+        loader = open_loader(open_source(str(pictures)), config.Views(), options)
         times = [time.process_time()]  # the core's: others may be busy with something else
         times += [time.process_time() for _ in loader]
         usual = statistics.median(later - sooner for sooner, later in itertools.pairwise(times[1:]))

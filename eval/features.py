@@ -19,9 +19,9 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from nearfar.ssl.backbones.tokens import Backbone, Tokens
-from nearfar.ssl.data.loaders.base import eval_view
-from nearfar.ssl.data.sources.files import Source
-from nearfar.ssl.data.transforms.colors import normalize
+from nearfar.ssl.data.sources.base import Source
+from nearfar.ssl.data.transforms.eval_view import eval_view
+from nearfar.ssl.data.transforms.normalize import normalize_pixels
 from nearfar.ssl.errors import BadImage, UserError
 
 POOLINGS = ("cls", "mean", "cls+mean", "grid")
@@ -264,7 +264,7 @@ def stream(
                 yield batch, None
                 continue
             with torch.inference_mode(), amp:
-                images = normalize(batch.images.to(device).float() / 255)
+                images = normalize_pixels(batch.images.to(device))
                 x = read(backbone, images, manifest["layer"], manifest["pooling"])
             yield batch, x.float().cpu().numpy()
     finally:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from nearfar.ssl.backbones import Backbone
 from nearfar.ssl.data.loaders.base import Batch
-from nearfar.ssl.data.transforms.colors import MEAN, STD
+from nearfar.ssl.data.transforms.normalize import MEAN, STD
 
 _GAP = 4  # pixels between pictures
 _PAPER = (255, 255, 255)

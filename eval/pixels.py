@@ -8,14 +8,13 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+import torch
 from PIL import Image
 
 from nearfar.eval.features import Features, Rows, Size, fitting_mask
-from nearfar.ssl.data.sources.files import Source
-from nearfar.ssl.data.transforms.colors import MEAN, STD
+from nearfar.ssl.data.sources.base import Source
+from nearfar.ssl.data.transforms.normalize import normalize_pixels
 from nearfar.ssl.errors import BadImage, UserError
-
-_MEAN, _STD = np.asarray(MEAN, np.float32), np.asarray(STD, np.float32)
 
 
 def pixel_features(source: Source, side: int = 16) -> Features:
@@ -59,4 +58,5 @@ def _of_pixels(
 
 
 def _pixels(image: Image.Image) -> np.ndarray:
-    return (np.asarray(image, dtype=np.float32) / 255 - _MEAN) / _STD
+    pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)
+    return normalize_pixels(pixels).permute(1, 2, 0).numpy()

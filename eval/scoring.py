@@ -15,7 +15,7 @@ from nearfar.eval.pixels import pixel_features, pixel_grid
 from nearfar.eval.segmentation import segment_probe
 from nearfar.eval.store import FeatureStore
 from nearfar.ssl.backbones.tokens import Backbone
-from nearfar.ssl.data.sources.files import Source
+from nearfar.ssl.data.sources.base import Source
 from nearfar.ssl.errors import BadImage, UserError
 
 TASKS = ("knn", "linear", "segment")

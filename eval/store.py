@@ -13,7 +13,7 @@ import numpy as np
 
 from nearfar.eval.features import Features, Rows, Size, describe, stream
 from nearfar.ssl.backbones.tokens import Backbone
-from nearfar.ssl.data.sources.files import Source
+from nearfar.ssl.data.sources.base import Source
 from nearfar.ssl.errors import UserError
 
 

@@ -128,7 +128,7 @@ def run_features(arguments: argparse.Namespace) -> None:
     from nearfar.eval.store import FeatureStore
     from nearfar.launch.progress import progress, summed
     from nearfar.launch.score import Subject
-    from nearfar.ssl.data.sources.files import open_source
+    from nearfar.ssl.data import open_source
 
     subject, source = Subject.of(arguments.model), open_source(arguments.data)
     with progress(len(source), f"Reading {arguments.data}", Console()) as tell:
@@ -200,12 +200,12 @@ def run_report(arguments: argparse.Namespace) -> None:
 
 def run_beton(arguments: argparse.Namespace) -> None:
     from nearfar.launch import data_verbs
-    from nearfar.ssl.data.beton_writer import Form
+    from nearfar.ssl.data.beton_writer import BetonOptions
 
-    form = Form(arguments.max_side or None, arguments.quality, arguments.raw_side)
+    options = BetonOptions(arguments.max_side or None, arguments.quality, arguments.raw_side, arguments.min_side)
     stop = arguments.on_bad == "stop"
     data_verbs.beton(
-        arguments.source, arguments.out, form,
+        arguments.source, arguments.out, options,
         stop_at_bad=stop, workers=arguments.workers, overwrite=arguments.force, console=Console(),
     )  # fmt: skip
 
@@ -219,7 +219,7 @@ def run_info(arguments: argparse.Namespace) -> None:
 def run_check(arguments: argparse.Namespace) -> None:
     from nearfar.launch import data_verbs
 
-    data_verbs.check(arguments.source, workers=arguments.workers, console=Console())
+    data_verbs.check(arguments.source, min_side=arguments.min_side, workers=arguments.workers, console=Console())
 
 
 def _add_data(verbs: argparse._SubParsersAction) -> None:
@@ -231,6 +231,7 @@ def _add_data(verbs: argparse._SubParsersAction) -> None:
     beton.add_argument(
         "--raw-side", type=int, default=64, help="keep images up to this side as pixels, JPEGs aside (default 64)"
     )
+    beton.add_argument("--min-side", type=int, default=8, help="data.min_side of the runs to come (default 8)")
     beton.add_argument("--on-bad", choices=["skip", "stop"], default="skip", help="a bad image: leave it out, or stop")
     beton.add_argument("--force", action="store_true", help="write over a file that is there")
     beton.add_argument("--workers", type=int, default=2, help="threads (default 2)")
@@ -240,6 +241,7 @@ def _add_data(verbs: argparse._SubParsersAction) -> None:
     info.set_defaults(verb=run_info)
     check = verbs.add_parser("check", help="decode every image and list those that cannot be used")
     check.add_argument("source", help="images, as for beton, or a .beton")
+    check.add_argument("--min-side", type=int, default=8, help="data.min_side of the runs to come (default 8)")
     check.add_argument("--workers", type=int, default=2, help="threads (default 2)")
     check.set_defaults(verb=run_check)
 

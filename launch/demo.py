@@ -17,7 +17,7 @@ from nearfar.launch.score import Subject, draw_tokens, score, sources
 from nearfar.ssl import config
 from nearfar.ssl.data import libjpeg
 from nearfar.ssl.data.beton_writer import write_beton
-from nearfar.ssl.data.sources.files import ArraySource
+from nearfar.ssl.data.sources.base import ArraySource
 
 TRAIN, VAL = 2000, 1000  # scenes
 # What all views of a scene share is what DINO learns first. With many kinds of background that is the background, and

@@ -18,8 +18,9 @@ from nearfar.launch.stop_signals import StopFlag
 from nearfar.ssl import train
 from nearfar.ssl.backbones import Backbone
 from nearfar.ssl.config import Run
+from nearfar.ssl.data import open_source
 from nearfar.ssl.data.loaders.base import Batch
-from nearfar.ssl.data.sources.files import Source, Subset, open_source
+from nearfar.ssl.data.sources.base import Source, Subset
 from nearfar.ssl.distributed import ALONE, Ranks, from_environment
 from nearfar.ssl.errors import UserError
 

@@ -8,10 +8,13 @@ from contextlib import contextmanager
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from nearfar.ssl.errors import printable
+
 
 @contextmanager
 def progress(total: int, what: str, console: Console) -> Iterator[Callable[[int], None]]:
     """A bar on a terminal, a line every tenth elsewhere; gives what to call with the number of images done."""
+    what = printable(what)
     if not console.is_terminal:
         said = 0
 
@@ -19,12 +22,16 @@ def progress(total: int, what: str, console: Console) -> Iterator[Callable[[int]
             nonlocal said
             if 10 * done // max(1, total) > said:
                 said = 10 * done // max(1, total)
-                console.print(f"{what}: {done:,} of {total:,}", highlight=False, soft_wrap=True)
+                console.print(f"{what}: {done:,} of {total:,}", highlight=False, markup=False, soft_wrap=True)
 
         yield tell
         return
     with Progress(
-        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), console=console
+        TextColumn("{task.description}", markup=False),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        console=console,
     ) as bar:
         task = bar.add_task(what, total=total)
         yield lambda done: bar.update(task, completed=done)

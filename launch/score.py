@@ -29,9 +29,10 @@ from nearfar.eval.store import FeatureStore
 from nearfar.ssl import checkpoint, config
 from nearfar.ssl.backbones import Backbone
 from nearfar.ssl.config import Run
-from nearfar.ssl.data.loaders.base import eval_view
-from nearfar.ssl.data.sources.files import Source, open_source
-from nearfar.ssl.data.transforms.colors import normalize
+from nearfar.ssl.data import open_source
+from nearfar.ssl.data.sources.base import Source
+from nearfar.ssl.data.transforms.eval_view import eval_view
+from nearfar.ssl.data.transforms.normalize import normalize_pixels
 from nearfar.ssl.errors import UserError
 from nearfar.ssl.train import build_learner
 
@@ -202,7 +203,7 @@ def draw_tokens(subject: Subject, val: Source, folder: Path) -> None:
     size = subject.image_size
     chosen = torch.linspace(0, len(val) - 1, min(PICTURED, len(val))).long().tolist()
     views = torch.stack([eval_view(val.read(i), size, size) for i in chosen])
-    images = normalize(views.float() / 255)
+    images = normalize_pixels(views)
     tile(token_pca(subject.backbone, images)).save(folder / "pca.png")
     try:
         tile(attention_maps(subject.backbone, images), columns=1).save(folder / "attention.png")

@@ -8,7 +8,7 @@ from typing import Any
 from nearfar.ssl.backbones import choose_scan
 from nearfar.ssl.config import Run
 from nearfar.ssl.data.loaders.base import Batch
-from nearfar.ssl.data.sources.files import Source
+from nearfar.ssl.data.sources.base import Source
 from nearfar.ssl.defaults import Derived
 from nearfar.ssl.device import Compute
 from nearfar.ssl.learner import Learner

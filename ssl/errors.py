@@ -1,11 +1,32 @@
 """The exceptions that every part of nearfar shares. Imports nothing, so that refusing a command costs nothing."""
 
 
+def printable(text: str) -> str:
+    """A text that any terminal and any UTF-8 file can take: what is not printable becomes its backslash escape.
+
+    The names of files are whatever their owner likes: bytes that are no UTF-8, sequences that move the cursor or change
+    colors, letters that turn the direction of writing. Line feeds stay.
+    """
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() or c == "\n" else _escaped(c) for c in text)
+
+
+def _escaped(character: str) -> str:
+    code = ord(character)
+    if 0xDC80 <= code <= 0xDCFF:  # how Python keeps a byte that is no UTF-8
+        return f"\\x{code - 0xDC00:02x}"
+    return ascii(character)[1:-1]
+
+
 class UserError(ValueError):
     """A user's mistake, told in one paragraph that names what is wrong and how to put it right.
 
     The command line prints the paragraph and exits with code 2, without a traceback.
     """
+
+    def __init__(self, message: str) -> None:
+        super().__init__(printable(message))
 
 
 class PeerError(RuntimeError):
@@ -16,8 +37,8 @@ class BadImage(Exception):  # noqa: N818  "BadImageError" would say it twice
     """An image that cannot be used: `name` says which, `why` says what is wrong with it."""
 
     def __init__(self, name: str, why: str) -> None:
-        super().__init__(name, why)
-        self.name, self.why = name, why
+        self.name, self.why = printable(name), printable(why)
+        super().__init__(self.name, self.why)
 
     def __str__(self) -> str:
         return f"{self.name}: {self.why}"

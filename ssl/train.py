@@ -18,10 +18,11 @@ from nearfar.ssl import checkpoint, device, distributed
 from nearfar.ssl.announce import continued_otherwise, not_finite, start_lines
 from nearfar.ssl.backbones import Backbone, create
 from nearfar.ssl.config import Run
-from nearfar.ssl.data.loaders.base import Batch
-from nearfar.ssl.data.loaders.choose import open_loader
-from nearfar.ssl.data.sources.files import Source
-from nearfar.ssl.data.transforms.colors import color_views, normalize
+from nearfar.ssl.data import open_loader
+from nearfar.ssl.data.loaders.base import Batch, LoaderOptions
+from nearfar.ssl.data.sources.base import Source
+from nearfar.ssl.data.transforms.colors import color_views
+from nearfar.ssl.data.transforms.normalize import normalize
 from nearfar.ssl.distributed import ALONE, Ranks
 from nearfar.ssl.errors import UserError
 from nearfar.ssl.heads.dino import DINOHead
@@ -109,14 +110,16 @@ def pretrain(
         loader = open_loader(
             source,
             run.views,
-            batch_size=run.train.batch_size // world.size,
-            epochs=run.train.epochs,
-            seed=run.train.seed,
-            workers=run.data.workers,
-            rank=world.rank,
-            world_size=world.size,
-            max_bad_fraction=run.data.max_bad_fraction,
-            min_side=run.data.min_side,
+            LoaderOptions(
+                batch_size=run.train.batch_size // world.size,
+                epochs=run.train.epochs,
+                seed=run.train.seed,
+                workers=run.data.workers,
+                rank=world.rank,
+                world_size=world.size,
+                max_bad_fraction=run.data.max_bad_fraction,
+                min_side=run.data.min_side,
+            ),
             loader=run.data.loader,
             color=run.data.color_on,
             device=compute.device,
@@ -165,7 +168,7 @@ def pretrain(
         with Journal(folder.path, schedule.steps, step, console) if world.first else Silence() as journal:
             for line in [
                 *warnings,
-                *start_lines(run, derived, learner, schedule.steps, compute, step, source, loader.word),
+                *start_lines(run, derived, learner, schedule.steps, compute, step, source, loader.title),
             ]:
                 journal.say(line)
             watch = CollapseWatch(grace=schedule.steps // 10)
@@ -180,7 +183,7 @@ def pretrain(
                 asked = time.monotonic()
                 batch = next(batches)
                 waited += time.monotonic() - asked
-                colored = color_views(batch, run.views.solarize_threshold, compute.device)
+                colored = color_views(batch, compute.device)
                 if step == 0 and observers.views and world.first:
                     observers.views(batch, colored, folder.path)
 

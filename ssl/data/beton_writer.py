@@ -23,7 +23,8 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from nearfar.ssl.data import libjpeg
-from nearfar.ssl.data.decode import decode
+from nearfar.ssl.data.decode import FORMATS, decode, is_upright, size_problem
+from nearfar.ssl.data.sources.base import Source
 from nearfar.ssl.data.sources.beton import (
     ABOUT,
     ALLOCATION,
@@ -38,11 +39,9 @@ from nearfar.ssl.data.sources.beton import (
     RECORD,
     VERSION,
 )
-from nearfar.ssl.data.sources.files import Source
 from nearfar.ssl.errors import BadImage, UserError
 
 _PAGE = 2**23  # bytes; FFCV wants a sample on one page, and pages of a power of two from 2 MiB
-_ORIENTATION = 0x0112
 
 
 @dataclass
@@ -60,12 +59,13 @@ class Written:
 
 
 @dataclass(frozen=True)
-class Form:
+class BetonOptions:
     """How images are kept."""
 
     max_side: int | None = 512  # pixels; a larger image is shrunk (Pillow's antialiased bicubic)
     quality: int = 95  # of JPEGs that are made here
     raw_side: int = 64  # an image that is not a JPEG, and no longer than this, is kept as pixels
+    min_side: int = 8  # data.min_side: an image with a shorter side is bad, and none is shrunk below it
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ class _Sample:
 def write_beton(
     source: Source,
     out: str | Path,
-    form: Form = Form(),
+    options: BetonOptions = BetonOptions(),
     *,
     stop_at_bad: bool = False,
     workers: int = 1,
@@ -101,24 +101,34 @@ def write_beton(
     libjpeg.require("Writing a .beton")
     if out.suffix != ".beton":
         raise UserError(f"{out} should end in .beton, by which the file is known for what it is.")
-    if out.exists() and not overwrite:
+    if os.path.exists(out) and not overwrite:
         raise UserError(f"{out} exists already. Remove it, allow overwriting (--force), or choose another name.")
-    if not out.absolute().parent.is_dir():
+    if not os.path.isdir(out.absolute().parent):
         raise UserError(f"There is no folder {out.parent} to write {out.name} in.")
     partial = out.with_name(f".{out.name}.writing-{os.getpid()}")
     try:
         with open(partial, "wb") as file:
-            written = _write(file, source, form, stop_at_bad, workers, progress)
+            written = _write(file, source, options, stop_at_bad, workers, progress)
             file.flush()
             os.fsync(file.fileno())
         os.replace(partial, out)
+    except OSError as error:  # a folder that is read-only or full, a name that is too long
+        raise UserError(f"{out} cannot be written: {error.strerror or error}.") from error
+    except MemoryError as error:
+        raise UserError(f"The memory does not suffice to write {out}: allow fewer --workers.") from error
     finally:
-        partial.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            partial.unlink(missing_ok=True)
     return written
 
 
 def _write(
-    file: IO[bytes], source: Source, form: Form, stop_at_bad: bool, workers: int, progress: Callable[[int], None]
+    file: IO[bytes],
+    source: Source,
+    options: BetonOptions,
+    stop_at_bad: bool,
+    workers: int,
+    progress: Callable[[int], None],
 ) -> Written:
     kinds = {"image": IMAGE, "name": JSON}
     kinds |= {"label": INT} if source.labels is not None else {}
@@ -127,7 +137,7 @@ def _write(
     begin = HEADER.itemsize + len(kinds) * FIELD.itemsize + records.nbytes
     pages = _Pages(file, -(-begin // _PAGE) * _PAGE)
     digest, written, n = hashlib.sha256(), Written(), 0
-    for i, sample in enumerate(_samples(source, form, "mask" in kinds, workers)):
+    for i, sample in enumerate(_samples(source, options, "mask" in kinds, workers)):
         if isinstance(sample, BadImage):
             written.bad.append((sample.name, sample.why))
             if stop_at_bad:
@@ -151,7 +161,7 @@ def _write(
         some = "; ".join(f"{name}: {why}" for name, why in written.bad[:5])
         raise UserError(f"None of the {len(source)} images can be read, so there is nothing to write: {some}.")
 
-    about = {"classes": source.classes, "digest": digest.hexdigest(), "bad": written.bad[:1000], **vars(form)}
+    about = {"classes": source.classes, "digest": digest.hexdigest(), "bad": written.bad[:1000], **vars(options)}
     block = json.dumps(about).encode()
     place = pages.whole(block)
     table = pages.finish()
@@ -220,7 +230,7 @@ class _Pages:
         return -(-self.at // _PAGE) * _PAGE
 
 
-def _samples(source: Source, form: Form, masks: bool, workers: int) -> Iterator[_Sample | BadImage]:
+def _samples(source: Source, options: BetonOptions, masks: bool, workers: int) -> Iterator[_Sample | BadImage]:
     """Every image of the source in order, made ready in threads a little ahead."""
     mine = local()
 
@@ -228,7 +238,7 @@ def _samples(source: Source, form: Form, masks: bool, workers: int) -> Iterator[
         if not hasattr(mine, "decoder"):
             mine.decoder = libjpeg.Decoder()
         try:
-            return _ready(source, i, form, masks, mine.decoder)
+            return _ready(source, i, options, masks, mine.decoder)
         except BadImage as error:
             return error
 
@@ -246,25 +256,26 @@ def _samples(source: Source, form: Form, masks: bool, workers: int) -> Iterator[
                 future.cancel()
 
 
-def _ready(source: Source, i: int, form: Form, masks: bool, decoder: libjpeg.Decoder) -> _Sample:
+def _ready(source: Source, i: int, options: BetonOptions, masks: bool, decoder: libjpeg.Decoder) -> _Sample:
     data = source.encoded(i)
-    kept = None if data is None else _clean_size(data, form, decoder)
+    kept = None if data is None else _clean_size(data, options, decoder)
     if kept is not None and data is not None:
         sample = _Sample("unchanged", data, *kept, _mask(source, i, kept) if masks else None)
         if _fits(sample):
             return sample
     image = source.read(i) if data is None else decode(BytesIO(data), source.name(i))
-    long = max(image.size)
-    if form.max_side and long > form.max_side:
-        shrunk = [max(1, round(side * form.max_side / long)) for side in image.size]
-        image = image.resize((shrunk[0], shrunk[1]), Image.Resampling.BICUBIC)
+    if why := size_problem(image.height, image.width, options.min_side):
+        raise BadImage(source.name(i), why)
+    stored = _stored_size(*image.size, options)
+    if stored != image.size:
+        image = image.resize(stored, Image.Resampling.BICUBIC)
     size = (image.height, image.width)
     mask = _mask(source, i, size) if masks else None
-    if max(size) <= form.raw_side and kept is None:
+    if max(size) <= options.raw_side and kept is None:
         return _Sample("raw", image.tobytes(), *size, mask)
     file = BytesIO()
     try:
-        image.save(file, "JPEG", quality=form.quality)
+        image.save(file, "JPEG", quality=options.quality)
     except OSError as error:  # JPEG ends at 65,500 pixels
         raise BadImage(source.name(i), f"{image.width} x {image.height} pixels: {error}") from error
     sample = _Sample("encoded", file.getvalue(), *size, mask)
@@ -273,20 +284,28 @@ def _ready(source: Source, i: int, form: Form, masks: bool, decoder: libjpeg.Dec
     return sample
 
 
+def _stored_size(width: int, height: int, options: BetonOptions) -> tuple[int, int]:
+    """(width, height) to keep: no side above `max_side`, but neither one shrunk below `min_side`."""
+    long = max(width, height)
+    if not options.max_side or long <= options.max_side:
+        return width, height
+    least = min(options.min_side, width, height)
+    return max(least, round(width * options.max_side / long)), max(least, round(height * options.max_side / long))
+
+
 def _fits(sample: _Sample) -> bool:
     return len(sample.data) + len(sample.mask or b"") + 2**14 <= _PAGE  # the name has the rest
 
 
-def _clean_size(data: bytes, form: Form, decoder: libjpeg.Decoder) -> tuple[int, int] | None:
+def _clean_size(data: bytes, options: BetonOptions, decoder: libjpeg.Decoder) -> tuple[int, int] | None:
     """(height, width) of a JPEG that can be kept as it is; None for all else."""
     try:
-        with Image.open(BytesIO(data)) as image:
-            upright = image.getexif().get(_ORIENTATION, 1) == 1
-            if image.format != "JPEG" or image.mode not in ("RGB", "L") or not upright:
+        with Image.open(BytesIO(data), formats=FORMATS) as image:
+            if image.format != "JPEG" or image.mode not in ("RGB", "L") or not is_upright(image):
                 return None
-            if form.max_side and max(image.size) > form.max_side:
+            if _stored_size(*image.size, options) != image.size:
                 return None
-            if Image.MAX_IMAGE_PIXELS and image.width * image.height > Image.MAX_IMAGE_PIXELS:
+            if size_problem(image.height, image.width, options.min_side):
                 return None
             height, width = image.height, image.width
         decoder.decode(data, np.empty(height * width * 3, np.uint8), height, width, 3 * width)

@@ -10,15 +10,17 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from nearfar.ssl.errors import BadImage
 
 _ORIENTATION = 0x0112
+# The formats meant, and no other that Pillow knows by its content: an EPS would start Ghostscript.
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
 
 
 def decode(file: str | Path | IO[bytes], name: str) -> Image.Image:
     """Decode a file into an upright RGB image, 16-bit gray scaled (not clipped) to 8 bits. Raises BadImage."""
     try:
-        with Image.open(file) as image:
-            if Image.MAX_IMAGE_PIXELS and image.width * image.height > Image.MAX_IMAGE_PIXELS:
-                raise BadImage(name, f"{image.width} x {image.height} pixels are more than Pillow deems safe")
+        with Image.open(file, formats=FORMATS) as image:
+            if why := size_problem(image.height, image.width, min_side=1):
+                raise BadImage(name, why)
             image.load()
             return upright(image, name)
     except (BadImage, MemoryError):
@@ -29,9 +31,23 @@ def decode(file: str | Path | IO[bytes], name: str) -> Image.Image:
 
 def upright(image: Image.Image, name: str) -> Image.Image:
     """A loaded image as its EXIF orientation wants it, 8-bit RGB. Raises BadImage."""
-    if image.getexif().get(_ORIENTATION, 1) != 1:
+    if not is_upright(image):
         return _rgb(ImageOps.exif_transpose(image), name)
     return _rgb(image, name)
+
+
+def size_problem(height: int, width: int, min_side: int) -> str | None:
+    """Why an image of this size, in pixels, is a bad one; None where it is not. The one rule of loaders and writers."""
+    if min(height, width) < min_side:
+        return f"{width} x {height} pixels, below data.min_side = {min_side}"
+    if Image.MAX_IMAGE_PIXELS and height * width > Image.MAX_IMAGE_PIXELS:
+        return f"{width} x {height} pixels are more than Pillow deems safe"
+    return None
+
+
+def is_upright(image: Image.Image) -> bool:
+    """Whether an image needs no turning by its EXIF orientation."""
+    return bool(image.getexif().get(_ORIENTATION, 1) == 1)
 
 
 def _reason(error: Exception, file: str | Path | IO[bytes]) -> str:

@@ -69,24 +69,31 @@ def require(what: str) -> None:
 
 
 class Decoder:
-    """One decompressor; not for two threads at a time. Freed with the object."""
+    """One decompressor; not for two threads at a time. Freed with the object.
+
+    After an error it is a new one: libjpeg-turbo leaves its own in the middle of the damaged file's header, and then
+    refuses every good file that follows.
+    """
 
     def __init__(self) -> None:
         library = _library()
         if library is None:
             raise RuntimeError("FFCV is not installed")
         self._library = library
-        self._handle = library.tjInitDecompress()
+        self._open()
+
+    def _open(self) -> None:
+        self._handle = self._library.tjInitDecompress()
         if not self._handle:
             raise MemoryError("libjpeg-turbo gave no decompressor")
-        weakref.finalize(self, library.tjDestroy, self._handle)
+        self._free = weakref.finalize(self, self._library.tjDestroy, self._handle)
 
     def size(self, jpeg: bytes) -> tuple[int, int]:
         """(height, width) in pixels, from the header. Raises JPEGError."""
         width, height, sampling, space = (ctypes.c_int() for _ in range(4))
         places = [ctypes.byref(number) for number in (width, height, sampling, space)]
         if self._library.tjDecompressHeader3(self._handle, jpeg, len(jpeg), *places):
-            raise JPEGError(self._reason())
+            raise self._error()
         return height.value, width.value
 
     def decode(self, jpeg: bytes, out: NDArray[np.uint8], height: int, width: int, pitch: int) -> None:
@@ -104,8 +111,10 @@ class Decoder:
             raise ValueError(f"{width} x {height} pixels do not fit into {out.nbytes} bytes")
         place = out.ctypes.data
         if self._library.tjDecompress2(self._handle, jpeg, len(jpeg), place, width, pitch, height, _RGB, _FLAGS):
-            raise JPEGError(self._reason())
+            raise self._error()
 
-    def _reason(self) -> str:
+    def _error(self) -> JPEGError:
         text: bytes = self._library.tjGetErrorStr2(self._handle)
-        return text.decode("utf-8", "replace").strip() or "libjpeg-turbo cannot decode it"
+        self._free()
+        self._open()
+        return JPEGError(text.decode("utf-8", "replace").strip() or "libjpeg-turbo cannot decode it")

@@ -6,7 +6,8 @@ seed: any worker count, backend or restart sees the same views. Backends only ex
 (docs/methods.md section 5).
 """
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -56,10 +57,19 @@ class ViewPlan:
     gray: NDArray[np.bool_]  # (n, V)
     sigma: NDArray[np.float32]  # (n, V): standard deviation of the blur in pixels of the view, 0 = none
     solarize: NDArray[np.bool_]  # (n, V)
+    solarize_threshold: int  # the gray level (0..256) from which solarizing inverts, in all views
+
+    def _arrays(self) -> dict[str, Any]:
+        return {name: array for name, array in vars(self).items() if isinstance(array, np.ndarray)}
 
     def views(self, which: slice) -> "ViewPlan":
         """The plan of some of the views only."""
-        return ViewPlan(*(getattr(self, field.name)[:, which] for field in fields(self)))
+        return replace(self, **{name: array[:, which] for name, array in self._arrays().items()})
+
+    def set_sample(self, k: int, other: "ViewPlan") -> None:
+        """Let sample k be the first one of another plan."""
+        for name, array in self._arrays().items():
+            array[k] = getattr(other, name)[0]
 
 
 def plan_views(views: Views, seed: int, epoch: int, index: ArrayLike, size: ArrayLike) -> ViewPlan:
@@ -93,6 +103,7 @@ def plan_views(views: Views, seed: int, epoch: int, index: ArrayLike, size: Arra
         gray=u[..., 12] < views.grayscale_prob,
         sigma=np.where(blurred, low_sigma + u[..., 14] * (high_sigma - low_sigma), 0).astype(np.float32),
         solarize=u[..., 15] < _per_view(views.solarize_prob, count),
+        solarize_threshold=views.solarize_threshold,
     )
 
 

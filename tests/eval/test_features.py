@@ -11,7 +11,7 @@ from nearfar.eval.pixels import pixel_features, pixel_grid
 from nearfar.eval.store import FeatureStore
 from nearfar.ssl.backbones import create
 from nearfar.ssl.backbones.tokens import Backbone, Tokens
-from nearfar.ssl.data.sources.files import ArraySource, Subset
+from nearfar.ssl.data.sources.base import ArraySource, Subset
 from nearfar.ssl.errors import BadImage, UserError
 
 MEAN, STD = np.array([0.485, 0.456, 0.406]), np.array([0.229, 0.224, 0.225])

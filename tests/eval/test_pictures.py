@@ -15,7 +15,7 @@ from torch import Tensor
 from nearfar.eval.pictures import attention_maps, contact_sheet, principal_colors, tile, token_pca
 from nearfar.ssl.backbones import Backbone, Tokens, create
 from nearfar.ssl.data.loaders.base import Batch
-from nearfar.ssl.data.transforms.colors import normalize
+from nearfar.ssl.data.transforms.normalize import normalize
 from nearfar.ssl.errors import UserError
 
 

@@ -12,7 +12,7 @@ from nearfar.eval.linear import linear_probe
 from nearfar.eval.scoring import evaluate, evaluate_pixels, knn_scores, merge_results, native_grid
 from nearfar.eval.segmentation import segment_probe
 from nearfar.ssl.backbones import create
-from nearfar.ssl.data.sources.files import ArraySource
+from nearfar.ssl.data.sources.base import ArraySource
 from nearfar.ssl.errors import UserError
 
 

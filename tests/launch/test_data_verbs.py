@@ -68,6 +68,62 @@ def test_bad_images_are_listed(folder, tmp_path, capsys):
 def test_what_is_no_beton_is_told(tmp_path, capsys):
     (tmp_path / "a.beton").write_bytes(b"x" * 5000)
     assert main(["data", "info", str(tmp_path / "a.beton")]) == 2
-    assert "not a .beton of version 2" in capsys.readouterr().err
+    assert "is not a .beton" in capsys.readouterr().err
     assert main(["data", "info", str(tmp_path / "b.beton")]) == 2
     assert "cannot be read" in capsys.readouterr().err
+
+
+def test_a_recipe_given_to_info_is_told_from_a_beton_and_kept(tmp_path, capsys):
+    for text in ("train: {epochs: 3}\n", "train: {epochs: 3}\n" * 9):
+        (tmp_path / "my.yaml").write_text(text)
+        assert main(["data", "info", str(tmp_path / "my.yaml")]) == 2
+        told = " ".join(capsys.readouterr().err.split())
+        assert "my.yaml is not a .beton" in told
+        assert "SRC my.yaml" not in told and "rite it again" not in told
+
+
+def test_sizes_are_judged_as_pretraining_judges_them(folder, tmp_path, capsys):
+    for name, size in (("dot", (1, 1)), ("ribbon", (3000, 5)), ("strip", (3000, 40))):
+        Image.new("RGB", size).save(folder / "class0" / f"{name}.jpg")
+    assert main(["data", "check", str(folder)]) == 2
+    shown = capsys.readouterr()
+    assert "2 of the 15 images" in shown.err
+    for line in ("class0/dot.jpg: 1 x 1 pixels, below data.min_side = 8", "class0/ribbon.jpg: 3000 x 5 pixels, below"):
+        assert f"bad  {line}" in shown.out
+    out = tmp_path / "out.beton"
+    assert main(["data", "beton", str(folder), str(out)]) == 0
+    assert "2 left out as bad" in capsys.readouterr().out
+    assert BetonSource(out).size.min() == 8  # the strip: 512 x 7 would be bad, and it is not
+    assert main(["data", "check", str(out)]) == 0
+    assert main(["data", "check", str(folder), "--min-side", "1"]) == 0
+    assert main(["data", "check", str(out), "--min-side", "61"]) == 2
+
+
+def test_files_passed_over_for_their_type_are_told(folder, tmp_path, capsys):
+    for name in ("a.avif", "b.jp2", "c.avif", "noending", "\x1b[2J"):
+        (folder / "class1" / name).write_bytes(b"x")
+    for command in (["check", str(folder)], ["beton", str(folder), str(tmp_path / "out.beton")]):
+        assert main(["data", *command]) == 0
+        told = capsys.readouterr().out
+        assert "passed over for their type  2 .avif (class1/a.avif), 2 without an ending (class1/" in told
+        assert "1 .jp2 (class1/b.jp2)" in told and "\x1b" not in told
+
+
+def test_names_reach_the_terminal_escaped(folder, tmp_path, capsys):
+    hostile = b"\x1b[2J\xff.jpg".decode("utf-8", "surrogateescape")
+    (folder / "class0" / hostile).write_bytes(b"no image")
+    (folder / "class0" / "00.jpg").rename(folder / "class0" / ("[bold]" + hostile))
+    out = tmp_path / "[red]out.beton"
+    assert main(["data", "check", str(folder)]) == 2
+    assert r"bad  class0/\x1b[2J\xff.jpg: not an image" in capsys.readouterr().out
+    assert main(["data", "beton", str(folder), str(out)]) == 0
+    assert main(["data", "info", str(out)]) == 0
+    assert "\x1b" not in capsys.readouterr().out
+
+
+def test_places_that_cannot_be_written_are_told(folder, tmp_path, capsys):
+    for place in ("/proc/self", str(tmp_path)):
+        assert main(["data", "beton", str(folder), f"{place}/{'n' * 246 if place != '/proc/self' else 'n'}.beton"]) == 2
+        assert "cannot be written" in " ".join(capsys.readouterr().err.split())
+    assert main(["data", "beton", str(folder), str(tmp_path / ("n" * 300 + ".beton"))]) == 2
+    assert "File name too long" in " ".join(capsys.readouterr().err.split())

@@ -20,7 +20,7 @@ from nearfar.launch.pretrain import OnlineKNN
 from nearfar.ssl import config
 from nearfar.ssl.backbones import create
 from nearfar.ssl.config import Run
-from nearfar.ssl.data.sources.files import ArraySource
+from nearfar.ssl.data.sources.base import ArraySource
 from nearfar.ssl.distributed import Ranks
 
 

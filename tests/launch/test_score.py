@@ -18,7 +18,7 @@ from nearfar.launch import score as scores
 from nearfar.launch.score import Subject, score
 from nearfar.ssl import config
 from nearfar.ssl.backbones import Backbone, create
-from nearfar.ssl.data.sources.files import ArraySource
+from nearfar.ssl.data.sources.base import ArraySource
 
 
 def scenes(count: int, seed: int) -> ArraySource:

@@ -14,9 +14,9 @@ from rich.console import Console
 
 from nearfar.ssl import config
 from nearfar.ssl.config import Run
-from nearfar.ssl.data import libjpeg
+from nearfar.ssl.data import libjpeg, open_source
 from nearfar.ssl.data.beton_writer import write_beton
-from nearfar.ssl.data.sources.files import ArraySource, open_source
+from nearfar.ssl.data.sources.base import ArraySource
 
 TINY = [
     "name=tiny", "views.global_crops_size=32", "views.local_crops_size=16", "views.local_crops_number=2",

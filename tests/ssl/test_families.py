@@ -21,7 +21,7 @@ from torch import nn
 
 from nearfar.ssl import train
 from nearfar.ssl.config import Run
-from nearfar.ssl.data.sources.files import ArraySource
+from nearfar.ssl.data.sources.base import ArraySource
 
 Make = Callable[..., Run]
 

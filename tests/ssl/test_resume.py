@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 
 from nearfar.ssl import checkpoint, train
 from nearfar.ssl.config import Run
-from nearfar.ssl.data.sources.files import ArraySource
+from nearfar.ssl.data.sources.base import ArraySource
 from nearfar.ssl.errors import UserError
 from nearfar.ssl.run_folder import RunFolder, read_metrics
 

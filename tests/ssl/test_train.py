@@ -19,7 +19,7 @@ from nearfar.ssl import checkpoint, train
 from nearfar.ssl.backbones import Backbone, Tokens
 from nearfar.ssl.config import Run
 from nearfar.ssl.data.loaders.base import Batch
-from nearfar.ssl.data.sources.files import ArraySource
+from nearfar.ssl.data.sources.base import ArraySource
 from nearfar.ssl.defaults import resolve
 from nearfar.ssl.errors import UserError
 from nearfar.ssl.run_folder import read_metrics

@@ -1,29 +1,30 @@
 """Which loader a run takes: folder (Pillow), ffcv (compiled loops over a .beton), or device (all images in memory)."""
 
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 
 from nearfar.ssl.config import Views
 from nearfar.ssl.data import libjpeg
-from nearfar.ssl.data.loaders.base import Loader
+from nearfar.ssl.data.loaders.base import Loader, LoaderOptions
+from nearfar.ssl.data.loaders.pillow import PillowLoader
+from nearfar.ssl.data.sources.base import Source
 from nearfar.ssl.data.sources.beton import BetonSource
-from nearfar.ssl.data.sources.files import Source
 from nearfar.ssl.errors import UserError
 
 
 def open_loader(
     source: Source,
     views: Views,
+    options: LoaderOptions,
     *,
     loader: Literal["auto", "ffcv", "folder", "device"] = "auto",
     color: Literal["device", "loader"] = "device",
     device: torch.device | None = None,
-    **options: Any,
 ) -> Loader:
-    """The loader of `data.loader`; `word` in it says which that is. Views and order are the same in all.
+    """The loader of `data.loader`; its `title` says which that is. Views and order are the same in all.
 
-    `options` are those of `data.Loader`. `auto` is ffcv for a .beton where FFCV is installed, else folder. Raises
+    `auto` is ffcv for a .beton where FFCV is installed, else folder. Raises
     UserError for what does not go together.
     """
     if loader == "auto":
@@ -40,9 +41,9 @@ def open_loader(
             raise UserError(
                 "data.loader=ffcv reads a .beton, and data.path is none. Write one: nearfar data beton SRC OUT.beton."
             )
-        return FFCVLoader(source, views, colored=color == "loader", **options)
+        return FFCVLoader(source, views, options, colored=color == "loader")
     if loader == "device":
         from nearfar.ssl.data.loaders.device import DeviceLoader
 
-        return DeviceLoader(source, views, device=device or torch.device("cpu"), **options)
-    return Loader(source, views, **options)
+        return DeviceLoader(source, views, options, device=device or torch.device("cpu"))
+    return PillowLoader(source, views, options)

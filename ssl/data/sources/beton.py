@@ -22,8 +22,9 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from nearfar.ssl.data.decode import decode
-from nearfar.ssl.errors import BadImage, UserError
+from nearfar.ssl.data import libjpeg
+from nearfar.ssl.data.decode import FORMATS, decode
+from nearfar.ssl.errors import BadImage, UserError, printable
 
 VERSION = 2
 HEADER = np.dtype(
@@ -46,6 +47,7 @@ TYPE_NAMES = {
     FLOAT: "number", INT: "integer", IMAGE: "image", BYTES: "bytes", ARRAY: "array", JSON: "JSON", TENSOR: "tensor",
 }  # fmt: skip
 JPEG, RAW = 0, 1  # modes of an image
+_LONGEST_ENTRY = 2**16  # bytes that the field `name` may take for one image
 ABOUT = b"nearfar1"  # in the arguments of `name`: then where the block about the whole begins, and its size
 
 
@@ -71,6 +73,8 @@ class BetonSource:
 
     def _open(self, file: NDArray[np.uint8]) -> None:
         """Read everything but the images, and check that it fits together."""
+        if self.path.suffix != ".beton" and len(file) < HEADER.itemsize:
+            raise UserError(f"{self.path} is not a .beton: it has {len(file)} bytes.")
 
         def part(begin: int, dtype: np.dtype, count: int, what: str) -> NDArray:
             size = dtype.itemsize * count
@@ -84,14 +88,17 @@ class BetonSource:
         self.header = part(0, HEADER, 1, "the header")[0]
         if self.header["version"] != VERSION:
             raise UserError(
-                f"{self.path} is not a .beton of version {VERSION}: where that should be, it says "
-                f"{self.header['version']}. Write it again: nearfar data beton SRC {self.path.name}."
+                f"{self.path} is not a .beton, or of a version that cannot be read: a .beton begins with the number "
+                f"{VERSION}, and this file with {self.header['version']}. To write one from images: nearfar data "
+                "beton SRC NEW.beton."
             )
         fields = part(HEADER.itemsize, FIELD, int(self.header["fields"]), "the list of fields")
         names = [bytes(field["name"]).partition(b"\0")[0].decode("ascii", "replace") for field in fields]
         self.fields = dict(zip(names, (int(field["type"]) for field in fields), strict=True))
         if unknown := [name for name, kind in self.fields.items() if kind not in RECORD]:
             raise UserError(f"{self.path} has a field of a custom type, {unknown[0]}, which only its writer can read.")
+        if len(self.fields) != len(names) or "" in self.fields:
+            raise UserError(f"{self.path} is damaged: its fields are called {', '.join(names)}. Write it again.")
         self.require("image", IMAGE)
         count = int(self.header["samples"])
         if count == 0:
@@ -110,7 +117,7 @@ class BetonSource:
         if self.fields.get("label") == INT:
             self.labels = self.records["label"].astype(np.int64)
         self.about = self._about(fields, names, file)
-        self.classes: list[str] | None = self.about.get("classes")
+        self.classes = self._class_names()
 
     def _place(self, table: NDArray) -> None:
         """Where the bytes of each image begin and how many there are."""
@@ -132,9 +139,20 @@ class BetonSource:
             return {}
         begin, size = np.frombuffer(arguments, "<u8", 2, len(ABOUT)).tolist()
         try:
-            return dict(json.loads(bytes(file[begin : begin + size])))
-        except ValueError as error:
+            about = json.loads(bytes(file[begin : begin + size]))
+        except (ValueError, RecursionError) as error:
             raise UserError(f"{self.path} is damaged: what it says about itself cannot be read ({error}).") from error
+        if not isinstance(about, dict):
+            raise UserError(f"{self.path} is damaged: what it says about itself is {type(about).__name__}, no table.")
+        return about
+
+    def _class_names(self) -> list[str] | None:
+        classes = self.about.get("classes")
+        if classes is None:
+            return None
+        if not isinstance(classes, list) or not all(isinstance(name, str) for name in classes):
+            raise UserError(f"{self.path} is damaged: its classes have no names. Write it again.")
+        return [printable(name) for name in classes]
 
     def require(self, name: str, kind: int) -> None:
         """Raises UserError unless there is a field of this name and type."""
@@ -156,8 +174,17 @@ class BetonSource:
         begin, size = self._extent[i].tolist()
         return self._read(i, begin, size)
 
+    def checked(self, i: int) -> bytes:
+        """As `stored`. Raises BadImage also for bytes that are not those that were written, where a CRC-32 tells."""
+        data, crc = self.stored(i), self._entry(i).get("crc")
+        if crc is not None and zlib.crc32(data) != crc:
+            raise BadImage(self.name(i), f"its bytes in {self.path.name} are not those that were written (CRC-32)")
+        return data
+
     def _read(self, i: int, begin: int, size: int) -> bytes:
         """Read, not mapped: what a mapped file on a failing disk answers is a signal that kills the process."""
+        if begin + size > self._bytes:
+            raise BadImage(f"{self.path.name}[{i}]", "it should lie beyond the end of the file")
         try:
             data = os.pread(self._descriptor, size, begin)
         except OSError as error:
@@ -170,26 +197,23 @@ class BetonSource:
         """What the field `name` says of image i."""
         if self.fields.get("name") != JSON:
             return {}
-        try:
-            ptr, size = self.records["name"][i].tolist()
-            return dict(json.loads(self._read(i, ptr, size).rstrip(b"\0")))
-        except (ValueError, BadImage):  # damaged: a name is not worth losing the image
+        ptr, size = self.records["name"][i].tolist()
+        if size > _LONGEST_ENTRY:
             return {}
+        try:
+            entry = json.loads(self._read(i, ptr, size).rstrip(b"\0"))
+        except (ValueError, RecursionError, BadImage):  # damaged: a name is not worth losing the image
+            return {}
+        return entry if isinstance(entry, dict) else {}
 
     def name(self, i: int) -> str:
-        return str(self._entry(i).get("name", f"{self.path.name}[{i}]"))
+        return printable(str(self._entry(i).get("name", f"{self.path.name}[{i}]")))
 
     def encoded(self, i: int) -> bytes | None:
-        return None if self.raw(i) else self._checked(i)
-
-    def _checked(self, i: int) -> bytes:
-        data, entry = self.stored(i), self._entry(i)
-        if "crc" in entry and zlib.crc32(data) != entry["crc"]:
-            raise BadImage(self.name(i), f"its bytes in {self.path.name} are not those that were written (CRC-32)")
-        return data
+        return None if self.raw(i) else self.checked(i)
 
     def read(self, i: int) -> Image.Image:
-        data = self._checked(i)
+        data = self.checked(i)
         height, width = self.size[i].tolist()
         if not self.raw(i):
             image = decode(BytesIO(data), self.name(i))
@@ -199,19 +223,29 @@ class BetonSource:
                     f"its JPEG header says {image.width} x {image.height} pixels, "
                     f"where {width} x {height} were promised",
                 )
+            if "crc" not in self._entry(i) and libjpeg.available():  # the ffcv loader would refuse what it warns of
+                self._check_clean(i, data, height, width)
             return image
         if len(data) != height * width * 3:
             raise BadImage(self.name(i), f"{len(data)} bytes are not {width} x {height} pixels")
         return Image.fromarray(np.frombuffer(data, np.uint8).reshape(height, width, 3))
+
+    def _check_clean(self, i: int, data: bytes, height: int, width: int) -> None:
+        try:
+            libjpeg.Decoder().decode(data, np.empty(3 * height * width, np.uint8), height, width, 3 * width)
+        except libjpeg.JPEGError as error:
+            raise BadImage(self.name(i), str(error)) from error
 
     def mask(self, i: int) -> NDArray[np.uint8] | None:
         if self.fields.get("mask") != BYTES:
             return None
         data = self._read(i, *self.records["mask"][i].tolist())
         try:
-            with Image.open(BytesIO(data)) as image:
+            with Image.open(BytesIO(data), formats=FORMATS) as image:
                 return np.array(image, np.uint8)
-        except (OSError, SyntaxError) as error:
+        except MemoryError:
+            raise
+        except Exception as error:  # damaged files make Pillow's decoders raise nearly anything
             raise BadImage(self.name(i), f"its mask cannot be read: {error}") from None
 
     @cached_property

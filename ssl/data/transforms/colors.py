@@ -5,7 +5,8 @@ by what they need, so that an operation costs nothing where it is not due.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,8 +16,6 @@ from torch.nn import functional as F
 from nearfar.ssl.data.loaders.base import Batch
 from nearfar.ssl.data.views import ViewPlan
 
-MEAN = (0.485, 0.456, 0.406)
-STD = (0.229, 0.224, 0.225)
 _LUMA = (0.2989, 0.587, 0.114)  # ITU-R 601-2, the digits torchvision uses
 _CACHE = 2**21  # bytes of images worked on at a time on a CPU: some forty passes that should stay in its cache
 
@@ -31,9 +30,11 @@ class Color:
     gray: Tensor  # bool (N,)
     sigma: Tensor  # float32 (N,)
     solarize: Tensor  # bool (N,)
+    solarize_threshold: int = 128
 
     def __getitem__(self, part: slice) -> "Color":
-        return Color(*(getattr(self, field.name)[part] for field in fields(self)))
+        parts: dict[str, Any] = {name: x[part] for name, x in vars(self).items() if isinstance(x, Tensor)}
+        return replace(self, **parts)
 
 
 def color_of(plan: ViewPlan, views: slice) -> Color:
@@ -42,49 +43,48 @@ def color_of(plan: ViewPlan, views: slice) -> Color:
     def flat(array: np.ndarray) -> Tensor:
         return torch.from_numpy(np.ascontiguousarray(array[:, views].swapaxes(0, 1))).flatten(0, 1)
 
-    return Color(*(flat(x) for x in (plan.jitter, plan.factors, plan.order, plan.gray, plan.sigma, plan.solarize)))
+    return Color(
+        flat(plan.jitter),
+        flat(plan.factors),
+        flat(plan.order),
+        flat(plan.gray),
+        flat(plan.sigma),
+        flat(plan.solarize),
+        plan.solarize_threshold,
+    )
 
 
-def color_views(batch: Batch, solarize_threshold: int, place: torch.device) -> list[Tensor]:
-    """The color half of every view, on `place`: uint8 groups -> float (G, B, 3, s, s) within [0, 1]."""
-    groups = [group.to(place, non_blocking=True) for group in batch.groups]
+def color_views(batch: Batch, device: torch.device) -> list[Tensor]:
+    """The color half of every view, on `device`: uint8 groups -> float (G, B, 3, s, s) within [0, 1]."""
+    groups = [group.to(device, non_blocking=True) for group in batch.groups]
     if batch.colored:
         return [group / 255 for group in groups]
     colored, first = [], 0
     for group in groups:
         plan = color_of(batch.plan, slice(first, first + len(group)))
-        colored.append(color(group.flatten(0, 1), plan, solarize_threshold).unflatten(0, group.shape[:2]))
+        colored.append(color(group.flatten(0, 1), plan).unflatten(0, group.shape[:2]))
         first += len(group)
     return colored
 
 
-def normalize(images: Tensor) -> Tensor:
-    """(..., 3, H, W) in [0, 1] -> ImageNet's mean 0 and standard deviation 1 in each channel."""
-    mean, std = images.new_tensor(MEAN), images.new_tensor(STD)
-    return (images - mean[:, None, None]) / std[:, None, None]
-
-
-def color(images: Tensor, plan: Color, threshold: int = 128) -> Tensor:
-    """uint8 (N, 3, H, W) -> float32 (N, 3, H, W) in [0, 1]: jittered in the planned order, grayed, blurred, solarized.
-
-    threshold: the gray level (0..255) from which solarizing inverts.
-    """
+def color(images: Tensor, plan: Color) -> Tensor:
+    """uint8 (N, 3, H, W) -> float32 in [0, 1]: jittered in the planned order, grayed, blurred, solarized."""
     out = torch.empty(images.shape, dtype=torch.float32, device=images.device)
     step = max(1, _CACHE // (4 * images[0].numel())) if images.device.type == "cpu" and len(images) else len(images)
     for begin in range(0, len(images), step or 1):
         part = slice(begin, begin + step)
-        _color(torch.div(images[part], 255, out=out[part]), plan[part], threshold)
+        _color(torch.div(images[part], 255, out=out[part]), plan[part])
     return out
 
 
-def _color(x: Tensor, plan: Color, threshold: int) -> None:
+def _color(x: Tensor, plan: Color) -> None:
     for place in range(4):
         for op, adjust in enumerate((_brightness, _contrast, _saturation, shift_hue)):
             chosen = plan.jitter & (plan.order[:, place] == op)
             _update(x, chosen, adjust, plan.factors[:, op])
     _update(x, plan.gray, lambda part: gray(part).expand_as(part))
     _update(x, plan.sigma > 0, blur, plan.sigma)
-    _update(x, plan.solarize, lambda part: torch.where(part >= threshold / 255, 1 - part, part))
+    _update(x, plan.solarize, lambda part: torch.where(part >= plan.solarize_threshold / 255, 1 - part, part))
 
 
 def _update(x: Tensor, chosen: Tensor, change: Callable[..., Tensor], *values: Tensor) -> None:

@@ -1,6 +1,6 @@
-"""The color half of a view on a CPU, compiled by numba: what augment.py does, on one view, to 8 bits.
+"""The color half of a view on a CPU, compiled by numba: what colors.py does, on one view, to 8 bits.
 
-Every operation is that of `augment.color` in float32 on values within [0, 1]; only sums are added in another order.
+Every operation is that of `colors.color` in float32 on values within [0, 1]; only sums are added in another order.
 The result is rounded to 8 bits. All loops run over flat arrays of floats, without a branch, to become vector code.
 """
 
@@ -63,7 +63,7 @@ def _saturation(p: Planes, n: int, factor: np.float32) -> None:
 
 @njit(nogil=True, fastmath=_FAST)
 def _hue(p: Planes, n: int, turns: np.float32) -> None:
-    """As `augment.shift_hue`, which explains the formula."""
+    """As `colors.shift_hue`, which explains the formula."""
     red, green, blue = p[0], p[1], p[2]
     shift_red = _F((turns * 6 + 3 + 5) % 6 - 5)
     shift_green = _F((turns * 6 + 1 + 5) % 6 - 5)

@@ -8,22 +8,21 @@ Sizes: an image is H x W pixels; rows are padded to 8 bytes, since transposing g
 """
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
-import PIL
 from numba import njit
 from numpy.typing import NDArray
 
 from nearfar.ssl.data.transforms.compiled_colors import Planes, color_view, make_planes
+from nearfar.ssl.data.transforms.crops import VERTICAL_MAY_BE_FIRST
 
 _ONE = np.int32(1 << 22)  # a weight of 1
 _HALF = np.int32(1 << 21)
 _S8, _S16, _S32 = np.uint64(8), np.uint64(16), np.uint64(32)
 _M8, _M16, _M32 = np.uint64(0x00FF00FF00FF00FF), np.uint64(0x0000FFFF0000FFFF), np.uint64(0x00000000FFFFFFFF)
 _U = np.uint64
-# Pillow's first pass was always horizontal; since version 13 it is vertical where that leaves less to the second.
-_PILLOW_TURNS = int(PIL.__version__.partition(".")[0]) >= 13
 
 
 class Scratch(NamedTuple):
@@ -239,9 +238,21 @@ def _vertical_first(s: tuple, width: int, box: NDArray, flip: bool, size: int, o
                 out[d + j] = plane[o + j]
 
 
-# The one that is filed: what it calls is compiled into it. A file for each of them could be written by one process and
+def compiled_and_kept(function: Callable[..., None]) -> Callable[..., None]:
+    """Compiled by numba and kept on disk for the next process, or compiled by each where no folder can be written.
+
+    numba looks for a place in NUMBA_CACHE_DIR, beside the file and in the user's cache folder, and raises RuntimeError
+    when it finds none, as in a read-only container.
+    """
+    try:
+        return njit(nogil=True, cache=True)(function)
+    except RuntimeError:
+        return njit(nogil=True)(function)
+
+
+# The one that is kept: what it calls is compiled into it. A file for each of them could be written by one process and
 # read by another that had compiled the rest, and numba's tables of types do not survive that.
-@njit(nogil=True, cache=True)
+@compiled_and_kept
 def make_views(
     s: tuple, height: int, width: int, box: NDArray, flip: NDArray, size: NDArray, place: NDArray, out: NDArray,
     colored: bool, jitter: NDArray, factors: NDArray, order: NDArray, gray: NDArray, sigma: NDArray,
@@ -254,7 +265,7 @@ def make_views(
     """
     transpose_bytes(s[0], height, (3 * width + 7) // 8, s[1])
     for v in range(len(flip)):
-        if _PILLOW_TURNS and box[v, 2] - size[v] > 2 * max(box[v, 3] - size[v], 0):
+        if VERTICAL_MAY_BE_FIRST and box[v, 2] - size[v] > 2 * max(box[v, 3] - size[v], 0):
             _vertical_first(s, width, box[v], flip[v], size[v], out, place[v])
         else:
             _horizontal_first(s, height, box[v], flip[v], size[v], out, place[v])

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from nearfar.ssl.data.decode import decode, decode_path
+from nearfar.ssl.data.decode import decode, decode_path, size_problem
 from nearfar.ssl.errors import BadImage
 
 
@@ -148,3 +148,20 @@ def test_decompression_bombs_are_bad(monkeypatch):
         file.seek(0)
         with pytest.raises(BadImage, match="pixels"):
             decode(file, "it")
+
+
+@pytest.mark.parametrize("kind", ["EPS", "PCX", "TGA", "SGI", "IM", "ICO", "JPEG2000", "AVIF"])
+def test_formats_that_are_not_meant_are_bad_whatever_their_name(kind):
+    """Pillow knows them by their content, and would start Ghostscript for the first."""
+    Image.init()
+    if kind not in Image.SAVE:
+        pytest.skip(f"this Pillow has no {kind}")
+    with pytest.raises(BadImage, match="it: not an image of a known format"):
+        decode(stored(Image.fromarray(scene()), kind), "it")
+
+
+def test_the_rule_of_sizes():
+    assert size_problem(8, 3000, 8) is None
+    assert size_problem(5, 3000, 8) == "3000 x 5 pixels, below data.min_side = 8"
+    assert size_problem(1, 1, 2) == "1 x 1 pixels, below data.min_side = 2"
+    assert "safe" in str(size_problem(65535, 65535, 8))

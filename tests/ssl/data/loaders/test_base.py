@@ -12,14 +12,12 @@ import numpy as np
 import psutil
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from PIL import Image
 
-import nearfar.ssl.backbones  # noqa: F401  makes torchvision importable everywhere
 from nearfar.ssl.config import Views
-from nearfar.ssl.data.loaders.base import Loader, eval_view, render
-from nearfar.ssl.data.sources.files import ArraySource
+from nearfar.ssl.data.loaders.base import LoaderOptions
+from nearfar.ssl.data.loaders.pillow import PillowLoader
+from nearfar.ssl.data.sources.base import ArraySource
+from nearfar.ssl.data.transforms.crops import render
 from nearfar.ssl.data.views import epoch_order, plan_views
 from nearfar.ssl.errors import BadImage, UserError
 
@@ -48,7 +46,7 @@ class Broken(ArraySource):
 
 
 def loader(data=None, views=VIEWS, **options):
-    return Loader(data or source(), views, **{"batch_size": 8, "epochs": 2, "seed": 3, **options})
+    return PillowLoader(data or source(), views, LoaderOptions(**{"batch_size": 8, "epochs": 2, "seed": 3, **options}))
 
 
 def assert_same(one, two):
@@ -80,23 +78,6 @@ def test_what_a_batch_is():
     only_global = next(iter(loader(ArraySource(noise()), Views(global_crops_size=24, local_crops_number=0))))
     assert len(only_global.groups) == 1
     assert only_global.label is None
-
-
-@settings(max_examples=20, deadline=None)
-@given(st.integers(0, 2**32), st.integers(8, 60), st.integers(8, 60))
-def test_views_equal_torchvision_on_pillow_images(seed, height, width):
-    from torchvision.transforms import InterpolationMode
-    from torchvision.transforms import functional as TF
-
-    image = Image.fromarray(noise(1, height, width, seed)[0])
-    plan = plan_views(VIEWS, seed, 0, [0], [(height, width)])
-    for which, side in ((slice(2), 24), (slice(2, None), 16)):
-        part = plan.views(which)
-        out = render([image], part, side)
-        for v in range(out.shape[0]):
-            wanted = TF.resized_crop(image, *part.box[0, v].tolist(), [side, side], InterpolationMode.BICUBIC)
-            wanted = TF.hflip(wanted) if part.flip[0, v] else wanted
-            assert torch.equal(out[v, 0], TF.pil_to_tensor(wanted))
 
 
 @pytest.mark.filterwarnings("ignore:This DataLoader will create 4")  # than there may be cores here
@@ -275,10 +256,12 @@ def test_a_program_that_ends_in_the_middle_ends():
     program = textwrap.dedent("""
         import numpy as np
         from nearfar.ssl.config import Views
-        from nearfar.ssl.data.loaders.base import Loader
-        from nearfar.ssl.data.sources.files import ArraySource
+        from nearfar.ssl.data.loaders.base import LoaderOptions
+        from nearfar.ssl.data.loaders.pillow import PillowLoader
+        from nearfar.ssl.data.sources.base import ArraySource
         data = ArraySource(np.zeros((50, 20, 20, 3), np.uint8))
-        loader = Loader(data, Views(global_crops_size=8, local_crops_number=0), batch_size=8, epochs=100, workers=2)
+        options = LoaderOptions(batch_size=8, epochs=100, workers=2)
+        loader = PillowLoader(data, Views(global_crops_size=8, local_crops_number=0), options)
         stream = iter(loader)
         next(stream)
         print("over")
@@ -290,23 +273,14 @@ def test_a_program_that_ends_in_the_middle_ends():
     assert "Traceback" not in done.stderr
 
 
-@settings(max_examples=20, deadline=None)
-@given(st.integers(10, 80), st.integers(10, 80), st.sampled_from([(14, 16), (8, 8), (21, None)]))
-def test_eval_view_equals_torchvision(height, width, sizes):
-    from torchvision.transforms import InterpolationMode
-    from torchvision.transforms import functional as TF
-
-    size, resize = sizes
-    image = Image.fromarray(noise(1, height, width)[0])
-    wanted = TF.resize(image, [resize or 24], InterpolationMode.BICUBIC)
-    if resize is None and (height, width) == (size, size):
-        wanted = image
-    assert torch.equal(eval_view(image, size, resize), TF.pil_to_tensor(TF.center_crop(wanted, [size])))
+class TooLarge(ArraySource):
+    def read(self, i):
+        raise MemoryError("3 GiB for one image")
 
 
-def test_eval_view_leaves_an_image_of_the_right_size_alone():
-    image = Image.fromarray(noise(1, 32, 32)[0])
-    assert np.array_equal(eval_view(image, 32).permute(1, 2, 0), np.asarray(image))
-    assert not np.array_equal(eval_view(image, 32, 36).permute(1, 2, 0), np.asarray(image))
-    with pytest.raises(ValueError, match="below"):
-        eval_view(image, 32, 30)
+@pytest.mark.parametrize("workers", [0, 1])
+def test_too_little_memory_is_told(workers):
+    with pytest.raises(UserError, match=r"memory does not suffice .*fewer data\.workers") as caught:
+        list(loader(TooLarge(noise()), workers=workers))
+    assert "Traceback" not in str(caught.value)
+    assert not children()

@@ -3,14 +3,14 @@ import pytest
 import torch
 
 from nearfar.ssl.config import Views
-from nearfar.ssl.data import libjpeg
-from nearfar.ssl.data.loaders.choose import open_loader
+from nearfar.ssl.data import libjpeg, open_loader
+from nearfar.ssl.data.loaders.base import LoaderOptions
+from nearfar.ssl.data.sources.base import ArraySource
 from nearfar.ssl.data.sources.beton import BetonSource
-from nearfar.ssl.data.sources.files import ArraySource
 from nearfar.ssl.errors import UserError
 
 VIEWS = Views(global_crops_size=16, local_crops_size=8, local_crops_number=2)
-OPTIONS = {"batch_size": 8, "epochs": 1}
+OPTIONS = LoaderOptions(batch_size=8, epochs=1, seed=5)
 
 
 @pytest.fixture
@@ -20,27 +20,27 @@ def arrays():
 
 def test_auto_takes_ffcv_for_a_beton_where_it_is_installed(arrays, beton, monkeypatch):
     source = BetonSource(beton)
-    assert open_loader(arrays, VIEWS, **OPTIONS).word == "folder loader"
-    assert open_loader(source, VIEWS, **OPTIONS).word == "ffcv loader"
-    assert open_loader(source, VIEWS, loader="folder", **OPTIONS).word == "folder loader"
+    assert open_loader(arrays, VIEWS, OPTIONS).title == "folder loader"
+    assert open_loader(source, VIEWS, OPTIONS).title == "ffcv loader"
+    assert open_loader(source, VIEWS, OPTIONS, loader="folder").title == "folder loader"
     monkeypatch.setattr(libjpeg, "available", lambda: False)
-    assert open_loader(source, VIEWS, **OPTIONS).word == "folder loader"
+    assert open_loader(source, VIEWS, OPTIONS).title == "folder loader"
     with pytest.raises(UserError, match="The ffcv loader needs FFCV"):
-        open_loader(source, VIEWS, loader="ffcv", **OPTIONS)
+        open_loader(source, VIEWS, OPTIONS, loader="ffcv")
 
 
 def test_what_does_not_go_together_is_told(arrays):
     with pytest.raises(UserError, match=r"data\.path is none\. Write one: nearfar data beton"):
-        open_loader(arrays, VIEWS, loader="ffcv", **OPTIONS)
+        open_loader(arrays, VIEWS, OPTIONS, loader="ffcv")
     for loader in ("auto", "folder", "device"):
         with pytest.raises(UserError, match=r"data\.color_on=loader needs the ffcv loader"):
-            open_loader(arrays, VIEWS, loader=loader, color="loader", **OPTIONS)
+            open_loader(arrays, VIEWS, OPTIONS, loader=loader, color="loader")
 
 
 def test_all_three_give_the_same_batches(beton):
     source = BetonSource(beton)
     folder, ffcv, device = (
-        list(open_loader(source, VIEWS, loader=loader, seed=5, **OPTIONS)) for loader in ("folder", "ffcv", "device")
+        list(open_loader(source, VIEWS, OPTIONS, loader=loader)) for loader in ("folder", "ffcv", "device")
     )
     for a, b, c in zip(folder, ffcv, device, strict=True):
         assert a.index.tolist() == b.index.tolist() == c.index.tolist()
@@ -50,5 +50,5 @@ def test_all_three_give_the_same_batches(beton):
 
 
 def test_color_by_the_loader(beton):
-    batch = next(iter(open_loader(BetonSource(beton), VIEWS, color="loader", **OPTIONS)))
+    batch = next(iter(open_loader(BetonSource(beton), VIEWS, OPTIONS, color="loader")))
     assert batch.colored

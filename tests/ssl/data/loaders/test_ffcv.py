@@ -4,6 +4,7 @@ import gc
 import itertools
 import threading
 import time
+from dataclasses import replace
 
 import numpy as np
 import psutil
@@ -13,11 +14,14 @@ from PIL import Image
 
 from nearfar.ssl.config import Views
 from nearfar.ssl.data import libjpeg
-from nearfar.ssl.data.beton_writer import Form, write_beton
-from nearfar.ssl.data.loaders.base import Loader
+from nearfar.ssl.data.beton_writer import BetonOptions, write_beton
+from nearfar.ssl.data.loaders.base import LoaderOptions
+from nearfar.ssl.data.loaders.device import DeviceLoader
 from nearfar.ssl.data.loaders.ffcv import FFCVLoader
+from nearfar.ssl.data.loaders.pillow import PillowLoader
+from nearfar.ssl.data.sources.base import ArraySource
 from nearfar.ssl.data.sources.beton import BetonSource
-from nearfar.ssl.data.sources.files import ArraySource, FolderSource
+from nearfar.ssl.data.sources.files import FolderSource
 from nearfar.ssl.data.transforms.colors import color, color_of
 from nearfar.ssl.data.views import plan_views
 from nearfar.ssl.errors import UserError
@@ -39,7 +43,12 @@ def source(beton):
 
 
 def ffcv(source, views=VIEWS, **options):
-    return FFCVLoader(source, views, **{**OPTIONS, **options})
+    colored = options.pop("colored", False)
+    return FFCVLoader(source, views, LoaderOptions(**{**OPTIONS, **options}), colored=colored)
+
+
+def pillow(source, views=VIEWS, **options):
+    return PillowLoader(source, views, LoaderOptions(**{**OPTIONS, **options}))
 
 
 def assert_same(one, two):
@@ -80,12 +89,12 @@ def other_size(data):
 
 
 def test_batches_are_those_of_the_folder_loader_on_the_same_file(source):
-    assert_same(ffcv(source), Loader(source, VIEWS, **OPTIONS))
+    assert_same(ffcv(source), pillow(source))
 
 
 def test_batches_are_those_of_the_original_folder(source, photos):
     """JPEGs keep their bytes and names their order, so that not even the file makes a difference."""
-    mine, theirs = list(ffcv(source)), list(Loader(FolderSource(photos), VIEWS, **OPTIONS))
+    mine, theirs = list(ffcv(source)), list(pillow(FolderSource(photos)))
     for a, b in zip(mine, theirs, strict=True):
         assert a.index.tolist() == b.index.tolist() and a.label.tolist() == b.label.tolist()
         for x, y in zip(a.groups, b.groups, strict=True):
@@ -130,19 +139,19 @@ def test_an_image_is_decoded_once_for_ten_views(source, monkeypatch):
 
 def test_pixels_kept_raw_and_arrays_without_labels(tmp_path):
     images = np.random.default_rng(0).integers(0, 256, (40, 20, 26, 3), np.uint8)
-    write_beton(ArraySource(images), tmp_path / "raw.beton", Form())
+    write_beton(ArraySource(images), tmp_path / "raw.beton", BetonOptions())
     raw = BetonSource(tmp_path / "raw.beton")
     assert raw.raw(0)
-    assert_same(ffcv(raw), Loader(ArraySource(images), VIEWS, **OPTIONS))
+    assert_same(ffcv(raw), pillow(ArraySource(images)))
     only_global = Views(global_crops_size=30, local_crops_number=0)
-    assert_same(ffcv(raw, only_global), Loader(ArraySource(images), only_global, **OPTIONS))
+    assert_same(ffcv(raw, only_global), pillow(ArraySource(images), only_global))
 
 
 def test_views_larger_than_the_images(tmp_path):
     images = np.random.default_rng(0).integers(0, 256, (8, 9, 12, 3), np.uint8)
     write_beton(ArraySource(images), tmp_path / "small.beton")
     views = Views(global_crops_size=64, local_crops_size=32, local_crops_number=1)
-    assert_same(ffcv(BetonSource(tmp_path / "small.beton"), views), Loader(ArraySource(images), views, **OPTIONS))
+    assert_same(ffcv(BetonSource(tmp_path / "small.beton"), views), pillow(ArraySource(images), views))
 
 
 def test_color_agrees_with_augment(source):
@@ -171,18 +180,47 @@ def test_damaged_images_are_named_counted_and_replaced(beton, source, tmp_path, 
             if i == j:  # the others are untouched
                 assert torch.equal(batch.groups[0][:, k], good.groups[0][:, k])
     assert set(run.bad) == {source.name(i) for i in (7, 8, 59)}
-    assert_same(Loader(damaged, VIEWS, max_bad_fraction=0.2, **OPTIONS), _without_reasons(damaged))
+    assert_same(pillow(damaged, max_bad_fraction=0.2), ffcv(damaged, max_bad_fraction=0.2))
 
 
-def _without_reasons(damaged):
-    """The FFCV loader's batches, with the folder loader's reasons: the two libraries word them differently."""
-    theirs = {}
-    run = Loader(damaged, VIEWS, max_bad_fraction=0.2, **OPTIONS)
-    for batch in run:
-        theirs.update(batch.bad)
-    for batch in ffcv(damaged, max_bad_fraction=0.2):
-        batch.bad = [(name, theirs[name]) for name, _ in batch.bad]
-        yield batch
+def verdicts(loader):
+    """The samples of each batch, and every bad image."""
+    index = [batch.index.tolist() for batch in loader]
+    return index, sorted(loader.bad)
+
+
+@pytest.mark.parametrize("named", [True, False], ids=["with CRC", "name records damaged"])
+def test_many_damaged_headers_have_one_verdict_in_every_loader(beton, source, tmp_path, named):
+    """One byte of the header each: what a good neighbor is must not depend on who was decoded before, by whom."""
+    rng = np.random.default_rng(0)
+
+    def one_byte(data):
+        data = bytearray(data)
+        data[int(rng.integers(0, 400))] ^= 0xFF
+        return bytes(data)
+
+    damaged = broken(beton, tmp_path, range(0, 60, 3), one_byte)
+    if not named:
+        data = bytearray(damaged.path.read_bytes())
+        for ptr, size in damaged.records["name"].tolist():
+            data[ptr : ptr + size] = b"\xff[{" + bytes(size - 3)
+        damaged.path.write_bytes(data)
+        damaged = BetonSource(damaged.path)
+    options = {"max_bad_fraction": 0.9, "epochs": 1}
+    wanted = verdicts(pillow(damaged, **options))
+    assert 5 < len(wanted[1]) <= 20
+    assert len(wanted[1]) == 20 or not named  # every changed byte is noticed where there is a CRC
+    for workers in (0, 3):
+        assert verdicts(ffcv(damaged, workers=workers, **options)) == wanted
+    device = DeviceLoader(damaged, VIEWS, LoaderOptions(**{**OPTIONS, **options}), device=torch.device("cpu"))
+    assert verdicts(device) == wanted
+    whole, rest = list(ffcv(damaged, workers=3, **options)), ffcv(damaged, workers=2, **options)
+    rest.seek(0, 3)
+    assert_same([strip(b) for b in whole[3:]], [strip(b) for b in rest])
+
+
+def strip(batch):
+    return replace(batch, bad=[])
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -195,7 +233,7 @@ def test_too_many_damaged_images_end_the_run(beton, tmp_path, workers):
 
 
 def test_images_too_small_are_bad(tmp_path):
-    write_beton(ArraySource(np.zeros((40, 7, 30, 3), np.uint8)), tmp_path / "a.beton")
+    write_beton(ArraySource(np.zeros((40, 7, 30, 3), np.uint8)), tmp_path / "a.beton", BetonOptions(min_side=1))
     with pytest.raises(UserError, match=r"30 x 7 pixels, below data.min_side = 8"):
         next(iter(ffcv(BetonSource(tmp_path / "a.beton"))))
 
@@ -280,10 +318,10 @@ def test_nothing_leaks_over_fifty_epochs_and_many_loops_left_early(source):
 
 def test_a_slow_caller_does_not_make_batches_pile_up(source, monkeypatch):
     started = []
-    room = FFCVLoader(source, VIEWS, workers=2, **{**OPTIONS, "epochs": 100})
-    batch = room._task_room.batch
-    monkeypatch.setattr(room._task_room, "batch", lambda task: (started.append(task), batch(task))[1])
-    stream = iter(room)
+    loader = ffcv(source, workers=2, epochs=100)
+    assemble = loader.assemble
+    monkeypatch.setattr(loader, "assemble", lambda task: (started.append(task), assemble(task))[1])
+    stream = iter(loader)
     next(stream)
     time.sleep(0.3)
     assert len(started) <= 4
@@ -304,10 +342,9 @@ def test_large_photographs_shrink_as_pillow_shrinks_them(tmp_path):
     for i, (height, width) in enumerate([(100, 90), (1300, 200), (400, 1500), (1100, 1200)]):
         small = Image.fromarray(rng.integers(0, 256, (height // 10, width // 10, 3), np.uint8))
         small.resize((width, height), Image.Resampling.BICUBIC).save(folder / f"{i}.jpg")
-    write_beton(FolderSource(folder), tmp_path / "large.beton", Form(max_side=None))
+    write_beton(FolderSource(folder), tmp_path / "large.beton", BetonOptions(max_side=None))
     large = BetonSource(tmp_path / "large.beton")
-    options = {**OPTIONS, "batch_size": 2}
-    assert_same(FFCVLoader(large, VIEWS, **options), Loader(large, VIEWS, **options))
+    assert_same(ffcv(large, batch_size=2), pillow(large, batch_size=2))
 
 
 def test_processes_can_be_forked_while_the_threads_work(source):
@@ -315,6 +352,6 @@ def test_processes_can_be_forked_while_the_threads_work(source):
     stream = iter(ffcv(source, workers=2, epochs=50))
     for _ in range(3):
         next(stream)
-        forked = list(Loader(source, VIEWS, **{**OPTIONS, "epochs": 1, "workers": 1}))
+        forked = list(pillow(source, epochs=1, workers=1))
         assert len(forked) == 7
     stream.close()

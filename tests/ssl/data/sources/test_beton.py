@@ -1,5 +1,6 @@
 """The .beton format: FFCV's own Reader and Loader are the oracle of what is written."""
 
+import contextlib
 import io
 import json
 import os
@@ -11,10 +12,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from nearfar.ssl.data import libjpeg
-from nearfar.ssl.data.beton_writer import Form, write_beton
+from nearfar.ssl.data import libjpeg, open_source
+from nearfar.ssl.data.beton_writer import BetonOptions, write_beton
+from nearfar.ssl.data.sources.base import ArraySource, Subset
 from nearfar.ssl.data.sources.beton import HEADER, BetonSource
-from nearfar.ssl.data.sources.files import ArraySource, FolderSource, Subset, open_source
+from nearfar.ssl.data.sources.files import FolderSource
 from nearfar.ssl.errors import BadImage, UserError
 
 pytestmark = pytest.mark.skipif(not libjpeg.available(), reason="FFCV is not installed")
@@ -31,7 +33,7 @@ def save(path, pixels, **options):
 
 
 def written(source, tmp_path, form=None, **options):
-    outcome = write_beton(source, tmp_path / "out.beton", form or Form(), **options)
+    outcome = write_beton(source, tmp_path / "out.beton", form or BetonOptions(), **options)
     return outcome, BetonSource(tmp_path / "out.beton")
 
 
@@ -60,7 +62,7 @@ def test_turned_photographs_end_upright(tmp_path, orientation):
     exif[0x0112] = orientation
     save(tmp_path / "in" / "a.jpg", scene(), quality=95, exif=exif)
     source = FolderSource(tmp_path / "in")
-    outcome, beton = written(source, tmp_path, Form(raw_side=0))
+    outcome, beton = written(source, tmp_path, BetonOptions(raw_side=0))
     assert outcome.encoded == 1
     upright = np.asarray(source.read(0)).astype(int)
     assert tuple(beton.size[0]) == upright.shape[:2] == ((60, 40) if orientation > 4 else (40, 60))
@@ -71,7 +73,9 @@ def test_turned_photographs_end_upright(tmp_path, orientation):
 
 def test_large_images_are_shrunk_with_their_masks(tmp_path):
     images, masks = scene(100, 160)[None], (np.arange(160) // 40).astype(np.uint8)[None, None].repeat(100, 1)
-    outcome, beton = written(ArraySource(images, [1], masks), tmp_path, Form(max_side=80, raw_side=0, quality=99))
+    outcome, beton = written(
+        ArraySource(images, [1], masks), tmp_path, BetonOptions(max_side=80, raw_side=0, quality=99)
+    )
     assert outcome.encoded == 1
     wanted = np.asarray(Image.fromarray(images[0]).resize((80, 50), Image.Resampling.BICUBIC)).astype(int)
     assert np.abs(np.asarray(beton.read(0)) - wanted).mean() < 6
@@ -145,7 +149,7 @@ def test_the_file_does_not_depend_on_threads_and_changes_with_the_data(tmp_path,
 def test_more_than_a_page(tmp_path):
     """Samples stay on one page of 8 MiB each."""
     images = np.random.default_rng(0).integers(0, 256, (5, 1100, 1100, 3), np.uint8)
-    _, beton = written(ArraySource(images), tmp_path, Form(max_side=None, raw_side=2000))
+    _, beton = written(ArraySource(images), tmp_path, BetonOptions(max_side=None, raw_side=2000))
     for i in range(5):
         np.testing.assert_array_equal(np.asarray(beton.read(i)), images[i])
     assert (beton.records["image"]["ptr"] % 2**23 + 3 * 1100**2 <= 2**23).all()
@@ -179,7 +183,7 @@ def test_a_jpeg_that_only_pillow_forgives_is_encoded_anew(tmp_path):
     data = (tmp_path / "in" / "a.jpg").read_bytes()
     (tmp_path / "in" / "a.jpg").write_bytes(data[:-2] + b"\x12\x34\x56" * 9 + data[-2:])
     source = FolderSource(tmp_path / "in")
-    outcome, beton = written(source, tmp_path, Form(raw_side=0))
+    outcome, beton = written(source, tmp_path, BetonOptions(raw_side=0))
     assert outcome.encoded == 1
     pixels = np.empty(40 * 60 * 3, np.uint8)
     libjpeg.Decoder().decode(beton.stored(0), pixels, 40, 60, 180)
@@ -219,7 +223,7 @@ def test_files_that_are_not_whole_are_refused(tmp_path, beton):
         bad.write_bytes(data[:begin] + values + data[begin + len(values) :])
         return bad
 
-    with pytest.raises(UserError, match=r"not a \.beton of version 2.*it says 3"):
+    with pytest.raises(UserError, match=r"is not a \.beton, or of a version that cannot be read.*with 3"):
         BetonSource(changed(0, struct.pack("<H", 3)))
     samples, table = HEADER.fields["samples"][1], HEADER.fields["table"][1]
     with pytest.raises(UserError, match="no images"):
@@ -230,7 +234,7 @@ def test_files_that_are_not_whole_are_refused(tmp_path, beton):
     with pytest.raises(UserError, match="no field 'image'"):
         BetonSource(changed(data.index(b"image\0"), b"imago\0"))
     bad.write_text("these are words, and more of them than a header is long")
-    with pytest.raises(UserError, match="version 2"):
+    with pytest.raises(UserError, match=r"is not a \.beton"):
         BetonSource(bad)
     with pytest.raises(UserError, match=r"no field 'mask' of type bytes; its fields are: image \(image\)"):
         BetonSource(beton).require("mask", 3)
@@ -257,3 +261,67 @@ def test_without_ffcv_a_beton_can_be_read_but_not_written(beton, tmp_path, monke
     assert BetonSource(beton).read(0).mode == "RGB"
     with pytest.raises(UserError, match=r"Writing .* needs FFCV, which is not installed"):
         write_beton(ArraySource(scene()[None]), tmp_path / "a.beton")
+
+
+NAME_RECORDS = [b"5", b"null", b"[1, 2]", b'"a name"', b"{", b"[" * 30_000, b"\xff\xfe", b"", b'{"name": {"a": 1}}']
+
+
+@pytest.mark.parametrize("record", NAME_RECORDS, ids=range(len(NAME_RECORDS)))
+def test_a_damaged_name_record_costs_the_name_only(tmp_path, record):
+    write_beton(ArraySource(np.stack([scene(60, 80, seed=s) for s in range(3)])), tmp_path / "a.beton")
+    whole = BetonSource(tmp_path / "a.beton")
+    data = bytearray((tmp_path / "a.beton").read_bytes())
+    at = data.index(b'{"name": "image 1"')
+    size = whole.records["name"]["size"][1]
+    if len(record) > size:  # then elsewhere, at the end of the file's data
+        at, size = whole.table - 2**16, len(record)
+    data[at : at + size] = record + b"\0" * (size - len(record))
+    place = data.index(bytes(whole.records["name"][1:2]))
+    data[place : place + 16] = np.array([at, size], "<u8").tobytes()
+    (tmp_path / "a.beton").write_bytes(data)
+    damaged = BetonSource(tmp_path / "a.beton")
+    assert isinstance(damaged.name(1), str) and damaged.name(0) == "image 0"
+    np.testing.assert_array_equal(np.asarray(damaged.read(1)), np.asarray(whole.read(1)))
+
+
+def test_pointers_of_name_records_that_lead_anywhere(tmp_path):
+    write_beton(ArraySource(scene(60, 80)[None]), tmp_path / "a.beton")
+    whole, data = BetonSource(tmp_path / "a.beton"), (tmp_path / "a.beton").read_bytes()
+    place = data.index(bytes(whole.records["name"][:1]))
+    for ptr, size in ((2**64 - 1, 9), (0, 2**64 - 1), (2**63, 2**63), (2**40, 10), (len(data) - 4, 9)):
+        changed = data[:place] + np.array([ptr, size], "<u8").tobytes() + data[place + 16 :]
+        (tmp_path / "b.beton").write_bytes(changed)
+        assert BetonSource(tmp_path / "b.beton").name(0) == "b.beton[0]"
+
+
+@pytest.mark.parametrize("about", [b"[]", b"7", b"{", b"[" * 100, b'{"classes": 5}', b'{"classes": [1]}', b"\xff"])
+def test_what_a_damaged_file_says_about_itself_is_told(tmp_path, about):
+    write_beton(ArraySource(scene()[None], [0], classes=["a" * 200]), tmp_path / "a.beton")
+    data = bytearray((tmp_path / "a.beton").read_bytes())
+    at = data.index(b'{"classes"')
+    end = data.index(b"\0", at)
+    data[at:end] = about + b" " * (end - at - len(about))
+    (tmp_path / "a.beton").write_bytes(data)
+    with pytest.raises(UserError, match="is damaged"):
+        BetonSource(tmp_path / "a.beton")
+
+
+def test_a_file_of_random_damage_opens_or_is_told_and_nothing_else(tmp_path, beton):
+    data, rng, opened = beton.read_bytes(), np.random.default_rng(0), 0
+    head, table = HEADER.itemsize + 3 * 1044 + 60 * 48, BetonSource(beton).table
+    for round_ in range(150):
+        damaged = bytearray(data)
+        begin, end = ((0, head), (table, len(data)))[round_ % 2]
+        for at in rng.integers(begin, end, 3):
+            damaged[at] = rng.integers(0, 256)
+        (tmp_path / "a.beton").write_bytes(damaged)
+        try:
+            source = BetonSource(tmp_path / "a.beton")
+        except UserError:
+            continue
+        opened += 1
+        for i in range(0, len(source), 7):
+            assert source.name(i).isprintable()
+            with contextlib.suppress(BadImage):
+                source.read(i)
+    assert 0 < opened < 150

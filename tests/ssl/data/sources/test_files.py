@@ -1,15 +1,14 @@
-import io
 import os
-from pathlib import Path
+import subprocess
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from nearfar.ssl.data.sources.files import ArraySource, FolderSource, ListSource, NpzSource, Subset, open_source
+from nearfar.ssl.data import open_source
+from nearfar.ssl.data.sources.base import ArraySource, passed_over
+from nearfar.ssl.data.sources.files import FolderSource, ListSource, kinds_of
 from nearfar.ssl.errors import BadImage, UserError
-
-DATA = Path(os.environ.get("NEARFAR_DATA", Path(__file__).parents[5] / "shared" / "data"))
 
 
 def pixels(value, height=12, width=16):
@@ -89,15 +88,6 @@ def test_folders_that_are_no_data_set(tmp_path, files, message):
         open_source(tmp_path)
 
 
-def test_paths_that_lead_nowhere(tmp_path):
-    (tmp_path / "imagenette").mkdir()
-    with pytest.raises(UserError, match=r"nothing at .*imagenet/train.*it holds imagenette/"):
-        open_source(tmp_path / "imagenet" / "train")
-    (tmp_path / "data.zip").write_text("x")
-    with pytest.raises(UserError, match=r"data\.zip is a file"):
-        open_source(tmp_path / "data.zip")
-
-
 def test_masks_of_the_sibling_tree(tmp_path):
     for k, name in enumerate(("a", "b")):
         put(tmp_path / "images" / "train" / f"{name}.jpg", 50)
@@ -156,86 +146,6 @@ def test_lists_that_cannot_be_used(tmp_path, text, message):
         ListSource(tmp_path / "list.txt")
 
 
-def encoded(values):
-    files = []
-    for value in values:
-        file = io.BytesIO()
-        Image.fromarray(pixels(value)).save(file, "JPEG", quality=95)
-        files.append(file.getvalue())
-    return np.frombuffer(b"".join(files), np.uint8), np.cumsum([0, *map(len, files)])
-
-
-def test_npz_of_jpegs(tmp_path):
-    jpeg, offset = encoded([10, 100, 200])
-    np.savez(tmp_path / "d.npz", jpeg=jpeg, offset=offset, label=np.array([2, 0, 1], np.uint8), extra=np.ones(3))
-    (tmp_path / "classes.txt").write_text("x\ny\nz\n")
-    source = open_source(tmp_path / "d.npz")
-    assert isinstance(source, NpzSource)
-    assert [first(source, i) for i in range(len(source))] == pytest.approx([10, 100, 200], abs=2)
-    assert source.labels.tolist() == [2, 0, 1]
-    assert source.classes == ["x", "y", "z"]
-    assert source.name(1) == "d.npz[1]"
-    source.jpeg = source.jpeg.copy()
-    source.jpeg[offset[1] : offset[2]] = 0
-    with pytest.raises(BadImage, match=r"d\.npz\[1\]: not an image"):
-        source.read(1)
-
-
-def test_npz_of_pixels(tmp_path):
-    images = np.stack([pixels(v) for v in (1, 2)])
-    np.savez_compressed(tmp_path / "d.npz", images=images, label=[5, 6], mask=images[..., 0])
-    source = open_source(tmp_path / "d.npz")
-    assert isinstance(source, ArraySource)
-    assert first(source, 1) == 2
-    assert source.labels.tolist() == [5, 6]
-    assert (source.mask(1) == 2).all()
-
-
-def test_npz_that_cannot_be_used(tmp_path):
-    path = tmp_path / "d.npz"
-    np.savez(path, x=[1], y=[2])
-    with pytest.raises(UserError, match="holds x, y;"):
-        open_source(path)
-    path.write_bytes(path.read_bytes()[:50])
-    with pytest.raises(UserError, match=r"cannot be read as an \.npz"):
-        open_source(path)
-    jpeg, offset = encoded([1, 2])
-    np.savez(path, jpeg=jpeg[:-5], offset=offset)
-    with pytest.raises(UserError, match="`offset` must rise"):
-        open_source(path)
-    np.savez(path, jpeg=jpeg, offset=offset, label=[1, 2, 3])
-    with pytest.raises(UserError, match=r"2 images, but labels of shape \(3,\)"):
-        open_source(path)
-    np.savez(path, jpeg=np.array([{}], object), offset=offset)
-    with pytest.raises(UserError, match="pickle"):
-        open_source(path)
-
-
-def test_arrays():
-    gray = np.arange(2, dtype=np.uint8)[:, None, None].repeat(9, 1).repeat(8, 2)
-    source = ArraySource(gray, labels=[1, 0], masks=gray, classes=["a", "b"])
-    assert source.read(1).size == (8, 9)
-    assert source.read(1).mode == "RGB"
-    assert first(source, 1) == 1
-    for wrong in (np.ones((2, 9, 8, 3)), np.ones((2, 9, 8, 4), np.uint8), np.ones((9, 8), np.uint8)):
-        with pytest.raises(UserError, match="must be uint8"):
-            ArraySource(wrong)
-    with pytest.raises(UserError, match="do not fit"):
-        ArraySource(gray, masks=gray[:, :4])
-
-
-def test_subset():
-    images = np.stack([pixels(v) for v in range(5)])
-    source = ArraySource(images, labels=range(5), masks=images[..., 0], classes=list("abcde"))
-    part = Subset(source, [4, 1])
-    assert [first(part, i) for i in range(len(part))] == [4, 1]
-    assert part.labels.tolist() == [4, 1]
-    assert part.classes == list("abcde")
-    assert part.name(0) == "image 4"
-    assert (part.mask(1) == 1).all()
-    assert part.fingerprint != Subset(source, [1, 4]).fingerprint != source.fingerprint
-
-
 def test_the_fingerprint_follows_the_data(tmp_path):
     put(tmp_path / "x" / "a.png", 1)
     put(tmp_path / "y" / "b.png", 1)
@@ -249,20 +159,6 @@ def test_the_fingerprint_follows_the_data(tmp_path):
     prints += [ArraySource(images).fingerprint, ArraySource(images, [0, 1, 2]).fingerprint]
     prints += [ArraySource(images[::-1]).fingerprint, ArraySource(images[:2]).fingerprint]
     assert len(set(prints)) == len(prints)
-
-
-@pytest.mark.skipif(not DATA.is_dir(), reason="no shared data")
-def test_shared_data_opens():
-    cifar = open_source(DATA / "cifar10" / "test.npz")
-    assert (len(cifar), len(cifar.classes), cifar.read(0).size) == (8000, 10, (32, 32))
-    nette = open_source(DATA / "imagenette224" / "train")
-    assert (len(nette), len(nette.classes), nette.read(9).size) == (3800, 10, (224, 224))
-    camvid = open_source(DATA / "camvid" / "images" / "val")
-    assert len(camvid) == 163
-    assert camvid.mask(5).shape == camvid.read(5).size[::-1]
-    for wrong in ("camvid", "camvid/images", "imagenette224"):
-        with pytest.raises(UserError, match="parts of a data set"):
-            open_source(DATA / wrong)
 
 
 def test_a_folder_that_may_not_be_read_is_told(tmp_path, monkeypatch):
@@ -279,3 +175,55 @@ def test_a_folder_that_may_not_be_read_is_told(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "scandir", guarded)
     with pytest.raises(UserError, match="cats cannot be read: Permission denied"):
         open_source(tmp_path)
+
+
+def test_files_passed_over_for_their_type_are_counted_and_named(tmp_path):
+    put(tmp_path / "x" / "a.png")
+    for name in ("x/b.avif", "x/c.AVIF", "d.jp2", "x/README", ".hidden"):
+        (tmp_path / name).write_bytes(b"x")
+    source = open_source(tmp_path)
+    assert source.names == ["x/a.png"]
+    assert passed_over(source) == ["d.jp2", "x/README", "x/b.avif", "x/c.AVIF"]
+    assert kinds_of(passed_over(source)) == "2 .avif (x/b.avif), 1 .jp2 (d.jp2), 1 without an ending (x/README)"
+
+
+def test_names_that_are_no_text_are_printable_and_still_found(tmp_path):
+    """Bytes that are no UTF-8, and a sequence that clears a terminal."""
+    for name in (b"caf\xe9.png", b"\x1b[2J.png", b"bad\xff.jpg"):
+        put(tmp_path / "a.png").rename(os.path.join(os.fsencode(tmp_path), name).decode("utf-8", "surrogateescape"))
+    (tmp_path / b"bad\xff.jpg".decode("utf-8", "surrogateescape")).write_bytes(b"no image")
+    source = open_source(tmp_path)
+    assert [source.name(i) for i in range(3)] == [r"\x1b[2J.png", r"bad\xff.jpg", r"caf\xe9.png"]
+    assert source.read(0).size == source.read(2).size == (16, 12)
+    with pytest.raises(BadImage) as caught:
+        source.read(1)
+    assert str(caught.value) == r"bad\xff.jpg: not an image of a known format"
+    assert len(source.fingerprint) == 32
+
+
+def test_folders_nested_beyond_measure_are_told(tmp_path):
+    here = os.getcwd()
+    os.chdir(tmp_path)
+    try:  # 1,500 deep, a step at a time: the path as a whole could be too long
+        for _ in range(1500):
+            os.mkdir("d")
+            os.chdir("d")
+    finally:
+        os.chdir(here)
+    try:
+        with pytest.raises(UserError, match=r"nested too deeply|no images|cannot be read"):
+            open_source(tmp_path)
+    finally:
+        subprocess.run(["rm", "-rf", tmp_path / "d"], check=True)  # shutil's own way is recursive
+
+
+def test_a_mask_that_is_no_png_or_damaged_is_bad(tmp_path):
+    put(tmp_path / "images" / "a.png")
+    put(tmp_path / "masks" / "a.png")
+    mask = tmp_path / "masks" / "a.png"
+    Image.fromarray(pixels(3)[..., 0]).save(mask)
+    whole = mask.read_bytes()
+    for data in (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", whole[:40], b""):
+        mask.write_bytes(data)
+        with pytest.raises(BadImage, match=r"its mask .* cannot be read"):
+            open_source(tmp_path / "images").mask(0)

@@ -1,7 +1,6 @@
+import contextlib
 import io
-import sys
 import tarfile
-import types
 
 import numpy as np
 import pytest
@@ -9,9 +8,12 @@ import torch
 from PIL import Image
 
 from nearfar.ssl.config import Views
-from nearfar.ssl.data.loaders.base import Loader
-from nearfar.ssl.data.sources.files import ArraySource, FolderSource, open_source
-from nearfar.ssl.data.sources.tar import HuggingFaceSource, TarSource
+from nearfar.ssl.data import open_source
+from nearfar.ssl.data.loaders.base import LoaderOptions
+from nearfar.ssl.data.loaders.pillow import PillowLoader
+from nearfar.ssl.data.sources.base import ArraySource, passed_over
+from nearfar.ssl.data.sources.files import FolderSource
+from nearfar.ssl.data.sources.tar import TarSource
 from nearfar.ssl.errors import BadImage, UserError
 
 VIEWS = Views(global_crops_size=16, local_crops_size=8, local_crops_number=2)
@@ -68,8 +70,8 @@ def test_shards_hold_what_was_put_in(tmp_path, long):
 def test_shards_give_the_batches_of_any_source(tmp_path, workers):
     pixels, labels = shards(tmp_path)
     options = {"batch_size": 4, "epochs": 2, "seed": 1, "rank": 1, "world_size": 2}
-    mine = Loader(open_source(tmp_path), VIEWS, workers=workers, **options)
-    theirs = Loader(ArraySource(pixels, labels), VIEWS, **options)
+    mine = PillowLoader(open_source(tmp_path), VIEWS, LoaderOptions(workers=workers, **options))
+    theirs = PillowLoader(ArraySource(pixels, labels), VIEWS, LoaderOptions(**options))
     mine.seek(0, 1)
     theirs.seek(0, 1)
     for a, b in zip(mine, theirs, strict=True):
@@ -128,74 +130,63 @@ def test_a_folder_with_images_and_a_tar_is_a_folder(tmp_path):
     assert isinstance(open_source(tmp_path), FolderSource)
 
 
-class Label:
-    names = ("cat", "dog")
+def header(name, size=0, kind=b"0", linked=b""):
+    """A tar header by hand, whose size is written as it is given."""
+    block = bytearray(512)
+    block[: len(name)] = name
+    block[100:108] = b"0000644\0"
+    field = size if isinstance(size, bytes) else b"%011o\0" % size
+    block[124 : 124 + len(field)] = field
+    block[156:157] = kind
+    block[157 : 157 + len(linked)] = linked
+    block[257:265] = b"ustar\x0000"
+    block[148:156] = b" " * 8
+    block[148:156] = b"%06o\0 " % sum(block)
+    return bytes(block)
 
 
-class Dataset:
-    """What of `datasets.Dataset` is used."""
-
-    def __init__(self, rows, features):
-        self.rows, self.features = rows, features
-
-    def __len__(self):
-        return len(self.rows)
-
-    def __getitem__(self, key):
-        return [row[key] for row in self.rows] if isinstance(key, str) else self.rows[key]
+def padded(data):
+    return data + bytes(-len(data) % 512)
 
 
-class Castable(Dataset):
-    def cast_column(self, column, kind):
-        assert column == "image" and kind == "undecoded"
-        rows = [{**row, "image": {"bytes": png(np.asarray(row["image"])), "path": None}} for row in self.rows]
-        return Dataset(rows, self.features)
+@pytest.mark.parametrize(
+    ("members", "message"),
+    [
+        ([header(b"a.png", 2**32)], "was cut off|cannot be read"),
+        ([header(b"a.png", b"\xff" * 11 + b"\x00")], "damaged|cannot be read"),  # a negative size
+        ([header(b"x", 2**32, b"x"), header(b"a.png")], "cut off|cannot be read|no images"),
+        ([header(b"x", 12, b"x"), padded(b"12 size=-99\n"), header(b"a.png")], "damaged|cut off|cannot be read|no im"),
+        ([header(b"a.png", 3, b"S"), padded(b"abc")], "no images|cannot be read"),  # with holes
+        ([header(b"a.png", 0, b"2", b"/etc/passwd")], "no images"),  # a link
+        ([header(b"a.png", 0, b"6")], "no images"),  # a pipe
+        ([header(b"a.png"), header(b"a.cls", 40), padded(b"9" * 40)], r"a\.cls holds b'9+' and 20 bytes more"),
+        ([header(b"a.png"), header(b"a.cls", 10000), padded(b"9" * 10000)], "9,980 bytes more, where a class number"),
+        ([header(b"a.png"), header(b"a.cls", 0)], "holds b'', where a class number"),
+    ],
+)  # fmt: skip
+def test_crafted_shards_are_told(tmp_path, members, message):
+    (tmp_path / "a.tar").write_bytes(b"".join(members) + bytes(1024))
+    with pytest.raises(UserError, match=message):
+        open_source(tmp_path / "a.tar")
 
 
-def rows(n=6):
-    return [{"image": Image.fromarray(pixels), "label": i % 2} for i, pixels in enumerate(images(n))]
+def test_shards_of_random_bytes_are_read_or_told_but_nothing_else(tmp_path):
+    file, rng = tmp_path / "a.tar", np.random.default_rng(0)
+    write_tar(file, {f"{i}{'x' * 60 * i}.png": b"x" for i in range(4)} | {"0.cls": b"1"})
+    whole = file.read_bytes()
+    for _ in range(300):
+        damaged = bytearray(whole)
+        for at in rng.integers(0, len(whole) // 2, 4):
+            damaged[at] = rng.integers(0, 256)
+        for begin in range(0, len(damaged) - 511, 512):  # with sums that fit, or tarfile looks no further
+            if damaged[begin + 257 : begin + 262] == b"ustar":
+                damaged[begin + 148 : begin + 156] = b" " * 8
+                damaged[begin + 148 : begin + 156] = b"%06o\0 " % sum(damaged[begin : begin + 512])
+        file.write_bytes(damaged)
+        with contextlib.suppress(UserError):
+            assert len(open_source(file).fingerprint) == 32
 
 
-FEATURES = {"image": object(), "label": Label()}
-
-
-def test_rows_of_pillow_images():
-    source = HuggingFaceSource(Dataset(rows(), FEATURES))
-    assert len(source) == 6 and source.labels.tolist() == [0, 1] * 3 and source.classes == ["cat", "dog"]
-    np.testing.assert_array_equal(np.asarray(source.read(2)), images(6)[2])
-    assert source.encoded(2) is None and source.mask(0) is None and source.name(2) == "a data set[2]"
-    turned = rows(1)
-    turned[0]["image"].getexif()[0x0112] = 6
-    assert HuggingFaceSource(Dataset(turned, FEATURES)).read(0).size == (20, 24)
-
-
-def test_rows_of_bytes_where_the_package_is_installed(monkeypatch):
-    package = types.SimpleNamespace(Image=lambda decode: "undecoded")
-    monkeypatch.setitem(sys.modules, "datasets", package)
-    source = HuggingFaceSource(Castable(rows(), FEATURES))
-    np.testing.assert_array_equal(np.asarray(source.read(3)), images(6)[3])
-    assert source.encoded(3) == png(images(6)[3])
-    assert source.fingerprint == HuggingFaceSource(Castable(rows(), FEATURES)).fingerprint
-    assert source.fingerprint != HuggingFaceSource(Castable(rows()[:5], FEATURES)).fingerprint
-
-
-def test_hugging_face_data_that_cannot_be_used(tmp_path, monkeypatch):
-    with pytest.raises(UserError, match="no column 'picture'; its columns are: image, label"):
-        HuggingFaceSource(Dataset(rows(), FEATURES), image="picture")
-    with pytest.raises(UserError, match="is streamed"):
-        HuggingFaceSource(iter(rows()))
-    bad = HuggingFaceSource(Dataset([{"image": 3, "label": 0}], FEATURES))
-    with pytest.raises(BadImage, match="holds int, no image"):
-        bad.read(0)
-    (tmp_path / "state.json").write_text('{"_data_files": []}')
-    monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(UserError, match="not installed: pip install datasets"):
-        open_source(tmp_path)
-
-
-def test_the_real_package(tmp_path):
-    datasets = pytest.importorskip("datasets", reason="Hugging Face's datasets is not installed")
-    data = datasets.Dataset.from_list(rows()).cast_column("image", datasets.Image())
-    data.save_to_disk(tmp_path / "saved")
-    source = open_source(tmp_path / "saved")
-    np.testing.assert_array_equal(np.asarray(source.read(2)), images(6)[2])
+def test_members_of_other_types_are_named(tmp_path):
+    write_tar(tmp_path / "a.tar", {"a.png": png(images()[0]), "a.json": b"{}", "b.avif": b"x", "README": b"x"})
+    assert passed_over(open_source(tmp_path / "a.tar")) == ["a.tar:b.avif", "a.tar:README"]

@@ -9,7 +9,7 @@ from scipy.ndimage import gaussian_filter1d
 import nearfar.ssl.backbones  # noqa: F401  makes torchvision importable everywhere
 from nearfar.ssl.config import Views
 from nearfar.ssl.data.transforms import colors
-from nearfar.ssl.data.transforms.colors import MEAN, STD, Color, blur, color, color_of, gray, normalize, shift_hue
+from nearfar.ssl.data.transforms.colors import Color, blur, color, color_of, gray, shift_hue
 from nearfar.ssl.data.views import plan_views
 
 
@@ -129,7 +129,7 @@ def test_solarize_equals_pillow_exactly():
     out = color(images, plain(1, solarize=torch.tensor([True])))
     theirs = ImageOps.solarize(Image.fromarray(images[0].permute(1, 2, 0).numpy()), 128)
     np.testing.assert_array_equal((out[0].permute(1, 2, 0) * 255).round().byte().numpy(), np.asarray(theirs))
-    assert torch.equal(color(images, plain(1, solarize=torch.tensor([True])), 256), images / 255)
+    assert torch.equal(color(images, plain(1, solarize=torch.tensor([True]), solarize_threshold=256)), images / 255)
 
 
 def test_untouched_samples_stay_exactly_as_they_are():
@@ -171,13 +171,6 @@ def test_one_pixel_no_images_and_gray():
     assert one.flatten().tolist() == pytest.approx([9 / 255] * 3)
     assert color(pictures()[:0], plain(0)).shape == (0, 3, 20, 20)
     assert gray(torch.ones(1, 3, 2, 2)).mean() == pytest.approx(0.9999)  # as torchvision's
-
-
-def test_normalize_equals_torchvision():
-    from torchvision.transforms import functional as TF
-
-    x = torch.rand(2, 3, 4, 5)
-    torch.testing.assert_close(normalize(x), TF.normalize(x, MEAN, STD))
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")

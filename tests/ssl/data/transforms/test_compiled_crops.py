@@ -1,3 +1,8 @@
+import os
+import subprocess
+import sys
+import textwrap
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -87,3 +92,30 @@ def test_weights_sum_to_one_and_stay_inside(n, size):
     assert (scratch.first >= 0).all()
     assert (scratch.first + scratch.taps <= n).all()
     assert not weights[np.arange(stride) >= scratch.taps[:, None]].any()
+
+
+def test_without_a_folder_to_keep_compiled_code_in_each_process_compiles():
+    """The package and HOME are read-only in many containers; tests run as root, whom no permission stops."""
+    program = textwrap.dedent("""
+        import tempfile
+
+        def refused(*_, **__):
+            raise PermissionError(13, "Permission denied")
+
+        tempfile.TemporaryFile = refused  # by which numba tries whether a folder can be written
+        from nearfar.ssl.data.transforms.compiled_crops import compiled_and_kept
+
+        @compiled_and_kept
+        def store(out):
+            out[0] = 3
+
+        import numpy as np
+        out = np.zeros(1)
+        store(out)
+        print(out[0])
+    """)
+    environment = {key: value for key, value in os.environ.items() if key != "NUMBA_CACHE_DIR"}
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, timeout=300, env=environment, check=False
+    )
+    assert (done.returncode, done.stdout) == (0, "3.0\n"), done.stderr

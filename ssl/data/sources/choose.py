@@ -1,0 +1,48 @@
+"""A path -> the source of the images there."""
+
+import os
+from pathlib import Path
+
+from nearfar.ssl.data.decode import SUFFIXES
+from nearfar.ssl.data.sources.base import Source
+from nearfar.ssl.data.sources.beton import BetonSource
+from nearfar.ssl.data.sources.files import FolderSource, ListSource, contents
+from nearfar.ssl.data.sources.hugging_face import is_hugging_face, open_hugging_face
+from nearfar.ssl.data.sources.npz import open_npz
+from nearfar.ssl.data.sources.tar import TarSource
+from nearfar.ssl.errors import UserError
+
+
+def open_source(path: str | Path) -> Source:
+    """The images at a path: a folder of images or of .tar shards, a .txt list, an .npz, .beton or .tar file.
+
+    Raises UserError, telling what was found instead.
+    """
+    path = Path(os.path.expanduser(path))
+    if os.path.isdir(path):
+        if is_hugging_face(path):
+            return open_hugging_face(path)
+        try:
+            inside = sorted(entry for entry in path.iterdir() if not entry.name.startswith("."))
+        except OSError as error:
+            raise UserError(f"The folder {path} cannot be read: {error.strerror}.") from None
+        if any(entry.suffix == ".tar" for entry in inside) and not any(
+            entry.is_dir() or entry.suffix.lower() in SUFFIXES for entry in inside
+        ):
+            return TarSource(entry for entry in inside if entry.suffix == ".tar")
+        return FolderSource(path)
+    if not os.path.exists(path):  # Path.exists raises for a name too long to be one
+        parent = next(folder for folder in path.absolute().parents if os.path.isdir(folder))
+        raise UserError(f"There is nothing at {path}. The nearest folder that exists is {parent}: {contents(parent)}")
+    if path.suffix == ".txt":
+        return ListSource(path)
+    if path.suffix == ".npz":
+        return open_npz(path)
+    if path.suffix == ".beton":
+        return BetonSource(path)
+    if path.suffix == ".tar":
+        return TarSource([path])
+    raise UserError(
+        f"{path} is a file that cannot hold a data set: a folder of images, a .txt list, an .npz, a .beton or a .tar "
+        "is needed."
+    )

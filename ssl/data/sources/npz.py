@@ -1,0 +1,121 @@
+"""Images in one .npz file: encoded ones on end, or pixels."""
+
+import math
+import zipfile
+from functools import cached_property
+from io import BytesIO
+from pathlib import Path
+
+import numpy as np
+from numpy.lib import format as npy
+from numpy.typing import ArrayLike, NDArray
+from PIL import Image
+
+from nearfar.ssl.data.decode import decode
+from nearfar.ssl.data.sources.base import ArraySource, Source, array_parts, class_numbers, digest
+from nearfar.ssl.errors import UserError, printable
+
+
+class NpzSource:
+    """An .npz of encoded images: `jpeg` (bytes on end, uint8), `offset` (n + 1 positions) and, if any, `label` (n,).
+
+    Held in memory once, inflated; workers share it by fork. Class names come from classes.txt beside it.
+    Arrays of pixels (`images`, `label`, `mask`) are an ArraySource: see open_source.
+    """
+
+    def __init__(
+        self,
+        jpeg: NDArray[np.uint8],
+        offset: ArrayLike,
+        labels: ArrayLike | None,
+        classes: list[str] | None,
+        name: str,
+    ) -> None:
+        found = np.asarray(offset)
+        if jpeg.dtype != np.uint8 or jpeg.ndim != 1 or found.dtype.kind not in "iu" or found.ndim != 1:
+            raise UserError(
+                f"{name}: `jpeg` must be uint8 (bytes,) and `offset` whole numbers (n + 1,), but they are {jpeg.dtype} "
+                f"{jpeg.shape} and {found.dtype} {found.shape}."
+            )
+        if len(found) < 2 or (found[1:] < found[:-1]).any() or found[0] < 0 or found[-1] > len(jpeg):
+            raise UserError(
+                f"{name}: `offset` must rise from 0 to {len(jpeg)}, the length of `jpeg`, one entry more than images."
+            )
+        self.jpeg, self.offset = jpeg, found.astype(np.int64)
+        self.labels = class_numbers(labels, len(self.offset) - 1)
+        self.classes = classes
+        self.file = printable(name)
+
+    def __len__(self) -> int:
+        return len(self.offset) - 1
+
+    def read(self, i: int) -> Image.Image:
+        return decode(BytesIO(self.jpeg[self.offset[i] : self.offset[i + 1]].data), self.name(i))
+
+    def encoded(self, i: int) -> bytes | None:
+        return self.jpeg[self.offset[i] : self.offset[i + 1]].tobytes()
+
+    def name(self, i: int) -> str:
+        return f"{self.file}[{i}]"
+
+    def mask(self, i: int) -> NDArray[np.uint8] | None:
+        return None
+
+    @cached_property
+    def fingerprint(self) -> str:
+        return digest(array_parts(self.jpeg, self.offset, self.labels))
+
+
+_ARRAYS = ("jpeg", "offset", "label", "images", "mask")
+_SMALL = 2**30  # bytes that may always be taken
+_MOST_COMPRESSED = 100  # bytes in memory for one in the file, beyond that; photographs have less than 2
+
+
+def open_npz(path: Path) -> Source:
+    """The images of an .npz: an NpzSource, or an ArraySource of pixels. Raises UserError for what is neither."""
+    try:
+        _check_memory(path)
+        with np.load(path, allow_pickle=False) as file:
+            keys = [str(key) for key in file.files]
+            arrays = {key: file[key] for key in keys if key in _ARRAYS}
+        beside = path.with_name("classes.txt")
+        classes = beside.read_text("utf-8").splitlines() if beside.is_file() else None
+    except UserError:
+        raise
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path.with_name('classes.txt')} holds class names that are not UTF-8: {error}.") from error
+    except MemoryError as error:
+        raise UserError(f"{path} does not fit into the memory: {error}. Write it as a .beton elsewhere.") from error
+    except Exception as error:  # zipfile, zlib and numpy each have their own
+        raise UserError(f"{path} cannot be read as an .npz file: {error}.") from error
+    if classes is not None:
+        classes = [printable(name) for name in classes]
+    if "jpeg" in arrays and "offset" in arrays:
+        return NpzSource(arrays["jpeg"], arrays["offset"], arrays.get("label"), classes, path.name)
+    if "images" in arrays:
+        return ArraySource(arrays["images"], arrays.get("label"), arrays.get("mask"), classes)
+    raise UserError(f"{path} holds {', '.join(keys) or 'nothing'}; `jpeg` and `offset`, or `images`, are needed.")
+
+
+def _check_memory(path: Path) -> None:
+    """Raises UserError where the arrays, as their headers say, would be too much for a file of this size."""
+    wanted = 0
+    with zipfile.ZipFile(path) as file:
+        for member in file.infolist():
+            name = member.filename.removesuffix(".npy")
+            if name not in _ARRAYS:
+                continue
+            with file.open(member) as stream:
+                read_header = npy.read_array_header_1_0
+                if npy.read_magic(stream) != (1, 0):
+                    read_header = npy.read_array_header_2_0
+                shape, _, dtype = read_header(stream)
+                size = math.prod(shape) * dtype.itemsize
+                if size > member.file_size:
+                    raise UserError(f"{path} is damaged: `{name}` should have {size:,} bytes, more than it holds.")
+                wanted += size
+    if wanted > max(_SMALL, _MOST_COMPRESSED * path.stat().st_size):
+        raise UserError(
+            f"{path} has {path.stat().st_size:,} bytes and would take {wanted:,} in memory, more than "
+            f"{_MOST_COMPRESSED} for each: this is no file of images. If it is, save it without compression (np.savez)."
+        )
