@@ -12,7 +12,6 @@ checkpoint is set aside under `.damaged` and the one before it is used.
 from __future__ import annotations
 
 import hashlib
-import inspect
 import json
 import shutil
 import time
@@ -26,11 +25,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from nearfar.ssl import checkpoint_names, files
-from nearfar.ssl.backbones import Backbone, create
+from nearfar.ssl.backbones import Backbone, create_described
 from nearfar.ssl.errors import UserError
 
 TENSORS, STATE, MANIFEST = "tensors.safetensors", "state.json", "manifest.json"
-_LARGEST = {"depth": 1000, "registers": 1000, "patch_size": 1000}  # of what a file may ask to be built
 
 
 class Checkpoint(NamedTuple):
@@ -198,7 +196,7 @@ def load(path: str | Path) -> Backbone:
             tensors = load_file(file)
         except (OSError, MemoryError, SafetensorError) as error:
             raise UserError(f"{file} cannot be read: {error}.") from None
-    backbone = _build(state.get("arch"), file)
+    backbone = create_described(state.get("arch"), tensors, str(file))
     load_strict(backbone, tensors, str(file))
     return backbone.eval().requires_grad_(False)
 
@@ -243,24 +241,6 @@ def weights_file(path: str | Path) -> Path:
     except OSError as error:  # no right to look, or a name longer than names can be
         raise UserError(f"{path} cannot be read: {error.strerror}.") from None
     raise UserError(f"{path} {state}. Give a run folder, a checkpoint folder (step-XXXXXXXXX) or a .safetensors file.")
-
-
-def _build(arch: Any, file: Path) -> Backbone:
-    """The untrained network that a file names: nothing is downloaded, and nothing larger than any real one is built."""
-    known = set(inspect.signature(create).parameters) - {"weights", "pretrained"}
-    sound = (
-        isinstance(arch, dict)
-        and arch.keys() <= known
-        and isinstance(arch.get("name"), str)
-        and ":" not in arch["name"]  # timm asks a server for "hf-hub:..."
-        and all(0 <= size <= _LARGEST.get(key, 20_000) for key, size in arch.items() if isinstance(size, int))
-    )
-    if not sound:
-        raise UserError(f"{file} does not name an architecture of nearfar's: it is damaged, or not from nearfar.")
-    try:
-        return create(**arch)
-    except (TypeError, ValueError, RuntimeError, MemoryError) as error:
-        raise UserError(f"The architecture that {file} names cannot be built: {error}.") from None
 
 
 def _whole(folder: Path) -> Checkpoint:
