@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import platform
 import time
@@ -22,6 +23,7 @@ from nearfar.ssl.data.loaders.base import Batch
 from nearfar.ssl.data.loaders.choose import open_loader
 from nearfar.ssl.data.sources.files import Source
 from nearfar.ssl.data.transforms.colors import color_views, normalize
+from nearfar.ssl.defaults import Derived
 from nearfar.ssl.distributed import ALONE, Ranks
 from nearfar.ssl.errors import UserError
 from nearfar.ssl.heads.dino import DINOHead
@@ -96,7 +98,8 @@ def pretrain(
     console = console or Console(quiet=not world.first)
     run = _over(run, world)
     with distributed.joined(world), RunFolder(run.path, owns=world.first) as folder:
-        run, derived = distributed.from_first(lambda: folder.settle(run, len(source), world.cores))
+        answer = distributed.from_first(lambda: _as_json(*folder.settle(run, len(source), world.cores)))
+        run, derived = Run.model_validate(answer[0]), [Derived(*each) for each in answer[1]]
         assert run.data.workers is not None and run.train.threads is not None
         torch.set_num_threads(run.train.threads)
         warnings: list[str] = []
@@ -196,7 +199,8 @@ def pretrain(
                 bad = [item for item in loader.bad.items() if item[0] not in known_bad]
                 mine = torch.tensor([float(out.loss.detach()), should_stop(), len(bad)], dtype=torch.float64)
                 loss, stop, any_bad = distributed.all_mean_(mine).tolist()
-                for name, why in distributed.gathered(bad) if any_bad else ():
+                for text in distributed.gathered([json.dumps(item) for item in bad]) if any_bad else ():
+                    name, why = json.loads(text)
                     journal.say(f"Bad image {name}: {why}. The next readable image takes its place.")
                     known_bad.add(name)
                 if not math.isfinite(loss + grad_norm):  # before it reaches the weights
@@ -245,6 +249,10 @@ def pretrain(
             return Outcome(folder.path, step, schedule.steps, time.monotonic() - begun)
 
 
+def _as_json(run: Run, derived: list[Derived]) -> list[Any]:
+    return [run.model_dump(mode="json"), [list(each) for each in derived]]
+
+
 def _over(run: Run, world: Ranks) -> Run:
     """The run on as many ranks as there are."""
     if run.train.batch_size % world.size:
@@ -265,8 +273,8 @@ def _step_seed(seed: int, step: int, rank: int = 0) -> int:
 def _latest(folder: RunFolder, warnings: list[str], world: Ranks) -> checkpoint.Checkpoint | None:
     """The checkpoint to continue from: the first rank chooses it, and all read it."""
     saved = checkpoint.latest(folder.checkpoints, warnings.append) if world.first else None
-    path = distributed.from_first(lambda: saved.path if saved else None)
-    return saved or (checkpoint.read(path) if path else None)
+    path = distributed.from_first(lambda: str(saved.path) if saved else None)
+    return saved or (checkpoint.read(Path(path)) if path else None)
 
 
 def _restore(

@@ -215,6 +215,8 @@ def unsafe_loads(code: str) -> list[str]:
         given = {keyword.arg: ast.unparse(keyword.value) for keyword in node.keywords}
         if called in {"torch.load", "torch.hub.load"} and given.get("weights_only") != "True":
             found.append(f"{called} without weights_only=True")
+        if called.endswith(("_object", "_object_list")):
+            found.append(f"{called} unpickles what other processes send")
         if given.get("allow_pickle", "False") != "False":
             found.append(f"{called} with allow_pickle")
         if called.startswith("yaml.") and called in {"yaml.load", "yaml.unsafe_load", "yaml.full_load"}:
@@ -236,6 +238,8 @@ def test_nothing_unpickles() -> None:
         "torch.load(f, weights_only=False)",
         "np.load(f, allow_pickle=True)",
         "yaml.load(f)",
+        "dist.broadcast_object_list(x)",
+        "dist.all_gather_object(x, y)",
     ],
 )
 def test_the_search_for_unsafe_loads_finds_them(code: str) -> None:
