@@ -13,26 +13,18 @@ from typing import Any
 
 import torch
 
+from nearfar.ssl import defaults
 from nearfar.ssl.config import Run
-from nearfar.ssl.defaults import Derived, local_ranks
+from nearfar.ssl.defaults import Derived
 from nearfar.ssl.distributed import ALONE, Ranks, available_cores
 from nearfar.ssl.errors import EXIT_PEER, PeerError
 from nearfar.ssl.run_folder import RunFolder
 
 
-def wanted(run: Run) -> Derived:
+def world_size(run: Run) -> Derived:
     """Processes for a run on this machine: as set, as it was begun, or by the cores."""
     saved = RunFolder(run.path).saved_settings()
-    if run.train.world_size:
-        count, why = run.train.world_size, "as set"
-    elif saved and saved.train.world_size:
-        count, why = saved.train.world_size, "as the run was begun"
-    elif run.train.device != "cpu" and torch.cuda.is_available():
-        count, why = 1, "with a GPU; torchrun or `nearfar launch` start one for each"
-    else:
-        count = local_ranks(run.train.batch_size, available_cores())
-        why = f"{available_cores()} cores, and equal slices of at least 16 of {run.train.batch_size} images"
-    return Derived("train.world_size", count, why)
+    return defaults.world_size(run, saved, available_cores(), torch.cuda.is_available())
 
 
 @contextmanager

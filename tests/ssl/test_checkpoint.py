@@ -19,8 +19,8 @@ from nearfar.ssl import checkpoint, checkpoint_names, config
 from nearfar.ssl.backbones import create
 from nearfar.ssl.defaults import resolve
 from nearfar.ssl.errors import UserError
-from nearfar.ssl.learner import parameter_groups
-from nearfar.ssl.train import build_learner
+from nearfar.ssl.learner import build_learner
+from nearfar.ssl.optim import parameter_groups
 
 ARCH = {"patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 2, "img_size": 32}
 STATE: dict[str, Any] = {"step": 7, "note": "ä ∞", "lr": 0.1}

@@ -127,7 +127,7 @@ LEARNERS = """
     import torch
     from nearfar.ssl import config, distributed
     from nearfar.ssl.defaults import resolve
-    from nearfar.ssl.train import build_learner
+    from nearfar.ssl.learner import build_learner
 
     torch.set_num_threads(1)
     world = distributed.from_environment()
@@ -147,8 +147,7 @@ LEARNERS = """
                 distributed.average_gradients(list(learner.student.parameters()))
                 optimizer.step()
                 optimizer.zero_grad()
-                learner.loss.update_center(out.teacher_logits)
-                learner.update_teacher(0.9)
+                learner.after_step(0.9)
                 losses.append(float(distributed.all_mean_(out.loss.detach())))
             state = {k: v.double().flatten().tolist() for k, v in learner.state_dict().items()}
             results.append([losses, state])
