@@ -115,14 +115,17 @@ def disk_line(learner: Learner, keep: int) -> str:
     one = 4 * (backbone + head)
     most = (keep + 1) * one + backbone
     return (
-        f"A checkpoint takes {_megabytes(one)}: student, teacher and AdamW's two moments, each a backbone of "
-        f"{_megabytes(backbone)} and a head of {_megabytes(head)}. With train.keep_last={keep}, one more while it is "
-        f"written, and teacher.safetensors the run takes up to {_megabytes(most)} of disk."
+        f"A checkpoint takes {_in_units(one)}: student, teacher and AdamW's two moments, each a backbone of "
+        f"{_in_units(backbone)} and a head of {_in_units(head)}. With train.keep_last={keep}, one more while it is "
+        f"written, and teacher.safetensors the run takes up to {_in_units(most)} of disk."
     )
 
 
-def _megabytes(size: int) -> str:
-    return f"{size / 1e9:.1f} GB" if size >= 1e9 else f"{size / 1e6:.1f} MB"
+def _in_units(size: int) -> str:
+    for unit, name in ((1e9, "GB"), (1e6, "MB")):
+        if size >= unit:
+            return f"{size / unit:.1f} {name}"
+    return f"{size / 1e3:.1f} KB"
 
 
 def what_next(run: Run, finished: bool, step: int, steps: int) -> str:

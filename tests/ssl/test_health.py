@@ -133,4 +133,5 @@ def test_a_run_that_learned_nothing_is_told_in_one_sentence() -> None:
 def test_a_run_that_learned_is_not_scolded() -> None:
     assert nothing_learned([{"knn_top1": 25.3}, line(), {"knn_top1": 41.0}], 128) is None
     assert nothing_learned([line(rankme=6.5)], 128) is None  # few directions, but images far apart
+    assert nothing_learned([{"knn_top1": 95.0}, line(), {"knn_top1": 94.0}], 128) is None  # nothing left to gain
     assert nothing_learned([{"knn_top1": 25.3}], 128) is None and nothing_learned([], 128) is None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -408,9 +409,10 @@ def test_the_last_line_says_what_to_do_next(tiny: Make, images: ArraySource, qui
     assert any("Stopped after step 1 of 20. The same command continues" in line for line in lines)
     assert f"Next: `nearfar eval all {run.path} --train LABELED" in lines[-1]
     assert "Little or nothing was learned: the online k-NN did not rise" in lines[-2]
-    (size,) = {line.split("A checkpoint takes ")[1].split(" MB")[0] for line in lines if "A checkpoint takes" in line}
-    file = run.path / "checkpoints" / "step-000000020" / "tensors.safetensors"
-    assert float(size) == pytest.approx(file.stat().st_size / 1e6, abs=0.1)
+    told = {found[1] for line in lines if (found := re.search(r"A checkpoint takes ([\d.]+) KB", line))}
+    tensors = checkpoint.read(run.path / "checkpoints" / "step-000000020").tensors
+    (size,) = (float(text) * 1e3 for text in told)
+    assert size == pytest.approx(sum(tensor.nbytes for tensor in tensors.values()), rel=0.02)
 
 
 def test_bad_images_are_named_once_and_the_run_goes_on(tiny: Make, quiet: Console) -> None:
