@@ -12,10 +12,9 @@ from pathlib import Path
 
 from rich.console import Console
 
-from nearfar.launch.processes import EXIT_PEER
 from nearfar.launch.recipes import bundled, find_recipe
 from nearfar.launch.slurm.cli import add_launch
-from nearfar.ssl.errors import PeerError, UserError
+from nearfar.ssl.errors import EXIT_PEER, PeerError, UserError
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -21,6 +21,7 @@ from nearfar.ssl.config import Run
 from nearfar.ssl.data import open_source
 from nearfar.ssl.data.loaders.base import Batch
 from nearfar.ssl.data.sources.base import Source, Subset
+from nearfar.ssl.defaults import ResolvedRun
 from nearfar.ssl.distributed import ALONE, Ranks, from_environment
 from nearfar.ssl.errors import UserError
 
@@ -38,9 +39,9 @@ def pretrain(run: Run, console: Console) -> train.Outcome:
     world = from_environment()
     if world != ALONE:  # torchrun and srun start what is to run, one process or many
         return train_rank(run, console, world)
-    key, size, why = processes.wanted(run)
+    key, size, reason = processes.world_size(run)
     if run.train.world_size is None:
-        console.print(f"derived {key} = {size}  ({why})", highlight=False, soft_wrap=True)
+        console.print(f"derived {key} = {size}  ({reason})", highlight=False, soft_wrap=True)
     threads = torch.get_num_threads()
     try:
         with processes.started(run, size) as world:
@@ -61,9 +62,11 @@ def train_rank(run: Run, console: Console, world: Ranks) -> train.Outcome:
         return train.pretrain(run, source, train.Observers(save_views, probe), stop, console, world)
 
 
-def save_views(batch: Batch, colored: list[Tensor], folder: Path) -> None:
-    """The first batch as the networks see it, one row an image: runs/NAME/views.png."""
-    contact_sheet(batch, colored).save(folder / "views.png")
+def save_views(batch: Batch, colored: list[Tensor], folder: Path) -> np.ndarray:
+    """The first batch as the networks see it, one row an image: runs/NAME/views.png, and its pixels (H, W, 3)."""
+    picture = contact_sheet(batch, colored)
+    picture.save(folder / "views.png")
+    return np.asarray(picture.convert("RGB"))
 
 
 class OnlineKNN:
@@ -81,11 +84,9 @@ class OnlineKNN:
         self.memory = Subset(source, np.arange(0, len(source), -(-len(source) // images)))
         self.val = Subset(val, np.arange(0, len(val), -(-len(val) // images)))
 
-    def __call__(self, backbone: Backbone, run: Run) -> dict[str, float] | None:
+    def __call__(self, backbone: Backbone, run: ResolvedRun) -> dict[str, float] | None:
         if not self.labeled:
             return {}
-        size, workers = run.eval.size, run.data.workers
-        assert size is not None and workers is not None
 
         def go_on(_: int) -> None:
             if self.should_stop():
@@ -95,10 +96,10 @@ class OnlineKNN:
             features = extract(
                 backbone,
                 source,
-                size=size,
+                size=run.eval.size,
                 resize=run.eval.resize,
                 pooling=run.head.pooling,
-                workers=workers,
+                workers=run.data.workers,
                 batch_size=64,
                 progress=go_on,
             )

@@ -7,34 +7,24 @@ import signal
 import socket
 import subprocess
 import sys
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from pathlib import Path
+from typing import Any
 
 import torch
 
-from nearfar.ssl import config
+from nearfar.ssl import defaults
 from nearfar.ssl.config import Run
-from nearfar.ssl.defaults import Derived, local_ranks
+from nearfar.ssl.defaults import Derived
 from nearfar.ssl.distributed import ALONE, Ranks, available_cores
-from nearfar.ssl.errors import PeerError
+from nearfar.ssl.errors import EXIT_PEER, PeerError
 from nearfar.ssl.run_folder import RunFolder
 
 
-def wanted(run: Run) -> Derived:
+def world_size(run: Run) -> Derived:
     """Processes for a run on this machine: as set, as it was begun, or by the cores."""
     saved = RunFolder(run.path).saved_settings()
-    if run.train.world_size:
-        count, why = run.train.world_size, "as set"
-    elif saved and saved.train.world_size:
-        count, why = saved.train.world_size, "as the run was begun"
-    elif run.train.device != "cpu" and torch.cuda.is_available():
-        count, why = 1, "with a GPU; torchrun or `nearfar launch` start one for each"
-    else:
-        count = local_ranks(run.train.batch_size, available_cores())
-        why = f"{available_cores()} cores, and equal slices of at least 16 of {run.train.batch_size} images"
-    return Derived("train.world_size", count, why)
+    return defaults.world_size(run, saved, available_cores(), torch.cuda.is_available())
 
 
 @contextmanager
@@ -51,25 +41,15 @@ def started(run: Run, size: int) -> Iterator[Ranks]:
         yield ALONE
         return
     cores = max(1, available_cores() // size)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    shared = {"WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    shared |= {"OMP_NUM_THREADS": cores, "TORCH_CPP_LOG_LEVEL": os.environ.get("TORCH_CPP_LOG_LEVEL", "ERROR")}
-    with tempfile.TemporaryDirectory(prefix="nearfar-") as folder:
-        settings = Path(folder) / "run.yaml"
-        settings.write_text(config.to_yaml(run))
-        others = {}
-        for rank in range(1, size):
-            own = {"RANK": rank, "LOCAL_RANK": rank}
-            others[rank] = subprocess.Popen(
-                [sys.executable, "-m", "nearfar.launch.rank", str(settings)],
-                env=os.environ | {name: str(value) for name, value in (shared | own).items()},
-                stdin=subprocess.DEVNULL,
-                start_new_session=True,
-            )
+    with _only_loopback(), socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        server.listen()
+        port = server.getsockname()[1]
+        shared = {"WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        shared |= {"OMP_NUM_THREADS": cores, "TORCH_CPP_LOG_LEVEL": os.environ.get("TORCH_CPP_LOG_LEVEL", "ERROR")}
+        others = {rank: _start(run, shared | {"RANK": rank, "LOCAL_RANK": rank}) for rank in range(1, size)}
         try:
-            yield Ranks(0, size, 0, cores, f"tcp://127.0.0.1:{port}")
+            yield Ranks(0, size, 0, cores, f"tcp://127.0.0.1:{port}", os.dup(server.fileno()))
             for process in others.values():
                 with suppress(subprocess.TimeoutExpired):  # all is saved: who does not leave by itself is ended below
                     process.wait(timeout=60)
@@ -81,6 +61,37 @@ def started(run: Run, size: int) -> Iterator[Ranks]:
                 if process.poll() is None:
                     process.kill()
                 process.wait()
+
+
+def _start(run: Run, environment: dict[str, Any]) -> subprocess.Popen[bytes]:
+    """Another rank. It reads its settings from a pipe: no file of them is left behind, however this process ends."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "nearfar.launch.rank", "-", str(os.getpid())],
+        env=os.environ | {name: str(value) for name, value in environment.items()},
+        stdin=subprocess.PIPE,
+        start_new_session=True,
+    )
+    assert process.stdin is not None
+    with suppress(BrokenPipeError), process.stdin as pipe:  # one that died at once is told of when the ranks join
+        pipe.write(run.model_dump_json().encode())
+    return process
+
+
+@contextmanager
+def _only_loopback() -> Iterator[None]:
+    """Within it gloo and NCCL listen at no other interface than the machine's own; ranks started now inherit it."""
+    names = [name for _, name in socket.if_nameindex() if name in ("lo", "lo0")]
+    wanted = {f"{library}_SOCKET_IFNAME": name for library in ("GLOO", "NCCL") for name in names}
+    before = {key: os.environ.get(key) for key in wanted}
+    os.environ.update(wanted)
+    try:
+        yield
+    finally:
+        for key, value in before.items():
+            if value is None:
+                del os.environ[key]
+            else:
+                os.environ[key] = value
 
 
 def _ended_badly(process: subprocess.Popen[bytes]) -> bool:
@@ -95,6 +106,3 @@ def _how(process: subprocess.Popen[bytes]) -> str:
     if code < 0:
         return f"was killed by {signal.Signals(-code).name} (SIGKILL: often too little memory)"
     return f"ended with exit code {code}"
-
-
-EXIT_PEER = 3  # of a rank that ended because another one did

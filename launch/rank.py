@@ -1,4 +1,8 @@
-"""`python -m nearfar.launch.rank SETTINGS.yaml`: one rank of a run, as `nearfar`, torchrun or SLURM start it."""
+"""`python -m nearfar.launch.rank SETTINGS.yaml`: one rank of a run, as `nearfar`, torchrun or SLURM start it.
+
+`-` in place of the file reads the settings as JSON from standard input; a second argument is the
+process id of the starter.
+"""
 
 from __future__ import annotations
 
@@ -9,25 +13,28 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from rich.console import Console
-
-from nearfar.launch.pretrain import train_rank
-from nearfar.launch.processes import EXIT_PEER
-from nearfar.ssl import config
-from nearfar.ssl.distributed import from_environment
-from nearfar.ssl.errors import PeerError, UserError
+from nearfar.ssl.errors import EXIT_PEER, EXIT_USER, PeerError, UserError
 
 
 def main(argv: Sequence[str]) -> int:
     """Exit codes: 0 done (or stopped on request, saved), 2 a mistake of the user's, 3 another rank ended."""
-    end_with_parent()
+    # Before torch is imported, which takes seconds: a starter that is gone by then must still be missed.
+    end_with(int(argv[1]) if len(argv) > 1 else os.getppid())
+
+    from rich.console import Console
+
+    from nearfar.launch.pretrain import train_rank
+    from nearfar.ssl import config
+    from nearfar.ssl.distributed import from_environment
+
     world = from_environment()
     try:
-        train_rank(config.load(Path(argv[0])), Console(quiet=not world.first), world)
+        run = config.Run.model_validate_json(sys.stdin.read()) if argv[0] == "-" else config.load(Path(argv[0]))
+        train_rank(run, Console(quiet=not world.first), world)
     except UserError as error:
         if world.first:  # the others' words reach it
             print(f"nearfar: {error}", file=sys.stderr)
-        return 2
+        return EXIT_USER
     except PeerError as error:
         if world.first:
             print(f"nearfar: {error}", file=sys.stderr)
@@ -35,9 +42,8 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
-def end_with_parent() -> None:
-    """A rank whose starter is gone ends too: before the ranks have met, no broken connection would tell it."""
-    parent = os.getppid()
+def end_with(parent: int) -> None:
+    """End this process as soon as `parent` is gone: before the ranks have met, no broken connection would tell it."""
 
     def watch() -> None:
         while os.getppid() == parent:

@@ -33,8 +33,9 @@ from nearfar.ssl.data import open_source
 from nearfar.ssl.data.sources.base import Source
 from nearfar.ssl.data.transforms.eval_view import eval_view
 from nearfar.ssl.data.transforms.normalize import normalize_pixels
+from nearfar.ssl.defaults import ResolvedRun
 from nearfar.ssl.errors import UserError
-from nearfar.ssl.train import build_learner
+from nearfar.ssl.learner import build_learner
 
 COLUMNS = {"knn_top1": "k-NN top-1", "linear_top1": "linear top-1", "miou": "mIoU"}
 CROP = ("size", "resize", "pooling", "amp")
@@ -182,7 +183,7 @@ def _scores(
 
 def untrained(run: Run) -> Backbone:
     """The backbone as it was at step 0 of the run."""
-    return build_learner(run).teacher.backbone.eval().requires_grad_(False)
+    return build_learner(ResolvedRun.of(run)).teacher.backbone.eval().requires_grad_(False)
 
 
 def table(results: dict[str, Any]) -> Table:

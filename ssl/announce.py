@@ -5,6 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import nn
+
+from nearfar.ssl import checkpoint_names
 from nearfar.ssl.backbones import choose_scan
 from nearfar.ssl.config import Run
 from nearfar.ssl.data.loaders.base import Batch
@@ -24,13 +28,14 @@ def start_lines(
     source: Source,
     loader: str,
 ) -> list[str]:
-    lines = [f"derived {key} = {value}  ({why})" for key, value, why in derived]
+    lines = [f"derived {key} = {value}  ({reason})" for key, value, reason in derived]
     parameters = sum(p.numel() for p in learner.student.backbone.parameters())
     lines.append(
         f"{run.name}: {run.backbone.name}, {parameters / 1e6:.2f} M parameters, on {len(source):,} images; "
         f"{run.train.epochs} epochs = {steps:,} steps; {compute.device.type}, {compute.precision}, "
         f"ranks: {run.train.world_size}, each with threads: {run.train.threads}, workers: {run.data.workers}, {loader}"
     )
+    lines.append(disk_line(learner, run.train.keep_last))
     if run.backbone.name.startswith("vim_"):
         chosen = choose_scan(run.backbone.scan, compute.device.type)
         lines.append(f"selective scan: {chosen} (backbone.scan={run.backbone.scan})")
@@ -55,11 +60,80 @@ def continued_otherwise(saved: dict[str, Any], run: Run, precision: str) -> list
     return lines
 
 
+def changed_versions(saved: dict[str, Any], versions: dict[str, str]) -> list[str]:
+    """A checkpoint's state against what runs now: other libraries may round otherwise."""
+    before = saved.get("versions") or {}
+    changed = [f"{name} {before[name]} -> {now}" for name, now in versions.items() if before.get(name, now) != now]
+    if not changed:
+        return []
+    return [f"Continued with other versions ({', '.join(changed)}): the same run, but sums may be rounded otherwise."]
+
+
 def not_finite(step: int, loss: float, grad_norm: float, batch: Batch, source: Source, folder: Path) -> str:
-    files = ", ".join(source.name(int(index)) for index in batch.index[:4])
+    names = ", ".join(source.name(int(index)) for index in batch.index[:4])
     return (
         f"At step {step} the loss is {loss} and the gradient's norm {grad_norm}: not finite, so the weights were left "
-        f"as they were and the run stopped. The last checkpoint in {folder} is from before. The batch began with "
-        f"{files}. Try a lower optim.lr, a longer optim.warmup_epochs, optim.clip_grad=1, or train.precision=fp32, "
-        "under another name= (a run keeps its settings)."
+        f"as they were and the run stopped. The batch began with {names}. {_last_checkpoint(folder)}"
+    )
+
+
+def not_saved(step: int, tensors: list[str], folder: Path) -> str:
+    return (
+        f"After step {step} {len(tensors)} tensors hold numbers that are not finite ({tensors[0]} is the first), so no "
+        f"checkpoint was written and the run stopped. {_last_checkpoint(folder)}"
+    )
+
+
+def _last_checkpoint(folder: Path) -> str:
+    advice = "Try a lower optim.lr, a longer optim.warmup_epochs, optim.clip_grad=1, or train.precision=fp32"
+    kept = checkpoint_names.finished(folder / "checkpoints")
+    if not kept:
+        return f"There is no checkpoint in {folder} yet: the same command starts afresh. {advice}."
+    last = f"The last checkpoint in {folder} is {kept[-1].name}."
+    return f"{last} {advice}, under another name= (a run keeps its settings)."
+
+
+def out_of_memory(error: BaseException) -> str | None:
+    """What to try, where an error of torch's or Python's says that memory ran out; None for any other."""
+    text = " ".join(str(error).split())
+    if not isinstance(error, MemoryError | torch.OutOfMemoryError) and "can't allocate memory" not in text:
+        return None
+    return (
+        f"The memory does not suffice ({text[:200] or 'MemoryError'}). Try a smaller train.batch_size, fewer "
+        "views.local_crops_number, smaller head.prototypes or a smaller backbone.name; checkpoints that were written "
+        "are intact."
+    )
+
+
+def disk_line(learner: Learner, keep: int) -> str:
+    """What a checkpoint holds, and how much disk the run will take."""
+
+    def size(module: nn.Module) -> int:
+        return sum(tensor.numel() * tensor.element_size() for tensor in module.state_dict().values())
+
+    backbone, head = size(learner.student.backbone), size(learner.student.head)
+    one = 4 * (backbone + head)
+    most = (keep + 1) * one + backbone
+    return (
+        f"A checkpoint takes {_in_units(one)}: student, teacher and AdamW's two moments, each a backbone of "
+        f"{_in_units(backbone)} and a head of {_in_units(head)}. With train.keep_last={keep}, one more while it is "
+        f"written, and teacher.safetensors the run takes up to {_in_units(most)} of disk."
+    )
+
+
+def _in_units(size: int) -> str:
+    for unit, name in ((1e9, "GB"), (1e6, "MB")):
+        if size >= unit:
+            return f"{size / unit:.1f} {name}"
+    return f"{size / 1e3:.1f} KB"
+
+
+def what_next(run: Run, finished: bool, step: int, steps: int) -> str:
+    """The last line of a run."""
+    if not finished:
+        return f"Stopped after step {step} of {steps}. The same command continues from here."
+    labeled = "" if run.data.val else " --train LABELED_IMAGES --val OTHER_LABELED_IMAGES"
+    return (
+        f"Finished after {steps:,} steps. Next: `nearfar eval all {run.path}{labeled}` scores the features, and "
+        f"`nearfar report {run.path}` writes {run.path}/report.html."
     )

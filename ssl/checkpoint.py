@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 import time
 from collections.abc import Callable, Mapping
@@ -25,7 +24,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from nearfar.ssl.backbones import Backbone, create
+from nearfar.ssl import checkpoint_names, files
+from nearfar.ssl.backbones import Backbone, create_described
 from nearfar.ssl.errors import UserError
 
 TENSORS, STATE, MANIFEST = "tensors.safetensors", "state.json", "manifest.json"
@@ -48,46 +48,25 @@ def save(folder: Path, step: int, tensors: Mapping[str, Tensor], state: dict[str
         UserError: the disk refused (no space, no right to write). Earlier checkpoints are untouched.
     """
     begun = time.monotonic()
-    final = folder / f"step-{step:09d}"
-    partial = folder / f".writing-{final.name}"
+    final = folder / checkpoint_names.name_of(step)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        for left in folder.glob(".writing-*"):  # by a process that was killed
-            shutil.rmtree(left, ignore_errors=True)
-        partial.mkdir()
-        save_file({name: t.detach().contiguous() for name, t in tensors.items()}, partial / TENSORS)
-        (partial / STATE).write_text(json.dumps(state, indent=1))
-        for name in (TENSORS, STATE):
-            _fsync(partial / name)
-        manifest = {**_manifest(partial), "seconds": round(time.monotonic() - begun, 3)}
-        (partial / MANIFEST).write_text(json.dumps(manifest, indent=1))
-        _fsync(partial / MANIFEST)
-        _fsync(partial)
-        if final.exists():  # the same step again, after a restart: never leave a moment without it
-            old = folder / f".replaced-{final.name}"
-            shutil.rmtree(old, ignore_errors=True)
-            final.rename(old)
-            partial.rename(final)
-            shutil.rmtree(old)
-        else:
-            partial.rename(final)
-        _fsync(folder)
+        files.remove_partial(folder)
+        with files.atomic_folder(final) as partial:
+            _write_tensors(partial / TENSORS, tensors)
+            (partial / STATE).write_text(json.dumps(state, indent=1))
+            manifest = {**_manifest(partial), "seconds": round(time.monotonic() - begun, 3)}
+            (partial / MANIFEST).write_text(json.dumps(manifest, indent=1))
     except (OSError, SafetensorError) as error:
-        shutil.rmtree(partial, ignore_errors=True)
-        kept = [path.name for path in steps(folder)]
+        kept = [path.name for path in checkpoint_names.finished(folder)]
         safe = f"{kept[-1]} is intact and the run continues from it" if kept else "no earlier checkpoint exists"
         raise UserError(
             f"The checkpoint of step {step} could not be written to {folder}: {error}. Nothing half-written was left; "
             f"{safe}. Free some space (or choose folder= on another disk) and start the same command again."
         ) from error
-    for old in steps(folder)[:-keep]:
+    for old in checkpoint_names.finished(folder)[:-keep]:
         shutil.rmtree(old, ignore_errors=True)
     return final
-
-
-def steps(folder: Path) -> list[Path]:
-    """The finished checkpoints of a folder, oldest first (damaged ones that were set aside are not among them)."""
-    return sorted(path for path in folder.glob("step-?????????") if path.is_dir())
 
 
 def read(path: Path) -> Checkpoint:
@@ -108,7 +87,7 @@ def read(path: Path) -> Checkpoint:
             if _sha256(file) != written["sha256"]:
                 raise DamagedError(f"{name} was changed after it was written (its digest differs)")
         return Checkpoint(path, load_file(path / TENSORS), json.loads((path / STATE).read_text()))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, SafetensorError) as error:
         raise DamagedError(f"{MANIFEST} or its files cannot be read: {error}") from error
 
 
@@ -119,7 +98,7 @@ def latest(folder: Path, say: Callable[[str], None] = lambda _: None) -> Checkpo
         UserError: there were checkpoints, and every one is damaged.
     """
     wrong: list[str] = []
-    for path in reversed(steps(folder)):
+    for path in reversed(checkpoint_names.finished(folder)):
         try:
             checkpoint = read(path)
         except DamagedError as error:
@@ -193,14 +172,10 @@ def load_optimizer(
 
 def export(path: Path, backbone: Backbone, about: dict[str, Any]) -> None:
     """Write a backbone as one safetensors file that tells its architecture: see `load`."""
-    partial = path.with_name(f".writing-{path.name}")
     metadata = {"format": "pt", "nearfar": json.dumps({"arch": backbone.arch, **about})}
     try:
-        save_file({k: v.detach().contiguous() for k, v in backbone.state_dict().items()}, partial, metadata)
-        _fsync(partial)
-        partial.rename(path)
+        _write_tensors(path, backbone.state_dict(), metadata)
     except (OSError, SafetensorError) as error:
-        partial.unlink(missing_ok=True)
         raise UserError(f"{path} could not be written: {error}.") from error
 
 
@@ -217,8 +192,11 @@ def load(path: str | Path) -> Backbone:
         whole = _whole(file.parent).tensors
         tensors = {name.removeprefix(prefix): t for name, t in whole.items() if name.startswith(prefix)}
     else:
-        tensors = load_file(file)
-    backbone = create(**state["arch"])
+        try:
+            tensors = load_file(file)
+        except (OSError, MemoryError, SafetensorError) as error:
+            raise UserError(f"{file} cannot be read: {error}.") from None
+    backbone = create_described(state.get("arch"), tensors, str(file))
     load_strict(backbone, tensors, str(file))
     return backbone.eval().requires_grad_(False)
 
@@ -234,25 +212,34 @@ def about(path: str | Path) -> dict[str, Any]:
         return _whole(file.parent).state
     try:
         with safe_open(file, "pt") as handle:
-            metadata = handle.metadata() or {}
-    except (OSError, SafetensorError) as error:
+            text = (handle.metadata() or {}).get("nearfar")
+    except (OSError, ValueError, SafetensorError) as error:
         raise UserError(f"{file} is not a whole safetensors file: {error}.") from None
-    if "nearfar" not in metadata:
+    if text is None:
         raise UserError(f"{file} was not written by nearfar: it does not say which architecture it holds.")
-    return dict(json.loads(metadata["nearfar"]))
+    try:
+        found = json.loads(text)
+    except (ValueError, RecursionError):
+        found = None
+    if not isinstance(found, dict):
+        raise UserError(f"{file} is damaged: what it says of its architecture cannot be read.")
+    return found
 
 
 def weights_file(path: str | Path) -> Path:
     """The file of weights that a user means by a run folder, a checkpoint folder or a file."""
     path = Path(path)
-    if path.is_file():
-        return path
-    for file in (path / "teacher.safetensors", path / TENSORS):
-        if file.is_file():
-            return file
-    if found := steps(path / "checkpoints"):
-        return found[-1] / TENSORS
-    state = "has no weights in it (yet)" if path.is_dir() else "does not exist"
+    try:
+        if path.is_file():
+            return path
+        for file in (path / "teacher.safetensors", path / TENSORS):
+            if file.is_file():
+                return file
+        if found := checkpoint_names.finished(path / "checkpoints"):
+            return found[-1] / TENSORS
+        state = "has no weights in it (yet)" if path.is_dir() else "does not exist"
+    except OSError as error:  # no right to look, or a name longer than names can be
+        raise UserError(f"{path} cannot be read: {error.strerror}.") from None
     raise UserError(f"{path} {state}. Give a run folder, a checkpoint folder (step-XXXXXXXXX) or a .safetensors file.")
 
 
@@ -278,12 +265,10 @@ def _sha256(file: Path) -> str:
         return hashlib.file_digest(handle, "sha256").hexdigest()
 
 
-def _fsync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+def _write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> None:
+    """safetensors makes its files private to their owner; these follow the umask, as every other file does."""
+    with files.atomic(path) as partial:
+        save_file({name: t.detach().contiguous() for name, t in tensors.items()}, partial, metadata)
 
 
 def _capturable(optimizer: torch.optim.Optimizer) -> bool:

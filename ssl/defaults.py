@@ -5,16 +5,160 @@ from __future__ import annotations
 import math
 from typing import Any, NamedTuple
 
+from nearfar.ssl import config
 from nearfar.ssl.config import Run
+from nearfar.ssl.errors import UserError
 
 
 class Derived(NamedTuple):
     key: str
     value: Any
-    why: str
+    reason: str
 
 
-def resolve(run: Run, images: int, cores: int = 1) -> tuple[Run, list[Derived]]:
+class ResolvedData(config.Data):
+    workers: int
+
+
+class ResolvedHead(config.Head):
+    prototypes: int
+    batch_norm: bool
+
+
+class ResolvedLoss(config.Loss):
+    teacher_temp: float
+    warmup_teacher_temp_epochs: float
+
+
+class ResolvedOptim(config.Optim):
+    lr: float
+    warmup_epochs: float
+    teacher_momentum: float
+    freeze_last_layer_epochs: float
+
+
+class ResolvedTrain(config.Train):
+    world_size: int
+    threads: int
+
+
+class ResolvedEval(config.Eval):
+    size: int
+    resize: int
+    knn_every_epochs: float
+
+
+class ResolvedRun(Run):
+    """A run with every derived value filled in: what `config.yaml` and every checkpoint hold."""
+
+    data: ResolvedData
+    head: ResolvedHead
+    loss: ResolvedLoss
+    optim: ResolvedOptim
+    train: ResolvedTrain
+    eval: ResolvedEval
+
+    @classmethod
+    def of(cls, run: Run) -> ResolvedRun:
+        """`run`, which was resolved when it was written down. Raises UserError where something is missing."""
+        try:
+            return cls.model_validate(run.model_dump())
+        except ValueError as error:
+            raise UserError(f"The settings of {run.name} are not whole: {' '.join(str(error).split())}") from None
+
+
+def resolve(
+    run: Run, images: int, cores: int = 1, *, world_size: int | None = None, saved: Run | None = None
+) -> tuple[ResolvedRun, list[Derived]]:
+    """The settings that a run trains with, and which of them were derived: every one is decided here.
+
+    Args:
+        run: as asked for; what it says wins.
+        images: number of training images.
+        cores: CPU cores of each rank.
+        world_size: ranks that there are.
+        saved: the resolved settings of the run that this one continues.
+
+    Raises:
+        UserError: they contradict the ranks, or the run that is continued.
+    """
+    if world_size is not None:
+        run = on_ranks(run, world_size)
+    if saved is not None:
+        run = continued(run, saved)
+    filled, derived = _fill(run, images, cores)
+    return ResolvedRun.of(filled), derived
+
+
+def on_ranks(run: Run, world_size: int) -> Run:
+    """The run on as many ranks as there are."""
+    if run.train.batch_size % world_size:
+        raise UserError(f"train.batch_size={run.train.batch_size} does not divide into {world_size} ranks.")
+    if run.train.world_size not in (None, world_size):
+        raise UserError(
+            f"train.world_size={run.train.world_size}, but {world_size} processes were started. `nearfar pretrain` "
+            "starts them on this machine; under torchrun or SLURM, and from Python, leave train.world_size out."
+        )
+    return run.model_copy(update={"train": run.train.model_copy(update={"world_size": world_size})})
+
+
+def continued(run: Run, saved: Run) -> Run:
+    """`run` as the continuation of `saved`: what it leaves open is as it was.
+
+    Raises:
+        UserError: naming each setting that would change the weights.
+    """
+    run = inherit(run, saved)
+    if changed := differences(saved, run):
+        raise UserError(
+            f"{run.path} holds a run with other settings ({'; '.join(changed)}). Continue it with its own "
+            "settings, or choose another name=."
+        )
+    return run
+
+
+def inherit(run: Run, saved: Run) -> Run:
+    """Fill every `None` of `run` from a resolved run: a requeue on other cores must not derive other values."""
+    tree = run.model_dump()
+    for section, values in saved.model_dump().items():
+        if isinstance(values, dict):
+            kept = {key: value for key, value in tree[section].items() if value is not None}
+            tree[section] = values | kept
+    return Run.model_validate(tree)
+
+
+def differences(old: Run, new: Run) -> list[str]:
+    """Dotted `key: old -> new` for every setting that would change the weights of a continued run."""
+    found = []
+    for setting in config.settings():
+        before, after = _get(old, setting.key), _get(new, setting.key)
+        if not setting.free and before != after:
+            found.append(f"{setting.key}: {before} -> {after}")
+    return found
+
+
+def _get(run: Run, key: str) -> Any:
+    node: Any = run
+    for part in key.split("."):
+        node = getattr(node, part)
+    return node
+
+
+def world_size(run: Run, saved: Run | None, cores: int, gpu: bool) -> Derived:
+    """Ranks for a run on this machine: as set, as it was begun, or by the cores. Known before the images are."""
+    if run.train.world_size:
+        count, reason = run.train.world_size, "as set"
+    elif saved and saved.train.world_size:
+        count, reason = saved.train.world_size, "as the run was begun"
+    elif run.train.device != "cpu" and gpu:
+        count, reason = 1, "with a GPU; torchrun or `nearfar launch` start one for each"
+    else:
+        count = local_ranks(run.train.batch_size, cores)
+        reason = f"{cores} cores, and equal slices of at least 16 of {run.train.batch_size} images"
+    return Derived("train.world_size", count, reason)
+
+
+def _fill(run: Run, images: int, cores: int) -> tuple[Run, list[Derived]]:
     """Fill every `None` that follows from the number of images, the length of the run and the cores of each rank.
 
     DINO's published values belong to 1.28 M images and 100 epochs or more. On a few thousand images 65,536
@@ -23,11 +167,11 @@ def resolve(run: Run, images: int, cores: int = 1) -> tuple[Run, list[Derived]]:
     """
     derived: list[Derived] = []
 
-    def default(section: str, field: str, value: Any, why: str) -> Any:
+    def default(section: str, field: str, value: Any, reason: str) -> Any:
         current = getattr(getattr(run, section), field)
         if current is not None:
             return current
-        derived.append(Derived(f"{section}.{field}", value, why))
+        derived.append(Derived(f"{section}.{field}", value, reason))
         return value
 
     epochs, batch = run.train.epochs, run.train.batch_size

@@ -8,6 +8,7 @@ order than the uninterrupted one.
 
 from __future__ import annotations
 
+import json
 import os
 import socket
 import subprocess
@@ -25,8 +26,8 @@ from nearfar.ssl.errors import PeerError, UserError
 
 T = TypeVar("T")
 
-MEETING = timedelta(minutes=5)  # until all ranks must have come together
-PATIENCE = timedelta(minutes=20)  # for a rank that scores or saves while the others wait
+JOIN_TIMEOUT = timedelta(minutes=5)  # until all ranks must have come together
+COLLECTIVE_TIMEOUT = timedelta(minutes=20)  # for a rank that scores or saves while the others wait
 _LAST_WORDS = "last words"
 _MISTAKE = "mistake: "  # in front of last words that are for the user
 
@@ -39,7 +40,8 @@ class Ranks:
     size: int = 1
     local_rank: int = 0  # among those on this machine: the number of its GPU
     cores: int = 0  # CPU cores for this rank; 0 = all that the process may use
-    meeting: str = "env://"  # where they meet: MASTER_ADDR and MASTER_PORT, or tcp://host:port
+    init_method: str = "env://"  # where they meet: MASTER_ADDR and MASTER_PORT, or tcp://host:port
+    listening: int | None = None  # of the first rank: an open socket at init_method, for its store to take over
 
     @property
     def first(self) -> bool:
@@ -61,11 +63,11 @@ def from_environment(env: Mapping[str, str] = os.environ) -> Ranks:
     if size == 1 or "SLURM_PROCID" not in env:
         return ALONE
     cores = int(env.get("SLURM_CPUS_PER_TASK", 0)) or _share(1)
-    meeting = "env://"
+    init_method = "env://"
     if "MASTER_ADDR" not in env or "MASTER_PORT" not in env:
         port = 20000 + (101 * int(env.get("SLURM_JOB_ID", 0)) + int(env.get("SLURM_STEP_ID", 0))) % 20000
-        meeting = f"tcp://{_first_host(env['SLURM_STEP_NODELIST'])}:{port}"
-    return Ranks(int(env["SLURM_PROCID"]), size, int(env.get("SLURM_LOCALID", 0)), cores, meeting)
+        init_method = f"tcp://{_first_host(env['SLURM_STEP_NODELIST'])}:{port}"
+    return Ranks(int(env["SLURM_PROCID"]), size, int(env.get("SLURM_LOCALID", 0)), cores, init_method)
 
 
 def available_cores() -> int:
@@ -87,7 +89,7 @@ def joined(ranks: Ranks) -> Iterator[None]:
 
     Raises:
         PeerError: another rank ended first. Where connections break with the process, that is told at once, otherwise
-            after `PATIENCE`.
+            after `COLLECTIVE_TIMEOUT`.
         UserError: another rank ended first, and of a mistake of the user's.
     """
     if ranks.size == 1:
@@ -97,9 +99,11 @@ def joined(ranks: Ranks) -> Iterator[None]:
     if cuda:
         torch.cuda.set_device(ranks.local_rank % torch.cuda.device_count())
     try:
-        store, _, _ = next(dist.rendezvous(ranks.meeting, ranks.rank, ranks.size, timeout=MEETING))
+        store = _store(ranks)
         backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
-        dist.init_process_group(backend, store=store, rank=ranks.rank, world_size=ranks.size, timeout=PATIENCE)
+        dist.init_process_group(
+            backend, store=store, rank=ranks.rank, world_size=ranks.size, timeout=COLLECTIVE_TIMEOUT
+        )
     except (RuntimeError, ValueError) as error:
         raise PeerError(f"Rank {ranks.rank} did not meet the other {ranks.size - 1}: {_short(error)}") from error
     me = f"Rank {ranks.rank} on {socket.gethostname()}"
@@ -121,6 +125,20 @@ def joined(ranks: Ranks) -> Iterator[None]:
         raise
     finally:
         dist.destroy_process_group()
+
+
+def _store(ranks: Ranks) -> dist.Store:
+    """The table of names through which the ranks find each other; the first one keeps it.
+
+    torch would listen at every interface of the machine; a socket that is open already listens where it was bound.
+    """
+    if ranks.listening is None:
+        store, _, _ = next(dist.rendezvous(ranks.init_method, ranks.rank, ranks.size, timeout=JOIN_TIMEOUT))
+        return store
+    host, _, port = ranks.init_method.removeprefix("tcp://").rpartition(":")
+    return dist.TCPStore(
+        host, int(port), ranks.size, is_master=True, timeout=JOIN_TIMEOUT, master_listen_fd=ranks.listening
+    )
 
 
 def _broken_connection(error: RuntimeError) -> bool:
@@ -202,21 +220,35 @@ def mean_of(values: dict[str, float]) -> dict[str, float]:
 
 
 def from_first(make: Callable[[], T]) -> T:
-    """What rank 0's call returns, on every rank; the others do not call."""
+    """What rank 0's call returns, on every rank; the others do not call. It must be a value that JSON knows.
+
+    JSON and not torch's object collectives: those unpickle whatever bytes arrive.
+    """
     if count() == 1:
         return make()
-    value: list[Any] = [make() if dist.get_rank() == 0 else None]
-    dist.broadcast_object_list(value)
-    return value[0]
+    text = json.dumps(make()).encode() if dist.get_rank() == 0 else b""
+    size = torch.tensor([len(text)])
+    dist.broadcast(size, 0)
+    content = (
+        torch.frombuffer(bytearray(text), dtype=torch.uint8) if text else torch.empty(int(size), dtype=torch.uint8)
+    )
+    dist.broadcast(content, 0)
+    value: T = json.loads(content.numpy().tobytes())
+    return value
 
 
-def gathered(items: list[T]) -> list[T]:
+def gathered(texts: list[str]) -> list[str]:
     """The lists of all ranks, one behind the other."""
     if count() == 1:
-        return items
-    lists: list[Any] = [None] * count()
-    dist.all_gather_object(lists, items)
-    return [item for part in lists for item in part]
+        return texts
+    mine = torch.frombuffer(bytearray(json.dumps(texts).encode()), dtype=torch.uint8)
+    sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(count())]
+    dist.all_gather(sizes, torch.tensor([len(mine)]))
+    longest = max(int(size) for size in sizes)
+    parts = [torch.empty(longest, dtype=torch.uint8) for _ in range(count())]
+    dist.all_gather(parts, torch.cat([mine, mine.new_zeros(longest - len(mine))]))
+    lists = (json.loads(part[: int(size)].numpy().tobytes()) for part, size in zip(parts, sizes, strict=True))
+    return [text for each in lists for text in each]
 
 
 @torch.no_grad()

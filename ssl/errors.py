@@ -1,5 +1,8 @@
 """The exceptions that every part of nearfar shares. Imports nothing, so that refusing a command costs nothing."""
 
+EXIT_USER = 2  # of a command that a user's mistake ended
+EXIT_PEER = 3  # of a rank that ended because another one did
+
 
 def printable(text: str) -> str:
     """A text that any terminal and any UTF-8 file can take: what is not printable becomes its backslash escape.

@@ -87,7 +87,7 @@ class CollapseWatch:
         self._bad = 0
         self._told = False
 
-    def look(self, step: int, metrics: dict[str, float]) -> str | None:
+    def update(self, step: int, metrics: dict[str, float]) -> str | None:
         """The message that is due after this step's `teacher_health`, or None."""
         message = collapse(metrics) if step >= self.grace else None
         self._bad = self._bad + 1 if message else 0
@@ -98,3 +98,29 @@ class CollapseWatch:
             self._told = True
             return message
         return None
+
+
+def nothing_learned(metrics: list[dict[str, float]], most_directions: int) -> str | None:
+    """One sentence where the lines of a whole run tell that its features are worth no more than at its start.
+
+    Args:
+        metrics: the lines of metrics.jsonl, in order.
+        most_directions: the largest RankMe possible: min(rows of a step, dimensions).
+    """
+    signs = []
+    scores = [line["knn_top1"] for line in metrics if "knn_top1" in line]
+    if len(scores) > 1 and scores[-1] <= scores[0] and scores[-1] < 80:  # what starts so high cannot rise by much
+        signs.append(f"the online k-NN did not rise ({scores[0]:.1f} at its first score, {scores[-1]:.1f} at the end)")
+    last = next((line for line in reversed(metrics) if "rankme" in line), None)
+    if last and last["rankme"] < 0.1 * most_directions and last["feature_std"] < 0.6:
+        signs.append(
+            f"the features are nearly alike (RankMe {last['rankme']:.1f} of at most {most_directions}, std "
+            f"{last['feature_std']:.2f}, healthy near 1)"
+        )
+    if not signs:
+        return None
+    return (
+        f"Little or nothing was learned: {' and '.join(signs)}. Try more train.epochs, another optim.lr, "
+        "head.batch_norm=true, fewer head.prototypes or a larger views.local_crops_scale; `nearfar eval all RUN "
+        "--baselines` compares with the untrained network and raw pixels."
+    )

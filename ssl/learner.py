@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import Literal, NamedTuple
 
 import torch
-from timm.layers import convert_sync_batchnorm
 from torch import Tensor, nn
 
-from nearfar.ssl.backbones import Backbone, Tokens
+from nearfar.ssl.backbones import Backbone, Tokens, create
+from nearfar.ssl.defaults import ResolvedRun
 from nearfar.ssl.heads.dino import DINOHead
 from nearfar.ssl.losses import DINOLoss, koleo
 
@@ -17,7 +17,6 @@ class Step(NamedTuple):
     """One forward pass. Shapes: B images, G = 2 global views, K prototypes, D features."""
 
     loss: Tensor  # scalar, with gradient
-    teacher_logits: Tensor  # (G, B, K), before centering
     teacher_probabilities: Tensor  # (G, B, K)
     teacher_features: Tensor  # (G, B, D)
     parts: dict[str, Tensor]  # what else the loss holds, unweighted
@@ -60,60 +59,66 @@ class Learner(nn.Module):
         self.teacher.requires_grad_(False)
 
     @torch.no_grad()
-    def do_teacher(self, globals_: Tensor) -> tuple[Tensor, Tensor]:
+    def teacher_outputs(self, global_views: Tensor) -> tuple[Tensor, Tensor]:
         """Global views (G, B, 3, s, s) -> logits (G, B, K), features (G, B, D)."""
-        logits, features = self.teacher([globals_])
+        logits, features = self.teacher([global_views])
         return logits, features
 
-    def do_student(self, groups: list[Tensor]) -> tuple[Tensor, Tensor]:
+    def student_outputs(self, groups: list[Tensor]) -> tuple[Tensor, Tensor]:
         """All views, grouped by size -> logits (V, B, K), features (V, B, D)."""
         logits, features = self.student(groups)
         return logits, features
 
     def forward(self, groups: list[Tensor], teacher_temp: float) -> Step:
         """Normalized views, the global group first -> the loss and what the monitors look at."""
-        teacher_logits, teacher_features = self.do_teacher(groups[0])
+        teacher_logits, teacher_features = self.teacher_outputs(groups[0])
         probabilities = self.loss.teacher_probabilities(teacher_logits, teacher_temp)
-        student_logits, student_features = self.do_student(groups)
+        student_logits, student_features = self.student_outputs(groups)
         loss, parts = self.loss(student_logits, probabilities), {}
+        self.loss.note_teacher(teacher_logits)
         if self.koleo_weight:
             apart = koleo(student_features[: len(groups[0])])
             loss, parts = loss + self.koleo_weight * apart, {"koleo": apart.detach()}
-        return Step(loss, teacher_logits, probabilities, teacher_features, parts)
+        return Step(loss, probabilities, teacher_features, parts)
+
+    def after_backward(self, freeze_last_layer: bool) -> None:
+        """To be called between the backward pass and the optimizer's step: the prototypes stay as they are in the
+        first epochs (DINO, appendix A).
+        """
+        if freeze_last_layer:
+            self.student.head.prototypes.grad = None
+
+    def after_step(self, momentum: float) -> None:
+        """To be called after the optimizer's step: center and teacher follow the passes before it."""
+        self.loss.update_center()
+        self.update_teacher(momentum)
 
     @torch.no_grad()
     def update_teacher(self, momentum: float) -> None:
-        """theta_teacher <- momentum * theta_teacher + (1 - momentum) * theta_student, after the optimizer's step."""
+        """theta_teacher <- momentum * theta_teacher + (1 - momentum) * theta_student."""
         teacher: list[Tensor] = list(self.teacher.parameters())
         student: list[Tensor] = list(self.student.parameters())
         torch._foreach_lerp_(teacher, student, weight=1 - momentum)
 
 
-def parameter_groups(student: nn.Module) -> list[dict[str, object]]:
-    """AdamW's two groups: matrices and kernels decay; biases, other tensors of at most one dimension and the decay
-    rates of a state-space model (`A_log`) do not.
+def build_learner(run: ResolvedRun, weights: bool = True) -> Learner:
+    """Student and teacher as the settings say, seeded: the same weights on every machine and every start.
+
+    weights: read backbone.weights, if set; a run that continues from a checkpoint does not need that file any more.
     """
-    decay: list[nn.Parameter] = []
-    rest: list[nn.Parameter] = []
-    for name, parameter in student.named_parameters():
-        if parameter.requires_grad:
-            (rest if parameter.ndim <= 1 or name.endswith((".bias", "_log")) else decay).append(parameter)
-    return [{"params": decay, "decays": True}, {"params": rest, "decays": False, "weight_decay": 0.0}]
+    torch.manual_seed(run.train.seed)
+    backbone, head, loss = run.backbone, run.head, run.loss
+    settings = backbone.model_dump(exclude={"drop_path", "weights"})
+    size = run.views.global_crops_size
 
+    def network(drop_path: float, file: str | None = None) -> Network:
+        built = create(img_size=size, drop_path=drop_path, weights=file, **settings)
+        projection = DINOHead(built.embed_dim, head.prototypes, head.hidden_dim, head.bottleneck_dim, head.batch_norm)
+        return Network(built, projection, head.pooling)
 
-@torch.no_grad()
-def clip_gradients(parameters: list[nn.Parameter], limit: float) -> Tensor:
-    """Scale each tensor's gradient to at most `limit` (DINO clips per tensor; 0 = off).
-
-    Returns:
-        The norm of the whole gradient before clipping: not finite as soon as one of its numbers is not.
-    """
-    gradients = [p.grad for p in parameters if p.grad is not None]
-    norms = torch.stack(torch._foreach_norm(gradients))
-    if limit > 0:
-        scales = (limit / (norms + 1e-6)).clamp(max=1.0)
-        torch._foreach_mul_(gradients, list(scales.unbind()))
-    return norms.norm()
+    student, teacher = network(backbone.drop_path, backbone.weights if weights else None), network(0.0)
+    dino = DINOLoss(head.prototypes, loss.student_temp, loss.center_momentum, loss.centering == "sinkhorn_knopp")
+    return Learner(student, teacher, dino, loss.koleo_weight).train()
 
 
 def share_batch_norm(learner: Learner) -> None:
@@ -122,5 +127,7 @@ def share_batch_norm(learner: Learner) -> None:
     The head's is shared everywhere (heads/batch_norm.py).
     """
     if next(learner.parameters()).device.type == "cuda":
+        from timm.layers import convert_sync_batchnorm
+
         for network in (learner.student, learner.teacher):
             network.backbone = convert_sync_batchnorm(network.backbone)

@@ -19,10 +19,10 @@ def dino_loss(student: Tensor, teacher: Tensor) -> Tensor:
     Returns:
         Scalar: the mean over the G*V - G pairs that do not show the same view, and over the batch.
     """
-    globals_, views = teacher.shape[0], student.shape[0]
+    global_views, views = teacher.shape[0], student.shape[0]
     pairs = -torch.einsum("gbk,vbk->gv", teacher, student) / teacher.shape[1]
-    same_view = torch.eye(globals_, views, dtype=torch.bool, device=pairs.device)
-    return pairs.masked_fill(same_view, 0).sum() / (globals_ * views - globals_)
+    same_view = torch.eye(global_views, views, dtype=torch.bool, device=pairs.device)
+    return pairs.masked_fill(same_view, 0).sum() / (global_views * views - global_views)
 
 
 def sinkhorn_knopp(logits: Tensor, temperature: float, iterations: int = 3) -> Tensor:
@@ -70,6 +70,8 @@ class DINOLoss(nn.Module):
         self.student_temp = student_temp
         self.center_momentum = center_momentum
         self.register_buffer("center", torch.zeros(prototypes))
+        self._noted: Tensor | None = None  # sum of the mean logits (K,) of the passes since the last update
+        self._passes = 0
 
     @torch.no_grad()
     def teacher_probabilities(self, logits: Tensor, temperature: float) -> Tensor:
@@ -87,12 +89,22 @@ class DINOLoss(nn.Module):
             return dino_loss(student, teacher_probabilities)
 
     @torch.no_grad()
-    def update_center(self, teacher_logits: Tensor) -> None:
-        """Move the center towards the mean, over all ranks, of this step's teacher logits (G, B, K); after the loss.
+    def note_teacher(self, logits: Tensor) -> None:
+        """Remember the teacher's logits (G, B, K) of a forward pass for the next `update_center`.
 
         Sinkhorn-Knopp has no use for a center: then it stays 0.
         """
         if self.sinkhorn:
             return
-        mean = distributed.all_mean_(teacher_logits.to(self.center.dtype).mean(dim=(0, 1)))
+        mean = logits.to(self.center.dtype).mean(dim=(0, 1))
+        self._noted = mean if self._noted is None else self._noted + mean
+        self._passes += 1
+
+    @torch.no_grad()
+    def update_center(self) -> None:
+        """Move the center towards the mean, over all ranks, of the logits noted since the last call; after the loss."""
+        if self._noted is None:
+            return
+        mean = distributed.all_mean_(self._noted / self._passes)
         self.center.lerp_(mean, 1 - self.center_momentum)
+        self._noted, self._passes = None, 0

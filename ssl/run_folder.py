@@ -9,13 +9,14 @@ import fcntl
 import json
 import os
 import socket
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any
 
-from nearfar.ssl import checkpoint, config, defaults, distributed
+from nearfar.ssl import checkpoint, checkpoint_names, config, files
 from nearfar.ssl.config import Run
-from nearfar.ssl.defaults import Derived
+from nearfar.ssl.defaults import differences
 from nearfar.ssl.errors import UserError
 
 TEACHER = "teacher.safetensors"
@@ -48,10 +49,12 @@ class RunFolder:
         self.checkpoints = path / "checkpoints"
         self.metrics = path / "metrics.jsonl"
         self._lock: IO[str] | None = None
+        self._made: list[Path] = []  # folders that this start made, innermost first
 
     def __enter__(self) -> RunFolder:
         if not self.owns:
             return self
+        self._made = [path for path in (self.path, *self.path.parents) if not _exists(path)]
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             self._lock = (self.path / "lock").open("a+")
@@ -81,6 +84,11 @@ class RunFolder:
             return
         self._lock.truncate(0)
         _held.discard(self._lock)
+        if self._made and os.listdir(self.path) == ["lock"]:  # a start that failed leaves nothing behind
+            (self.path / "lock").unlink()
+            with suppress(OSError):  # somebody else's by now
+                for folder in self._made:
+                    folder.rmdir()
         self._lock.close()  # gives the lock back, as does the end of the process however it dies
 
     def saved_settings(self) -> Run | None:
@@ -89,30 +97,43 @@ class RunFolder:
         Raises:
             UserError: another version of nearfar wrote them.
         """
-        file = self.path / "config.yaml"
-        if not (file.exists() and self._begun()):
-            return None
         try:
-            return config.load(file)
+            if not self._begun():
+                return None
+            file = self.path / "config.yaml"
+            written = config.load(file) if file.exists() else None
+        except OSError as error:
+            raise UserError(f"The run folder {self.path} cannot be read: {error.strerror}.") from None
         except UserError as error:
             raise UserError(f"{file} does not fit this version of nearfar. {error}") from None
+        trained = self._trained_settings()
+        if written and trained and (changed := differences(trained, written)):
+            raise UserError(
+                f"{file} was changed: the checkpoints were trained with other settings ({'; '.join(changed)}). Put it "
+                "back, or remove it, since checkpoints know their settings; for other settings choose another name=."
+            )
+        return written or trained
 
-    def settle(self, run: Run, images: int, cores: int = 0) -> tuple[Run, list[Derived]]:
-        """The resolved settings of this run: those saved here if it was begun before, else derived now.
+    def _trained_settings(self) -> Run | None:
+        """What the newest readable checkpoint, or else the exported teacher, says of its settings."""
+        for path in reversed(checkpoint_names.finished(self.checkpoints)):
+            try:
+                settings = json.loads((path / checkpoint.STATE).read_text())["run"]
+            except (OSError, ValueError, KeyError, TypeError, RecursionError):
+                continue  # a damaged one; the resume sets it aside and says so
+            return self._validated(settings, path)
+        try:
+            settings = checkpoint.about(self.path / TEACHER)["run"]
+        except (UserError, KeyError):
+            return None
+        return self._validated(settings, self.path / TEACHER)
 
-        cores: CPU cores for each of its processes; 0 = all of the machine's.
-
-        Raises:
-            UserError: the folder holds a run with other settings; names each one.
-        """
-        if saved := self.saved_settings():
-            run = inherit(run, saved)
-            if changed := differences(saved, run):
-                raise UserError(
-                    f"{self.path} holds a run with other settings ({'; '.join(changed)}). Continue it with its own "
-                    "settings, or choose another name=."
-                )
-        return defaults.resolve(run, images, cores or distributed.available_cores())
+    @staticmethod
+    def _validated(settings: Any, where: Path) -> Run:
+        try:
+            return config.validate(settings)
+        except UserError as error:
+            raise UserError(f"{where} does not fit this version of nearfar. {error}") from None
 
     def record(self, run: Run) -> None:
         """Write config.yaml, once the start is accepted: a refused one must not change what the run says of itself.
@@ -121,10 +142,8 @@ class RunFolder:
             UserError: it cannot be written.
         """
         file = self.path / "config.yaml"
-        partial = file.with_suffix(".writing")
         try:
-            partial.write_text(config.to_yaml(run))
-            partial.replace(file)
+            files.write_text(file, config.to_yaml(run))
         except OSError as error:
             raise UserError(f"{file} could not be written: {error}.") from None
 
@@ -136,7 +155,7 @@ class RunFolder:
         """The step of the exported teacher; None where there is none, or none that can be read."""
         try:
             return int(checkpoint.about(self.path / TEACHER)["step"])
-        except (UserError, KeyError):
+        except (UserError, KeyError, TypeError, ValueError):
             return None
 
     def scored(self, step: int) -> bool:
@@ -145,32 +164,19 @@ class RunFolder:
 
     def forget_metrics_after(self, step: int) -> None:
         """Drop the lines of metrics past `step`: those steps are run again, and give the same lines."""
-        if not self.metrics.exists():
-            return
-        kept = [line for line in self.metrics.read_text().splitlines() if _step(line) <= step]
-        partial = self.metrics.with_suffix(".writing")
-        partial.write_text("".join(f"{line}\n" for line in kept))
-        partial.replace(self.metrics)
+        try:
+            if self.metrics.exists():
+                kept = [line for line in self.metrics.read_text().splitlines() if _step(line) <= step]
+                files.write_text(self.metrics, "".join(f"{line}\n" for line in kept))
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"{self.metrics} cannot be read or written: {error}.") from None
 
 
-def inherit(run: Run, saved: Run) -> Run:
-    """Fill every `None` of `run` from a resolved run: a requeue on other cores must not derive other values."""
-    tree = run.model_dump()
-    for section, values in saved.model_dump().items():
-        if isinstance(values, dict):
-            kept = {key: value for key, value in tree[section].items() if value is not None}
-            tree[section] = values | kept
-    return Run.model_validate(tree)
-
-
-def differences(old: Run, new: Run) -> list[str]:
-    """Dotted `key: old -> new` for every setting that would change the weights of a continued run."""
-    found = []
-    for setting in config.settings():
-        before, after = _get(old, setting.key), _get(new, setting.key)
-        if not setting.free and before != after:
-            found.append(f"{setting.key}: {before} -> {after}")
-    return found
+def _exists(path: Path) -> bool:
+    try:
+        return path.exists()
+    except OSError:  # no right to look, or a name longer than names can be: `mkdir` will say so
+        return True
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
@@ -185,10 +191,3 @@ def _step(line: str) -> float:
         return float(json.loads(line)["step"])
     except (ValueError, KeyError, TypeError):
         return float("inf")
-
-
-def _get(run: Run, key: str) -> Any:
-    node: Any = run
-    for part in key.split("."):
-        node = getattr(node, part)
-    return node

@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import json
+import os
 import time
 from pathlib import Path
-from types import TracebackType
 from typing import IO, Any
 
+import numpy as np
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Column
 from torch.utils.tensorboard import SummaryWriter
+from torch.utils.tensorboard.summary import hparams
+
+from nearfar.ssl.errors import UserError
 
 
-class Silence:
-    """The journal of the ranks after the first."""
+class NoLog:
+    """The log of the ranks after the first."""
 
-    def __enter__(self) -> Silence:
+    def __enter__(self) -> NoLog:
         return self
 
     def __exit__(self, *_: object) -> None: ...
@@ -27,44 +32,56 @@ class Silence:
 
     def progress(self, step: int, numbers: str) -> None: ...
 
+    def settings(self, values: dict[str, Any]) -> None: ...
 
-class Journal:
+    def picture(self, name: str, step: int, pixels: np.ndarray) -> None: ...
+
+    def sync(self) -> None: ...
+
+
+class RunLog(NoLog):
     """Opened for the length of one process; continues the files of the process before it.
 
     Args:
         folder: the run's folder.
         steps, start: length of the run and the step it continues from.
-        console: where people look. A terminal gets a bar, anything else a line every `every` seconds.
+        console: where people look. A terminal gets a bar, anything else the lines that run.log gets.
+        every: seconds between two lines of progress.
+
+    Raises:
+        UserError: the files cannot be written.
     """
 
     def __init__(self, folder: Path, steps: int, start: int, console: Console, every: float = 10.0) -> None:
-        self._metrics: IO[str] = (folder / "metrics.jsonl").open("a")
-        self._log: IO[str] = (folder / "run.log").open("a")
-        self._board = SummaryWriter(str(folder), purge_step=start + 1)
+        try:
+            self._metrics: IO[str] = (folder / "metrics.jsonl").open("a")
+            self._log: IO[str] = (folder / "run.log").open("a")
+            self._board = SummaryWriter(str(folder), purge_step=start + 1)
+        except OSError as error:
+            raise UserError(f"The log of the run cannot be written to {folder}: {error}.") from None
         self._console = console
         self._every = every
-        self._spoken = float("-inf")
+        self._last_line = float("-inf")
         self._steps = steps
         self._begun, self._start = time.monotonic(), start
+        # What must not be cut off on a narrow terminal comes first; the numbers take what is left.
         self._bar = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(bar_width=None),
-            TextColumn("{task.completed}/{task.total}"),
-            TextColumn("{task.fields[numbers]}"),
-            TimeElapsedColumn(),
-            TimeRemainingColumn(),
+            BarColumn(bar_width=10),
+            MofNCompleteColumn(table_column=Column(no_wrap=True)),
+            TimeRemainingColumn(table_column=Column(no_wrap=True)),
+            TextColumn("left"),
+            TextColumn("{task.fields[numbers]}", table_column=Column(ratio=1, no_wrap=True, overflow="ellipsis")),
             console=console,
             disable=not console.is_terminal,
+            expand=True,
         )
         self._task = self._bar.add_task("pretrain", total=steps, completed=start, numbers="")
 
-    def __enter__(self) -> Journal:
+    def __enter__(self) -> RunLog:
         self._bar.start()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._bar.stop()
         self._board.close()
         self._metrics.close()
@@ -73,8 +90,7 @@ class Journal:
     def say(self, text: str) -> None:
         """A sentence for people: on the console and in run.log."""
         self._console.print(text, highlight=False, markup=False, soft_wrap=True)
-        self._log.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")
-        self._log.flush()
+        self._write(text)
 
     def record(self, step: int, values: dict[str, Any]) -> None:
         """A line of metrics after `step` finished steps."""
@@ -85,11 +101,39 @@ class Journal:
                 self._board.add_scalar(key, value, step)
 
     def progress(self, step: int, numbers: str) -> None:
-        """Move the bar to `step`, or print a line when one is due."""
+        """Move the bar to `step`; write a line when one is due, and print it where there is no bar."""
         self._bar.update(self._task, completed=step, numbers=numbers)
         now = time.monotonic()
-        if not self._console.is_terminal and (now - self._spoken >= self._every or step == self._steps):
-            self._spoken = now
-            left = (now - self._begun) / max(1, step - self._start) * (self._steps - step)
-            minutes, seconds = divmod(round(left), 60)
-            self.say(f"step {step}/{self._steps}  {numbers}  {minutes}:{seconds:02d} left")
+        if now - self._last_line < self._every and step != self._steps:
+            return
+        self._last_line = now
+        left = (now - self._begun) / max(1, step - self._start) * (self._steps - step)
+        minutes, seconds = divmod(round(left), 60)
+        line = f"step {step}/{self._steps}  {numbers}  {minutes}:{seconds:02d} left"
+        if self._console.is_terminal:
+            self._write(line)
+        else:
+            self.say(line)
+
+    def settings(self, values: dict[str, Any]) -> None:
+        """The settings of the run for TensorBoard's table of runs, beside their loss and k-NN score."""
+        shown = {}
+        for section, part in values.items():
+            for key, value in part.items() if isinstance(part, dict) else ():
+                plain = isinstance(value, bool | int | float | str)
+                shown[f"{section}.{key}"] = value if plain else str(value)
+        writer = self._board._get_file_writer()
+        for summary in hparams(shown, {"loss": None, "knn_top1": None}):
+            writer.add_summary(summary)
+
+    def picture(self, name: str, step: int, pixels: np.ndarray) -> None:
+        """A picture (H, W, 3), uint8, for TensorBoard."""
+        self._board.add_image(name, pixels, step, dataformats="HWC")
+
+    def sync(self) -> None:
+        """Bring the metrics to the disk: no checkpoint may be there before the lines of its steps."""
+        os.fsync(self._metrics.fileno())
+
+    def _write(self, text: str) -> None:
+        self._log.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")
+        self._log.flush()

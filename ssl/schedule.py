@@ -5,14 +5,14 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from nearfar.ssl.config import Run
+from nearfar.ssl.defaults import ResolvedRun
 
 
 @dataclass(frozen=True)
 class Schedule:
     """The values of one step, from the run's settings and the step alone: nothing to save, nothing to drift."""
 
-    run: Run
+    run: ResolvedRun
     steps_per_epoch: int
 
     @property
@@ -21,8 +21,6 @@ class Schedule:
 
     def at(self, step: int) -> dict[str, float]:
         optim, loss, steps = self.run.optim, self.run.loss, self.steps
-        assert optim.lr is not None and optim.warmup_epochs is not None and optim.teacher_momentum is not None
-        assert loss.teacher_temp is not None and loss.warmup_teacher_temp_epochs is not None
         warmup = round(optim.warmup_epochs * self.steps_per_epoch)
         temp_steps = round(loss.warmup_teacher_temp_epochs * self.steps_per_epoch)
         start = min(loss.warmup_teacher_temp, loss.teacher_temp)
@@ -34,12 +32,11 @@ class Schedule:
         }
 
     def prototypes_frozen(self, step: int) -> bool:
-        assert self.run.optim.freeze_last_layer_epochs is not None
         return step < round(self.run.optim.freeze_last_layer_epochs * self.steps_per_epoch)
 
     def scores_due(self, step: int) -> bool:
         """Is the teacher scored after so many steps?"""
-        every = self.run.eval.knn_every_epochs or 0.0
+        every = self.run.eval.knn_every_epochs
         return every > 0 and (step == self.steps or step % max(1, round(every * self.steps_per_epoch)) == 0)
 
 

@@ -2,35 +2,37 @@
 
 from __future__ import annotations
 
+import json
 import math
-import platform
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from rich.console import Console
-from torch import Tensor, nn
+from torch import Tensor
 
-from nearfar.ssl import checkpoint, device, distributed
-from nearfar.ssl.announce import continued_otherwise, not_finite, start_lines
-from nearfar.ssl.backbones import Backbone, create
+from nearfar.ssl import announce, device, distributed, resume
+from nearfar.ssl.backbones import Backbone
 from nearfar.ssl.config import Run
 from nearfar.ssl.data import open_loader
-from nearfar.ssl.data.loaders.base import Batch, LoaderOptions
+from nearfar.ssl.data.loaders.base import Batch, Loader, LoaderOptions
 from nearfar.ssl.data.sources.base import Source
 from nearfar.ssl.data.transforms.colors import color_views
 from nearfar.ssl.data.transforms.normalize import normalize
+from nearfar.ssl.defaults import Derived, ResolvedRun, resolve
+from nearfar.ssl.device import Compute
 from nearfar.ssl.distributed import ALONE, Ranks
 from nearfar.ssl.errors import UserError
-from nearfar.ssl.heads.dino import DINOHead
-from nearfar.ssl.health import CollapseWatch, teacher_health
-from nearfar.ssl.learner import Learner, Network, clip_gradients, parameter_groups, share_batch_norm
-from nearfar.ssl.losses import DINOLoss
-from nearfar.ssl.run_folder import TEACHER, RunFolder
-from nearfar.ssl.run_log import Journal, Silence
+from nearfar.ssl.health import CollapseWatch, nothing_learned, teacher_health
+from nearfar.ssl.learner import Learner, Step, build_learner, share_batch_norm
+from nearfar.ssl.optim import adamw, clip_gradients, set_rates
+from nearfar.ssl.run_folder import RunFolder, read_metrics
+from nearfar.ssl.run_log import NoLog, RunLog
 from nearfar.ssl.schedule import Schedule
 
 
@@ -38,8 +40,10 @@ from nearfar.ssl.schedule import Schedule
 class Observers:
     """What the floors above want to see of a run, on its first rank. None of it may change the run."""
 
-    views: Callable[[Batch, list[Tensor], Path], None] | None = None  # first batch, colored views, run folder
-    probe: Callable[[Backbone, Run], dict[str, float] | None] | None = None  # scores of the teacher; None: stopped
+    # First batch, colored views, run folder -> a picture of them (H, W, 3) for TensorBoard, or None.
+    views: Callable[[Batch, list[Tensor], Path], np.ndarray | None] | None = None
+    # Scores of the teacher; None: a stop came first.
+    probe: Callable[[Backbone, ResolvedRun], dict[str, float] | None] | None = None
 
 
 @dataclass(frozen=True)
@@ -54,26 +58,59 @@ class Outcome:
         return self.step >= self.steps
 
 
-def build_learner(run: Run, weights: bool = True) -> Learner:
-    """Student and teacher as the settings say, seeded: the same weights on every machine and every start.
+class NotFiniteError(Exception):
+    """The loss or the gradient of a step is NaN or infinite. No weight was changed."""
 
-    weights: read backbone.weights, if set; a run that continues from a checkpoint does not need that file any more.
+    def __init__(self, loss: float, grad_norm: float) -> None:
+        super().__init__(f"loss {loss}, norm of the gradient {grad_norm}")
+        self.loss, self.grad_norm = loss, grad_norm
+
+
+class Trained(NamedTuple):
+    """What one step says of itself."""
+
+    loss: float  # mean over all ranks, before the update
+    grad_norm: float  # before clipping
+    outputs: Step  # of this rank
+
+
+def train_step(
+    learner: Learner,
+    optimizer: torch.optim.Optimizer,
+    views: list[Tensor],
+    values: dict[str, float],
+    *,
+    clip_grad: float,
+    freeze_last_layer: bool = False,
+    autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
+) -> Trained:
+    """One step of training on all ranks: forward, backward, optimizer, center, teacher.
+
+    Args:
+        optimizer: as `optim.adamw` makes it for the student.
+        views: normalized, grouped by size, the global group first: [(G, B, 3, s, s), ...].
+        values: lr, weight_decay, teacher_momentum and teacher_temp, as `Schedule.at` gives them.
+        clip_grad: largest norm of a tensor's gradient; 0 = off.
+        freeze_last_layer: leave the prototypes as they are.
+
+    Raises:
+        NotFiniteError: on every rank, before anything reaches the weights.
     """
-    torch.manual_seed(run.train.seed)
-    backbone, head, loss = run.backbone, run.head, run.loss
-    prototypes, batch_norm = head.prototypes, head.batch_norm
-    assert prototypes is not None and batch_norm is not None
-    switches = backbone.model_dump(exclude={"drop_path", "weights"})
-    size = run.views.global_crops_size
-
-    def network(drop_path: float, file: str | None = None) -> Network:
-        body = create(img_size=size, drop_path=drop_path, weights=file, **switches)
-        projection = DINOHead(body.embed_dim, prototypes, head.hidden_dim, head.bottleneck_dim, batch_norm)
-        return Network(body, projection, head.pooling)
-
-    student, teacher = network(backbone.drop_path, backbone.weights if weights else None), network(0.0)
-    dino = DINOLoss(prototypes, loss.student_temp, loss.center_momentum, loss.centering == "sinkhorn_knopp")
-    return Learner(student, teacher, dino, loss.koleo_weight).train()
+    with autocast():
+        outputs = learner(views, values["teacher_temp"])
+    outputs.loss.backward()
+    learner.after_backward(freeze_last_layer)
+    parameters = list(learner.student.parameters())
+    distributed.average_gradients(parameters)
+    grad_norm = float(clip_gradients(parameters, clip_grad))
+    (loss,) = distributed.all_mean_(torch.tensor([float(outputs.loss.detach())], dtype=torch.float64)).tolist()
+    if not math.isfinite(loss + grad_norm):
+        raise NotFiniteError(loss, grad_norm)
+    set_rates(optimizer, values["lr"], values["weight_decay"])
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    learner.after_step(values["teacher_momentum"])
+    return Trained(loss, grad_norm, outputs)
 
 
 def pretrain(
@@ -91,214 +128,292 @@ def pretrain(
     else is a function of the step.
 
     Raises:
-        UserError: settings, data, folder, disk or checkpoint are wrong, or the loss is no longer finite.
+        UserError: settings, data, folder, disk, memory or checkpoint are wrong, or the loss is no longer finite.
         PeerError: another rank ended.
     """
     console = console or Console(quiet=not world.first)
-    run = _over(run, world)
-    with distributed.joined(world), RunFolder(run.path, owns=world.first) as folder:
-        run, derived = distributed.from_first(lambda: folder.settle(run, len(source), world.cores))
-        assert run.data.workers is not None and run.train.threads is not None
-        torch.set_num_threads(run.train.threads)
-        warnings: list[str] = []
-        saved = _latest(folder, warnings, world)
-        learner = build_learner(run, weights=saved is None)
-        compute = device.choose(run.train.device, run.train.precision, learner.teacher.backbone.embed_dim)
-        learner.to(compute.device)
-        if compute.device.type == "cpu":
-            device.keep_freed_memory()
-        loader = open_loader(
-            source,
-            run.views,
-            LoaderOptions(
-                batch_size=run.train.batch_size // world.size,
-                epochs=run.train.epochs,
-                seed=run.train.seed,
-                workers=run.data.workers,
-                rank=world.rank,
-                world_size=world.size,
-                max_bad_fraction=run.data.max_bad_fraction,
-                min_side=run.data.min_side,
-            ),
-            loader=run.data.loader,
-            color=run.data.color_on,
-            device=compute.device,
+    with distributed.joined(world), _memory_in_words(), RunFolder(run.path, owns=world.first) as folder:
+        training = set_up(run, source, observers, folder, world)
+        steps, start = training.schedule.steps, training.step
+        with RunLog(folder.path, steps, start, console) if world.first else NoLog() as log:
+            training.log = log
+            training.log_start()
+            begun = time.monotonic()
+            _loop(training, should_stop)
+            finished = training.step >= steps
+            if start < steps:
+                if finished and (words := training.verdict()):
+                    log.say(words)
+                log.say(announce.what_next(training.run, finished, training.step, steps))
+            return Outcome(folder.path, training.step, steps, time.monotonic() - begun)
+
+
+@dataclass
+class Training:
+    """A run that is set up: all that its loop needs."""
+
+    run: ResolvedRun
+    source: Source
+    observers: Observers
+    folder: RunFolder
+    world: Ranks
+    compute: Compute
+    learner: Learner
+    optimizer: torch.optim.Optimizer
+    loader: Loader
+    schedule: Schedule
+    step: int  # steps that are done
+    resumed: bool
+    description: dict[str, Any]  # what a checkpoint says of itself
+    derived: list[Derived]
+    warnings: list[str]
+    log: NoLog = field(default_factory=NoLog)
+    known_bad: set[str] = field(default_factory=set)
+
+    def log_start(self) -> None:
+        lines = announce.start_lines(
+            self.run, self.derived, self.learner, self.schedule.steps, self.compute, self.step, self.source,
+            self.loader.title,
+        )  # fmt: skip
+        for line in [*self.warnings, *lines]:
+            self.log.say(line)
+        self.log.settings(self.description["run"])
+
+    def views(self, batch: Batch) -> list[Tensor]:
+        """The colored views of a batch, on the device and normalized; shown to the observer in the first step."""
+        colored = color_views(batch, self.compute.device)
+        if self.step == 0 and self.observers.views and self.world.first:
+            picture = self.observers.views(batch, colored, self.folder.path)
+            if picture is not None:
+                self.log.picture("views", 0, picture)
+        return [normalize(group) for group in colored]
+
+    def train(self, batch: Batch, values: dict[str, float]) -> Trained:
+        """The next step. Raises UserError where it is not finite."""
+        views = self.views(batch)
+        torch.manual_seed(_step_seed(self.run.train.seed, self.step, self.world.rank))
+        try:
+            trained = train_step(
+                self.learner,
+                self.optimizer,
+                views,
+                values,
+                clip_grad=self.run.optim.clip_grad,
+                freeze_last_layer=self.schedule.prototypes_frozen(self.step),
+                autocast=self.compute.autocast,
+            )
+        except NotFiniteError as error:
+            words = announce.not_finite(
+                self.step, error.loss, error.grad_norm, batch, self.source, self.folder.path
+            )  # fmt: skip
+            raise UserError(words) from error
+        self.step += 1
+        return trained
+
+    def agree(self, should_stop: bool) -> bool:
+        """Does any rank have to stop? Bad images of all ranks are told of on the way."""
+        bad = [item for item in self.loader.bad.items() if item[0] not in self.known_bad]
+        stop, any_bad = distributed.all_mean_(torch.tensor([should_stop, len(bad)], dtype=torch.float64)).tolist()
+        for text in distributed.gathered([json.dumps(item) for item in bad]) if any_bad else ():
+            name, reason = json.loads(text)
+            self.log.say(f"Bad image {name}: {reason}. The next readable image takes its place.")
+            self.known_bad.add(name)
+        return bool(stop)
+
+    def score(self) -> bool:
+        """Score the teacher as it is, once; True on all ranks where a stop came first and leaves that to the next
+        start.
+        """
+        return distributed.from_first(self._score)
+
+    def _score(self) -> bool:
+        if self.observers.probe is None or self.folder.scored(self.step):
+            return False
+        self.learner.teacher.eval()
+        scores = self.observers.probe(self.learner.teacher.backbone, self.run)
+        self.learner.teacher.train()
+        if scores:
+            self.log.record(self.step, {"epoch": self.step / self.loader.steps_per_epoch, **scores})
+            self.log.say(f"step {self.step}: " + ", ".join(f"{k} {v:.1f}" for k, v in scores.items()))
+        return scores is None
+
+    def save(self) -> None:
+        if self.world.first:
+            self.log.sync()
+            resume.save(
+                self.folder, self.step, self.learner, self.optimizer, self.description, self.run.train.keep_last
+            )
+
+    def save_due(self, saved_at: float) -> bool:
+        every = self.run.train.save_every_steps
+        return (
+            self.step == self.schedule.steps
+            or (every is not None and self.step % every == 0)
+            or time.monotonic() - saved_at > 60 * self.run.train.save_every_minutes
         )
-        schedule = Schedule(run, loader.steps_per_epoch)
-        if world.size > 1:
-            share_batch_norm(learner)
-        parameters = list(learner.student.parameters())
-        names = {parameter: name for name, parameter in learner.student.named_parameters()}
-        optimizer = torch.optim.AdamW(parameter_groups(learner.student), lr=0.0, fused=True)
-        step = _restore(saved, learner, optimizer, names, source.fingerprint) if saved else 0
-        if saved:
-            warnings += continued_otherwise(saved.state, run, compute.precision)
-        about = _about(run, learner, source.fingerprint, compute.precision)
 
-        def export() -> None:
-            checkpoint.export(folder.path / TEACHER, learner.teacher.backbone, about | {"step": step})
-
-        if world.first:
-            folder.record(run)
-            folder.forget_metrics_after(step)
-            if saved and folder.exported_step() != step:  # killed, or out of space, between the two files of a save
-                export()
-
-        def save() -> None:
-            if not world.first:
-                return
-            tensors = {f"learner/{name}": tensor for name, tensor in learner.state_dict().items()}
-            state = checkpoint.optimizer_tensors(optimizer, names)
-            tensors |= {f"optimizer/{name}": tensor for name, tensor in state.items()}
-            checkpoint.save(folder.checkpoints, step, tensors, about | {"step": step}, run.train.keep_last)
-            export()
-
-        def score() -> bool:
-            """Score the teacher as it is, once; True where a stop came first and leaves that to the next start."""
-            if observers.probe is None or folder.scored(step):
-                return False
-            learner.teacher.eval()
-            scores = observers.probe(learner.teacher.backbone, run)
-            learner.teacher.train()
-            if scores:
-                journal.record(step, {"epoch": step / loader.steps_per_epoch, **scores})
-                journal.say(f"step {step}: " + ", ".join(f"{k} {v:.1f}" for k, v in scores.items()))
-            return scores is None
-
-        with Journal(folder.path, schedule.steps, step, console) if world.first else Silence() as journal:
-            for line in [
-                *warnings,
-                *start_lines(run, derived, learner, schedule.steps, compute, step, source, loader.title),
-            ]:
-                journal.say(line)
-            watch = CollapseWatch(grace=schedule.steps // 10)
-            begun = saved_at = logged_at = time.monotonic()
-            waited, logged_step = 0.0, step
-            known_bad: set[str] = set()
-            if step < schedule.steps:
-                loader.seek(*divmod(step, loader.steps_per_epoch))
-                batches = iter(loader)
-            stop = bool(saved) and schedule.scores_due(step) and distributed.from_first(score)
-            while step < schedule.steps and not stop:
-                asked = time.monotonic()
-                batch = next(batches)
-                waited += time.monotonic() - asked
-                colored = color_views(batch, compute.device)
-                if step == 0 and observers.views and world.first:
-                    observers.views(batch, colored, folder.path)
-
-                values = schedule.at(step)
-                torch.manual_seed(_step_seed(run.train.seed, step, world.rank))
-                with compute.autocast():
-                    out = learner([normalize(group) for group in colored], values["teacher_temp"])
-                out.loss.backward()
-                if schedule.prototypes_frozen(step):
-                    learner.student.head.prototypes.grad = None
-                distributed.average_gradients(parameters)
-                grad_norm = float(clip_gradients(parameters, run.optim.clip_grad))
-                bad = [item for item in loader.bad.items() if item[0] not in known_bad]
-                mine = torch.tensor([float(out.loss.detach()), should_stop(), len(bad)], dtype=torch.float64)
-                loss, stop, any_bad = distributed.all_mean_(mine).tolist()
-                for name, why in distributed.gathered(bad) if any_bad else ():
-                    journal.say(f"Bad image {name}: {why}. The next readable image takes its place.")
-                    known_bad.add(name)
-                if not math.isfinite(loss + grad_norm):  # before it reaches the weights
-                    raise UserError(not_finite(step, loss, grad_norm, batch, source, folder.path))
-                for group in optimizer.param_groups:
-                    group["lr"] = values["lr"]
-                    group["weight_decay"] = values["weight_decay"] if group["decays"] else 0.0
-                optimizer.step()
-                optimizer.zero_grad(set_to_none=True)
-                learner.loss.update_center(out.teacher_logits)
-                learner.update_teacher(values["teacher_momentum"])
-                step += 1
-
-                now = time.monotonic()
-                if step % run.train.log_every_steps == 0 or step == schedule.steps:
-                    health = teacher_health(out.teacher_probabilities, out.teacher_features)
-                    health = distributed.mean_of(health | {name: float(part) for name, part in out.parts.items()})
-                    seconds = max(1e-9, now - logged_at)
-                    speed = {
-                        "img_per_s": (step - logged_step) * run.train.batch_size / seconds,
-                        "data_wait": waited / seconds,
-                        "time": time.time(),
-                    }
-                    measured = {"loss": loss, "grad_norm": grad_norm, **values, **health}
-                    journal.record(step, {"epoch": step / loader.steps_per_epoch, **measured, **speed})
-                    journal.progress(
-                        step,
-                        f"loss {measured['loss']:.3f}  {speed['img_per_s']:.0f} img/s  "
-                        f"waits {100 * speed['data_wait']:.0f} %  entropy {health['entropy']:.2f}",
-                    )
-                    if message := watch.look(step, health):
-                        journal.say(message)
-                    waited, logged_at, logged_step = 0.0, time.monotonic(), step
-
-                if schedule.scores_due(step) and not stop:
-                    stop = distributed.from_first(score)
-                    logged_at, logged_step, waited = time.monotonic(), step, 0.0
-
-                steps_due = run.train.save_every_steps is not None and step % run.train.save_every_steps == 0
-                minutes_due = time.monotonic() - saved_at > 60 * run.train.save_every_minutes
-                if stop or steps_due or minutes_due or step == schedule.steps:
-                    save()
-                    saved_at = time.monotonic()
-            if stop and step < schedule.steps:
-                journal.say(f"Stopped after step {step} of {schedule.steps}. The same command continues from here.")
-            return Outcome(folder.path, step, schedule.steps, time.monotonic() - begun)
+    def verdict(self) -> str | None:
+        """In one sentence, that a finished run learned little; None where nothing says so."""
+        rows = 2 * self.run.train.batch_size // self.world.size
+        most = min(rows, self.learner.teacher.backbone.embed_dim)
+        return nothing_learned(read_metrics(self.folder.metrics), most) if self.world.first else None
 
 
-def _over(run: Run, world: Ranks) -> Run:
-    """The run on as many ranks as there are."""
-    if run.train.batch_size % world.size:
-        raise UserError(f"train.batch_size={run.train.batch_size} does not divide into {world.size} ranks.")
-    if run.train.world_size not in (None, world.size):
-        raise UserError(
-            f"train.world_size={run.train.world_size}, but {world.size} processes were started. `nearfar pretrain` "
-            "starts them on this machine; under torchrun or SLURM, and from Python, leave train.world_size out."
+class Meter:
+    """Speed since the last line of metrics, and whether the teacher collapses."""
+
+    def __init__(self, training: Training) -> None:
+        self.training = training
+        self.watch = CollapseWatch(grace=training.schedule.steps // 10)
+        self.restart()
+
+    def restart(self) -> None:
+        self.waited, self.since, self.first_step = 0.0, time.monotonic(), self.training.step
+
+    def waiting(self, batches: Iterator[Batch]) -> Batch:
+        asked = time.monotonic()
+        batch = next(batches)
+        self.waited += time.monotonic() - asked
+        return batch
+
+    def log(self, trained: Trained, values: dict[str, float]) -> None:
+        """A line of metrics, the progress, and a collapse that lasts."""
+        training, step, outputs = self.training, self.training.step, trained.outputs
+        health = teacher_health(outputs.teacher_probabilities, outputs.teacher_features)
+        health = distributed.mean_of(health | {name: float(part) for name, part in outputs.parts.items()})
+        seconds = max(1e-9, time.monotonic() - self.since)
+        speed = {
+            "img_per_s": (step - self.first_step) * training.run.train.batch_size / seconds,
+            "data_wait": self.waited / seconds,
+            "time": time.time(),
+        }
+        measured = {"loss": trained.loss, "grad_norm": trained.grad_norm, **values, **health}
+        training.log.record(step, {"epoch": step / training.loader.steps_per_epoch, **measured, **speed})
+        training.log.progress(
+            step,
+            f"loss {trained.loss:.3f}  {speed['img_per_s']:.0f} img/s  "
+            f"waits {100 * speed['data_wait']:.0f} %  entropy {health['entropy']:.2f}",
         )
-    return run.model_copy(update={"train": run.train.model_copy(update={"world_size": world.size})})
+        if message := self.watch.update(step, health):
+            training.log.say(message)
+        self.restart()
+
+
+def _loop(training: Training, should_stop: Callable[[], bool]) -> None:
+    """From the step that `training` stands at to the last one, or to the first at which any rank is to stop."""
+    schedule, run, meter = training.schedule, training.run, Meter(training)
+    if training.step >= schedule.steps:
+        if training.resumed and schedule.scores_due(training.step):
+            training.score()
+        return
+    saved_at = time.monotonic()
+    training.loader.seek(*divmod(training.step, training.loader.steps_per_epoch))
+    batches = iter(training.loader)
+    stop = training.resumed and schedule.scores_due(training.step) and training.score()
+    while training.step < schedule.steps and not stop:
+        batch = meter.waiting(batches)
+        values = schedule.at(training.step)
+        trained = training.train(batch, values)
+        stop = training.agree(should_stop())
+        if training.step % run.train.log_every_steps == 0 or training.step == schedule.steps:
+            meter.log(trained, values)
+        if schedule.scores_due(training.step) and not stop:
+            stop = training.score()
+            meter.restart()
+        if stop or training.save_due(saved_at):
+            training.save()
+            saved_at = time.monotonic()
+
+
+def set_up(run: Run, source: Source, observers: Observers, folder: RunFolder, world: Ranks) -> Training:
+    """Everything as it stands at the step that the run continues from, and its folder made ready for it.
+
+    Raises:
+        UserError: settings, data, folder or checkpoint are wrong. Then nothing in the folder was changed.
+    """
+    resolved, derived = _settings(run, folder, len(source), world)
+    torch.set_num_threads(resolved.train.threads)
+    warnings: list[str] = []
+    saved = resume.latest(folder, world, warnings)
+    learner = build_learner(resolved, weights=saved is None)
+    compute = device.choose(resolved.train.device, resolved.train.precision, learner.teacher.backbone.embed_dim)
+    learner.to(compute.device)
+    if compute.device.type == "cpu":
+        device.keep_freed_memory()
+    loader = _open_loader(resolved, source, world, compute.device)
+    if world.size > 1:
+        share_batch_norm(learner)
+    optimizer = adamw(learner.student)
+    step = resume.restore(saved, learner, optimizer, source.fingerprint) if saved else 0
+    description = resume.describe(resolved, learner, source.fingerprint, compute.precision)
+    if saved:
+        warnings += announce.continued_otherwise(saved.state, resolved, compute.precision)
+        warnings += announce.changed_versions(saved.state, description["versions"])
+    if world.first:
+        folder.record(resolved)
+        folder.forget_metrics_after(step)
+        if saved and folder.exported_step() != step:  # killed, or out of space, between the two files of a save
+            resume.export(folder, step, learner, description)
+    return Training(
+        run=resolved,
+        source=source,
+        observers=observers,
+        folder=folder,
+        world=world,
+        compute=compute,
+        learner=learner,
+        optimizer=optimizer,
+        loader=loader,
+        schedule=Schedule(resolved, loader.steps_per_epoch),
+        step=step,
+        resumed=saved is not None,
+        description=description,
+        derived=derived,
+        warnings=warnings,
+    )
+
+
+def _settings(run: Run, folder: RunFolder, images: int, world: Ranks) -> tuple[ResolvedRun, list[Derived]]:
+    """Resolved on the first rank, so that all have the same."""
+
+    def resolved() -> list[Any]:
+        settings, derived = resolve(
+            run,
+            images,
+            world.cores or distributed.available_cores(),
+            world_size=world.size,
+            saved=folder.saved_settings(),
+        )
+        return [settings.model_dump(mode="json"), [list(each) for each in derived]]
+
+    settings, derived = distributed.from_first(resolved)
+    return ResolvedRun.model_validate(settings), [Derived(*each) for each in derived]
+
+
+def _open_loader(run: ResolvedRun, source: Source, world: Ranks, place: torch.device) -> Loader:
+    options = LoaderOptions(
+        batch_size=run.train.batch_size // world.size,
+        epochs=run.train.epochs,
+        seed=run.train.seed,
+        workers=run.data.workers,
+        rank=world.rank,
+        world_size=world.size,
+        max_bad_fraction=run.data.max_bad_fraction,
+        min_side=run.data.min_side,
+    )
+    return open_loader(source, run.views, options, loader=run.data.loader, color=run.data.color_on, device=place)
+
+
+@contextmanager
+def _memory_in_words() -> Iterator[None]:
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if words := announce.out_of_memory(error):
+            raise UserError(words) from error
+        raise
 
 
 def _step_seed(seed: int, step: int, rank: int = 0) -> int:
     """Seed of a step's drop-path: no generator state is carried from step to step."""
     return (seed % 2**20 << 43) + (rank % 2**12 << 31) + step % 2**31
-
-
-def _latest(folder: RunFolder, warnings: list[str], world: Ranks) -> checkpoint.Checkpoint | None:
-    """The checkpoint to continue from: the first rank chooses it, and all read it."""
-    saved = checkpoint.latest(folder.checkpoints, warnings.append) if world.first else None
-    path = distributed.from_first(lambda: saved.path if saved else None)
-    return saved or (checkpoint.read(path) if path else None)
-
-
-def _restore(
-    saved: checkpoint.Checkpoint,
-    learner: Learner,
-    optimizer: torch.optim.Optimizer,
-    names: dict[nn.Parameter, str],
-    fingerprint: str,
-) -> int:
-    if saved.state["data"] != fingerprint:
-        raise UserError(
-            f"The run was begun on other images than data.path holds now (fingerprint {saved.state['data']}, now "
-            f"{fingerprint}). Continue it on the same images, or choose another name=."
-        )
-    parts: dict[str, dict[str, Tensor]] = {"learner": {}, "optimizer": {}}
-    for full, tensor in saved.tensors.items():
-        part, _, name = full.partition("/")
-        parts[part][name] = tensor
-    checkpoint.load_strict(learner, parts["learner"], str(saved.path))
-    checkpoint.load_optimizer(optimizer, names, parts["optimizer"])
-    return int(saved.state["step"])
-
-
-def _about(run: Run, learner: Learner, fingerprint: str, precision: str) -> dict[str, Any]:
-    return {
-        "world_size": run.train.world_size,
-        "precision": precision,
-        "arch": learner.teacher.backbone.arch,
-        "run": run.model_dump(mode="json"),
-        "data": fingerprint,
-        "versions": {"torch": torch.__version__, "python": platform.python_version()},
-    }

@@ -22,6 +22,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel
 
+from nearfar.ssl import checkpoint_names
 from nearfar.ssl.errors import UserError
 
 Kind = Literal["train", "eval"]
@@ -171,7 +172,7 @@ def outcome(run: Path, kind: Kind = "train") -> Done | None:
 
 def saved_step(run: Path) -> int:
     """The step of the newest checkpoint, by name; 0 without one."""
-    return max((int(path.name[5:]) for path in (run / "checkpoints").glob("step-?????????")), default=0)
+    return checkpoint_names.newest_step(run / "checkpoints")
 
 
 def reached_step(run: Path) -> int:

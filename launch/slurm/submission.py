@@ -18,8 +18,9 @@ from nearfar.launch.slurm.records import Job
 from nearfar.launch.slurm.resources import Resources
 from nearfar.ssl import config
 from nearfar.ssl.config import Run
+from nearfar.ssl.defaults import continued
 from nearfar.ssl.errors import UserError
-from nearfar.ssl.run_folder import RunFolder, differences, inherit
+from nearfar.ssl.run_folder import RunFolder
 
 EVAL_HOURS = 4.0
 
@@ -65,11 +66,8 @@ def settled(run: Run, resources: Resources) -> Run:
         placed = placed.model_copy(update={"train": device})
     elif saved.train.device != run.train.device == "auto":  # begun by a job: continued by one
         placed = placed.model_copy(update={"train": run.train.model_copy(update={"device": saved.train.device})})
-    if saved and (changed := differences(saved, inherit(placed, saved))):
-        raise UserError(
-            f"{placed.path} holds a run with other settings ({'; '.join(changed)}). Continue it with its own settings, "
-            "or choose another name=."
-        )
+    if saved:
+        continued(placed, saved)
     return placed
 
 

@@ -22,6 +22,7 @@ from nearfar.ssl.backbones import create
 from nearfar.ssl.config import Run
 from nearfar.ssl.data.sources.base import ArraySource
 from nearfar.ssl.distributed import Ranks
+from nearfar.ssl.errors import EXIT_PEER
 
 
 def make(folder: Path, *settings: str) -> Run:
@@ -36,7 +37,7 @@ def test_processes_follow_the_cores_and_the_batch(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, settings: list[str], cores: int, size: int
 ) -> None:
     monkeypatch.setattr(processes, "available_cores", lambda: cores)
-    assert processes.wanted(make(tmp_path, *settings)).value == size
+    assert processes.world_size(make(tmp_path, *settings)).value == size
 
 
 def test_a_run_goes_on_with_as_many_processes_as_it_was_begun(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -45,7 +46,7 @@ def test_a_run_goes_on_with_as_many_processes_as_it_was_begun(tmp_path: Path, mo
     (begun.path / "config.yaml").write_text(config.to_yaml(begun))
     (begun.path / "teacher.safetensors").touch()
     monkeypatch.setattr(processes, "available_cores", lambda: 64)
-    assert processes.wanted(make(tmp_path)) == ("train.world_size", 2, "as the run was begun")
+    assert processes.world_size(make(tmp_path)) == ("train.world_size", 2, "as the run was begun")
 
 
 @pytest.mark.parametrize("size", [1, 2])
@@ -72,7 +73,7 @@ def test_derived_ranks_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 
 
 def test_a_rank_ends_when_its_starter_is_gone() -> None:
-    watched = "from nearfar.launch.rank import end_with_parent; end_with_parent()"
+    watched = "import os; from nearfar.launch.rank import end_with; end_with(os.getppid())"
     child = f"{watched}; import time; print(1, flush=True); time.sleep(60)"
     parent = f"import subprocess, sys; c = subprocess.Popen([sys.executable, '-c', {child!r}]); print(c.pid); c.wait()"
     with subprocess.Popen([sys.executable, "-uc", parent], stdout=subprocess.PIPE, text=True) as process:
@@ -81,6 +82,14 @@ def test_a_rank_ends_when_its_starter_is_gone() -> None:
         assert process.stdout.readline() == "1\n"  # the child's: it watches now
         process.kill()
     assert orphan not in psutil.wait_procs([orphan], timeout=20)[1]
+
+
+def test_a_rank_whose_starter_died_before_it_ran_ends_without_importing_torch() -> None:
+    code = "import sys; from nearfar.launch.rank import main; sys.stdin.read(); main(['-', '1'])"
+    with subprocess.Popen([sys.executable, "-X", "importtime", "-c", code], stdin=-1, stderr=-1, text=True) as process:
+        _, said = process.communicate(timeout=60)
+    assert process.returncode == EXIT_PEER and "nearfar.launch.rank" in said
+    assert "| torch\n" not in said
 
 
 def test_the_online_score_looks_at_no_more_images_than_asked() -> None:

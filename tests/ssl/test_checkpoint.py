@@ -15,12 +15,12 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from nearfar.ssl import checkpoint, config
+from nearfar.ssl import checkpoint, checkpoint_names, config
 from nearfar.ssl.backbones import create
 from nearfar.ssl.defaults import resolve
 from nearfar.ssl.errors import UserError
-from nearfar.ssl.learner import parameter_groups
-from nearfar.ssl.train import build_learner
+from nearfar.ssl.learner import build_learner
+from nearfar.ssl.optim import parameter_groups
 
 ARCH = {"patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 2, "img_size": 32}
 STATE: dict[str, Any] = {"step": 7, "note": "ä ∞", "lr": 0.1}
@@ -159,7 +159,8 @@ def test_a_process_killed_while_writing_leaves_the_earlier_ones(folder: Path) ->
         checkpoint.save(folder, 9, tensors(9), STATE)
         os._exit(0)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -9
-    assert names(folder) == [".writing-step-000000009", "step-000000005", "step-000000007"]
+    left, *whole = names(folder)
+    assert left.startswith(".writing-step-000000009") and whole == ["step-000000005", "step-000000007"]
     found = checkpoint.latest(folder)
     assert found is not None and same(found.tensors, tensors(7))
     checkpoint.save(folder, 11, tensors(11), STATE)
@@ -388,3 +389,57 @@ def test_a_run_may_be_copied_to_another_place(folder: Path, tmp_path: Path) -> N
     shutil.copytree(folder, tmp_path / "copy")
     found = checkpoint.latest(tmp_path / "copy")
     assert found is not None and same(found.tensors, tensors(7))
+
+
+# Names, modes, and files that lie
+
+
+@pytest.mark.parametrize("stranger", ["step-best-copy", "step-00000000x", "step-0000000001", "step-٠٠٠٠٠٠٠٠٩"])
+def test_a_folder_of_another_name_is_never_counted_read_or_removed(folder: Path, stranger: str) -> None:
+    shutil.copytree(folder / "step-000000005", folder / stranger)
+    (folder / "step-000000099").touch()  # a file is no checkpoint either
+    checkpoint.save(folder, 9, tensors(9), STATE, keep=1)
+    assert names(folder) == sorted([stranger, "step-000000009", "step-000000099"])
+    found = checkpoint.latest(folder)
+    assert found is not None and found.path.name == "step-000000009"
+    assert checkpoint_names.newest_step(folder) == 9 and checkpoint_names.newest_step(folder / "nowhere") == 0
+
+
+def test_checkpoints_and_exports_follow_the_umask(tmp_path: Path) -> None:
+    before = os.umask(0o027)
+    try:
+        path = checkpoint.save(tmp_path / "c", 1, tensors(), STATE)
+        checkpoint.export(tmp_path / "t.safetensors", create("vit_tiny_patch16", **{**ARCH, "depth": 1}), {})
+    finally:
+        os.umask(before)
+    modes = {file.name: file.stat().st_mode & 0o777 for file in (path, *path.iterdir(), tmp_path / "t.safetensors")}
+    assert modes.pop(path.name) == 0o750 and set(modes.values()) == {0o640} and len(modes) == 4
+
+
+def test_no_flipped_byte_of_an_exported_header_is_a_traceback(exported: tuple[Path, Any], tmp_path: Path) -> None:
+    file, _ = exported
+    whole = file.read_bytes()
+    header = int.from_bytes(whole[:8], "little")
+    metadata = whole.index(b"__metadata__")
+    broken = tmp_path / "broken.safetensors"
+    refused = 0
+    for place in [*range(8), *range(metadata, metadata + 600, 3), *range(8, 8 + header, 211)]:
+        for flip in (0x01, 0x80):
+            broken.write_bytes(whole[:place] + bytes([whole[place] ^ flip]) + whole[place + 1 :])
+            try:
+                checkpoint.load(broken)
+            except UserError:
+                refused += 1
+    assert refused > 100
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, "3", "{"])
+def test_metadata_that_is_no_object_is_told(tmp_path: Path, text: str) -> None:
+    checkpoint.save_file({"a": torch.zeros(1)}, tmp_path / "w.safetensors", {"nearfar": text})
+    with pytest.raises(UserError, match="is damaged"):
+        checkpoint.about(tmp_path / "w.safetensors")
+
+
+def test_a_name_longer_than_names_can_be_is_told() -> None:
+    with pytest.raises(UserError, match="cannot be read: File name too long"):
+        checkpoint.load("n" * 300)

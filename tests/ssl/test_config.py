@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from nearfar.ssl import config, run_folder
+from nearfar.ssl import config, defaults
 from nearfar.ssl.config import Run
 from nearfar.ssl.defaults import local_ranks, resolve
 from nearfar.ssl.errors import UserError
@@ -249,11 +249,11 @@ def test_nothing_is_left_open_and_every_derived_value_is_told_with_its_reason() 
     before = config.load(None)
     run, told = resolve(before, 50_000)
     open_before = {s.key for s in config.settings() if s.default is None}
-    open_after = {s.key for s in config.settings() if run_folder._get(run, s.key) is None}
+    open_after = {s.key for s in config.settings() if defaults._get(run, s.key) is None}
     named = {"patch_size", "embed_dim", "depth", "num_heads"}  # the backbone's name says these
     assert {key.rpartition(".")[2] for key in open_after} == named | {"val", "save_every_steps", "weights"}
     assert {d.key for d in told} == open_before - open_after
-    assert all(d.why and run_folder._get(run, d.key) == d.value for d in told)
+    assert all(d.reason and defaults._get(run, d.key) == d.value for d in told)
     assert resolve(run, 50_000) == (run, [])
 
 
@@ -295,13 +295,13 @@ def test_yaml_round_trip(tmp_path: Path) -> None:
 
 def test_inherit_keeps_what_was_derived_and_lets_what_is_written_win() -> None:
     saved, _ = resolve(config.load(None, ["train.threads=3"]), 2_000)
-    again = run_folder.inherit(config.load(None, ["train.log_every_steps=3"]), saved)
+    again = defaults.inherit(config.load(None, ["train.log_every_steps=3"]), saved)
     assert (
         again.train.threads == 3 and again.head.prototypes == saved.head.prototypes and again.train.log_every_steps == 3
     )
-    assert run_folder.differences(saved, again) == []
-    other = run_folder.inherit(config.load(None, ["head.prototypes=512"]), saved)
-    assert run_folder.differences(saved, other) == ["head.prototypes: 128 -> 512"]
+    assert defaults.differences(saved, again) == []
+    other = defaults.inherit(config.load(None, ["head.prototypes=512"]), saved)
+    assert defaults.differences(saved, other) == ["head.prototypes: 128 -> 512"]
 
 
 def test_differences_name_every_setting_that_changes_weights_and_no_free_one() -> None:
@@ -339,9 +339,9 @@ def test_differences_name_every_setting_that_changes_weights_and_no_free_one() -
         "eval.knn_every_epochs=3",
         "eval.knn_max_images=10",
     ]
-    assert run_folder.differences(saved, run_folder.inherit(config.load(None, changed), saved)) == []
+    assert defaults.differences(saved, defaults.inherit(config.load(None, changed), saved)) == []
     changed = ["train.seed=1", "train.threads=64", "views.hflip_prob=0", "backbone.name=vit_tiny_patch16"]
-    named = run_folder.differences(saved, run_folder.inherit(config.load(None, changed), saved))
+    named = defaults.differences(saved, defaults.inherit(config.load(None, changed), saved))
     assert {line.partition(":")[0] for line in named} == {item.partition("=")[0] for item in changed}
 
 

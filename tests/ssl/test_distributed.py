@@ -85,8 +85,8 @@ def test_srun_without_an_address_meets_on_the_first_node_of_the_step(tmp_path: P
     monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
     env = {"SLURM_STEP_NUM_TASKS": "2", "SLURM_PROCID": "1", "SLURM_STEP_NODELIST": "gpu[07-08]"}
     first, second = (from_environment(env | {"SLURM_JOB_ID": "11", "SLURM_STEP_ID": step}) for step in "01")
-    assert first.meeting.startswith("tcp://gpu07:") and second.meeting.startswith("tcp://gpu07:")
-    assert first.meeting != second.meeting
+    assert first.init_method.startswith("tcp://gpu07:") and second.init_method.startswith("tcp://gpu07:")
+    assert first.init_method != second.init_method
 
 
 def test_alone_every_sum_is_ones_own() -> None:
@@ -94,8 +94,30 @@ def test_alone_every_sum_is_ones_own() -> None:
     assert torch.equal(distributed.all_sum_(x.clone()), x) and torch.equal(distributed.all_mean_(x.clone()), x)
     assert torch.equal(distributed.all_logsumexp(x), x.logsumexp(0, keepdim=True))
     assert (
-        distributed.from_first(lambda: 5) == 5 and distributed.gathered([1, 2]) == [1, 2] and distributed.count() == 1
+        distributed.from_first(lambda: 5) == 5
+        and distributed.gathered(["a", "b"]) == ["a", "b"]
+        and distributed.count() == 1
     )
+
+
+WORDS = """
+    import json
+    from nearfar.ssl import distributed
+
+    world = distributed.from_environment()
+    with distributed.joined(world):
+        texts = ["\\udcff \\x1b", "ä" * 999, "x" * world.rank][: world.rank + 1]
+        first = distributed.from_first(lambda: {"rank": world.rank, "third": 1 / 3, "none": None})
+        print(json.dumps([first, distributed.gathered(texts), distributed.gathered([])]))
+"""
+
+
+def test_words_reach_every_rank_as_they_were(tmp_path: Path) -> None:
+    script = tmp_path / "words.py"
+    script.write_text(textwrap.dedent(WORDS))
+    odd, long = "\udcff \x1b", "ä" * 999
+    expected = [{"rank": 0, "third": 1 / 3, "none": None}, [odd, odd, long, odd, long, "xx"], []]
+    assert [json.loads(said) for said in finish(together(3, str(script)))] == [expected] * 3
 
 
 # One loss
@@ -105,7 +127,7 @@ LEARNERS = """
     import torch
     from nearfar.ssl import config, distributed
     from nearfar.ssl.defaults import resolve
-    from nearfar.ssl.train import build_learner
+    from nearfar.ssl.learner import build_learner
 
     torch.set_num_threads(1)
     world = distributed.from_environment()
@@ -125,8 +147,7 @@ LEARNERS = """
                 distributed.average_gradients(list(learner.student.parameters()))
                 optimizer.step()
                 optimizer.zero_grad()
-                learner.loss.update_center(out.teacher_logits)
-                learner.update_teacher(0.9)
+                learner.after_step(0.9)
                 losses.append(float(distributed.all_mean_(out.loss.detach())))
             state = {k: v.double().flatten().tolist() for k, v in learner.state_dict().items()}
             results.append([losses, state])
@@ -278,6 +299,32 @@ def test_nearfar_pretrain_starts_the_other_ranks_itself(recipe: Callable[..., Pa
     )
     wait_for_lines(endless, 3, [process])
     (child,) = psutil.Process(process.pid).children()
+    listening = [
+        connection.laddr.ip
+        for each in (psutil.Process(process.pid), child)
+        for connection in each.net_connections()
+        if connection.status == psutil.CONN_LISTEN
+    ]
+    assert listening and set(listening) == {"127.0.0.1"}  # no other machine may reach the ranks
     child.kill()
     _, said = process.communicate(timeout=60)
     assert process.returncode == 3 and "rank 1 was killed by SIGKILL" in " ".join(said.split()), said
+
+
+def test_a_first_rank_that_is_killed_leaves_neither_ranks_nor_files(
+    recipe: Callable[..., Path], tmp_path: Path
+) -> None:
+    temporary = tmp_path / "temporary"
+    temporary.mkdir()
+    command = [sys.executable, "-m", "nearfar.launch.cli", "pretrain", str(recipe("train.epochs=4000"))]
+    process = subprocess.Popen(
+        [*command, "train.world_size=2"], env=os.environ | {"TMPDIR": str(temporary)}, stdout=subprocess.DEVNULL
+    )
+    until = time.monotonic() + 60
+    while not (children := psutil.Process(process.pid).children()):
+        assert time.monotonic() < until and process.poll() is None
+        time.sleep(0.01)
+    process.kill()  # the other rank is still importing
+    process.wait()
+    assert psutil.wait_procs(children, timeout=30)[1] == []
+    assert list(temporary.iterdir()) == []

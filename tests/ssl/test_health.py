@@ -13,7 +13,7 @@ from scipy.stats import entropy as scipy_entropy
 from torch import Tensor
 
 from nearfar.ssl import config
-from nearfar.ssl.health import CollapseWatch, collapse, feature_std, rankme, teacher_health
+from nearfar.ssl.health import CollapseWatch, collapse, feature_std, nothing_learned, rankme, teacher_health
 
 HEALTHY = {"entropy": 0.6, "kl": 1.0, "feature_std": 0.9, "rankme": 30.0, "prototypes_used": 0.7}
 FLAT = {**HEALTHY, "entropy": 0.995}
@@ -108,12 +108,30 @@ def test_the_words_name_settings_that_exist() -> None:
 
 def test_the_watch_waits_until_a_collapse_lasts_tells_it_once_and_tells_the_recovery() -> None:
     watch = CollapseWatch(grace=100, patience=3)
-    assert [watch.look(step, FLAT) for step in range(95, 100)] == [None] * 5  # before grace
-    assert [watch.look(step, FLAT) for step in (100, 101)] == [None, None]
-    assert watch.look(102, HEALTHY) is None  # single bad steps are no collapse, nor is this a recovery
-    told = [watch.look(step, FLAT) for step in range(103, 110)]
+    assert [watch.update(step, FLAT) for step in range(95, 100)] == [None] * 5  # before grace
+    assert [watch.update(step, FLAT) for step in (100, 101)] == [None, None]
+    assert watch.update(102, HEALTHY) is None  # single bad steps are no collapse, nor is this a recovery
+    told = [watch.update(step, FLAT) for step in range(103, 110)]
     assert told[:2] == [None, None] and "flat" in str(told[2]) and told[3:] == [None] * 4
-    assert "Recovered by step 110" in str(watch.look(110, HEALTHY))
-    assert watch.look(111, HEALTHY) is None
-    again = [watch.look(step, FLAT) for step in range(112, 116)]
+    assert "Recovered by step 110" in str(watch.update(110, HEALTHY))
+    assert watch.update(111, HEALTHY) is None
+    again = [watch.update(step, FLAT) for step in range(112, 116)]
     assert [bool(message) for message in again] == [False, False, True, False]
+
+
+def line(**values: float) -> dict[str, float]:
+    return {"rankme": 60.0, "feature_std": 0.9, **values}
+
+
+def test_a_run_that_learned_nothing_is_told_in_one_sentence() -> None:
+    flat = nothing_learned([{"knn_top1": 25.3}, line(), {"knn_top1": 24.7}], 128)
+    assert flat is not None and "25.3 at its first score, 24.7 at the end" in flat and "RankMe" not in flat
+    alike = nothing_learned([line(rankme=6.5, feature_std=0.43)], 128)
+    assert alike is not None and "RankMe 6.5 of at most 128, std 0.43" in alike and "train.epochs" in alike
+
+
+def test_a_run_that_learned_is_not_scolded() -> None:
+    assert nothing_learned([{"knn_top1": 25.3}, line(), {"knn_top1": 41.0}], 128) is None
+    assert nothing_learned([line(rankme=6.5)], 128) is None  # few directions, but images far apart
+    assert nothing_learned([{"knn_top1": 95.0}, line(), {"knn_top1": 94.0}], 128) is None  # nothing left to gain
+    assert nothing_learned([{"knn_top1": 25.3}], 128) is None and nothing_learned([], 128) is None

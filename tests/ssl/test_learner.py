@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from nearfar.ssl import config
 from nearfar.ssl.defaults import resolve
-from nearfar.ssl.learner import Learner, clip_gradients, parameter_groups
+from nearfar.ssl.learner import Learner, build_learner
 from nearfar.ssl.losses import koleo
-from nearfar.ssl.train import build_learner
+from nearfar.ssl.optim import clip_gradients, parameter_groups
 
 TINY = [
     "views.global_crops_size=32",
@@ -45,15 +45,15 @@ def groups(batch: int = 4, seed: int = 0) -> list[Tensor]:
 def test_a_step_has_the_shapes_it_says() -> None:
     out = tiny()(groups(), teacher_temp=0.04)
     assert out.loss.shape == () and out.loss.requires_grad
-    assert out.teacher_logits.shape == out.teacher_probabilities.shape == (2, 4, 20)
+    assert out.teacher_probabilities.shape == (2, 4, 20)
     assert out.teacher_features.shape == (2, 4, 24)
-    assert not out.teacher_logits.requires_grad and not out.teacher_features.requires_grad
+    assert not out.teacher_probabilities.requires_grad and not out.teacher_features.requires_grad
 
 
 def test_views_come_out_in_order_globals_first() -> None:
     learner = tiny("head.batch_norm=false", "backbone.drop_path=0")
     views = groups()
-    logits, features = learner.do_student(views)
+    logits, features = learner.student_outputs(views)
     assert logits.shape == (5, 4, 20) and features.shape == (5, 4, 24)
     for v, view in enumerate([*views[0], *views[1]]):
         alone = learner.student.backbone(view).cls
@@ -64,7 +64,7 @@ def test_views_come_out_in_order_globals_first() -> None:
 def test_the_head_reads_the_mean_over_the_patches_when_told() -> None:
     learner = tiny("head.batch_norm=false", "backbone.drop_path=0", "head.pooling=mean")
     views = groups()
-    logits, features = learner.do_student(views)
+    logits, features = learner.student_outputs(views)
     for v, view in enumerate([*views[0], *views[1]]):
         mean = learner.student.backbone(view).patches.mean(1)
         torch.testing.assert_close(features[v], mean, rtol=1e-4, atol=1e-5)
@@ -74,7 +74,7 @@ def test_the_head_reads_the_mean_over_the_patches_when_told() -> None:
 def test_koleo_is_weighed_on_the_students_global_views() -> None:
     plain, apart = tiny("backbone.drop_path=0"), tiny("backbone.drop_path=0", "loss.koleo_weight=0.3")
     views = groups()
-    _, features = plain.do_student(views)
+    _, features = plain.student_outputs(views)
     difference = apart(views, 0.04).loss - plain(views, 0.04).loss
     torch.testing.assert_close(difference, 0.3 * koleo(features[:2]), rtol=1e-4, atol=1e-5)
 
@@ -99,9 +99,9 @@ def test_the_same_seed_gives_the_same_weights() -> None:
 
 def test_only_the_student_drops_paths() -> None:
     learner, views = tiny("backbone.drop_path=0.5", "head.batch_norm=false"), groups(batch=16)
-    first, again = learner.do_teacher(views[0])[0], learner.do_teacher(views[0])[0]
+    first, again = learner.teacher_outputs(views[0])[0], learner.teacher_outputs(views[0])[0]
     assert torch.equal(first, again)
-    assert not torch.equal(learner.do_student(views)[0], learner.do_student(views)[0])
+    assert not torch.equal(learner.student_outputs(views)[0], learner.student_outputs(views)[0])
     assert learner.teacher.backbone.arch["drop_path"] == 0  # so is what is exported
 
 

@@ -77,7 +77,8 @@ def test_the_center_follows_the_mean_of_all_teacher_logits() -> None:
     loss, center = DINOLoss(5, center_momentum=0.9).double(), np.zeros(5)
     for seed in range(4):
         logits = np.random.default_rng(seed).normal(1, 1, (2, 3, 5))
-        loss.update_center(torch.from_numpy(logits))
+        loss.note_teacher(torch.from_numpy(logits))
+        loss.update_center()
         center = 0.9 * center + 0.1 * logits.reshape(6, 5).mean(0)
         np.testing.assert_allclose(loss.center.numpy(), center, rtol=1e-12)
 
@@ -90,7 +91,8 @@ def test_half_precision_logits_are_widened_before_the_softmax() -> None:
     loss, logits = DINOLoss(5), torch.randn(2, 3, 5).bfloat16()
     assert loss.teacher_probabilities(logits, 0.04).dtype == torch.float32
     assert loss(logits, loss.teacher_probabilities(logits, 0.04)).dtype == torch.float32
-    loss.update_center(logits)
+    loss.note_teacher(logits)
+    loss.update_center()
     assert loss.center.dtype == torch.float32
 
 

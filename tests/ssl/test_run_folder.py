@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from nearfar.ssl import config
+from nearfar.ssl.defaults import Derived, ResolvedRun, resolve
 from nearfar.ssl.errors import UserError
 from nearfar.ssl.run_folder import RunFolder, read_metrics
 
@@ -17,10 +18,15 @@ def run(*overrides: str) -> config.Run:
     return config.load(None, ["name=r", *overrides])
 
 
+def settle(folder: RunFolder, asked: config.Run, images: int) -> tuple[ResolvedRun, list[Derived]]:
+    """As the trainer does."""
+    return resolve(asked, images, 4, saved=folder.saved_settings())
+
+
 def begin(path: Path, *overrides: str) -> config.Run:
     """A run that has a checkpoint."""
     with RunFolder(path) as folder:
-        resolved, _ = folder.settle(run(*overrides), 2_000)
+        resolved, _ = settle(folder, run(*overrides), 2_000)
         folder.record(resolved)
         (folder.checkpoints / "step-000000001").mkdir(parents=True)
     return resolved
@@ -89,53 +95,53 @@ def test_a_place_that_cannot_be_written(tmp_path: Path) -> None:
 
 def test_the_resolved_config_is_saved_and_found_again(tmp_path: Path) -> None:
     with RunFolder(tmp_path / "r") as folder:
-        resolved, told = folder.settle(run("train.threads=3"), 2_000)
+        resolved, told = settle(folder, run("train.threads=3"), 2_000)
         assert not (tmp_path / "r" / "config.yaml").exists()  # not before the start is accepted
         folder.record(resolved)
     assert told and resolved.head.prototypes == 128
-    assert config.load(tmp_path / "r" / "config.yaml") == resolved
+    assert ResolvedRun.of(config.load(tmp_path / "r" / "config.yaml")) == resolved
 
 
 def test_a_continued_run_keeps_what_was_derived(tmp_path: Path) -> None:
     first = begin(tmp_path / "r", "train.threads=3")
     with RunFolder(tmp_path / "r") as folder:
-        again, told = folder.settle(run(), 2_000_000)  # even where more would be derived now
+        again, told = settle(folder, run(), 2_000_000)  # even where more would be derived now
     assert again == first and told == []
 
 
 def test_free_settings_may_change_and_are_saved(tmp_path: Path) -> None:
     begin(tmp_path / "r", "train.log_every_steps=10")
     with RunFolder(tmp_path / "r") as folder:
-        again, _ = folder.settle(run("train.log_every_steps=3", "data.workers=5"), 2_000)
+        again, _ = settle(folder, run("train.log_every_steps=3", "data.workers=5"), 2_000)
         folder.record(again)
     assert again.train.log_every_steps == 3 and again.data.workers == 5
-    assert config.load(tmp_path / "r" / "config.yaml") == again
+    assert ResolvedRun.of(config.load(tmp_path / "r" / "config.yaml")) == again
 
 
 def test_other_settings_are_refused_by_name_and_the_config_stays(tmp_path: Path) -> None:
     first = begin(tmp_path / "r")
     with RunFolder(tmp_path / "r") as folder:
         with pytest.raises(UserError) as caught:
-            folder.settle(run("optim.clip_grad=1", "train.epochs=7"), 2_000)
+            settle(folder, run("optim.clip_grad=1", "train.epochs=7"), 2_000)
         for part in ("optim.clip_grad: 3.0 -> 1.0", "train.epochs: 100 -> 7", "choose another name="):
             assert part in str(caught.value)
-    assert config.load(tmp_path / "r" / "config.yaml") == first
+    assert ResolvedRun.of(config.load(tmp_path / "r" / "config.yaml")) == first
 
 
 def test_a_start_that_failed_before_its_first_checkpoint_may_be_corrected(tmp_path: Path) -> None:
     with RunFolder(tmp_path / "r") as folder:
-        folder.record(folder.settle(run("backbone.name=vit_smal_patch16"), 2_000)[0])
+        folder.record(settle(folder, run("backbone.name=vit_smal_patch16"), 2_000)[0])
     with RunFolder(tmp_path / "r") as folder:
-        again, told = folder.settle(run("backbone.name=vit_small_patch16"), 2_000_000)
+        again, told = settle(folder, run("backbone.name=vit_small_patch16"), 2_000_000)
     assert again.backbone.name == "vit_small_patch16" and told and again.head.prototypes == 65536
 
 
 def test_weights_alone_are_protected_from_other_settings(tmp_path: Path) -> None:
     with RunFolder(tmp_path / "r") as folder:
-        folder.record(folder.settle(run(), 2_000)[0])
+        folder.record(settle(folder, run(), 2_000)[0])
         (tmp_path / "r" / "teacher.safetensors").write_text("weights of months")
         with pytest.raises(UserError, match="other settings"):
-            folder.settle(run("optim.clip_grad=1"), 2_000)
+            settle(folder, run("optim.clip_grad=1"), 2_000)
 
 
 def test_a_config_that_this_version_does_not_know_is_told(tmp_path: Path) -> None:
@@ -143,7 +149,7 @@ def test_a_config_that_this_version_does_not_know_is_told(tmp_path: Path) -> Non
     with (tmp_path / "r" / "config.yaml").open("a") as file:
         file.write("future: {setting: 1}\n")
     with RunFolder(tmp_path / "r") as folder, pytest.raises(UserError, match="does not fit this version"):
-        folder.settle(run(), 2_000)
+        settle(folder, run(), 2_000)
 
 
 # Metrics
@@ -164,3 +170,55 @@ def test_no_metrics_are_no_mistake(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path)
     folder.forget_metrics_after(0)
     assert read_metrics(folder.metrics) == [] and not folder.metrics.exists()
+
+
+# What checkpoints know
+
+
+def trained(path: Path, *overrides: str) -> ResolvedRun:
+    """A run with a checkpoint that knows its settings."""
+    resolved = begin(path, *overrides)
+    state = {"run": resolved.model_dump(mode="json")}
+    (path / "checkpoints" / "step-000000001" / "state.json").write_text(json.dumps(state))
+    return resolved
+
+
+def test_without_its_config_a_run_is_compared_with_its_checkpoint(tmp_path: Path) -> None:
+    first = trained(tmp_path / "r", "optim.clip_grad=2")
+    (tmp_path / "r" / "config.yaml").unlink()
+    with RunFolder(tmp_path / "r") as folder:
+        assert settle(folder, run("optim.clip_grad=2"), 2_000_000) == (first, [])
+        with pytest.raises(UserError, match=r"optim.clip_grad: 2.0 -> 3.0"):
+            settle(folder, run(), 2_000)
+
+
+def test_a_config_that_was_edited_is_refused(tmp_path: Path) -> None:
+    trained(tmp_path / "r")
+    file = tmp_path / "r" / "config.yaml"
+    file.write_text(file.read_text().replace("clip_grad: 3.0", "clip_grad: 1.0"))
+    with RunFolder(tmp_path / "r") as folder, pytest.raises(UserError, match=r"was changed.*clip_grad: 3.0 -> 1.0"):
+        settle(folder, run("optim.clip_grad=1"), 2_000)
+
+
+def test_a_name_longer_than_names_can_be_is_told(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="File name too long"):
+        RunFolder(tmp_path / ("n" * 300)).saved_settings()
+    with pytest.raises(UserError, match="File name too long"):
+        RunFolder(tmp_path / ("n" * 300)).__enter__()
+
+
+def test_a_failed_start_leaves_no_folder_but_what_was_there(tmp_path: Path) -> None:
+    with pytest.raises(ZeroDivisionError), RunFolder(tmp_path / "runs" / "r"):
+        raise ZeroDivisionError
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "runs" / "mine").mkdir(parents=True)
+    with pytest.raises(ZeroDivisionError), RunFolder(tmp_path / "runs" / "mine"):
+        raise ZeroDivisionError
+    assert (tmp_path / "runs" / "mine").is_dir()
+
+
+def test_metrics_that_cannot_be_read_are_told(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    folder.metrics.mkdir()
+    with pytest.raises(UserError, match="cannot be read or written"):
+        folder.forget_metrics_after(3)

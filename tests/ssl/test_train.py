@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -15,12 +17,12 @@ import torch.nn.functional as F
 from rich.console import Console
 from torch import Tensor, nn
 
-from nearfar.ssl import checkpoint, train
+from nearfar.ssl import checkpoint, learner, train
 from nearfar.ssl.backbones import Backbone, Tokens
 from nearfar.ssl.config import Run
 from nearfar.ssl.data.loaders.base import Batch
 from nearfar.ssl.data.sources.base import ArraySource
-from nearfar.ssl.defaults import resolve
+from nearfar.ssl.defaults import ResolvedRun, resolve
 from nearfar.ssl.errors import UserError
 from nearfar.ssl.run_folder import read_metrics
 
@@ -167,8 +169,8 @@ def test_golden_steps(
         return groups
 
     monkeypatch.setattr(train, "color_views", uncolored)
-    monkeypatch.setattr(train, "create", lambda name, **_: TwoLayers())
-    start = {name: p.detach().clone() for name, p in train.build_learner(_resolved(run)).student.named_parameters()}
+    monkeypatch.setattr(learner, "create", lambda name, **_: TwoLayers())
+    start = {name: p.detach().clone() for name, p in learner.build_learner(_resolved(run)).student.named_parameters()}
     outcome = train.pretrain(run, images, should_stop=lambda: len(seen) == 4, console=quiet)
     assert outcome.step == 4 and not outcome.finished
 
@@ -197,8 +199,7 @@ def test_golden_steps(
     assert not torch.equal(start["head.prototypes"], oracle.student["head.prototypes"])
 
 
-def _resolved(run: Run) -> Run:
-
+def _resolved(run: Run) -> ResolvedRun:
     return resolve(run, 40)[0]
 
 
@@ -329,10 +330,45 @@ def test_a_loss_that_is_not_finite_stops_before_it_reaches_the_weights(
     assert all(torch.equal(one.tensors[name], two.tensors[name]) for name in one.tensors)
 
 
-def test_a_run_that_blows_up_says_so(tiny: Make, images: ArraySource, quiet: Console) -> None:
-    run = tiny("optim.lr=1e38", "optim.warmup_epochs=0", "train.save_every_steps=1")
-    with pytest.raises(UserError, match=r"At step \d+ the loss is .*not finite"):
+def test_a_run_that_blows_up_says_so_and_saves_no_weights_that_are_not_finite(
+    tiny: Make, images: ArraySource, quiet: Console
+) -> None:
+    run = tiny("optim.lr=1e38", "optim.warmup_epochs=0", "optim.weight_decay=10", "train.save_every_steps=1")
+    with pytest.raises(
+        UserError, match=r"(At|After) step \d+ .*not finite.*(There is no checkpoint|is step-0)"
+    ) as caught:
         train.pretrain(run, images, console=quiet)
+    saved = checkpoint.latest(run.path / "checkpoints")
+    assert ("There is no checkpoint" in str(caught.value)) == (saved is None)
+    assert saved is None or all(torch.isfinite(tensor).all() for tensor in saved.tensors.values())
+
+
+def test_a_first_step_that_is_not_finite_claims_no_checkpoint(
+    tiny: Make, images: ArraySource, quiet: Console, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    color_views = train.color_views
+    monkeypatch.setattr(train, "color_views", lambda *a: [group * float("nan") for group in color_views(*a)])
+    with pytest.raises(UserError, match=r"There is no checkpoint in .* yet: the same command starts afresh"):
+        train.pretrain(tiny(), images, console=quiet)
+
+
+def test_memory_that_does_not_suffice_is_a_sentence(
+    tiny: Make, images: ArraySource, quiet: Console, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(train, "color_views", lambda *_: torch.empty(2**60))
+    with pytest.raises(UserError, match=r"memory does not suffice.*train\.batch_size"):
+        train.pretrain(tiny(), images, console=quiet)
+
+
+def test_other_runtime_errors_stay_what_they_are(
+    tiny: Make, images: ArraySource, quiet: Console, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: object) -> None:
+        raise RuntimeError("a bug")
+
+    monkeypatch.setattr(train, "color_views", broken)
+    with pytest.raises(RuntimeError, match="a bug"):
+        train.pretrain(tiny(), images, console=quiet)
 
 
 def test_a_failed_start_may_be_corrected(tiny: Make, images: ArraySource, quiet: Console) -> None:
@@ -340,7 +376,43 @@ def test_a_failed_start_may_be_corrected(tiny: Make, images: ArraySource, quiet:
         train.pretrain(tiny("train.batch_size=64"), images, console=quiet)
     with pytest.raises(UserError, match="no backbone called"):
         train.pretrain(tiny("backbone.name=vit_tinny_patch8"), images, console=quiet)
+    assert not tiny().path.exists()  # not even with a lock in it
     assert train.pretrain(tiny(), images, console=quiet).finished
+
+
+def test_the_metrics_are_on_the_disk_before_their_checkpoint(
+    tiny: Make, images: ArraySource, quiet: Console, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    synced: list[int] = []
+    fsync, save = os.fsync, checkpoint.save
+
+    def noted(handle: int) -> None:
+        if Path(f"/proc/self/fd/{handle}").resolve().name == "metrics.jsonl":
+            synced.append(os.fstat(handle).st_size)
+        fsync(handle)
+
+    def checked(folder: Path, *rest: Any) -> Path:
+        assert synced[-1] == (folder.parent / "metrics.jsonl").stat().st_size > 0
+        return save(folder, *rest)
+
+    monkeypatch.setattr(os, "fsync", noted)
+    monkeypatch.setattr(checkpoint, "save", checked)
+    train.pretrain(tiny("train.save_every_steps=7"), images, console=quiet)
+    assert len(synced) == 3
+
+
+def test_the_last_line_says_what_to_do_next(tiny: Make, images: ArraySource, quiet: Console) -> None:
+    run = tiny()
+    train.pretrain(run, images, should_stop=lambda: True, console=quiet)
+    train.pretrain(run, images, train.Observers(probe=lambda *_: {"knn_top1": 25.0}), console=quiet)
+    lines = (run.path / "run.log").read_text().splitlines()
+    assert any("Stopped after step 1 of 20. The same command continues" in line for line in lines)
+    assert f"Next: `nearfar eval all {run.path} --train LABELED" in lines[-1]
+    assert "Little or nothing was learned: the online k-NN did not rise" in lines[-2]
+    told = {found[1] for line in lines if (found := re.search(r"A checkpoint takes ([\d.]+) KB", line))}
+    tensors = checkpoint.read(run.path / "checkpoints" / "step-000000020").tensors
+    (size,) = (float(text) * 1e3 for text in told)
+    assert size == pytest.approx(sum(tensor.nbytes for tensor in tensors.values()), rel=0.02)
 
 
 def test_bad_images_are_named_once_and_the_run_goes_on(tiny: Make, quiet: Console) -> None:

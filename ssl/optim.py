@@ -1,0 +1,51 @@
+"""The optimizer of a run: AdamW, which parameters decay, and how gradients are clipped."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+
+def decays(name: str, parameter: nn.Parameter) -> bool:
+    """Does weight decay apply? To matrices and kernels; not to biases, to tensors of at most one dimension (norms,
+    scales) or to the decay rates of a state-space model (`A_log`).
+    """
+    return parameter.ndim > 1 and not name.endswith((".bias", "_log"))
+
+
+def parameter_groups(student: nn.Module) -> list[dict[str, object]]:
+    """AdamW's two groups: what decays, and what does not."""
+    groups: dict[bool, list[nn.Parameter]] = {True: [], False: []}
+    for name, parameter in student.named_parameters():
+        if parameter.requires_grad:
+            groups[decays(name, parameter)].append(parameter)
+    return [
+        {"params": groups[True], "decays": True},
+        {"params": groups[False], "decays": False, "weight_decay": 0.0},
+    ]
+
+
+def adamw(student: nn.Module) -> torch.optim.AdamW:
+    """AdamW over `parameter_groups`; `set_rates` gives it learning rate and weight decay before every step."""
+    return torch.optim.AdamW(parameter_groups(student), lr=0.0, fused=True)
+
+
+def set_rates(optimizer: torch.optim.Optimizer, lr: float, weight_decay: float) -> None:
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+        group["weight_decay"] = weight_decay if group["decays"] else 0.0
+
+
+@torch.no_grad()
+def clip_gradients(parameters: list[nn.Parameter], limit: float) -> Tensor:
+    """Scale each tensor's gradient to at most `limit` (DINO clips per tensor; 0 = off).
+
+    Returns:
+        The norm of the whole gradient before clipping: not finite as soon as one of its numbers is not.
+    """
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    norms = torch.stack(torch._foreach_norm(gradients))
+    if limit > 0:
+        scales = (limit / (norms + 1e-6)).clamp(max=1.0)
+        torch._foreach_mul_(gradients, list(scales.unbind()))
+    return norms.norm()
