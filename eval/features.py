@@ -54,6 +54,9 @@ class Decoding:
     progress: Callable[[int], object] | None = None
 
 
+DEFAULT_DECODING = Decoding()
+
+
 @dataclass(frozen=True)
 class Features:
     """One row an image, in source order without the unreadable images.
@@ -178,7 +181,7 @@ def _near(side: int, patch: int) -> int:
     return max(patch, round(side / patch) * patch)
 
 
-def extract(backbone: Backbone, source: Source, reading: Reading, decoding: Decoding = Decoding()) -> Features:
+def extract(backbone: Backbone, source: Source, reading: Reading, decoding: Decoding = DEFAULT_DECODING) -> Features:
     """Features of every readable image of `source`, in memory, on the backbone's own device and in eval mode.
 
     The global random state is neither read nor changed. Raises UserError as `describe` does, and when no image can be

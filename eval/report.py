@@ -61,8 +61,8 @@ svg { width: 100%; display: block } svg text { font-size: 10px; fill: var(--soft
 .grid { stroke: var(--rule) } .guide { stroke: #b65c1a; stroke-dasharray: 4 3 }
 .line { fill: none; stroke: var(--accent); stroke-width: 1.6; stroke-linejoin: round } circle { fill: var(--accent) }
 img { max-width: 100%; height: auto; display: block }
-.verdict { border-left: 4px solid var(--accent); background: var(--wash); padding: .7rem 1rem; border-radius: 0 6px 6px 0;
-           margin-top: 1.4rem; max-width: none } .verdict.bad { border-color: #b65c1a; background: #fdf6ef }
+.verdict { border-left: 4px solid var(--accent); background: var(--wash); padding: .7rem 1rem; margin-top: 1.4rem;
+           border-radius: 0 6px 6px 0; max-width: none } .verdict.bad { border-color: #b65c1a; background: #fdf6ef }
 h3 { font-size: .95rem; margin: 1.4rem 0 .3rem; overflow-wrap: anywhere; font-weight: 500 }
 .scroll { overflow-x: auto } dd { overflow-wrap: anywhere }
 .missing { background: var(--wash); padding: .7rem 1rem; border-radius: 6px; color: var(--soft) }
@@ -234,8 +234,8 @@ def _every_score(scores: Sequence[Score]) -> str:
         rows.append("<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in cells) + "</tr>")
     heads = "".join(f"<th>{title}</th>" for title in ("features", "step", "score", "%", "scored on", "read as"))
     return (
-        f'<details><summary>All {len(scores)} scores</summary><div class="scroll"><table><thead><tr>{heads}</tr></thead>'
-        f"<tbody>{''.join(rows)}</tbody></table></div></details>"
+        f'<details><summary>All {len(scores)} scores</summary><div class="scroll"><table><thead><tr>{heads}</tr>'
+        f"</thead><tbody>{''.join(rows)}</tbody></table></div></details>"
     )
 
 

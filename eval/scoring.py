@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from nearfar.eval.features import Decoding, Features, Reading, Size, extract
+from nearfar.eval.features import DEFAULT_DECODING, Decoding, Features, Reading, Size, extract
 from nearfar.eval.knn import KS, knn
 from nearfar.eval.linear import linear_probe
 from nearfar.eval.pixels import pixel_features, pixel_grid
@@ -79,7 +79,7 @@ def evaluate(
     protocol: Protocol,
     tasks: Iterable[str] = TASKS,
     classes: int | None = None,
-    decoding: Decoding = Decoding(),
+    decoding: Decoding = DEFAULT_DECODING,
 ) -> Iterator[TaskScore]:
     """Scores of frozen features on (training, test) images, one task after the other; see `nearfar.eval.tasks.plan`.
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from nearfar.eval.features import Decoding, Features, Reading, Rows, describe, stream
+from nearfar.eval.features import DEFAULT_DECODING, Decoding, Features, Reading, Rows, describe, stream
 from nearfar.ssl.backbones.tokens import Backbone
 from nearfar.ssl.data.sources.files import Source
 from nearfar.ssl.errors import UserError
@@ -32,7 +32,7 @@ class FeatureStore:
 
     @staticmethod
     def write(
-        folder: Path, backbone: Backbone, source: Source, reading: Reading, decoding: Decoding = Decoding()
+        folder: Path, backbone: Backbone, source: Source, reading: Reading, decoding: Decoding = DEFAULT_DECODING
     ) -> Features:
         """`extract` straight to disk, so that features need not fit in memory; what is already there is
         reused.

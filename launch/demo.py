@@ -10,8 +10,8 @@ from rich.console import Console
 
 from nearfar.launch.pretrain import pretrain
 from nearfar.launch.recipes import find_recipe
-from nearfar.launch.scenes import CLASSES, Style, make_scenes
 from nearfar.launch.report import report_run
+from nearfar.launch.scenes import CLASSES, Style, make_scenes
 from nearfar.launch.score import ScoreOptions, Subject, protocol_of, score, sources
 from nearfar.ssl import config
 from nearfar.ssl.data import libjpeg

@@ -21,12 +21,18 @@ Scores = dict[str, float] | None
 
 
 def make(
-    folder: Path, name: str, lr: float, loss: float, scores: Scores, online: float | None, more: dict[str, object] = {}
+    folder: Path,
+    name: str,
+    lr: float,
+    loss: float,
+    scores: Scores,
+    online: float | None,
+    more: dict[str, object] | None = None,
 ) -> None:
     run = folder / name
     run.mkdir()
     settings = {"name": name, "folder": "x", "optim": {"lr": lr, "clip_grad": 3}, "data": {"workers": len(name)}}
-    (run / "config.yaml").write_text(yaml.safe_dump({**settings, **more}))
+    (run / "config.yaml").write_text(yaml.safe_dump(settings | (more or {})))
     lines = [{"step": 10, "loss": loss + 1}, {"step": 1200, "loss": loss}]
     lines += [{"step": 1200, "knn_top1": online}] if online is not None else []
     (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))

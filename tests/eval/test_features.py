@@ -1,6 +1,10 @@
 """Features: the right tokens of the right pixels, the same however they are read, and never of a broken image."""
 
 import json
+import os
+import stat
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -224,6 +228,81 @@ def test_open_names_what_is_off(tmp_path, source):
         FeatureStore.open(folder)
     # and a damaged store is simply made again
     assert len(FeatureStore.write(folder, Averages(), source, Reading(16)).x) == 5
+
+
+def test_what_a_killed_process_left_is_removed_and_what_another_writes_is_not(tmp_path, source):
+    folder = tmp_path / "store"
+    writing = """
+import fcntl, os, pathlib, sys, time
+folder = pathlib.Path(sys.argv[1]); folder.mkdir(); (folder / "features.npy").write_bytes(b"x")
+handle = os.open(folder, os.O_RDONLY); fcntl.flock(handle, fcntl.LOCK_EX); print("locked", flush=True); time.sleep(60)
+"""
+    killed, alive = (tmp_path / f".store.writing-{name}" for name in ("killed", "alive"))
+    processes = [
+        subprocess.Popen([sys.executable, "-c", writing, str(path)], stdout=subprocess.PIPE) for path in (killed, alive)
+    ]
+    try:
+        assert [process.stdout.readline() for process in processes] == [b"locked\n"] * 2
+        processes[0].kill()
+        processes[0].wait()
+        FeatureStore.write(folder, Averages(), source, Reading(16))
+        assert sorted(path.name for path in tmp_path.iterdir()) == [alive.name, "store"]
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+            process.stdout.close()
+
+
+def test_a_store_has_the_rights_that_the_umask_leaves(tmp_path, source):
+    before = os.umask(0o027)
+    try:
+        FeatureStore.write(tmp_path / "store", Averages(), source, Reading(16))
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE((tmp_path / "store").stat().st_mode) == 0o750
+    assert {stat.S_IMODE(file.stat().st_mode) for file in (tmp_path / "store").iterdir()} == {0o640}
+
+
+@pytest.mark.parametrize("name", ["file/store", "a" * 300])
+def test_where_nothing_can_be_written_nothing_is_computed(tmp_path, source, monkeypatch, name):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr("nearfar.eval.store.stream", None)
+    with pytest.raises(UserError, match="cannot be written to"):
+        FeatureStore.write(tmp_path / name, Averages(), source, Reading(16))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"arrays": None}, {"arrays": ["features", "index", "../../secret"]}, {"arrays": ["index"]}, {"arrays": [[]]},
+        {"shape": "5"}, {"shape": [5, -3]}, {"shape": None},
+    ],
+)  # fmt: skip
+def test_a_crafted_manifest_is_refused(tmp_path, source, change):
+    folder = tmp_path / "store"
+    FeatureStore.write(folder, Averages(), source, Reading(16))
+    manifest = json.loads((folder / "manifest.json").read_text())
+    (folder / "manifest.json").write_text(json.dumps(manifest | change))
+    with pytest.raises(UserError, match=r"manifest\.json"):
+        FeatureStore.open(folder)
+
+
+@pytest.mark.parametrize(
+    ("name", "array"),
+    [
+        ("labels", np.array(["a"] * 5)),
+        ("labels", np.zeros((5, 2), np.int64)),
+        ("index", np.zeros(5, np.float32)),
+        ("features", np.zeros((5, 3), np.complex64)),
+    ],
+)
+def test_arrays_of_another_kind_are_refused(tmp_path, source, name, array):
+    folder = tmp_path / "store"
+    FeatureStore.write(folder, Averages(), source, Reading(16))
+    np.save(folder / f"{name}.npy", array)
+    with pytest.raises(UserError, match=rf"damaged: {name}\.npy"):
+        FeatureStore.open(folder)
 
 
 def test_manifest_is_json(source):
