@@ -16,7 +16,7 @@ from nearfar.ssl import checkpoint, config
 from nearfar.ssl.backbones import create
 
 
-def make_run(folder: Path, name: str, **network: object) -> Path:
+def make_run(folder: Path, run_name: str, **network: object) -> Path:
     """A run folder as training leaves it, with three images to draw, one of them damaged."""
     images = folder / "images"
     if not images.exists():
@@ -27,7 +27,7 @@ def make_run(folder: Path, name: str, **network: object) -> Path:
         (images / "0a.png").write_bytes(b"no image")
     run = config.load(
         None,
-        [f"name={name}", f"folder={folder}", f"data.path={images}", "views.global_crops_size=16",
+        [f"name={run_name}", f"folder={folder}", f"data.path={images}", "views.global_crops_size=16",
          "views.local_crops_size=16"],
     )  # fmt: skip
     run.path.mkdir()
