@@ -85,8 +85,8 @@ def _advice(last: Mapping[str, float], settings: Mapping[str, Any], step: int | 
     steps = step if step is not None else last.get("step")
     if steps is not None and steps < _FEW_STEPS:
         longer = ""
-        if isinstance(epochs := settings.get("train.epochs"), int) and steps:
-            longer = f", such as train.epochs={math.ceil(epochs * _FEW_STEPS / steps)}"
+        if last.get("epoch") and last.get("step"):
+            longer = f", such as train.epochs={math.ceil(_FEW_STEPS * last['epoch'] / last['step'])}"
         tries.append(f"more training than {steps:,.0f} steps{longer}")
     if _weak(last):
         tries += [] if settings.get("loss.koleo_weight") else ["loss.koleo_weight=0.1 (spreads the features)"]
