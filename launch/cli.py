@@ -79,34 +79,7 @@ def build_parser() -> argparse.ArgumentParser:
     features.add_argument("--pooling", help="cls, mean, cls+mean or grid (default: head.pooling of the run)")
     features.set_defaults(verb=run_features)
 
-    evaluate = verbs.add_parser(
-        "eval",
-        help="score frozen features: knn, linear, segment or all that the images allow",
-        description="Score frozen features. k-NN and linear probe need labels: class folders, or a list with a label "
-        "after a tab. Segmentation needs masks: 8-bit PNGs of class numbers from 0, 255 = ignore, in a folder `masks` "
-        "beside `images`, with the images' names. Scores are added to results.json; none is ever removed.",
-    )
-    evaluate.add_argument("what", choices=["knn", "linear", "segment", "all"])
-    _add_model(evaluate, ", or features to learn from, as `nearfar features` writes them")
-    evaluate.add_argument("--train", help="images to learn from (default: data.path of the run)")
-    evaluate.add_argument("--val", help="images, or features, to score (default: data.val of the run)")
-    evaluate.add_argument("--baselines", action="store_true", help="also score the untrained network and raw pixels")
-    evaluate.add_argument("--head", choices=["linear", "mlp"], default="linear", help="of the segmentation probe")
-    evaluate.add_argument(
-        "--classes",
-        type=int,
-        help="number of mask classes (default: a classes.txt beside `images`, or what masks hold)",
-    )
-    evaluate.add_argument(
-        "--grid-size",
-        type=int,
-        nargs=2,
-        metavar=("HEIGHT", "WIDTH"),
-        help="size of the whole image for segmentation, in pixels (default: that of the first image)",
-    )
-    evaluate.add_argument("--out", type=Path, help="results file (default: results.json beside the weights)")
-    _add_reading(evaluate)
-    evaluate.set_defaults(verb=run_eval)
+    _add_eval(verbs)
 
     export = verbs.add_parser("export", help="write the teacher backbone as one self-describing safetensors file")
     _add_model(export)
@@ -204,9 +177,10 @@ def run_export(arguments: argparse.Namespace) -> None:
 def run_report(arguments: argparse.Namespace) -> None:
     from nearfar.eval.compare import compare, runs_in, table, write_comparison
     from nearfar.eval.report import write_report
-    from nearfar.launch.report import report_run
 
     if (arguments.run / "config.yaml").exists() or not (runs := runs_in(arguments.run)):
+        from nearfar.launch.report import report_run  # loads torch, which a comparison does not need
+
         print(report_run(arguments.run))
         return
     found, console = compare(runs), Console()
@@ -246,6 +220,37 @@ def run_check(arguments: argparse.Namespace) -> None:
     from nearfar.launch import data_verbs
 
     data_verbs.check(arguments.source, workers=arguments.workers, console=Console())
+
+
+def _add_eval(verbs: argparse._SubParsersAction) -> None:
+    evaluate = verbs.add_parser(
+        "eval",
+        help="score frozen features: knn, linear, segment or all that the images allow",
+        description="Score frozen features. k-NN and linear probe need labels: class folders, or a list with a label "
+        "after a tab. Segmentation needs masks: 8-bit PNGs of class numbers from 0, 255 = ignore, in a folder `masks` "
+        "beside `images`, with the images' names. Scores are added to results.json; none is ever removed.",
+    )
+    evaluate.add_argument("what", choices=["knn", "linear", "segment", "all"])
+    _add_model(evaluate, ", or features to learn from, as `nearfar features` writes them")
+    evaluate.add_argument("--train", help="images to learn from (default: data.path of the run)")
+    evaluate.add_argument("--val", help="images, or features, to score (default: data.val of the run)")
+    evaluate.add_argument("--baselines", action="store_true", help="also score the untrained network and raw pixels")
+    evaluate.add_argument("--head", choices=["linear", "mlp"], default="linear", help="of the segmentation probe")
+    evaluate.add_argument(
+        "--classes",
+        type=int,
+        help="number of mask classes (default: a classes.txt beside `images`, or what masks hold)",
+    )
+    evaluate.add_argument(
+        "--grid-size",
+        type=int,
+        nargs=2,
+        metavar=("HEIGHT", "WIDTH"),
+        help="size of the whole image for segmentation, in pixels (default: that of the first image)",
+    )
+    evaluate.add_argument("--out", type=Path, help="results file (default: results.json beside the weights)")
+    _add_reading(evaluate)
+    evaluate.set_defaults(verb=run_eval)
 
 
 def _add_data(verbs: argparse._SubParsersAction) -> None:
