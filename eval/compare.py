@@ -1,75 +1,120 @@
-"""Several runs beside each other: the settings in which they differ and what came out, as a table and as a page."""
+"""Several runs beside each other: what came out, and the settings in which they differ, as a table and as a page."""
 
 from __future__ import annotations
 
 import html
 import json
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
+from urllib.parse import quote
 
-import yaml
+from rich.console import Console
+from rich.measure import Measurement
 from rich.table import Table
+from rich.text import Text
 
+from nearfar.eval import results
+from nearfar.eval.report import write_page
+from nearfar.eval.results import TITLES
+from nearfar.eval.run_files import flat, read_mapping, read_numbers
+from nearfar.ssl import config
 from nearfar.ssl.errors import UserError
-from nearfar.ssl.run_folder import read_metrics
 
-SCORES = {"knn_top1": "k-NN top-1", "linear_top1": "linear top-1", "miou": "mIoU"}
-_LABELS = {"name", "folder"}  # differ in every sweep and mean nothing
+ONLINE = "* online, during training: fewer images, so not to be compared with the others"
+_ONLINE_TASK = {"knn": "knn_top1"}
+# Settings that change no result say nothing here, other than on which images a run trained and was scored.
+_SILENT = {"name", "folder"} | {s.key for s in config.settings() if s.free} - {"data.path", "data.val"}
 _STYLE = (
-    "body{font:16px/1.5 system-ui,sans-serif;margin:2.5rem auto;max-width:66rem;padding:0 1.5rem;color:#1d2430}"
-    "table{border-collapse:collapse;font-variant-numeric:tabular-nums}"
+    "body{font:16px/1.5 system-ui,-apple-system,'Segoe UI',Roboto,'DejaVu Sans',sans-serif;margin:2.5rem auto;"
+    "max-width:66rem;padding:0 1.5rem;color:#1d2430}h1{overflow-wrap:anywhere;font-size:1.9rem;font-weight:650}"
+    "div{overflow-x:auto}table{border-collapse:collapse;font-variant-numeric:tabular-nums}"
+    "th{color:#667080;font-weight:500;font-size:.85rem;vertical-align:bottom}"
     "th,td{padding:.45rem 1.1rem .45rem 0;text-align:right;border-bottom:1px solid #e3e7ec}"
-    "th:first-child,td:first-child{text-align:left}td.best{font-weight:700;color:#0b6e99}"
+    "th:first-child,td:first-child{text-align:left;overflow-wrap:anywhere;min-width:8rem}"
+    "td.best{font-weight:700;color:#0b6e99}a{color:#0b6e99}p{color:#667080;font-size:.9rem}"
 )
+
+
+class Row(NamedTuple):
+    """One run: its scores in percent, those measured during training, last loss, steps, and settings as text."""
+
+    run: Path
+    scores: dict[str, float]
+    online: set[str]
+    loss: float | None
+    step: int | None
+    settings: dict[str, str]
+    scored_on: str | None
+
+    def score(self, task: str) -> str:
+        if task not in self.scores:
+            return ""
+        return f"{self.scores[task]:.1f}{'*' if task in self.online else ''}"
+
+    @property
+    def outcome(self) -> list[str]:
+        """Loss and steps as text."""
+        return ["" if self.loss is None else f"{self.loss:.4f}", "" if self.step is None else f"{self.step:,}"]
+
+
+class Comparison(NamedTuple):
+    """tasks: those that any run has a score of. keys: the settings that differ, with the short name of each."""
+
+    tasks: list[str]
+    keys: dict[str, str]
+    rows: list[Row]
+    notes: list[str]
+
+    def best(self, task: str) -> float | None:
+        """The best of a column as it is shown; online scores are not in the race unless there are no others."""
+        found = [round(row.scores[task], 1) for row in self.rows if task in row.scores and task not in row.online]
+        found = found or [round(row.scores[task], 1) for row in self.rows if task in row.scores]
+        return max(found, default=None)
+
+    def is_best(self, row: Row, task: str) -> bool:
+        return task in row.scores and len(self.rows) > 1 and round(row.scores[task], 1) == self.best(task)
 
 
 def runs_in(folder: Path) -> list[Path]:
     """The runs directly inside a folder, in the order of their names."""
-    return sorted(file.parent for file in folder.glob("*/config.yaml"))
+    try:
+        return sorted(file.parent for file in folder.glob("*/config.yaml"))
+    except OSError as error:
+        raise UserError(f"The folder {folder} cannot be read: {error.strerror}.") from None
 
 
-def compare(runs: Sequence[Path]) -> tuple[list[str], list[list[str]]]:
-    """Titles and a row for each run: its name, the settings that differ, steps, last loss, scores in percent.
+def compare(runs: Sequence[Path]) -> Comparison:
+    """What came out of each run, and the settings in which they differ.
 
-    Scores are those of `results.json`; without it the last online k-NN. What a run does not have is empty.
-
-    Raises:
-        UserError: a file of a run cannot be read.
+    Scores are the newest of `results.json`; without it the last online k-NN. What a run does not have is left out; a
+    file that cannot be read is told in `notes`, and its run keeps what the others say.
     """
-    settings = [_flat(_read(run / "config.yaml")) for run in runs]
+    notes: list[str] = []
+    settings = [_settings(run, notes) for run in runs]
     keys = [
         key
         for key in dict.fromkeys(key for tree in settings for key in tree)
-        if key not in _LABELS and len({json.dumps(tree.get(key)) for tree in settings}) > 1
+        if key not in _SILENT and len({json.dumps(tree.get(key), default=str) for tree in settings}) > 1
     ]
-    results = [_results(run) for run in runs]
-    scores = [key for key in SCORES if any(key in found for found in results)]
-    rows = []
-    for run, tree, found in zip(runs, settings, results, strict=True):
-        logged = [line for line in read_metrics(run / "metrics.jsonl") if "loss" in line]
-        last = logged[-1] if logged else {}
-        rows.append(
-            [
-                run.name,
-                *("" if tree.get(key) is None else str(tree[key]) for key in keys),
-                f"{last['step']:,}" if last else "",
-                f"{last['loss']:.4f}" if last else "",
-                *(f"{found[key]:.1f}" if key in found else "" for key in scores),
-            ]
-        )
-    return ["run", *keys, "step", "loss", *(SCORES[key] for key in scores)], rows
+    rows = [
+        _row(run, {key: tree[key] for key in keys if key in tree}, notes)
+        for run, tree in zip(runs, settings, strict=True)
+    ]
+    tasks = [task for task in TITLES if any(task in row.scores for row in rows)]
+    if any(row.online for row in rows):
+        notes.append(ONLINE)
+    if len({row.scored_on for row in rows if row.scored_on}) > 1:
+        notes.append("The runs were scored on different images: their scores cannot be compared.")
+    return Comparison(tasks, _short(keys), rows, notes)
 
 
-def table(runs: Sequence[Path]) -> Table:
-    """`compare` for a terminal."""
-    titles, rows = compare(runs)
-    shown = Table()
-    for title in titles:
-        shown.add_column(title, justify="left" if title == "run" else "right", overflow="fold")
-    for row in rows:
-        shown.add_row(*row)
-    return shown
+def table(found: Comparison, console: Console) -> Table:
+    """A comparison for a terminal: scores first; settings in columns of their own where these fit, else in one."""
+    wide = _table(found, columns=True)
+    fits = Measurement.get(console, console.options.update(width=10_000), wide).maximum <= console.width
+    return wide if fits else _table(found, columns=False)
 
 
 def write_comparison(folder: Path) -> Path:
@@ -80,57 +125,99 @@ def write_comparison(folder: Path) -> Path:
     """
     if not (runs := runs_in(folder)):
         raise UserError(f"{folder} is neither a run nor a folder of runs (no config.yaml in it or one level below).")
-    titles, rows = compare(runs)
-    best = {
-        column: max((float(row[column]) for row in rows if row[column]), default=None)
-        for column, title in enumerate(titles)
-        if title in SCORES.values()
-    }
-    lines = ["<tr>" + "".join(f"<th>{html.escape(title)}</th>" for title in titles) + "</tr>"]
-    for run, row in zip(runs, rows, strict=True):
-        name = html.escape(row[0])
-        if (run / "report.html").exists():
-            name = f'<a href="{html.escape(run.name, quote=True)}/report.html">{name}</a>'
+    found = compare(runs)
+    heads = ["run", *(TITLES[task] for task in found.tasks), "loss", "step", *found.keys]
+    lines = ["<tr>" + "".join(f"<th>{html.escape(head)}</th>" for head in heads) + "</tr>"]
+    for row in found.rows:
+        name = html.escape(row.run.name)
+        if (row.run / "report.html").is_file():
+            # "./" and quoting: a name with a colon would be read as a scheme, such as javascript:
+            name = f'<a href="./{html.escape(_quoted(row.run.name), quote=True)}/report.html">{name}</a>'
         cells = [f"<td>{name}</td>"]
-        for column, value in enumerate(row[1:], 1):
-            mark = ' class="best"' if value and column in best and float(value) == best[column] else ""
-            cells.append(f"<td{mark}>{html.escape(value)}</td>")
+        for task in found.tasks:
+            mark = ' class="best"' if found.is_best(row, task) else ""
+            cells.append(f"<td{mark}>{html.escape(row.score(task))}</td>")
+        cells += [f"<td>{html.escape(text)}</td>" for text in row.outcome]
+        cells += [f"<td>{html.escape(row.settings.get(key, ''))}</td>" for key in found.keys]
         lines.append("<tr>" + "".join(cells) + "</tr>")
     title = html.escape(folder.resolve().name)
+    notes = "".join(f"<p>{html.escape(note)}</p>" for note in found.notes)
     page = (
         f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{title}</title><style>{_STYLE}</style>'
-        f"<h1>{title}</h1><table>{''.join(lines)}</table></html>\n"
+        f"<h1>{title}</h1><div><table>{''.join(lines)}</table></div>{notes}</html>\n"
     )
-    target = folder / "report.html"
+    return write_page(folder / "report.html", page)
+
+
+def _table(found: Comparison, columns: bool) -> Table:
+    shown = Table()
+    shown.add_column("run", overflow="fold", min_width=8)
+    for task in found.tasks:
+        shown.add_column(TITLES[task].replace(" ", "\n", 1), justify="right", no_wrap=True)
+    shown.add_column("loss", justify="right", no_wrap=True)
+    shown.add_column("step", justify="right", no_wrap=True)
+    if columns:
+        for short in found.keys.values():
+            shown.add_column(Text(short), justify="right", overflow="fold")
+    elif found.keys:
+        shown.add_column("settings that differ", overflow="fold", ratio=1)
+    for row in found.rows:
+        cells = [Text(_printable(row.run.name))]
+        cells += [Text(row.score(task), style="bold" if found.is_best(row, task) else "") for task in found.tasks]
+        cells += [Text(text) for text in row.outcome]
+        if columns:
+            cells += [Text(_printable(row.settings.get(key, ""))) for key in found.keys]
+        elif found.keys:
+            pairs = [f"{short}={row.settings[key]}" for key, short in found.keys.items() if key in row.settings]
+            cells.append(Text(_printable(" ".join(pairs))))
+        shown.add_row(*cells)
+    return shown
+
+
+def _settings(run: Path, notes: list[str]) -> dict[str, object]:
     try:
-        target.write_text(page, encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"The report {target} could not be written: {error}.") from None
-    return target
+        return flat(read_mapping(run / "config.yaml"))
+    except UserError as error:
+        notes.append(str(error))
+        return {}
 
 
-def _results(run: Path) -> dict[str, float]:
-    if (run / "results.json").exists():
-        return {
-            key: value for key, value in (_read(run / "results.json").get("trained") or {}).items() if key in SCORES
-        }
-    online = [line["knn_top1"] for line in read_metrics(run / "metrics.jsonl") if "knn_top1" in line]
-    return {"knn_top1": online[-1]} if online else {}
-
-
-def _read(file: Path) -> dict[str, Any]:
+def _row(run: Path, settings: dict[str, object], notes: list[str]) -> Row:
+    scores: dict[str, float] = {}
+    online: set[str] = set()
+    scored_on = None
+    last: dict[str, float] = {}
     try:
-        text = file.read_text(encoding="utf-8")
-        content = json.loads(text) if file.suffix == ".json" else yaml.safe_load(text)
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        raise UserError(f"{file} cannot be read: {' '.join(str(error).split())}.") from None
-    if not isinstance(content, dict):
-        raise UserError(f"{file} does not hold what a run writes there.")
-    return content
+        metrics = read_numbers(run / "metrics.jsonl")
+        for line in metrics:
+            scores |= {task: line[key] for task, key in _ONLINE_TASK.items() if key in line}
+        online = set(scores)
+        last = next((line for line in reversed(metrics) if "loss" in line), {})
+        trained = next(results.tables(results.read(run / "results.json")), {}).get("trained", {})
+        for task, score in trained.items():
+            scores[task] = score.percent
+            online.discard(task)
+            scored_on = score.val.fingerprint
+    except UserError as error:
+        notes.append(str(error))
+    text = {key: _text(value) for key, value in settings.items() if value is not None}
+    return Row(run, scores, online, last.get("loss"), int(last["step"]) if last else None, text, scored_on)
 
 
-def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for key, value in tree.items():
-        found |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
-    return found
+def _text(value: object) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _short(keys: Sequence[str]) -> dict[str, str]:
+    """The last part of each key where that says which is meant: `lr` for optim.lr."""
+    ends = Counter(key.rpartition(".")[2] for key in keys)
+    return {key: end if ends[end := key.rpartition(".")[2]] == 1 else key for key in keys}
+
+
+def _printable(text: str) -> str:
+    """Without what a terminal would take for a command, such as an escape sequence in a folder's name."""
+    return "".join(letter if letter.isprintable() else "?" for letter in text)
+
+
+def _quoted(name: str) -> str:
+    return quote(name, safe="", errors="surrogateescape")

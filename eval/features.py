@@ -30,6 +30,34 @@ Size = int | tuple[int, int]
 
 
 @dataclass(frozen=True)
+class Reading:
+    """What decides a feature besides weights and images.
+
+    size: the side of the square crop, or (H, W) of the whole image for grids. resize: shorter side before the crop
+    (`eval_view`). layer, pooling: see `read` and `pool`. amp: bfloat16 autocast, float32 otherwise.
+    """
+
+    size: Size
+    resize: int | None = None
+    layer: str = "final"
+    pooling: str = "cls"
+    amp: bool = False
+
+
+@dataclass(frozen=True)
+class Decoding:
+    """How images are read, which changes no feature: images a batch, processes (0: this one), and who is told how many
+    images each batch had."""
+
+    batch_size: int = 64
+    workers: int = 0
+    progress: Callable[[int], object] | None = None
+
+
+DEFAULT_DECODING = Decoding()
+
+
+@dataclass(frozen=True)
 class Features:
     """One row an image, in source order without the unreadable images.
 
@@ -101,19 +129,40 @@ def digest(backbone: nn.Module) -> str:
     return sha.hexdigest()
 
 
-def describe(
-    backbone: Backbone, source: Source, *, size: Size, layer: str, pooling: str, amp: bool, resize: int | None
-) -> dict[str, Any]:
+def describe(backbone: Backbone, source: Source, reading: Reading) -> dict[str, Any]:
     """What decides the values of a feature: equal descriptions mean equal features. JSON-able.
 
     Raises UserError for an unknown layer or pooling and for a size that the request cannot take.
     """
-    if layer not in ("final", "last-block"):
-        _count(layer)
-    if pooling not in POOLINGS:
-        raise UserError(f'Unknown pooling "{pooling}": use one of {", ".join(POOLINGS)}.')
-    height, width = (size, size) if isinstance(size, int) else size
-    if pooling == "grid":
+    height, width = _checked_size(backbone, reading)
+    grid = reading.pooling == "grid"
+    return {
+        "format": 1,
+        "checkpoint": digest(backbone),
+        "arch": json.loads(json.dumps(backbone.arch)),  # as it will read back, tuples as lists
+        "dataset": source.fingerprint,
+        "images": len(source),
+        "layer": reading.layer,
+        "pooling": reading.pooling,
+        "norm": reading.layer != "last-block",
+        "prr": reading.layer == "final" and bool(backbone.arch.get("prr")),
+        "size": [height, width],
+        "view": "whole image" if grid else "center crop",
+        "resize": reading.resize,
+        "compute": "bfloat16" if reading.amp else "float32",
+    }
+
+
+def _checked_size(backbone: Backbone, reading: Reading) -> tuple[int, int]:
+    """Height and width of a reading that this network can do."""
+    if reading.layer not in ("final", "last-block"):
+        _count(reading.layer)
+    if reading.pooling not in POOLINGS:
+        raise UserError(f'Unknown pooling "{reading.pooling}": use one of {", ".join(POOLINGS)}.')
+    height, width = (reading.size, reading.size) if isinstance(reading.size, int) else reading.size
+    if height < 1 or width < 1:
+        raise UserError(f"Images cannot be {height} x {width} pixels.")
+    if reading.pooling == "grid":
         patch = backbone.patch_size
         if height % patch or width % patch:
             raise UserError(
@@ -123,73 +172,47 @@ def describe(
             )
     elif height != width:
         raise UserError(f"Pooled features read square center crops: give one size, not {height} x {width}.")
-    elif resize is not None and resize < height:
-        raise UserError(f"A crop of {height} pixels does not fit into images resized to {resize}.")
-    return {
-        "format": 1,
-        "checkpoint": digest(backbone),
-        "arch": json.loads(json.dumps(backbone.arch)),  # as it will read back, tuples as lists
-        "dataset": source.fingerprint,
-        "images": len(source),
-        "layer": layer,
-        "pooling": pooling,
-        "norm": layer != "last-block",
-        "prr": layer == "final" and bool(backbone.arch.get("prr")),
-        "size": [height, width],
-        "view": "whole image" if pooling == "grid" else "center crop",
-        "resize": resize,
-        "compute": "bfloat16" if amp else "float32",
-    }
+    elif reading.resize is not None and reading.resize < height:
+        raise UserError(f"A crop of {height} pixels does not fit into images resized to {reading.resize}.")
+    return height, width
 
 
 def _near(side: int, patch: int) -> int:
     return max(patch, round(side / patch) * patch)
 
 
-def extract(
-    backbone: Backbone,
-    source: Source,
-    *,
-    size: Size,
-    layer: str = "final",
-    pooling: str = "cls",
-    batch_size: int = 64,
-    workers: int = 0,
-    amp: bool = False,
-    resize: int | None = None,
-    progress: Callable[[int], object] | None = None,
-) -> Features:
+def extract(backbone: Backbone, source: Source, reading: Reading, decoding: Decoding = DEFAULT_DECODING) -> Features:
     """Features of every readable image of `source`, in memory, on the backbone's own device and in eval mode.
 
-    size: the side of the square crop, or (H, W) for grids. resize: shorter side before the crop
-    (`eval_view`). amp: bfloat16 autocast, float32 otherwise. progress: called with the number of images after
-    each batch. The global random state is neither read nor changed. Raises UserError as `describe` does, and
-    when no image can be read.
+    The global random state is neither read nor changed. Raises UserError as `describe` does, and when no image can be
+    read.
     """
-    manifest = describe(backbone, source, size=size, layer=layer, pooling=pooling, amp=amp, resize=resize)
+    manifest = describe(backbone, source, reading)
     parts: list[np.ndarray] = []
     rows = Rows()
-    for batch, x in stream(backbone, source, manifest, batch_size, workers):
+    for batch, x in stream(backbone, source, manifest, decoding):
         rows.add(batch)
         if x is not None:
             parts.append(x)
-        if progress:
-            progress(len(batch.index) + len(batch.bad))
     return rows.features(np.concatenate(parts) if parts else np.empty(0), source, manifest)
 
 
 # Images -> batches ------------------------------------------------------------------------------------------
 
 
-def fitting_mask(source: Source, i: int, image: Image.Image) -> np.ndarray | None:
-    """The mask of image i, at any resolution. Raises BadImage where its shape is another (say turned by 90 degrees)."""
+def fitting_mask(source: Source, i: int, image: Image.Image) -> tuple[np.ndarray | None, str | None]:
+    """The mask of image i, at any resolution, and in words where that is not the image's.
+
+    Raises BadImage where its shape is another (say turned by 90 degrees).
+    """
     mask = source.mask(i)
-    if mask is not None:
-        (height, width), (image_width, image_height) = mask.shape, image.size
-        if abs(height * image_width - width * image_height) > max(height * image_width, width * image_height) / 20:
-            why = f"its mask of {width} x {height} does not fit an image of {image_width} x {image_height}"
-            raise BadImage(source.name(i), why)
-    return mask
+    if mask is None or mask.shape[::-1] == image.size:
+        return mask, None
+    (height, width), (image_width, image_height) = mask.shape, image.size
+    if abs(height * image_width - width * image_height) > max(height * image_width, width * image_height) / 20:
+        why = f"its mask of {width} x {height} does not fit an image of {image_width} x {image_height}"
+        raise BadImage(source.name(i), why)
+    return mask, f"{source.name(i)}: {image_width} x {image_height}, its mask {width} x {height}"
 
 
 @dataclass(frozen=True)
@@ -198,6 +221,7 @@ class Batch:
     index: list[int]
     masks: list[np.ndarray | None]
     bad: list[tuple[str, str]]
+    rescaled: list[str]  # masks of another resolution than their image, in words
 
 
 class _Images(Dataset):
@@ -212,9 +236,9 @@ class _Images(Dataset):
     def __getitem__(self, i: int) -> Batch:
         try:
             image = self.source.read(i)
-            mask = fitting_mask(self.source, i, image) if self.whole else None
+            mask, rescaled = fitting_mask(self.source, i, image) if self.whole else (None, None)
         except BadImage as error:
-            return Batch(None, [], [], [(error.name, error.why)])
+            return Batch(None, [], [], [(error.name, error.why)], [])
         height, width = self.size
         if self.whole:
             if image.size != (width, height):
@@ -222,7 +246,7 @@ class _Images(Dataset):
             pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)
         else:
             pixels = torch.as_tensor(eval_view(image, height, self.resize))
-        return Batch(pixels.contiguous(), [i], [mask], [])
+        return Batch(pixels.contiguous(), [i], [mask], [], [rescaled] if rescaled else [])
 
 
 def _collate(items: list[Batch]) -> Batch:
@@ -232,6 +256,7 @@ def _collate(items: list[Batch]) -> Batch:
         [i for item in items for i in item.index],
         [mask for item in items for mask in item.masks],
         [bad for item in items for bad in item.bad],
+        [words for item in items for words in item.rescaled],
     )
 
 
@@ -242,14 +267,14 @@ def _quiet_worker(_: int) -> None:
 
 
 def stream(
-    backbone: Backbone, source: Source, manifest: dict[str, Any], batch_size: int, workers: int
+    backbone: Backbone, source: Source, manifest: dict[str, Any], decoding: Decoding
 ) -> Iterator[tuple[Batch, np.ndarray | None]]:
     """(what was read, float32 features of it or None) batch by batch, in source order."""
     height, width = manifest["size"]
     loader = DataLoader(
         _Images(source, (height, width), manifest["resize"], whole=manifest["pooling"] == "grid"),
-        batch_size=batch_size,
-        num_workers=workers,
+        batch_size=decoding.batch_size,
+        num_workers=decoding.workers,
         collate_fn=_collate,
         worker_init_fn=_quiet_worker,
         generator=torch.Generator(),  # else the loader draws from, and so changes, the global random state
@@ -262,11 +287,13 @@ def stream(
         for batch in loader:
             if batch.images is None:
                 yield batch, None
-                continue
-            with torch.inference_mode(), amp:
-                images = normalize_pixels(batch.images.to(device))
-                x = read(backbone, images, manifest["layer"], manifest["pooling"])
-            yield batch, x.float().cpu().numpy()
+            else:
+                with torch.inference_mode(), amp:
+                    images = normalize_pixels(batch.images.to(device))
+                    x = read(backbone, images, manifest["layer"], manifest["pooling"])
+                yield batch, x.float().cpu().numpy()
+            if decoding.progress:
+                decoding.progress(len(batch.index) + len(batch.bad))
     finally:
         for module in training:
             module.training = True
@@ -279,11 +306,13 @@ class Rows:
         self.index: list[int] = []
         self.masks: list[np.ndarray | None] = []
         self.bad: dict[str, str] = {}
+        self.rescaled: list[str] = []
 
     def add(self, batch: Batch) -> None:
         self.index += batch.index
         self.masks += batch.masks
         self.bad |= dict(batch.bad)
+        self.rescaled += batch.rescaled
 
     def features(self, x: np.ndarray, source: Source, manifest: dict[str, Any]) -> Features:
         if not self.index:
@@ -294,6 +323,8 @@ class Rows:
         masks, mask_size = self._stack()
         manifest = {**manifest, "shape": list(x.shape), "dtype": str(x.dtype), "bad": self.bad}
         manifest["classes"] = source.classes
+        if self.rescaled:
+            manifest["rescaled_masks"] = {"count": len(self.rescaled), "first": self.rescaled[0]}
         return Features(x, index, labels, masks, mask_size, manifest)
 
     def _stack(self) -> tuple[np.ndarray | None, np.ndarray | None]:

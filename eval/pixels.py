@@ -47,13 +47,14 @@ def _of_pixels(
     for i in range(len(source)):
         try:
             image = source.read(i)
-            mask = fitting_mask(source, i, image) if masks else None
+            mask, rescaled = fitting_mask(source, i, image) if masks else (None, None)
         except BadImage as error:
             rows.bad[error.name] = error.why
             continue
         x.append(read_pixels(image))
         rows.index.append(i)
         rows.masks.append(mask)
+        rows.rescaled += [rescaled] if rescaled else []
     return rows.features(np.stack(x) if x else np.empty(0), source, {**what, "dataset": source.fingerprint})
 
 

@@ -4,23 +4,18 @@ from __future__ import annotations
 
 import base64
 import html
-import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from nearfar.eval import results
 from nearfar.eval.curves import curves, number
+from nearfar.eval.results import SUBJECTS, TITLES, Score
+from nearfar.eval.run_files import flat, read_mapping, read_numbers
+from nearfar.eval.verdict import Verdict, verdict
 from nearfar.ssl.errors import UserError
-from nearfar.ssl.run_folder import read_metrics
 
-_SCORES = {"knn_top1": "k-NN top-1", "linear_top1": "Linear probe top-1", "miou": "Segmentation mIoU"}
-_SUBJECTS = {
-    "trained": ("Trained", ""),
-    "untrained": ("Untrained", "same network, same seed, no training"),
-    "pixels": ("Raw pixels", "no network"),
-}
+_EXPLAINED = {"untrained": "same network, same seed, no training", "pixels": "no network"}
 _PICTURES = (
     (
         "views.png",
@@ -66,16 +61,21 @@ svg { width: 100%; display: block } svg text { font-size: 10px; fill: var(--soft
 .grid { stroke: var(--rule) } .guide { stroke: #b65c1a; stroke-dasharray: 4 3 }
 .line { fill: none; stroke: var(--accent); stroke-width: 1.6; stroke-linejoin: round } circle { fill: var(--accent) }
 img { max-width: 100%; height: auto; display: block }
+.verdict { border-left: 4px solid var(--accent); background: var(--wash); padding: .7rem 1rem; margin-top: 1.4rem;
+           border-radius: 0 6px 6px 0; max-width: none } .verdict.bad { border-color: #b65c1a; background: #fdf6ef }
+h3 { font-size: .95rem; margin: 1.4rem 0 .3rem; overflow-wrap: anywhere; font-weight: 500 }
+.scroll { overflow-x: auto } dd { overflow-wrap: anywhere }
 .missing { background: var(--wash); padding: .7rem 1rem; border-radius: 6px; color: var(--soft) }
 @media print { body { padding: 0; max-width: none; font-size: 12px } .curves { grid-template-columns: repeat(3, 1fr) }
   section { break-inside: avoid-page } h2 { break-after: avoid } details:not([open]) { display: none } }
 """
 
 
-def write_report(run: Path) -> Path:
+def write_report(run: Path, reasons: Mapping[str, str] = {}) -> Path:
     """Write `report.html` in a run folder from what is there, say on the page what is not, and return its path.
 
-    Reads config.yaml, metrics.jsonl, results.json, views.png, attention.png and pca.png.
+    Reads config.yaml, metrics.jsonl, results.json, views.png, attention.png and pca.png. reasons: why a picture is
+    missing, by the name of its file, where that is known.
 
     Raises:
         UserError: there is no such folder, or one of the files cannot be read or the page written.
@@ -83,15 +83,17 @@ def write_report(run: Path) -> Path:
     run = Path(run)
     if not run.is_dir():
         raise UserError(f"There is no run folder {run}, so there is nothing to report on.")
-    settings = _mapping(run / "config.yaml")
-    results = _mapping(run / "results.json")
-    metrics = read_metrics(run / "metrics.jsonl")
+    settings = read_mapping(run / "config.yaml")
+    scores = results.read(run / "results.json")
+    metrics = read_numbers(run / "metrics.jsonl")
+    tables = list(results.tables(scores))
     name = str(settings.get("name") or run.resolve().name)
+    judged = verdict(tables[0], metrics, flat(settings)) if tables else None
     body = [
-        _head(name, settings, metrics),
-        _results(results),
+        _head(name, settings, metrics, judged),
+        _results(tables, scores),
         _curves(metrics),
-        *(_picture(run / file, title, text) for file, title, text in _PICTURES),
+        *(_picture(run / file, title, text, reasons.get(file)) for file, title, text in _PICTURES),
     ]
     page = (
         f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
@@ -100,50 +102,51 @@ def write_report(run: Path) -> Path:
         + "\n".join(body)
         + "\n</body></html>\n"
     )
-    target = run / "report.html"
-    partial = run / "report.html.writing"
+    return write_page(run / "report.html", page)
+
+
+def write_page(target: Path, page: str) -> Path:
+    """Replace a page in one move. Raises UserError where it cannot be written."""
+    partial = target.with_name(f"{target.name}.writing")
     try:
-        partial.write_text(page, encoding="utf-8")
+        # a name from outside may hold halves of a surrogate pair, which UTF-8 has no bytes for
+        partial.write_text(page, encoding="utf-8", errors="replace")
         partial.replace(target)
     except OSError as error:
-        raise UserError(f"The report {target} could not be written: {error}.") from None
+        raise UserError(f"The report {target} could not be written: {error.strerror or error}.") from None
     return target
-
-
-def _mapping(file: Path) -> dict[str, Any]:
-    """The mapping in a JSON or YAML file; {} where there is no such file."""
-    if not file.exists():
-        return {}
-    try:
-        text = file.read_text(encoding="utf-8")
-        content = json.loads(text) if file.suffix == ".json" else yaml.safe_load(text)
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        raise UserError(f"{file} cannot be read for the report: {error}") from None
-    if not isinstance(content, dict):
-        raise UserError(f"{file} should hold a mapping of names to values and holds a {type(content).__name__}.")
-    return content
 
 
 # --- sections --------------------------------------------------------------------------------------------------
 
 
-def _head(name: str, settings: dict[str, Any], metrics: list[dict[str, Any]]) -> str:
+def _head(
+    name: str, settings: dict[str, Any], metrics: list[dict[str, float]], judged: Verdict | None
+) -> str:  # fmt: skip
     facts = "".join(
         f"<div><dt>{html.escape(label)}</dt><dd>{html.escape(value)}</dd></div>"
         for label, value in _facts(settings, metrics)
     )
     rows = "".join(
-        f"<tr><td>{html.escape(key)}</td><td>{html.escape(value)}</td></tr>" for key, value in _flat(settings)
+        f"<tr><td>{html.escape(key)}</td><td>{html.escape('default' if value is None else str(value))}</td></tr>"
+        for key, value in flat(settings).items()
     )
     table = (
         f"<details><summary>All settings</summary><table>{rows}</table></details>"
         if rows
         else _missing("config.yaml is not in the run folder: the settings are not known.")
     )
-    return f'<header><div class="soft">nearfar run</div><h1>{html.escape(name)}</h1><dl>{facts}</dl>{table}</header>'
+    sentence = ""
+    if judged:
+        kind = "verdict" if judged.good else "verdict bad"
+        sentence = f'<p class="{kind}"><b>{html.escape(judged.finding)}</b> {html.escape(judged.advice)}</p>'
+    return (
+        f'<header><div class="soft">nearfar run</div><h1>{html.escape(name)}</h1>{sentence}<dl>{facts}</dl>{table}'
+        "</header>"
+    )
 
 
-def _facts(settings: dict[str, Any], metrics: list[dict[str, Any]]) -> Iterator[tuple[str, str]]:
+def _facts(settings: dict[str, Any], metrics: list[dict[str, float]]) -> Iterator[tuple[str, str]]:
     backbone, train, data = (_part(settings, key) for key in ("backbone", "train", "data"))
     if backbone.get("name"):
         switches = [label for key, label in (("lgp", "LGP"), ("gaug", "GAug"), ("prr", "PRR")) if backbone.get(key)]
@@ -154,22 +157,22 @@ def _facts(settings: dict[str, Any], metrics: list[dict[str, Any]]) -> Iterator[
     if logged:
         last = logged[-1]
         of = f" of {train['epochs']}" if "epochs" in train else ""
-        yield "Steps", f"{last['step']:,}"
+        yield "Steps", f"{last['step']:,.0f}"
         if "epoch" in last:
             yield "Epochs", f"{last['epoch']:.4g}{of}"
         yield "Loss", f"{number(logged[0]['loss'])} \u2192 {number(last['loss'])}"
         speeds = sorted(line["img_per_s"] for line in logged if "img_per_s" in line)
         if speeds:
             yield "Images per second", f"{number(speeds[len(speeds) // 2])} (median)"
-        if "batch_size" in train and (seconds := _seconds(logged, train["batch_size"])):
+        if isinstance(train.get("batch_size"), int) and (seconds := _seconds(logged, train["batch_size"])):
             yield "Time in training", f"{seconds / 60:.1f} min" if seconds >= 100 else f"{seconds:.0f} s"
     if "seed" in train:
         yield "Seed", str(train["seed"])
 
 
-def _seconds(logged: list[dict[str, Any]], batch_size: int) -> float:
+def _seconds(logged: list[dict[str, float]], batch_size: int) -> float:
     """From steps and speeds, not from the clock: a run may have been stopped and continued."""
-    total, before = 0.0, 0
+    total, before = 0.0, 0.0
     for line in logged:
         if line.get("img_per_s"):
             total += (line["step"] - before) * batch_size / line["img_per_s"]
@@ -177,59 +180,82 @@ def _seconds(logged: list[dict[str, Any]], batch_size: int) -> float:
     return total
 
 
-def _results(results: dict[str, Any]) -> str:
-    table = {
-        subject: scores
-        for subject in [*_SUBJECTS, *(other for other in results if other not in _SUBJECTS)]
-        if isinstance(scores := results.get(subject), Mapping) and any(key in scores for key in _SCORES)
-    }
-    keys = [key for key in _SCORES if any(key in scores for scores in table.values())]
-    if not table:
-        return _section("Frozen features", _missing("results.json is not there or holds no scores yet."))
-    best = {key: max(round(scores[key], 1) for scores in table.values() if key in scores) for key in keys}
+def _results(tables: Sequence[Mapping[str, Mapping[str, Score]]], scores: Sequence[Score]) -> str:
+    if not tables:
+        return _section(
+            "Frozen features",
+            _missing("There are no scores yet: `nearfar eval all RUN --baselines` writes results.json."),
+        )
+    intro = "<p class='soft'>In percent; the best of each column is bold.</p>"
+    return _section("Frozen features", intro + "".join(_table(table) for table in tables) + _every_score(scores))
 
-    def cells(scores: Mapping[str, float]) -> str:
-        return "".join(
-            "<td>&ndash;</td>" if key not in scores
-            else f'<td class="best">{scores[key]:.1f}</td>' if round(scores[key], 1) == best[key]
-            else f"<td>{scores[key]:.1f}</td>"
-            for key in keys
-        )  # fmt: skip
+
+def _table(table: Mapping[str, Mapping[str, Score]]) -> str:
+    """The scores on one pair of data sets, and how far training is above the other rows."""
+    tasks = [task for task in TITLES if any(task in scores for scores in table.values())]
+    percent = {subject: {task: each.percent for task, each in scores.items()} for subject, scores in table.items()}
+    best = {task: max(round(scores[task], 1) for scores in percent.values() if task in scores) for task in tasks}
+
+    def cell(value: float | None, task: str) -> str:
+        mark = ' class="best"' if value is not None and round(value, 1) == best[task] else ""
+        return "<td>&ndash;</td>" if value is None else f"<td{mark}>{value:.1f}</td>"
 
     rows = []
-    for subject, scores in table.items():
-        label, explained = _SUBJECTS.get(subject, (subject, ""))
-        small = f"<small>{explained}</small>" if explained else ""
-        rows.append(f'<tr><th scope="row">{html.escape(label)}{small}</th>{cells(scores)}</tr>')
+    for subject, scores in percent.items():
+        small = f"<small>{_EXPLAINED[subject]}</small>" if subject in _EXPLAINED else ""
+        cells = "".join(cell(scores.get(task), task) for task in tasks)
+        rows.append(f'<tr><th scope="row">{SUBJECTS[subject].capitalize()}{small}</th>{cells}</tr>')
     for other in ("untrained", "pixels"):
-        if "trained" in table and other in table:
+        if "trained" in percent and other in percent:
             differences = "".join(
-                f"<td>{table['trained'][key] - table[other][key]:+.1f}</td>"
-                if key in table["trained"] and key in table[other]
+                f"<td>{percent['trained'][task] - percent[other][task]:+.1f}</td>"
+                if task in percent["trained"] and task in percent[other]
                 else "<td>&ndash;</td>"
-                for key in keys
+                for task in tasks
             )
-            against = _SUBJECTS[other][0].lower()
-            rows.append(f'<tr class="difference"><th scope="row">Trained &minus; {against}</th>{differences}</tr>')
-    heads = "".join(f'<th scope="col">{_SCORES[key]}</th>' for key in keys)
-    return _section(
-        "Frozen features",
-        "<p class='soft'>In percent; the best of each column is bold.</p>"
-        f"<table><thead><tr><th></th>{heads}</tr></thead><tbody>{''.join(rows)}</tbody></table>",
+            against = f"Trained &minus; {SUBJECTS[other]}"
+            rows.append(f'<tr class="difference"><th scope="row">{against}</th>{differences}</tr>')
+    heads = "".join(f'<th scope="col">{html.escape(TITLES[task])}</th>' for task in tasks)
+    one = next(iter(next(iter(table.values())).values()))
+    data = (
+        f"<h3>learned from {html.escape(one.train.path)} ({one.train.images:,} images), scored on "
+        f"{html.escape(one.val.path)} ({one.val.images:,})</h3>"
+    )
+    return f"{data}<table><thead><tr><th></th>{heads}</tr></thead><tbody>{''.join(rows)}</tbody></table>"
+
+
+def _every_score(scores: Sequence[Score]) -> str:
+    """All entries of results.json with what they read: those of earlier weights and of other readings too."""
+    rows = []
+    for each in scores:
+        reading = ", ".join(f"{key} {value}" for key, value in each.reading.items() if value is not None)
+        step = "" if each.step is None else f"{each.step:,}"
+        cells = (SUBJECTS[each.subject], step, TITLES[each.task], f"{each.percent:.1f}", each.val.path, reading)
+        rows.append("<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in cells) + "</tr>")
+    heads = "".join(f"<th>{title}</th>" for title in ("features", "step", "score", "%", "scored on", "read as"))
+    return (
+        f'<details><summary>All {len(scores)} scores</summary><div class="scroll"><table><thead><tr>{heads}</tr>'
+        f"</thead><tbody>{''.join(rows)}</tbody></table></div></details>"
     )
 
 
-def _curves(metrics: list[dict[str, Any]]) -> str:
+def _curves(metrics: list[dict[str, float]]) -> str:
     figures = curves(metrics)
     if not figures:
         return _section("Curves", _missing("metrics.jsonl is not there or holds no steps yet."))
     return _section("Curves", f'<div class="curves">{"".join(figures)}</div>')
 
 
-def _picture(file: Path, title: str, text: str) -> str:
-    if not file.exists():
-        return _section(title, _missing(f"{file.name} is not in the run folder."))
-    data = base64.b64encode(file.read_bytes()).decode("ascii")
+def _picture(file: Path, title: str, text: str, reason: str | None) -> str:
+    try:
+        content = file.read_bytes()
+    except FileNotFoundError:
+        return _section(title, _missing(reason or f"{file.name} is not in the run folder."))
+    except OSError as error:
+        return _section(title, _missing(f"{file.name} cannot be read: {error.strerror}."))
+    if not content.startswith(b"\x89PNG"):
+        return _section(title, _missing(f"{file.name} is not a PNG."))
+    data = base64.b64encode(content).decode("ascii")
     return _section(
         title, f'<p class="soft">{text}</p><img alt="{html.escape(title)}" src="data:image/png;base64,{data}">'
     )
@@ -246,12 +272,3 @@ def _missing(text: str) -> str:
 def _part(settings: dict[str, Any], key: str) -> dict[str, Any]:
     part = settings.get(key)
     return part if isinstance(part, dict) else {}
-
-
-def _flat(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
-    """Nested settings as `views.local_crops_size`, `24`."""
-    for key, value in settings.items():
-        if isinstance(value, Mapping):
-            yield from _flat(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", "default" if value is None else str(value)

@@ -1,143 +1,164 @@
-"""Evaluators end to end: a backbone and two sources in, percentages out, collected in one results.json."""
+"""Evaluators end to end: a backbone and two sources in, percentages out, each as soon as it is there."""
 
-import json
-import os
-from collections.abc import Callable, Iterable
-from pathlib import Path
-from typing import Any
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from nearfar.eval.features import IGNORE, Features, Size, extract
+from nearfar.eval.features import DEFAULT_DECODING, Decoding, Features, Reading, Size, extract
 from nearfar.eval.knn import KS, knn
 from nearfar.eval.linear import linear_probe
 from nearfar.eval.pixels import pixel_features, pixel_grid
-from nearfar.eval.segmentation import segment_probe
-from nearfar.eval.store import FeatureStore
+from nearfar.eval.segmentation import ProbeTraining, segment_probe
+from nearfar.eval.tasks import TASKS, label_numbers, mask_classes
 from nearfar.ssl.backbones.tokens import Backbone
 from nearfar.ssl.data.sources.base import Source
 from nearfar.ssl.errors import BadImage, UserError
 
-TASKS = ("knn", "linear", "segment")
 HEADLINE_K = 20  # fixed beforehand: choosing the best k by its score would look at the test set
+PIXEL_SIDE = 16
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """What is read of an image, and how the heads on top are trained.
+
+    pooled: for k-NN and linear probe. linear_layer: where the probe should read another layer, such as "blocks-4".
+    grid_size, grid_layer: of whole images, for segmentation; the size is by default that of the first training image in
+    whole patches. epochs: of the linear probe. head, steps: of the segmentation probe. seed: of both.
+    """
+
+    pooled: Reading
+    linear_layer: str | None = None
+    grid_size: Size | None = None
+    grid_layer: str = "last-block"
+    epochs: int = 100
+    head: str = "linear"
+    steps: int | None = None
+    seed: int = 0
+
+    def layer(self, task: str) -> str:
+        if task == "segment":
+            return self.grid_layer
+        return self.linear_layer or self.pooled.layer if task == "linear" else self.pooled.layer
+
+    def decides(self, task: str) -> dict[str, Any]:
+        """What the score of a task depends on, besides weights and images; JSON-able."""
+        compute = "bfloat16" if self.pooled.amp else "float32"
+        if task == "segment":
+            size = list(self.grid_size) if isinstance(self.grid_size, tuple) else self.grid_size
+            return {"layer": self.grid_layer, "size": size, "compute": compute, **self.training(task)}
+        pooled = {"size": self.pooled.size, "resize": self.pooled.resize, "pooling": self.pooled.pooling}
+        return {"layer": self.layer(task), **pooled, "compute": compute, **self.training(task)}
+
+    def decides_of_pixels(self, task: str, patch: int) -> dict[str, Any]:
+        """As `decides`, for raw pixels."""
+        if task == "segment":
+            return {"patch": patch, "size": self.decides(task)["size"], **self.training(task)}
+        return {"side": PIXEL_SIDE, **self.training(task)}
+
+    def training(self, task: str) -> dict[str, Any]:
+        """What trains the head of a task; nothing does for k-NN."""
+        if task == "linear":
+            return {"epochs": self.epochs, "seed": self.seed}
+        return {"head": self.head, "steps": self.steps, "seed": self.seed} if task == "segment" else {}
+
+
+class TaskScore(NamedTuple):
+    """The headline of a task in percent, and everything else that its evaluator says."""
+
+    task: str
+    percent: float
+    detail: dict[str, Any]
 
 
 def evaluate(
     backbone: Backbone,
-    train: Source,
-    test: Source,
-    *,
+    data: tuple[Source, Source],
+    protocol: Protocol,
     tasks: Iterable[str] = TASKS,
-    size: int,
-    resize: int | None = None,
-    layer: str = "final",
-    pooling: str = "cls",
-    linear_layer: str | None = None,
-    grid_size: Size | None = None,
-    grid_layer: str = "last-block",
-    head: str = "linear",
-    steps: int | None = None,
-    epochs: int = 100,
-    seed: int = 0,
-    batch_size: int = 64,
-    workers: int = 0,
-    amp: bool = False,
-    store: Path | None = None,
-    progress: Callable[[int], object] | None = None,
-) -> dict[str, Any]:
-    """Scores of frozen features: {"knn_top1", "linear_top1", "miou"} of the `tasks` asked for, and details of each.
+    classes: int | None = None,
+    decoding: Decoding = DEFAULT_DECODING,
+) -> Iterator[TaskScore]:
+    """Scores of frozen features on (training, test) images, one task after the other; see `nearfar.eval.tasks.plan`.
 
-    k-NN and linear probe read `layer` and `pooling` of center crops of `size` (`linear_layer`, such as "blocks-4",
-    where the probe should read more); segmentation reads `grid_layer` of whole images resized to `grid_size`, by
-    default the size of the first training image in whole patches. `store`: a folder where features are kept and
-    found again; without it they live in memory. Every detail says which weights, layer, norm and PRR it read.
-    Raises UserError for unknown tasks, missing labels or masks, and as `describe` and the evaluators do.
+    classes: of the masks; None counts them. A task's features are made when its turn comes, and shared by k-NN and
+    linear probe where they read the same. Raises UserError as `describe` and the evaluators do.
     """
-    chosen, crop = _known(tasks), size
-
-    def features(size: Size, layer: str, pooling: str) -> tuple[Features, Features]:
-        reading: dict[str, Any] = {"size": size, "layer": layer, "pooling": pooling, "amp": amp}
-        reading |= {"batch_size": batch_size, "workers": workers, "progress": progress}
-        if isinstance(size, tuple):  # larger images in smaller batches: attention maps grow with the square
-            reading["batch_size"] = max(1, min(batch_size, batch_size * crop**2 // (size[0] * size[1])))
-        else:
-            reading["resize"] = resize
-        pair = []
-        for split, source in (("train", train), ("test", test)):
-            if store is None:
-                pair.append(extract(backbone, source, **reading))
-            else:
-                folder = store / f"{split}-{layer}-{pooling.replace('+', '-')}"
-                pair.append(FeatureStore.write(folder, backbone, source, **reading))
-        return pair[0], pair[1]
-
-    results: dict[str, Any] = {}
+    train, test = data
+    chosen = set(tasks)
     pooled: dict[str, tuple[Features, Features]] = {}
-    for task, depth in (("knn", layer), ("linear", linear_layer or layer)):
-        if task in chosen:
-            if depth not in pooled:
-                pooled[depth] = features(size, depth, pooling)
-            score = knn_scores(*pooled[depth]) if task == "knn" else linear_scores(*pooled[depth], epochs, seed)
-            results |= score
+    for task in ("knn", "linear"):
+        if task not in chosen:
+            continue
+        if (layer := protocol.layer(task)) not in pooled:
+            reading = replace(protocol.pooled, layer=layer)
+            pooled[layer] = extract(backbone, train, reading, decoding), extract(backbone, test, reading, decoding)
+        yield knn_score(*pooled[layer]) if task == "knn" else linear_score(*pooled[layer], protocol)
+    pooled.clear()
     if "segment" in chosen:
-        grid = grid_size or native_grid(train, backbone.patch_size)
-        grids = features((grid, grid) if isinstance(grid, int) else grid, grid_layer, "grid")
-        results |= segment_scores(*grids, head=head, steps=steps, seed=seed)
-    return results
+        height, width = _sides(protocol.grid_size or native_grid(train, backbone.patch_size))
+        reading = Reading((height, width), layer=protocol.grid_layer, pooling="grid", amp=protocol.pooled.amp)
+        side = protocol.pooled.size
+        crop = side * side if isinstance(side, int) else side[0] * side[1]
+        # larger images in smaller batches: attention maps grow with the square
+        fewer = replace(
+            decoding, batch_size=max(1, min(decoding.batch_size, decoding.batch_size * crop // (height * width)))
+        )
+        grids = extract(backbone, train, reading, fewer), extract(backbone, test, reading, fewer)
+        yield segment_score(*grids, protocol, classes)
 
 
 def evaluate_pixels(
-    train: Source,
-    test: Source,
-    *,
+    data: tuple[Source, Source],
+    protocol: Protocol,
     tasks: Iterable[str] = TASKS,
-    patch: int,
-    side: int = 16,
-    grid_size: Size | None = None,
-    head: str = "linear",
-    steps: int | None = None,
-    epochs: int = 100,
-    seed: int = 0,
-) -> dict[str, Any]:
-    """`evaluate` of raw pixels: thumbnails of side x side for k-NN and linear probe, patches for segmentation."""
-    chosen = _known(tasks)
-    results: dict[str, Any] = {}
+    classes: int | None = None,
+    patch: int = 16,
+) -> Iterator[TaskScore]:
+    """`evaluate` of raw pixels: thumbnails for k-NN and linear probe, patches for segmentation."""
+    chosen = set(tasks)
     if "knn" in chosen or "linear" in chosen:
-        pair = pixel_features(train, side), pixel_features(test, side)
-        results |= knn_scores(*pair) if "knn" in chosen else {}
-        results |= linear_scores(*pair, epochs, seed) if "linear" in chosen else {}
+        thumbnails = pixel_features(data[0], PIXEL_SIDE), pixel_features(data[1], PIXEL_SIDE)
+        if "knn" in chosen:
+            yield knn_score(*thumbnails)
+        if "linear" in chosen:
+            yield linear_score(*thumbnails, protocol)
     if "segment" in chosen:
-        grid = grid_size or native_grid(train, patch)
-        pair = pixel_grid(train, grid, patch), pixel_grid(test, grid, patch)
-        results |= segment_scores(*pair, head=head, steps=steps, seed=seed)
-    return results
+        size = protocol.grid_size or native_grid(data[0], patch)
+        grids = pixel_grid(data[0], size, patch), pixel_grid(data[1], size, patch)
+        yield segment_score(*grids, protocol, classes)
 
 
-def knn_scores(train: Features, test: Features, ks: Iterable[int] = KS) -> dict[str, Any]:
-    """knn_top1 at k = 20, and every k under "knn"; k beyond the training set is cut to its size, and said so."""
+def knn_score(train: Features, test: Features, ks: Iterable[int] = KS) -> TaskScore:
+    """The headline at k = 20, and every k in the detail; k beyond the training set is cut to its size, and said so."""
     ks = sorted({*ks, HEADLINE_K})
-    top1 = knn(train.x, _labels(train), test.x, _labels(test), ks)
+    y, truth = labels_of(train, test)
+    top1 = knn(train.x, y, test.x, truth, ks)
     headline = min(HEADLINE_K, len(train.x))
     detail: dict[str, Any] = {"k": headline, "top1": {str(k): score for k, score in top1.items()}}
     if ks[-1] > len(train.x):
         detail["capped"] = f"k is at most {len(train.x)}, the number of training images"
-    return {"knn_top1": top1[headline], "knn": {**detail, "features": _origin(train, test)}}
+    return TaskScore("knn", top1[headline], {**detail, "features": _origin(train, test)})
 
 
-def linear_scores(train: Features, test: Features, epochs: int = 100, seed: int = 0) -> dict[str, Any]:
-    """linear_top1, and everything else that `linear_probe` says under "linear"."""
-    result = linear_probe(train.x, _labels(train), test.x, _labels(test), epochs=epochs, seed=seed)
-    return {"linear_top1": result["top1"], "linear": {**result, "features": _origin(train, test)}}
+def linear_score(train: Features, test: Features, protocol: Protocol) -> TaskScore:
+    y, truth = labels_of(train, test)
+    result = linear_probe(train.x, y, test.x, truth, epochs=protocol.epochs, seed=protocol.seed)
+    return TaskScore("linear", result["top1"], {**result, "features": _origin(train, test)})
 
 
-def segment_scores(
-    train: Features, test: Features, *, head: str = "linear", steps: int | None = None, seed: int = 0
-) -> dict[str, Any]:
-    """miou, and everything else that `segment_probe` says under "segment". Classes are those of the masks."""
-    masks = train.mask_list(), test.mask_list()
-    classes = 1 + max(int(np.max(mask, where=mask != IGNORE, initial=0)) for part in masks for mask in part)
-    result = segment_probe(train.x, masks[0], test.x, masks[1], classes=classes, head=head, steps=steps, seed=seed)
-    return {"miou": result["miou"], "segment": {**result, "head": head, "features": _origin(train, test)}}
+def segment_score(train: Features, test: Features, protocol: Protocol, classes: int | None = None) -> TaskScore:
+    """classes: None counts those of the masks, and refuses what is no class number."""
+    sets = (train.x, train.mask_list()), (test.x, test.mask_list())
+    if classes is None:
+        named = [f"{which} image {i}" for which, x in (("training", train), ("test", test)) for i in x.index]
+        classes = mask_classes(zip(named, [*sets[0][1], *sets[1][1]], strict=True))
+    training = ProbeTraining(head=protocol.head, steps=protocol.steps, seed=protocol.seed)
+    result = segment_probe(*sets, classes, training)
+    detail = {**result, "head": protocol.head, "classes": classes, "features": _origin(train, test)}
+    return TaskScore("segment", result["miou"], detail)
 
 
 def native_grid(source: Source, patch: int) -> tuple[int, int]:
@@ -151,47 +172,27 @@ def native_grid(source: Source, patch: int) -> tuple[int, int]:
     raise UserError(f"None of the {len(source)} images could be read.")
 
 
-def merge_results(file: Path, section: str, scores: dict[str, Any], keep: bool = True) -> dict[str, Any]:
-    """Put `scores` into `section` ("trained", "untrained", "pixels") of a results.json, keeping what else is there.
-
-    keep=False drops what the section held. The file is replaced atomically. Returns all results. Raises UserError for a
-    file that is not such JSON.
-    """
-    results: Any = {}
-    if file.exists():
-        try:
-            results = json.loads(file.read_text())
-        except ValueError as error:
-            raise UserError(f"{file} is not readable JSON ({error}); move it away and evaluate again.") from None
-        if not isinstance(results, dict) or not isinstance(results.get(section, {}), dict):
-            raise UserError(f"{file} does not hold results; move it away and evaluate again.")
-    results[section] = {**(results.get(section, {}) if keep else {}), **scores}
-    file.parent.mkdir(parents=True, exist_ok=True)
-    partial = file.with_name(f".{file.name}.{os.getpid()}")
-    partial.write_text(json.dumps(results, indent=2, allow_nan=False) + "\n")
-    partial.replace(file)
-    return dict(results)
-
-
-def _known(tasks: Iterable[str]) -> set[str]:
-    chosen = {tasks} if isinstance(tasks, str) else set(tasks)
-    if unknown := chosen - set(TASKS):
-        raise UserError(f"Unknown evaluation {', '.join(sorted(unknown))}: use {', '.join(TASKS)}.")
-    return chosen
-
-
-def _labels(features: Features) -> np.ndarray:
-    if features.labels is None:
+def labels_of(train: Features, test: Features) -> tuple[np.ndarray, np.ndarray]:
+    """Class numbers of both, counted alike: the test set's by the training set's names, where both have names."""
+    if train.labels is None or test.labels is None:
         raise UserError(
             "k-NN and linear probe need labels, and these images have none: use class folders, or a list with labels."
         )
-    return features.labels
+    numbers = label_numbers(train.manifest.get("classes"), test.manifest.get("classes"))
+    return train.labels, test.labels if numbers is None else numbers[test.labels]
+
+
+def _sides(size: Size) -> tuple[int, int]:
+    return (size, size) if isinstance(size, int) else size
 
 
 def _origin(train: Features, test: Features) -> dict[str, Any]:
     """What a score was measured on, short enough to stand beside it."""
     keys = ("checkpoint", "features", "layer", "pooling", "norm", "prr", "size", "view", "compute", "side", "patch")
     origin = {key: train.manifest[key] for key in keys if key in train.manifest}
-    unreadable = {"train": len(train.manifest.get("bad", {})), "test": len(test.manifest.get("bad", {}))}
-    data = {"train": train.manifest.get("dataset"), "test": test.manifest.get("dataset")}
-    return {**origin, "dataset": data, "unreadable": unreadable}
+    unreadable, rescaled = {}, {}
+    for name, features in (("train", train), ("test", test)):
+        bad = features.manifest.get("bad", {})
+        unreadable[name] = {"count": len(bad), "first": next((f"{file}: {why}" for file, why in bad.items()), None)}
+        rescaled[name] = features.manifest.get("rescaled_masks")
+    return {**origin, "unreadable": unreadable} | ({"rescaled_masks": rescaled} if any(rescaled.values()) else {})

@@ -1,7 +1,8 @@
 """Frozen segmentation: a small head on patch grids, scored by mIoU at mask size (docs/methods.md section 3)."""
 
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -15,97 +16,90 @@ IGNORE = 255
 Masks = Sequence[np.ndarray] | np.ndarray
 
 
+@dataclass(frozen=True)
+class ProbeTraining:
+    """How the segmentation head is trained; `segment_probe` says what each does.
+
+    steps: None = 2,000 for the linear head, 500 for the mlp, which learns in fewer and costs ten times as much.
+    """
+
+    head: str = "linear"
+    steps: int | None = None
+    batch_size: int = 32
+    lr: float = 1e-3
+    seed: int = 0
+    ignore: int = IGNORE
+    detail: int = 2
+
+    @property
+    def steps_taken(self) -> int:
+        return (500 if self.head == "mlp" else 2000) if self.steps is None else self.steps
+
+
+class GridStatistics(NamedTuple):
+    """Mean and standard deviation of each channel of the training grids, (D,) each."""
+
+    mean: Tensor
+    std: Tensor
+
+
 def segment_probe(
-    train_grid: np.ndarray,
-    train_masks: Masks,
-    test_grid: np.ndarray,
-    test_masks: Masks,
-    *,
+    train_set: tuple[np.ndarray, Masks],
+    test_set: tuple[np.ndarray, Masks],
     classes: int,
-    head: str = "linear",
-    steps: int | None = None,
-    batch_size: int = 32,
-    lr: float = 1e-3,
-    seed: int = 0,
-    ignore: int = IGNORE,
-    detail: int = 2,
+    training: ProbeTraining = ProbeTraining(),
 ) -> dict[str, Any]:
-    """mIoU in percent of a "linear" or "mlp" head trained on frozen patch grids (n, h, w, D).
+    """mIoU in percent of a "linear" or "mlp" head trained on frozen patch grids.
 
-    Masks are one uint8 (H, W) an image, sizes may differ. AdamW, weight decay .01, one linear cycle up to `lr`,
-    cross-entropy on bilinearly upsampled logits, `ignore` pixels left out. Training compares at `detail` times
-    the grid (or the mask's size where that is smaller; masks by nearest neighbor), which costs a fraction of
-    full size; the score is always taken at each mask's own size. Features are standardized per channel with
-    training statistics: with the linear head this stays a linear map. Same seed, same answer.
-
-    Default steps: 2,000 for the linear head, 500 for the mlp, which learns in fewer and costs ten times as much.
+    A set is its grids (n, h, w, D) and its masks, one uint8 (H, W) an image, sizes may differ. AdamW, weight decay .01,
+    one linear cycle up to `lr`, cross-entropy on bilinearly upsampled logits, `ignore` pixels left out. Training
+    compares at `detail` times the grid (or the mask's size where that is smaller; masks by nearest neighbor), which
+    costs a fraction of full size; the score is always taken at each mask's own size. Features are standardized per
+    channel with training statistics: with the linear head this stays a linear map. Same seed, same answer.
 
     Returns miou, pixel_accuracy, per_class (None for a class in neither prediction nor truth; such classes are
     not in the mean), steps, train, test. Raises UserError for unusable arrays.
     """
-    _check(train_grid, train_masks, classes, ignore, "training set of the segmentation probe")
-    _check(test_grid, test_masks, classes, ignore, "test set of the segmentation probe")
-    mean, std = _statistics(train_grid)
-    steps = (500 if head == "mlp" else 2000) if steps is None else steps
-    if steps < 1 or batch_size < 1:
+    _check(*train_set, classes, training.ignore, "training set of the segmentation probe")
+    _check(*test_set, classes, training.ignore, "test set of the segmentation probe")
+    if training.steps_taken < 1 or training.batch_size < 1:
         raise UserError(
-            f"The segmentation probe needs at least one step and one image a batch, not {steps} and {batch_size}."
+            "The segmentation probe needs at least one step and one image a batch, not "
+            f"{training.steps_taken} and {training.batch_size}."
         )
-    model = train(
-        train_grid,
-        train_masks,
-        mean,
-        std,
-        classes=classes,
-        head=head,
-        steps=steps,
-        batch_size=batch_size,
-        lr=lr,
-        seed=seed,
-        ignore=ignore,
-        detail=detail,
-    )
+    (train_grid, train_masks), (test_grid, test_masks) = train_set, test_set
+    statistics = _statistics(train_grid)
+    model = train(train_grid, train_masks, statistics, classes, training)
     table = np.zeros((classes, classes), dtype=np.int64)
     for i in range(len(test_grid)):
-        logits = predict(model, _map(test_grid[i : i + 1], mean, std), test_masks[i].shape)
+        logits = predict(model, _map(test_grid[i : i + 1], statistics), test_masks[i].shape)
         predicted = logits.max(1).indices[0].numpy()  # ten times as fast as argmax
-        table += confusion(predicted, test_masks[i], classes, ignore)
-    return {**scores(table), "steps": steps, "train": len(train_grid), "test": len(test_grid)}
+        table += confusion(predicted, test_masks[i], classes, training.ignore)
+    return {**scores(table), "steps": training.steps_taken, "train": len(train_grid), "test": len(test_grid)}
 
 
 def train(
-    grid: np.ndarray,
-    masks: Masks,
-    mean: Tensor,
-    std: Tensor,
-    *,
-    classes: int,
-    head: str,
-    steps: int,
-    batch_size: int,
-    lr: float,
-    seed: int,
-    ignore: int,
-    detail: int,
+    grid: np.ndarray, masks: Masks, statistics: GridStatistics, classes: int, training: ProbeTraining
 ) -> SegmentationHead:
     """The head trained on grids (n, h, w, D) and their masks; see `segment_probe`."""
     n, h, w, dim = grid.shape
-    size = (min(h * detail, masks[0].shape[0]), min(w * detail, masks[0].shape[1]))
+    size = (min(h * training.detail, masks[0].shape[0]), min(w * training.detail, masks[0].shape[1]))
     targets = torch.from_numpy(np.stack([nearest(mask, size) for mask in masks]))
+    steps = training.steps_taken
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        model = SegmentationHead(dim, classes, head)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.01)
+        torch.manual_seed(training.seed)
+        model = SegmentationHead(dim, classes, training.head)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=training.lr, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, lr, total_steps=steps, anneal_strategy="linear", cycle_momentum=False
+        optimizer, training.lr, total_steps=steps, anneal_strategy="linear", cycle_momentum=False
     )
-    generator = torch.Generator().manual_seed(seed)
-    for rows in _batches(n, batch_size, steps, generator):
-        logits = model(_map(grid[rows.numpy()], mean, std), size)
+    generator = torch.Generator().manual_seed(training.seed)
+    for rows in _batches(n, training.batch_size, steps, generator):
+        logits = model(_map(grid[rows.numpy()], statistics), size)
         target = targets[rows].long()
         # a batch may hold nothing but ignored pixels: its mean would be 0/0
-        counted = (target != ignore).sum().clamp(min=1)
-        loss = F.cross_entropy(logits, target, ignore_index=ignore, reduction="sum") / counted
+        counted = (target != training.ignore).sum().clamp(min=1)
+        loss = F.cross_entropy(logits, target, ignore_index=training.ignore, reduction="sum") / counted
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -166,19 +160,19 @@ def _check(grid: np.ndarray, masks: Masks, classes: int, ignore: int, what: str)
         raise UserError(f"The {what} has features that are not finite; the backbone has most likely diverged.")
 
 
-def _statistics(grid: np.ndarray) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation of each channel, (D,) each, summed image by image in float64."""
+def _statistics(grid: np.ndarray) -> GridStatistics:
+    """Summed image by image in float64."""
     count = grid.shape[0] * grid.shape[1] * grid.shape[2]
     mean = sum(np.asarray(row, np.float64).sum((0, 1)) for row in grid) / count
     square = sum((np.asarray(row, np.float64) - mean).__pow__(2).sum((0, 1)) for row in grid) / count
     std = np.sqrt(square)
     std[std <= 1e-6 * std.max()] = 1.0  # a channel that never changes stays at 0
-    return torch.from_numpy(mean).float(), torch.from_numpy(std).float()
+    return GridStatistics(torch.from_numpy(mean).float(), torch.from_numpy(std).float())
 
 
-def _map(grid: np.ndarray, mean: Tensor, std: Tensor) -> Tensor:
+def _map(grid: np.ndarray, statistics: GridStatistics) -> Tensor:
     """Grids (B, h, w, D) -> standardized feature maps (B, D, h, w)."""
-    return torch.from_numpy(np.array(grid, np.float32)).sub_(mean).div_(std).permute(0, 3, 1, 2)
+    return torch.from_numpy(np.array(grid, np.float32)).sub_(statistics.mean).div_(statistics.std).permute(0, 3, 1, 2)
 
 
 def _batches(n: int, batch_size: int, steps: int, generator: torch.Generator) -> list[Tensor]:

@@ -1,20 +1,30 @@
 """Features on disk: written once as the backbone makes them, memory-mapped by every evaluator afterwards."""
 
 import contextlib
+import fcntl
 import json
 import os
 import shutil
-import tempfile
-from collections.abc import Callable
+import socket
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from nearfar.eval.features import Features, Rows, Size, describe, stream
+from nearfar.eval.features import DEFAULT_DECODING, Decoding, Features, Reading, Rows, describe, stream
 from nearfar.ssl.backbones.tokens import Backbone
 from nearfar.ssl.data.sources.base import Source
 from nearfar.ssl.errors import UserError
+
+_KINDS = {  # what each array of a store may hold: kinds of dtype, and dimensions
+    "features": ("f", (2, 4)),
+    "index": ("iu", (1,)),
+    "labels": ("iu", (1,)),
+    "masks": ("u", (3,)),
+    "mask_size": ("iu", (2,)),
+}
+_LONGEST_MANIFEST = 256 * 2**20  # bytes; it names every unreadable image
 
 
 class FeatureStore:
@@ -22,47 +32,38 @@ class FeatureStore:
 
     @staticmethod
     def write(
-        folder: Path,
-        backbone: Backbone,
-        source: Source,
-        *,
-        size: Size,
-        layer: str = "final",
-        pooling: str = "cls",
-        batch_size: int = 64,
-        workers: int = 0,
-        amp: bool = False,
-        resize: int | None = None,
-        progress: Callable[[int], object] | None = None,
+        folder: Path, backbone: Backbone, source: Source, reading: Reading, decoding: Decoding = DEFAULT_DECODING
     ) -> Features:
         """`extract` straight to disk, so that features need not fit in memory; what is already there is
         reused.
 
         A store made from the same weights, data and reading is opened; any other store in `folder` is
         replaced, and a folder that is no feature store is left alone (UserError). The folder appears complete
-        or not at all.
+        or not at all; what a killed process left of an earlier attempt is removed. Raises UserError also where the
+        disk refuses, before anything is computed if it does so at once.
         """
-        manifest = describe(backbone, source, size=size, layer=layer, pooling=pooling, amp=amp, resize=resize)
-        if folder.exists():
-            if not (folder / "manifest.json").is_file() and any(folder.iterdir()):
-                raise UserError(
-                    f"{folder} exists and is no feature store (it has no manifest.json), so nothing is "
-                    "written over it. Choose another folder, or remove that one."
-                )
-            with contextlib.suppress(UserError):  # a damaged store is as good as none: it is made again
-                return FeatureStore.open(folder, manifest)
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+        manifest = describe(backbone, source, reading)
         try:
-            features = _fill(partial, backbone, source, manifest, batch_size, workers, progress)
-            _save(partial, features)
-            del features  # releases the memory map before its file moves
             if folder.exists():
-                shutil.rmtree(folder)
-            partial.rename(folder)
-        except BaseException:
-            shutil.rmtree(partial, ignore_errors=True)
-            raise
+                if not (folder / "manifest.json").is_file() and (not folder.is_dir() or any(folder.iterdir())):
+                    raise UserError(
+                        f"{folder} exists and is no feature store (it has no manifest.json), so nothing is "
+                        "written over it. Choose another folder, or remove that one."
+                    )
+                with contextlib.suppress(UserError):  # a damaged store is as good as none: it is made again
+                    return FeatureStore.open(folder, manifest)
+            with _partial_folder(folder) as partial:
+                features = _fill(partial, backbone, source, manifest, decoding)
+                _save(partial, features)
+                del features  # releases the memory map before its file moves
+                if folder.exists():
+                    shutil.rmtree(folder)
+                partial.rename(folder)
+        except OSError as error:
+            raise UserError(
+                f"The features cannot be written to {folder}: {error.strerror or error}. Name a folder that you may "
+                "write to, with room for them."
+            ) from error
         return FeatureStore.open(folder)
 
     @staticmethod
@@ -73,11 +74,7 @@ class FeatureStore:
         expected: entries that the manifest must hold, such as {"checkpoint": digest(backbone)} or a whole
         `describe`.
         """
-        try:
-            manifest = json.loads((folder / "manifest.json").read_text())
-            shape = tuple(manifest["shape"])
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{folder} is not a readable feature store: manifest.json: {error}.") from None
+        manifest = _read_manifest(folder)
         for key, value in (expected or {}).items():
             if manifest.get(key) != value:
                 raise UserError(
@@ -89,39 +86,105 @@ class FeatureStore:
             file = folder / f"{name}.npy"
             try:
                 arrays[name] = np.load(file, mmap_mode="r", allow_pickle=False)
-            except (OSError, ValueError) as error:
+            except (OSError, ValueError, EOFError, SyntaxError) as error:
                 raise UserError(f"The feature store {folder} is damaged: {file.name}: {error}.") from None
-            if len(arrays[name]) != shape[0] or (name == "features" and arrays[name].shape != shape):
-                raise UserError(
-                    f"The feature store {folder} is damaged: {file.name} has shape {arrays[name].shape}, but "
-                    f"the manifest says {shape if name == 'features' else f'{shape[0]} rows'}."
-                )
-        small = {name: np.array(arrays[name]) for name in arrays if name in ("index", "labels", "mask_size")}
+            if wrong := _misshapen(name, arrays[name], tuple(manifest["shape"])):
+                raise UserError(f"The feature store {folder} is damaged: {file.name} has {wrong}.")
+        if ("masks" in arrays) != ("mask_size" in arrays):
+            raise UserError(f"The feature store {folder} is damaged: masks.npy and mask_size.npy belong together.")
+        small = {name: np.array(arrays[name]) for name in ("index", "labels", "mask_size") if name in arrays}
         return Features(x=arrays["features"], masks=arrays.get("masks"), manifest=manifest, **small)
 
 
-def _fill(
-    folder: Path,
-    backbone: Backbone,
-    source: Source,
-    manifest: dict[str, Any],
-    batch_size: int,
-    workers: int,
-    progress: Callable[[int], object] | None,
-) -> Features:
+def _read_manifest(folder: Path) -> dict[str, Any]:
+    """manifest.json with `shape` and `arrays` as they must be."""
+    file = folder / "manifest.json"
+    try:
+        if file.stat().st_size > _LONGEST_MANIFEST:
+            raise ValueError("it is far too long")
+        manifest = json.loads(file.read_text(encoding="utf-8"))
+        if not isinstance(manifest, dict):
+            raise ValueError("it holds no names and values")
+        shape, arrays = manifest["shape"], manifest["arrays"]
+        if not isinstance(shape, list) or not all(isinstance(side, int) and side > 0 for side in shape):
+            raise ValueError("`shape` is no shape")
+        if not isinstance(arrays, list) or not {"features", "index"} <= set(arrays) <= _KINDS.keys():
+            raise ValueError("`arrays` are not those of a feature store")
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise UserError(f"{folder} is not a readable feature store: manifest.json: {error}.") from None
+    return manifest
+
+
+def _misshapen(name: str, array: np.ndarray, shape: tuple[int, ...]) -> str | None:
+    """What is wrong with an array of a store whose features should have `shape`; None when nothing is."""
+    kinds, dimensions = _KINDS[name]
+    if array.dtype.kind not in kinds:
+        return f"entries of type {array.dtype}"
+    if array.ndim not in dimensions or len(array) != shape[0] or (name == "features" and array.shape != shape):
+        wanted = shape if name == "features" else f"{shape[0]} rows"
+        return f"shape {array.shape}, but the manifest says {wanted}"
+    return None
+
+
+@contextlib.contextmanager
+def _partial_folder(final: Path) -> Iterator[Path]:
+    """A folder beside `final` to fill and rename; removed if that does not happen.
+
+    Its writer holds a lock on it, so that the next one can tell a folder that was left by a killed process from one
+    that is being written, and removes the former.
+    """
+    final.parent.mkdir(parents=True, exist_ok=True)
+    prefix = f".{final.name}.writing-"
+    for left in final.parent.glob(f"{_literally(prefix)}*"):
+        handle = _lock(left)
+        if handle is not None:
+            shutil.rmtree(left, ignore_errors=True)
+            os.close(handle)
+    partial = final.parent / f"{prefix}{socket.gethostname()}-{os.getpid()}"
+    partial.mkdir()  # with the rights that the umask leaves: colleagues read features
+    handle = _lock(partial)
+    try:
+        yield partial
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    finally:
+        if handle is not None:
+            os.close(handle)
+
+
+def _lock(folder: Path) -> int | None:
+    """A handle that holds the lock of a folder until it is closed; None where another process holds it, or where the
+    file system has no locks."""
+    try:
+        handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    except OSError:
+        return None
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(handle)
+        return None
+    return handle
+
+
+def _literally(name: str) -> str:
+    """A name as a pattern of glob that matches nothing else."""
+    return "".join(f"[{letter}]" if letter in "*?[" else letter for letter in name)
+
+
+def _fill(folder: Path, backbone: Backbone, source: Source, manifest: dict[str, Any], decoding: Decoding) -> Features:
     """Features written to folder/features.npy as they are made."""
     file, rows = folder / "features.npy", Rows()
     x: np.ndarray | None = None
     done = 0
-    for batch, part in stream(backbone, source, manifest, batch_size, workers):
+    for batch, part in stream(backbone, source, manifest, decoding):
         rows.add(batch)
         if part is not None:
             if x is None:
                 x = np.lib.format.open_memmap(file, "w+", np.float32, (len(source), *part.shape[1:]))
             x[done : done + len(part)] = part
             done += len(part)
-        if progress:
-            progress(len(batch.index) + len(batch.bad))
     if x is not None and done < len(source):  # unreadable images leave rows over: write it once more
         short = np.lib.format.open_memmap(folder / "short.npy", "w+", np.float32, (done, *x.shape[1:]))
         for start in range(0, done, 4096):
@@ -145,7 +208,7 @@ def _save(folder: Path, features: Features) -> None:
     for name, array in present.items():
         np.save(folder / f"{name}.npy", array, allow_pickle=False)
     manifest = {**features.manifest, "arrays": ["features", *present]}
-    (folder / "manifest.json").write_text(json.dumps(manifest, indent=2))
+    (folder / "manifest.json").write_text(json.dumps(manifest, indent=2), encoding="utf-8")
     for path in (*folder.iterdir(), folder):
         handle = os.open(path, os.O_RDONLY)
         os.fsync(handle)

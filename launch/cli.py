@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import errno
 import logging
 import shutil
@@ -77,23 +78,7 @@ def build_parser() -> argparse.ArgumentParser:
     features.add_argument("--pooling", help="cls, mean, cls+mean or grid (default: head.pooling of the run)")
     features.set_defaults(verb=run_features)
 
-    evaluate = verbs.add_parser("eval", help="score frozen features: knn, linear, segment or all")
-    evaluate.add_argument("what", choices=["knn", "linear", "segment", "all"])
-    _add_model(evaluate, ", or features to learn from, as `nearfar features` writes them")
-    evaluate.add_argument("--train", help="labeled images to learn from (default: data.path of the run)")
-    evaluate.add_argument("--val", help="labeled images, or features, to score (default: data.val of the run)")
-    evaluate.add_argument("--baselines", action="store_true", help="also score the untrained network and raw pixels")
-    evaluate.add_argument("--head", choices=["linear", "mlp"], default="linear", help="of the segmentation probe")
-    evaluate.add_argument(
-        "--grid-size",
-        type=int,
-        nargs=2,
-        metavar=("HEIGHT", "WIDTH"),
-        help="size of the whole image for segmentation, in pixels (default: that of the first image)",
-    )
-    evaluate.add_argument("--out", type=Path, help="results file (default: results.json beside the weights)")
-    _add_reading(evaluate)
-    evaluate.set_defaults(verb=run_eval)
+    _add_eval(verbs)
 
     export = verbs.add_parser("export", help="write the teacher backbone as one self-describing safetensors file")
     _add_model(export)
@@ -124,77 +109,92 @@ def run_pretrain(arguments: argparse.Namespace) -> None:
 
 
 def run_features(arguments: argparse.Namespace) -> None:
+    from nearfar.eval.features import Decoding
     from nearfar.eval.store import FeatureStore
     from nearfar.launch.progress import progress, summed
-    from nearfar.launch.score import Subject
+    from nearfar.launch.score import Subject, protocol_of
     from nearfar.ssl.data import open_source
 
     subject, source = Subject.of(arguments.model), open_source(arguments.data)
+    size, resize, layer, pooling = (getattr(arguments, name) for name in ("size", "resize", "layer", "pooling"))
+    reading = protocol_of(subject, size=size, resize=resize, layer=layer, pooling=pooling).pooled
     with progress(len(source), f"Reading {arguments.data}", Console()) as tell:
-        features = FeatureStore.write(
-            arguments.out,
-            subject.backbone,
-            source,
-            size=arguments.size or subject.image_size,
-            resize=arguments.resize or subject.run.eval.resize,
-            layer=arguments.layer or "final",
-            pooling=arguments.pooling or subject.run.head.pooling,
-            workers=arguments.workers,
-            progress=summed(tell),
-        )
-    print(f"{arguments.out}: {features.x.shape} {features.x.dtype}, {len(source) - len(features.x)} unreadable images")
+        decoding = Decoding(workers=arguments.workers, progress=summed(tell))
+        features = FeatureStore.write(arguments.out, subject.backbone, source, reading, decoding)
+    bad = features.manifest["bad"]
+    print(f"{arguments.out}: {features.x.shape} {features.x.dtype}, {len(bad)} unreadable images")
+    for name, why in list(bad.items())[:3]:
+        _note(f"Left out: {name}: {why}")
 
 
 def run_eval(arguments: argparse.Namespace) -> None:
-    from nearfar.eval.scoring import TASKS
-    from nearfar.launch.score import Subject, score, score_features, sources
+    from nearfar.eval.features import Decoding
+    from nearfar.launch.report import report_run
+    from nearfar.launch.score import ScoreOptions, Subject, protocol_of, score, score_features, sources
 
-    if (arguments.model / "manifest.json").is_file():
+    tasks = None if arguments.what == "all" else (arguments.what,)
+    if (arguments.model / "manifest.json").is_file() and not (arguments.model / "tensors.safetensors").is_file():
         if not arguments.val:
             raise UserError(f"{arguments.model} holds features to learn from: name those to score with --val.")
-        tasks = None if arguments.what == "all" else (arguments.what,)
         score_features(
-            arguments.model, Path(arguments.val), tasks=tasks, head=arguments.head, results=arguments.out,
+            arguments.model, Path(arguments.val), tasks=tasks, head=arguments.head, file=arguments.out,
             console=Console(),
         )  # fmt: skip
         return
     subject = Subject.of(arguments.model)
     train, val = sources(subject.run, arguments.train, arguments.val)
-    score(
-        subject,
-        train,
-        val,
-        tasks=TASKS if arguments.what == "all" else (arguments.what,),
-        baselines=arguments.baselines,
-        results=arguments.out,
-        console=Console(),
-        size=arguments.size,
-        resize=arguments.resize,
-        layer=arguments.layer if arguments.what != "segment" else None,
-        grid_layer=arguments.layer if arguments.what == "segment" else None,
-        grid_size=arguments.grid_size,
-        head=arguments.head,
-        workers=arguments.workers,
+    given = {"size": arguments.size, "resize": arguments.resize, "head": arguments.head}
+    given["grid_layer" if arguments.what == "segment" else "layer"] = arguments.layer
+    given["grid_size"] = tuple(arguments.grid_size) if arguments.grid_size else None
+    options = ScoreOptions(
+        arguments.baselines,
+        arguments.out,
+        protocol_of(subject, **given),
+        arguments.classes,
+        Decoding(workers=arguments.workers),
     )
+    try:
+        score(subject, train, val, tasks=tasks, options=options, console=Console())
+    finally:
+        if subject.is_run and not arguments.out:
+            report_run(subject.folder, subject)
 
 
 def run_export(arguments: argparse.Namespace) -> None:
     from nearfar.ssl import checkpoint
 
+    if arguments.out.suffix != ".safetensors":
+        raise UserError(
+            f"{arguments.out} would hold safetensors, whatever its name says: name it "
+            f"{arguments.out.with_suffix('.safetensors')}."
+        )
     state = checkpoint.about(arguments.model)
     checkpoint.export(arguments.out, checkpoint.load(arguments.model), state)
     print(f"{arguments.out}: {state['arch']['name']} of step {state['step']}")
 
 
 def run_report(arguments: argparse.Namespace) -> None:
-    from nearfar.eval.compare import runs_in, table, write_comparison
+    from nearfar.eval.compare import compare, runs_in, table, write_comparison
     from nearfar.eval.report import write_report
 
-    if not (arguments.run / "config.yaml").exists() and (runs := runs_in(arguments.run)):
-        Console().print(table(runs))
-        print(write_comparison(arguments.run))
+    if (arguments.run / "config.yaml").exists() or not (runs := runs_in(arguments.run)):
+        from nearfar.launch.report import report_run  # loads torch, which a comparison does not need
+
+        print(report_run(arguments.run))
         return
-    print(write_report(arguments.run))
+    found, console = compare(runs), Console()
+    console.print(table(found, console))
+    for run in runs:
+        if not (run / "report.html").exists():
+            with contextlib.suppress(UserError):  # the comparison names what cannot be read
+                write_report(run)
+    for note in found.notes:
+        _note(note)
+    print(write_comparison(arguments.run))
+
+
+def _note(text: str) -> None:
+    Console().print(text, highlight=False, markup=False, soft_wrap=True)
 
 
 def run_beton(arguments: argparse.Namespace) -> None:
@@ -219,6 +219,37 @@ def run_check(arguments: argparse.Namespace) -> None:
     from nearfar.launch import data_verbs
 
     data_verbs.check(arguments.source, min_side=arguments.min_side, workers=arguments.workers, console=Console())
+
+
+def _add_eval(verbs: argparse._SubParsersAction) -> None:
+    evaluate = verbs.add_parser(
+        "eval",
+        help="score frozen features: knn, linear, segment or all that the images allow",
+        description="Score frozen features. k-NN and linear probe need labels: class folders, or a list with a label "
+        "after a tab. Segmentation needs masks: 8-bit PNGs of class numbers from 0, 255 = ignore, in a folder `masks` "
+        "beside `images`, with the images' names. Scores are added to results.json; none is ever removed.",
+    )
+    evaluate.add_argument("what", choices=["knn", "linear", "segment", "all"])
+    _add_model(evaluate, ", or features to learn from, as `nearfar features` writes them")
+    evaluate.add_argument("--train", help="images to learn from (default: data.path of the run)")
+    evaluate.add_argument("--val", help="images, or features, to score (default: data.val of the run)")
+    evaluate.add_argument("--baselines", action="store_true", help="also score the untrained network and raw pixels")
+    evaluate.add_argument("--head", choices=["linear", "mlp"], default="linear", help="of the segmentation probe")
+    evaluate.add_argument(
+        "--classes",
+        type=int,
+        help="number of mask classes (default: a classes.txt beside `images`, or what masks hold)",
+    )
+    evaluate.add_argument(
+        "--grid-size",
+        type=int,
+        nargs=2,
+        metavar=("HEIGHT", "WIDTH"),
+        help="size of the whole image for segmentation, in pixels (default: that of the first image)",
+    )
+    evaluate.add_argument("--out", type=Path, help="results file (default: results.json beside the weights)")
+    _add_reading(evaluate)
+    evaluate.set_defaults(verb=run_eval)
 
 
 def _add_data(verbs: argparse._SubParsersAction) -> None:

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from rich.console import Console
 
-from nearfar.eval.report import write_report
 from nearfar.launch.pretrain import pretrain
 from nearfar.launch.recipes import find_recipe
-from nearfar.launch.scenes import CLASSES, make_scenes
-from nearfar.launch.score import Subject, draw_tokens, score, sources
+from nearfar.launch.report import report_run
+from nearfar.launch.scenes import CLASSES, Style, make_scenes
+from nearfar.launch.score import ScoreOptions, Subject, protocol_of, score, sources
 from nearfar.ssl import config
 from nearfar.ssl.data import libjpeg
 from nearfar.ssl.data.beton_writer import write_beton
@@ -23,17 +22,17 @@ TRAIN, VAL = 2000, 1000  # scenes
 # What all views of a scene share is what DINO learns first. With many kinds of background that is the background, and
 # minutes are not enough to get past it: here they are of one kind. Scenes differ in color, light and polarity instead,
 # which the views take away and which neighbors in pixel space go by.
-SCENES: dict[str, Any] = {
-    "backgrounds": ("even",),
-    "clutter": 0,
-    "color": 0.8,
-    "texture": 0.2,
-    "contrast": (0.45, 0.65),
-    "digit_height": (0.65, 0.85),
-    "shift": 0.5,
-    "rotation": 8.0,
-    "shear": 0.1,
-}
+STYLE = Style(
+    backgrounds=("even",),
+    clutter=0,
+    color=0.8,
+    texture=0.2,
+    contrast=(0.45, 0.65),
+    digit_height=(0.65, 0.85),
+    shift=0.5,
+    rotation=8.0,
+    shear=0.1,
+)
 
 
 def demo(seed: int, settings: list[str], console: Console) -> None:
@@ -54,9 +53,9 @@ def demo(seed: int, settings: list[str], console: Console) -> None:
     subject = Subject.of(outcome.folder)
     train, val = sources(run, None, None)
     # Tokens of 8x8 pixels of a digit must know the rest of it: read after PRR, with a head that can combine channels.
-    score(subject, train, val, baselines=True, console=console, grid_layer="final", head="mlp", steps=800)
-    draw_tokens(subject, val, outcome.folder)
-    report = write_report(outcome.folder)
+    protocol = protocol_of(subject, grid_layer="final", head="mlp", steps=800)
+    score(subject, train, val, options=ScoreOptions(baselines=True, protocol=protocol), console=console)
+    report = report_run(outcome.folder, subject)
     console.print(f"Report: {report}   Curves: tensorboard --logdir {outcome.folder}", highlight=False, soft_wrap=True)
 
 
@@ -73,7 +72,7 @@ def draw(folder: Path, seed: int) -> dict[str, Path]:
         files[key] = beton if beton.exists() or (libjpeg.available() and not npz.exists()) else npz
         if files[key].exists():
             continue
-        scenes = make_scenes(count, seed, "train" if split == "train" else "val", **SCENES)
+        scenes = make_scenes(count, seed, "train" if split == "train" else "val", style=STYLE)
         if files[key] == beton:
             write_beton(ArraySource(scenes.images, scenes.labels, scenes.masks, CLASSES[1:]), beton)
         else:

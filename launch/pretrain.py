@@ -10,7 +10,7 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from nearfar.eval.features import extract
+from nearfar.eval.features import Decoding, Reading, extract
 from nearfar.eval.knn import knn
 from nearfar.eval.pictures import contact_sheet
 from nearfar.launch import processes
@@ -59,6 +59,12 @@ def train_rank(run: Run, console: Console, world: Ranks) -> train.Outcome:
         probe = None
         if run.data.val and world.first:
             probe = OnlineKNN(source, open_source(run.data.val), run.eval.knn_max_images, stop)
+            if not probe.labeled:
+                console.print(
+                    f"No online k-NN: it needs labels in data.path ({run.data.path}) and in data.val ({run.data.val}), "
+                    "which are class folders, or lists with a label after a tab.",
+                    highlight=False, markup=False, soft_wrap=True,
+                )  # fmt: skip
         return train.pretrain(run, source, train.Observers(save_views, probe), stop, console, world)
 
 
@@ -93,16 +99,8 @@ class OnlineKNN:
                 raise _StoppedError
 
         def read(source: Source) -> tuple[np.ndarray, np.ndarray]:
-            features = extract(
-                backbone,
-                source,
-                size=run.eval.size,
-                resize=run.eval.resize,
-                pooling=run.head.pooling,
-                workers=run.data.workers,
-                batch_size=64,
-                progress=go_on,
-            )
+            reading = Reading(run.eval.size, run.eval.resize, pooling=run.head.pooling)
+            features = extract(backbone, source, reading, Decoding(workers=run.data.workers, progress=go_on))
             assert features.labels is not None
             return features.x, features.labels
 

@@ -24,6 +24,7 @@ from 13 people and the file does not say whose each is, so one hand may be seen 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Literal, NamedTuple
 
@@ -55,28 +56,11 @@ class Scenes(NamedTuple):
     masks: NDArray[np.uint8]
 
 
-def make_scenes(
-    n: int,
-    seed: int,
-    split: Literal["train", "val"] = "train",
-    size: int = 64,
-    *,
-    digit_height: Range = (0.55, 0.8),
-    aspect: Range = (0.8, 1.2),
-    rotation: float = 15.0,
-    shear: float = 0.2,
-    shift: float = 0.75,
-    polarity: float = 0.5,
-    contrast: Range = (0.4, 0.75),
-    texture: float = 1.0,
-    color: float = 1.0,
-    clutter: int = 4,
-    noise: float = 0.02,
-    backgrounds: Sequence[str] = tuple(BACKGROUNDS),
-) -> Scenes:
-    """Draw `n` scenes, the ten digits in equal numbers, in random order; a pure function of the arguments.
+@dataclass(frozen=True)
+class Style:
+    """How scenes look.
 
-    Args:
+    Attributes:
         digit_height: height of the digit before rotation, as a share of the frame.
         aspect: factor on the digit's width (log-uniform).
         rotation: largest rotation either way, in degrees.
@@ -92,47 +76,72 @@ def make_scenes(
         backgrounds: kinds of BACKGROUNDS to draw from.
 
     Raises:
-        ValueError: `n` or `size` too small, an unknown split or background, or a range out of bounds.
+        ValueError: an unknown background, or a range out of bounds.
     """
-    _check(n, size, split, digit_height, contrast, polarity, texture)
-    if not backgrounds or not set(backgrounds) <= BACKGROUNDS.keys():
-        raise ValueError(f"backgrounds are some of {', '.join(BACKGROUNDS)}, not {backgrounds}")
+
+    digit_height: Range = (0.55, 0.8)
+    aspect: Range = (0.8, 1.2)
+    rotation: float = 15.0
+    shear: float = 0.2
+    shift: float = 0.75
+    polarity: float = 0.5
+    contrast: Range = (0.4, 0.75)
+    texture: float = 1.0
+    color: float = 1.0
+    clutter: int = 4
+    noise: float = 0.02
+    backgrounds: Sequence[str] = tuple(BACKGROUNDS)
+
+    def __post_init__(self) -> None:
+        for name, limit in (("digit_height", 1.0), ("contrast", 0.8)):
+            low, high = getattr(self, name)
+            if not 0 < low <= high <= limit:
+                raise ValueError(f"{name} is (low, high) with 0 < low <= high <= {limit}, not {(low, high)}")
+        if not (0 <= self.polarity <= 1 and 0 <= self.texture <= 1):
+            raise ValueError(f"polarity and texture lie in 0..1, not {self.polarity} and {self.texture}")
+        if not self.backgrounds or not set(self.backgrounds) <= BACKGROUNDS.keys():
+            raise ValueError(f"backgrounds are some of {', '.join(BACKGROUNDS)}, not {self.backgrounds}")
+
+
+def make_scenes(
+    n: int, seed: int, split: Literal["train", "val"] = "train", size: int = 64, style: Style = Style()
+) -> Scenes:
+    """Draw `n` scenes, the ten digits in equal numbers, in random order; a pure function of the arguments.
+
+    Raises:
+        ValueError: `n` or `size` too small, or an unknown split.
+    """
+    if n < 1 or size < 16:
+        raise ValueError(f"make_scenes needs n >= 1 and size >= 16, not n={n}, size={size}")
+    if split not in ("train", "val"):
+        raise ValueError(f"split is 'train' or 'val', not {split!r}")
     rng = np.random.default_rng([seed, ("train", "val").index(split)])
     labels = rng.permutation(np.arange(n) % 10).astype(np.int64)
     images = np.empty((n, size, size, 3), np.uint8)
     masks = np.empty((n, size, size), np.uint8)
     for start in range(0, n, _CHUNK):
         part = slice(start, min(start + _CHUNK, n))
-        wanted = labels[part]
-        cover = _digits(rng, wanted, split, size, digit_height, aspect, rotation, shear, shift)
-        paint = _luminances(rng, len(wanted), polarity, contrast, texture)
-
-        field = _background(rng, len(wanted), size, backgrounds)
-        scene = _colorise(rng, field, paint.background, paint.background_half, color)
-        for _ in range(clutter):
-            shape = _piece(rng, len(wanted), size) * (rng.random(len(wanted)) < 0.5)[:, None, None]
-            scene += shape[..., None] * (_piece_color(rng, paint, color)[:, None, None] - scene)
-        ink = _colorise(rng, _even_noise(rng, len(wanted), size), paint.ink, paint.ink_half, color)
-        scene += cover[..., None] * (ink - scene)
-        scene += noise * rng.standard_normal(scene.shape, np.float32)
-
-        images[part] = np.clip(scene * 255 + 0.5, 0, 255).astype(np.uint8)
-        masks[part] = (cover > 0.5) * (wanted[:, None, None] + 1).astype(np.uint8)
+        images[part], masks[part] = _compose(rng, labels[part], split, size, style)
     return Scenes(images, labels, masks)
 
 
-def _check(
-    n: int, size: int, split: str, digit_height: Range, contrast: Range, polarity: float, texture: float
-) -> None:
-    if n < 1 or size < 16:
-        raise ValueError(f"make_scenes needs n >= 1 and size >= 16, not n={n}, size={size}")
-    if split not in ("train", "val"):
-        raise ValueError(f"split is 'train' or 'val', not {split!r}")
-    for name, (low, high), limit in (("digit_height", digit_height, 1.0), ("contrast", contrast, 0.8)):
-        if not 0 < low <= high <= limit:
-            raise ValueError(f"{name} is (low, high) with 0 < low <= high <= {limit}, not {(low, high)}")
-    if not (0 <= polarity <= 1 and 0 <= texture <= 1):
-        raise ValueError(f"polarity and texture lie in 0..1, not {polarity} and {texture}")
+def _compose(
+    rng: np.random.Generator, wanted: NDArray[np.int64], split: str, size: int, style: Style
+) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
+    """Images and masks of scenes with the wanted digits."""
+    n, color = len(wanted), style.color
+    cover = _digits(rng, wanted, split, size, style)
+    paint = _luminances(rng, n, style)
+    field = _background(rng, n, size, style.backgrounds)
+    scene = _colorize(rng, field, paint.background, paint.background_half, color)
+    for _ in range(style.clutter):
+        shape = _piece(rng, n, size) * (rng.random(n) < 0.5)[:, None, None]
+        scene += shape[..., None] * (_piece_color(rng, paint, color)[:, None, None] - scene)
+    ink = _colorize(rng, _even_noise(rng, n, size), paint.ink, paint.ink_half, color)
+    scene += cover[..., None] * (ink - scene)
+    scene += style.noise * rng.standard_normal(scene.shape, np.float32)
+    image = np.clip(scene * 255 + 0.5, 0, 255).astype(np.uint8)
+    return image, (cover > 0.5) * (wanted[:, None, None] + 1).astype(np.uint8)
 
 
 # --- the digit --------------------------------------------------------------------------------------------
@@ -162,17 +171,7 @@ def _scans() -> tuple[Floats, NDArray[np.int64], NDArray[np.bool_], Floats]:
     return scans, labels, val, boxes
 
 
-def _digits(
-    rng: np.random.Generator,
-    wanted: NDArray[np.int64],
-    split: str,
-    size: int,
-    digit_height: Range,
-    aspect: Range,
-    rotation: float,
-    shear: float,
-    shift: float,
-) -> Floats:
+def _digits(rng: np.random.Generator, wanted: NDArray[np.int64], split: str, size: int, style: Style) -> Floats:
     """Coverage (n, size, size) in [0, 1] of one digit of each wanted class, placed at random, not cut off."""
     scans, labels, val, boxes = _scans()
     n = len(wanted)
@@ -184,14 +183,14 @@ def _digits(
         chosen[here] = pool[(pick[here] * len(pool)).astype(int)]
 
     # Forward map of a scan's point s (in [-1, 1]) to the frame: f = A (s - center of the ink) + place.
-    height = rng.uniform(*digit_height, n)
-    angle = np.deg2rad(rng.uniform(-rotation, rotation, n))
+    height = rng.uniform(*style.digit_height, n)
+    angle = np.deg2rad(rng.uniform(-style.rotation, style.rotation, n))
     scale_y = 2 * height / boxes[chosen, 2]
-    scale_x = scale_y * np.exp(rng.uniform(np.log(aspect[0]), np.log(aspect[1]), n))
-    lean = rng.uniform(-shear, shear, n)
-    turn = np.stack([np.cos(angle), -np.sin(angle), np.sin(angle), np.cos(angle)], 1).reshape(n, 2, 2)
+    scale_x = scale_y * np.exp(rng.uniform(np.log(style.aspect[0]), np.log(style.aspect[1]), n))
+    lean = rng.uniform(-style.shear, style.shear, n)
+    rotation = np.stack([np.cos(angle), -np.sin(angle), np.sin(angle), np.cos(angle)], 1).reshape(n, 2, 2)
     form = np.stack([scale_x, lean * scale_y, np.zeros(n), scale_y], 1).reshape(n, 2, 2)
-    matrix = turn @ form
+    matrix = rotation @ form
 
     # The room left on each side: measured on the placed outline of the ink, so that no digit is cut off.
     inverse = np.linalg.inv(matrix)
@@ -202,7 +201,7 @@ def _digits(
     low = np.stack([-1 + margin - x_low, -1 + margin - y_low], 1)
     high = np.stack([1 - margin - x_high, 1 - margin - y_high], 1)
     low, high = np.minimum(low, (low + high) / 2), np.maximum(high, (low + high) / 2)
-    place = (low + high) / 2 + shift * (rng.random((n, 2)) - 0.5) * (high - low)
+    place = (low + high) / 2 + style.shift * (rng.random((n, 2)) - 0.5) * (high - low)
 
     center = boxes[chosen, :2] - np.einsum("nij,nj->ni", inverse, place)
     level = rng.uniform(0.36, 0.54, n).astype(np.float32)[:, None, None]
@@ -244,15 +243,15 @@ class _Paint(NamedTuple):
     ink_half: Floats
 
 
-def _luminances(rng: np.random.Generator, n: int, polarity: float, contrast: Range, texture: float) -> _Paint:
+def _luminances(rng: np.random.Generator, n: int, style: Style) -> _Paint:
     """Two luminance ranges that never meet: the gap is at least a third of the contrast drawn."""
-    apart = rng.uniform(*contrast, n)
-    ground_half = texture * apart * rng.uniform(0.05, 0.45, n)
-    ink_half = texture * apart * rng.uniform(0.0, 0.2, n)
+    apart = rng.uniform(*style.contrast, n)
+    ground_half = style.texture * apart * rng.uniform(0.05, 0.45, n)
+    ink_half = style.texture * apart * rng.uniform(0.0, 0.2, n)
     # Both ranges must fit into [.03, .97] with the means `apart` from each other.
     fit = np.minimum(1, (0.94 - apart) / np.maximum(ground_half + ink_half, 1e-6))
     ground_half, ink_half = ground_half * fit, ink_half * fit
-    light_ink = rng.random(n) < polarity
+    light_ink = rng.random(n) < style.polarity
     dark_half = np.where(light_ink, ground_half, ink_half)
     light_half = np.where(light_ink, ink_half, ground_half)
     dark = rng.uniform(0.03 + dark_half, np.maximum(0.97 - light_half - apart, 0.03 + dark_half))
@@ -278,7 +277,7 @@ def _in_gamut(luminance: Floats, chroma: Floats) -> Floats:
     return luminance[..., None] + chroma * share[..., None]
 
 
-def _colorise(rng: np.random.Generator, field: Floats, mean: Floats, half: Floats, color: float) -> Floats:
+def _colorize(rng: np.random.Generator, field: Floats, mean: Floats, half: Floats, color: float) -> Floats:
     """A field (n, s, s) in [-1, 1] as RGB (n, s, s, 3) between two hues, at luminance mean +- half."""
     first, second = (_chroma(rng, len(field), color)[:, None, None] for _ in range(2))
     luminance = mean[:, None, None] + half[:, None, None] * field

@@ -1,11 +1,12 @@
-"""What a run's features are worth: trained, untrained and raw pixels in one table, with pictures for the report."""
+"""What a run's features are worth: trained, untrained and raw pixels in one table, and what that means."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
+import time
+from collections.abc import Iterable, Mapping
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import nullcontext
+from dataclasses import dataclass, field
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,49 +15,39 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from nearfar.eval.features import digest
-from nearfar.eval.pictures import attention_maps, tile, token_pca
-from nearfar.eval.scoring import (
-    TASKS,
-    evaluate,
-    evaluate_pixels,
-    knn_scores,
-    linear_scores,
-    merge_results,
-    segment_scores,
-)
+from nearfar.eval import results
+from nearfar.eval.features import Decoding, Reading, digest
+from nearfar.eval.results import SUBJECTS, TITLES, DataName, Score
+from nearfar.eval.run_files import flat, read_mapping, read_numbers
+from nearfar.eval.scoring import Protocol, TaskScore, evaluate, evaluate_pixels, knn_score, linear_score, segment_score
 from nearfar.eval.store import FeatureStore
+from nearfar.eval.tasks import TASKS, Data, Plan, plan
+from nearfar.eval.verdict import Verdict, verdict
 from nearfar.ssl import checkpoint, config
 from nearfar.ssl.backbones import Backbone
 from nearfar.ssl.config import Run
 from nearfar.ssl.data import open_source
-from nearfar.ssl.data.sources.base import Source
-from nearfar.ssl.data.transforms.eval_view import eval_view
-from nearfar.ssl.data.transforms.normalize import normalize_pixels
 from nearfar.ssl.defaults import ResolvedRun
 from nearfar.ssl.errors import UserError
 from nearfar.ssl.learner import build_learner
 
-COLUMNS = {"knn_top1": "k-NN top-1", "linear_top1": "linear top-1", "miou": "mIoU"}
-CROP = ("size", "resize", "pooling", "amp")
-DEPENDS = {  # of each task's score, besides weights and images
-    "knn": (*CROP, "layer"),
-    "linear": (*CROP, "layer", "linear_layer", "epochs", "seed"),
-    "segment": ("amp", "grid_size", "grid_layer", "head", "steps", "seed"),
-}
-PICTURED = 6  # images in the attention and PCA pictures
-
 
 class Subject(NamedTuple):
-    """Weights to be scored, the run they come from, and where their results belong."""
+    """Weights to be scored, the run and the step they come from, and where their results belong."""
 
     backbone: Backbone
     run: Run
     folder: Path
+    step: int | None = None
 
     @property
     def image_size(self) -> int:
         return self.run.eval.size or self.run.views.global_crops_size
+
+    @property
+    def is_run(self) -> bool:
+        """Is `folder` a run's, and not that of a checkpoint or an exported file?"""
+        return (self.folder / "config.yaml").is_file()
 
     @staticmethod
     def of(model: Path) -> Subject:
@@ -67,118 +58,284 @@ class Subject(NamedTuple):
         """
         file = checkpoint.weights_file(model)
         state = checkpoint.about(file)
-        if "run" not in state:
+        if not isinstance(state.get("run"), dict):
             raise UserError(f"{file} does not say which run it comes from.")
-        return Subject(checkpoint.load(file), config.validate(state["run"]), file.parent)
+        step = state.get("step")
+        return Subject(
+            checkpoint.load(file), config.validate(state["run"]), file.parent, step if isinstance(step, int) else None
+        )
+
+
+def sources(run: Run, train: str | None, val: str | None) -> tuple[Data, Data]:
+    """The two labeled (or masked) sources: as given, else those of the run."""
+    train, val = train or run.data.path, val or run.data.val
+    if not val:
+        raise UserError("Nothing to score on: the run has no data.val, so name labeled images with --val.")
+    if not train:
+        raise UserError("Nothing to learn from: the run has no data.path, so name labeled images with --train.")
+    return Data(train, open_source(train)), Data(val, open_source(val))
+
+
+def protocol_of(subject: Subject, **given: Any) -> Protocol:
+    """How the run's settings say that its features are read; what is given (and not None) wins.
+
+    given: fields of `Reading` and `Protocol`.
+    """
+    given = {key: value for key, value in given.items() if value is not None}
+    size = given.pop("size", subject.image_size)
+    resize = subject.run.eval.resize
+    if resize is not None and resize < size:  # the run's, for a size that is not the run's
+        resize = size
+    pooled = Reading(
+        size,
+        given.pop("resize", resize),
+        given.pop("layer", "final"),
+        given.pop("pooling", subject.run.head.pooling),
+        given.pop("amp", False),
+    )
+    return Protocol(pooled, **given)
+
+
+@dataclass(frozen=True)
+class _Work:
+    """All that a process needs to score one subject's features."""
+
+    name: str
+    weights: str
+    subject: Subject
+    train: Data
+    val: Data
+    tasks: tuple[str, ...]
+    protocol: Protocol
+    classes: int | None
+    decoding: Decoding
+    file: Path
+
+    def entry(self, task: str, percent: float = 0.0, detail: dict[str, Any] | None = None) -> Score:
+        patch = self.subject.backbone.patch_size
+        reading = self.protocol.decides_of_pixels(task, patch) if self.name == "pixels" else self.protocol.decides(task)
+        if task == "segment":
+            reading["classes"] = self.classes
+        step = self.subject.step if self.name == "trained" else None
+        return Score(
+            self.name, task, percent, self.weights, self.train.name, self.val.name, reading, step, detail
+        )  # fmt: skip
+
+    def __call__(self) -> dict[str, str]:
+        """Score the tasks, each written as soon as it is there; what kept a task from its score, in words."""
+        failures: dict[str, str] = {}
+        left = [task for task in TASKS if task in self.tasks]
+        while left:
+            try:
+                for found in self._scores(left):
+                    results.add(self.file, self.entry(found.task, found.percent, found.detail))
+                    left.remove(found.task)
+            except UserError as error:
+                failures[left.pop(0)] = str(error)
+        return failures
+
+    def _scores(self, tasks: list[str]) -> Iterable[TaskScore]:
+        data = self.train.source, self.val.source
+        if self.name == "pixels":
+            return evaluate_pixels(data, self.protocol, tuple(tasks), self.classes, self.subject.backbone.patch_size)
+        backbone = self.subject.backbone if self.name == "trained" else untrained(self.subject.run)
+        return evaluate(backbone, data, self.protocol, tuple(tasks), self.classes, self.decoding)
+
+
+@dataclass(frozen=True)
+class ScoreOptions:
+    """What to score besides the trained features' every task that the data allow, where to write it, and how.
+
+    classes: of the masks; None = as the masks (and a classes.txt beside them) say.
+    """
+
+    baselines: bool = False
+    results: Path | None = None
+    protocol: Protocol | None = None
+    classes: int | None = None
+    decoding: Decoding = field(default_factory=Decoding)
 
 
 def score(
     subject: Subject,
-    train: Source,
-    val: Source,
+    train: Data,
+    val: Data,
     *,
-    tasks: Iterable[str] = TASKS,
-    baselines: bool = False,
-    results: Path | None = None,
+    tasks: Iterable[str] | None = None,
+    options: ScoreOptions = ScoreOptions(),
     console: Console,
-    **reading: Any,
-) -> dict[str, Any]:
-    """Evaluate the trained backbone (and the baselines), merge the scores into results.json, print the table.
+) -> list[Score]:
+    """Evaluate the trained backbone (and the baselines), print the table and what it means; the scores asked for.
 
-    The untrained network has the same architecture and the weights of the same seed at step 0. `reading` goes to
-    `nearfar.eval.scoring.evaluate`; size, resize and pooling follow the run's settings unless given. Scores that
-    results.json already holds for the same weights, images and reading are not computed again; those of other weights
-    or images leave it.
+    tasks: None for all that the data allow; what is left out is said first. The untrained network has the architecture
+    and the weights of the same seed at step 0. Every score is in results.json as soon as it is there; those that are
+    there for the same weights, images and reading are not computed again, and none is removed.
+
+    Raises:
+        UserError: nothing can be scored, results.json cannot be written, or a task failed (after the others).
     """
-    run = subject.run
-    file = results or subject.folder / "results.json"
-    reading = {
-        "size": subject.image_size,
-        "resize": run.eval.resize,
-        "pooling": run.head.pooling,
-        **{k: v for k, v in reading.items() if v is not None},
-    }
-    tasks = tuple(tasks)
-    keys, due = {}, {}
-    for name in ("trained", "untrained", "pixels") if baselines else ("trained",):
-        held = merge_results(file, name, {})[name]
-        of = _hash(name, *_weights(name, subject), train.fingerprint, val.fingerprint)
-        if held and held.get("of") != of:
-            console.print(f"The scores of {name} in {file} are of other weights or images, and leave it.")
-            held = merge_results(file, name, {}, keep=False)[name]
-        now = {task: _hash(of, task, *((key, reading.get(key)) for key in DEPENDS[task])) for task in tasks}
-        known = held.get("keys", {})
-        keys[name] = {"of": of, "keys": {**known, **now}}
-        if missing := [task for task, key in now.items() if known.get(task) != key]:
-            due[name] = missing
+    file = options.results or subject.folder / "results.json"
+    results.check_writable(file)
+    planned = plan(train, val, tasks, options.classes)
+    for line in planned.left_out:
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
+    protocol = options.protocol or protocol_of(subject)
+    names = tuple(SUBJECTS) if options.baselines else ("trained",)
+    work = [
+        _Work(
+            name, _weights(name, subject), subject, train, val, planned.tasks, protocol, planned.classes,
+            options.decoding, file,
+        )
+        for name in names
+    ]  # fmt: skip
+    keys = [each.entry(task).key for each in work for task in planned.tasks]
+    failures = _compute(work, {entry.key for entry in results.read(file)}, planned, console)
+    held = {entry.key: entry for entry in results.read(file)}
+    found = [held[key] for key in keys if key in held]
+    console.print(table(found))
+    _tell(subject, found, console)
+    if failures:
+        raise UserError(" ".join(dict.fromkeys(failures)) + " The other scores are kept.")
+    return found
 
-    def keep(name: str, scores: dict[str, Any]) -> None:
-        merge_results(file, name, {**scores, **keys[name]})
 
+def _compute(work: list[_Work], known: set[str], planned: Plan, console: Console) -> list[str]:
+    """Score what is not known yet; failures in words."""
+    due = []
+    for each in work:
+        if missing := tuple(task for task in planned.tasks if each.entry(task).key not in known):
+            due.append(_Work(**{**vars(each), "tasks": missing}))
+    if not due:
+        console.print("These scores are in results.json already: nothing to compute.", highlight=False)
+        return []
+    doing = "; ".join(f"{SUBJECTS[each.name]}: {', '.join(TITLES[task] for task in each.tasks)}" for each in due)
+    if not console.is_terminal:
+        console.print(f"Scoring {doing} ...", highlight=False, soft_wrap=True)
     processes = min(len(due), torch.get_num_threads())
-    doing = f"Scoring {' and '.join(due)}: {', '.join(tasks)} ..."
-    if due and not console.is_terminal:
-        console.print(doing)
-    with console.status(doing) if due else nullcontext():
+    with console.status(f"Scoring {doing} ..."):
         if processes < 2:
-            for name, missing in due.items():
-                keep(name, _scores(name, subject, train, val, missing, reading))
+            found = [each() for each in due]
         else:  # small operators: a process of fewer threads each beats one after the other on all
             threads = torch.get_num_threads() // processes
             with ProcessPoolExecutor(processes, get_context("spawn"), torch.set_num_threads, (threads,)) as pool:
-                found = {name: pool.submit(_scores, name, subject, train, val, due[name], reading) for name in due}
-                for name, scores in found.items():
-                    keep(name, scores.result())
-    results_now = merge_results(file, "trained", {})
-    console.print(table(results_now))
-    return results_now
+                found = [future.result() for future in [pool.submit(each) for each in due]]
+    return [
+        f"{SUBJECTS[each.name]}, {TITLES[task]}: {why}"
+        for each, failed in zip(due, found, strict=True)
+        for task, why in failed.items()
+    ]
+
+
+def _tell(subject: Subject, found: list[Score], console: Console) -> None:
+    """What the scores mean, what was left out of them, and what to do next: to the console and the run's log."""
+    lines = list(remarks(found))
+    judged = judge(found, subject.folder) if subject.is_run else None
+    if judged:
+        lines.append(judged.text)
+    lines.append(_next(subject, judged))
+    for line in lines:
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
+    if subject.is_run:
+        try:
+            with (subject.folder / "run.log").open("a", encoding="utf-8") as log:
+                log.writelines(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {line}\n" for line in lines)
+        except OSError:  # a colleague's run, scored with --out: the console has it
+            pass
+
+
+def judge(found: Iterable[Score], run: Path) -> Verdict | None:
+    """`nearfar.eval.verdict.verdict` of the scores of a run folder."""
+    first = next(results.tables(found), {})
+    return verdict(first, read_numbers(run / "metrics.jsonl"), flat(read_mapping(run / "config.yaml")))
+
+
+def _next(subject: Subject, judged: Verdict | None) -> str:
+    where = subject.folder
+    if not subject.is_run:
+        return f"Next: nearfar features {where} IMAGES OUT writes features of your own images."
+    if judged and not judged.good:
+        return (
+            f"Next: train with one of these under another name=, then compare the runs: nearfar report {where.parent}"
+        )
+    if judged and judged.advice:
+        return f"Next: nearfar eval all {where} --baselines; the page with curves and pictures: nearfar report {where}"
+    return (
+        f"Next: nearfar report {where} (curves and pictures); nearfar features {where} IMAGES OUT; nearfar export "
+        f"{where} NAME.safetensors"
+    )
+
+
+def remarks(found: Iterable[Score]) -> Iterable[str]:
+    """Images that are not in the scores, and masks of another size: a line for each data set."""
+    said: dict[str, None] = {}
+    for score in found:
+        origin = (score.detail or {}).get("features", {})
+        for split, data in (("train", score.train), ("test", score.val)):
+            if (bad := origin.get("unreadable", {}).get(split)) and bad["count"]:
+                said[f"{bad['count']} of {data.images} images in {data.path} are left out: {bad['first']}"] = None
+            if resized := (origin.get("rescaled_masks") or {}).get(split):
+                said[
+                    f"{resized['count']} masks of {data.path} are not of their image's size and were scored at their "
+                    f"own, the first: {resized['first']}"
+                ] = None
+    return said
 
 
 def score_features(
-    train: Path, val: Path, *, tasks: Iterable[str] | None, head: str, results: Path | None, console: Console
-) -> dict[str, Any]:
+    train: Path, val: Path, *, tasks: Iterable[str] | None, head: str, file: Path | None, console: Console
+) -> list[Score]:
     """Score two folders that `nearfar features` wrote, without running the network again, and print the table.
 
     tasks: None for all that fit: k-NN and linear probe of pooled features, segmentation of grids. The scores also go to
-    `results`, if given.
+    `file`, if given.
 
     Raises:
-        UserError: folders that do not belong together, or tasks that do not fit them.
+        UserError: folders that do not belong together, tasks that do not fit them, or a task that failed (after the
+            others).
     """
+    if file:
+        results.check_writable(file)
     known = FeatureStore.open(train)
-    reading: dict[str, Any] = {
-        key: known.manifest[key] for key in ("checkpoint", "layer", "pooling") if key in known.manifest
-    }
-    pair = known, FeatureStore.open(val, reading)
+    manifest = known.manifest
+    pair = known, FeatureStore.open(val, {key: manifest[key] for key in ("checkpoint", "layer", "pooling", "size")})
     fitting = ("segment",) if known.x.ndim == 4 else ("knn", "linear")
     chosen = fitting if tasks is None else tuple(tasks)
     if wrong := set(chosen) - set(fitting):
         held = "grids of patches" if known.x.ndim == 4 else "one vector an image"
         raise UserError(
-            f"{train} holds {held} (--pooling {known.manifest.get('pooling')}), which {', '.join(sorted(wrong))} "
+            f"{train} holds {held} (--pooling {manifest.get('pooling')}), which {', '.join(sorted(wrong))} "
             f"cannot read; {' and '.join(fitting)} can."
         )
-    scores: dict[str, Any] = {}
-    if "knn" in chosen:
-        scores |= knn_scores(*pair)
-    if "linear" in chosen:
-        scores |= linear_scores(*pair)
-    if "segment" in chosen:
-        scores |= segment_scores(*pair, head=head)
-    if results:
-        merge_results(results, "trained", scores, keep=False)
-    console.print(table({"trained": scores}))
-    return scores
-
-
-def _scores(
-    name: str, subject: Subject, train: Source, val: Source, tasks: Iterable[str], reading: dict[str, Any]
-) -> dict[str, Any]:
-    if name == "pixels":
-        shared = {k: v for k, v in reading.items() if k in ("grid_size", "head", "steps", "epochs", "seed")}
-        return evaluate_pixels(train, val, tasks=tasks, patch=subject.backbone.patch_size, **shared)
-    backbone = subject.backbone if name == "trained" else untrained(subject.run)
-    return evaluate(backbone, train, val, tasks=tasks, **reading)
+    protocol = Protocol(Reading(224), head=head)
+    names = [
+        DataName(str(folder), str(each.manifest.get("dataset")), len(each.x))
+        for folder, each in zip((train, val), pair, strict=True)
+    ]
+    keys = ("layer", "pooling", "size", "resize", "compute")
+    found, failures = [], []
+    for task in chosen:
+        try:
+            if task == "segment":
+                one = segment_score(*pair, protocol)
+            else:
+                one = knn_score(*pair) if task == "knn" else linear_score(*pair, protocol)
+        except UserError as error:
+            failures.append(str(error))
+            continue
+        reading = {key: manifest.get(key) for key in keys} | protocol.training(task)
+        entry = Score(
+            "trained", task, one.percent, str(manifest["checkpoint"]), *names, reading, None, one.detail
+        )  # fmt: skip
+        found.append(entry)
+        if file:
+            results.add(file, entry)
+    if found:
+        console.print(table(found))
+    for line in remarks(found):
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
+    if failures:
+        raise UserError(" ".join(dict.fromkeys(failures)))
+    return found
 
 
 def untrained(run: Run) -> Backbone:
@@ -186,46 +343,26 @@ def untrained(run: Run) -> Backbone:
     return build_learner(ResolvedRun.of(run)).teacher.backbone.eval().requires_grad_(False)
 
 
-def table(results: dict[str, Any]) -> Table:
-    """The headline scores in percent, a row for each kind of features."""
+def table(found: Iterable[Score]) -> Table:
+    """Scores of one pair of data sets in percent, a row for each kind of features; only what was scored."""
+    by_subject: Mapping[str, Mapping[str, Score]] = next(results.tables(found), {})
+    tasks = [task for task in TITLES if any(task in scores for scores in by_subject.values())]
     shown = Table(title="Frozen features, percent")
     shown.add_column("")
-    for title in COLUMNS.values():
-        shown.add_column(title, justify="right")
-    for name in ("trained", "untrained", "pixels"):
-        if scores := results.get(name):
-            cells = [f"{scores[key]:.1f}" if key in scores else "-" for key in COLUMNS]
-            shown.add_row("raw pixels" if name == "pixels" else name, *cells)
+    for task in tasks:
+        shown.add_column(TITLES[task], justify="right")
+    for subject, scores in by_subject.items():
+        cells = [f"{scores[task].percent:.1f}" if task in scores else "-" for task in tasks]
+        shown.add_row(SUBJECTS[subject], *cells)
     return shown
 
 
-def draw_tokens(subject: Subject, val: Source, folder: Path) -> None:
-    """attention.png (for networks that have attention maps) and pca.png of a few validation images."""
-    size = subject.image_size
-    chosen = torch.linspace(0, len(val) - 1, min(PICTURED, len(val))).long().tolist()
-    views = torch.stack([eval_view(val.read(i), size, size) for i in chosen])
-    images = normalize_pixels(views)
-    tile(token_pca(subject.backbone, images)).save(folder / "pca.png")
-    try:
-        tile(attention_maps(subject.backbone, images), columns=1).save(folder / "attention.png")
-    except UserError:  # a convolutional network, say: the report leaves the picture out and says so
-        (folder / "attention.png").unlink(missing_ok=True)
-
-
-def sources(run: Run, train: str | None, val: str | None) -> tuple[Source, Source]:
-    """The two labeled sources: as given, else those of the run."""
-    train, val = train or run.data.path, val or run.data.val
-    if not val:
-        raise UserError("Nothing to score on: the run has no data.val, so name labeled images with --val.")
-    return open_source(train), open_source(val)
-
-
-def _weights(name: str, subject: Subject) -> tuple[str, ...]:
+def _weights(name: str, subject: Subject) -> str:
     """What says which features these are."""
+    if name == "trained":
+        return digest(subject.backbone)
     if name == "pixels":
-        return (str(subject.backbone.patch_size),)
-    return (digest(subject.backbone),) if name == "trained" else (subject.run.model_dump_json(),)
-
-
-def _hash(*parts: object) -> str:
-    return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
+        return "pixels"
+    run = subject.run  # all that decides the weights of step 0
+    parts = [run.backbone.model_dump_json(), run.head.model_dump_json(), run.views.global_crops_size, run.train.seed]
+    return "untrained " + hashlib.sha256(repr(parts).encode()).hexdigest()[:32]

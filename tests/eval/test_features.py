@@ -1,12 +1,16 @@
 """Features: the right tokens of the right pixels, the same however they are read, and never of a broken image."""
 
 import json
+import os
+import stat
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 import torch
 
-from nearfar.eval.features import describe, digest, extract, read
+from nearfar.eval.features import Decoding, Reading, describe, digest, extract, read
 from nearfar.eval.pixels import pixel_features, pixel_grid
 from nearfar.eval.store import FeatureStore
 from nearfar.ssl.backbones import create
@@ -71,13 +75,13 @@ GOOD = [0, 2, 3, 5, 6]
 
 
 def test_grids_hold_the_patches_of_the_whole_image(source, images):
-    features = extract(Averages(), source, size=(16, 24), layer="last-block", pooling="grid", batch_size=2)
+    features = extract(Averages(), source, Reading((16, 24), layer="last-block", pooling="grid"), Decoding(2))
     np.testing.assert_allclose(features.x, patch_colors(images)[GOOD], atol=1e-5)
     assert features.x.dtype == np.float32
 
 
 def test_unreadable_images_go_with_label_and_mask_and_are_named(source):
-    features = extract(Averages(), source, size=(16, 24), pooling="grid", batch_size=2)
+    features = extract(Averages(), source, Reading((16, 24), pooling="grid"), Decoding(2))
     assert features.index.tolist() == GOOD
     assert features.labels.tolist() == [i % 3 for i in GOOD]
     assert [mask[0, 0] for mask in features.mask_list()] == GOOD
@@ -86,8 +90,8 @@ def test_unreadable_images_go_with_label_and_mask_and_are_named(source):
 
 @pytest.mark.parametrize("batch_size", [1, 3, 64])
 def test_batches_and_workers_change_nothing(source, batch_size):
-    want = extract(Averages(), source, size=16, batch_size=7)
-    got = extract(Averages(), source, size=16, batch_size=batch_size, workers=2 if batch_size == 3 else 0)
+    want = extract(Averages(), source, Reading(16), Decoding(7))
+    got = extract(Averages(), source, Reading(16), Decoding(batch_size, workers=2 if batch_size == 3 else 0))
     np.testing.assert_allclose(got.x, want.x, atol=1e-6)
     assert got.index.tolist() == GOOD
 
@@ -106,9 +110,9 @@ def test_model_is_read_in_eval_mode_and_left_as_it_was(source):
     model = Averages()
     model.train()
     model.dropout.eval()
-    first = extract(model, source, size=16).x
+    first = extract(model, source, Reading(16)).x
     model.dropout.train()
-    np.testing.assert_array_equal(extract(model, source, size=16).x, first)
+    np.testing.assert_array_equal(extract(model, source, Reading(16)).x, first)
     assert model.training
     assert model.dropout.training
     assert not torch.is_inference_mode_enabled()
@@ -116,7 +120,7 @@ def test_model_is_read_in_eval_mode_and_left_as_it_was(source):
 
 def test_global_random_state_is_left_alone(source):
     before = torch.random.get_rng_state()
-    extract(Averages(), source, size=16, workers=1)
+    extract(Averages(), source, Reading(16), Decoding(workers=1))
     assert torch.equal(torch.random.get_rng_state(), before)
 
 
@@ -128,10 +132,10 @@ def test_our_network_gives_its_own_outputs(images):
     model.eval()
     with torch.no_grad():
         tokens, block = model(x), model.blocks(x, 1)[0]
-    final = extract(model, source, size=16)
+    final = extract(model, source, Reading(16))
     torch.testing.assert_close(torch.from_numpy(final.x), tokens.cls)
     assert final.manifest["prr"] and final.manifest["norm"]
-    grid = extract(model, source, size=16, layer="last-block", pooling="grid")
+    grid = extract(model, source, Reading(16, layer="last-block", pooling="grid"))
     torch.testing.assert_close(torch.from_numpy(grid.x).flatten(1, 2), block.patches)
     assert not grid.manifest["prr"] and not grid.manifest["norm"]
 
@@ -148,21 +152,21 @@ def test_our_network_gives_its_own_outputs(images):
 )
 def test_impossible_readings_are_explained(source, settings, words):
     with pytest.raises(UserError, match=words):
-        extract(Averages(), source, **settings)
+        extract(Averages(), source, Reading(**settings))
 
 
 def test_nothing_readable_is_an_error(images):
     with pytest.raises(UserError, match=r"None of the 2 images.*image-1: cut off"):
-        extract(Averages(), Subset(SomeBad(images[:5]), [1, 4]), size=16)
+        extract(Averages(), Subset(SomeBad(images[:5]), [1, 4]), Reading(16))
 
 
 # The folder -------------------------------------------------------------------------------------------------
 
 
 def test_store_equals_memory_and_is_memory_mapped(tmp_path, source):
-    settings = {"size": (16, 24), "pooling": "grid", "batch_size": 2}
-    stored = FeatureStore.write(tmp_path / "store", Averages(), source, **settings)
-    memory = extract(Averages(), source, **settings)
+    reading = Reading((16, 24), pooling="grid")
+    stored = FeatureStore.write(tmp_path / "store", Averages(), source, reading, Decoding(2))
+    memory = extract(Averages(), source, reading, Decoding(2))
     assert isinstance(stored.x, np.memmap)
     for name in ("x", "index", "labels", "masks", "mask_size"):
         np.testing.assert_array_equal(getattr(stored, name), getattr(memory, name))
@@ -172,26 +176,26 @@ def test_store_equals_memory_and_is_memory_mapped(tmp_path, source):
 
 def test_matching_store_is_reused_and_any_other_replaced(tmp_path, source, monkeypatch):
     folder, model = tmp_path / "store", Averages()
-    FeatureStore.write(folder, model, source, size=16)
+    FeatureStore.write(folder, model, source, Reading(16))
     stamp = (folder / "manifest.json").stat().st_mtime_ns
-    FeatureStore.write(folder, model, source, size=16)
+    FeatureStore.write(folder, model, source, Reading(16))
     assert (folder / "manifest.json").stat().st_mtime_ns == stamp
     with torch.no_grad():
         model.weight.mul_(3)
-    again = FeatureStore.write(folder, model, source, size=16)
+    again = FeatureStore.write(folder, model, source, Reading(16))
     assert again.manifest["checkpoint"] == digest(model)
-    np.testing.assert_allclose(again.x, extract(model, source, size=16).x)
+    np.testing.assert_allclose(again.x, extract(model, source, Reading(16)).x)
 
 
 def test_failure_leaves_the_old_store(tmp_path, source):
     folder, model = tmp_path / "store", Averages()
-    old = FeatureStore.write(folder, model, source, size=16).x.copy()
+    old = FeatureStore.write(folder, model, source, Reading(16)).x.copy()
 
     def stop(count):
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        FeatureStore.write(folder, model, source, size=24, progress=stop)
+        FeatureStore.write(folder, model, source, Reading(24), Decoding(progress=stop))
     np.testing.assert_array_equal(FeatureStore.open(folder).x, old)
     assert [path.name for path in tmp_path.iterdir()] == ["store"]
 
@@ -199,13 +203,13 @@ def test_failure_leaves_the_old_store(tmp_path, source):
 def test_other_folders_are_not_overwritten(tmp_path, source):
     (tmp_path / "thesis.txt").write_text("three years")
     with pytest.raises(UserError, match="no feature store"):
-        FeatureStore.write(tmp_path, Averages(), source, size=16)
+        FeatureStore.write(tmp_path, Averages(), source, Reading(16))
     assert (tmp_path / "thesis.txt").read_text() == "three years"
 
 
 def test_open_names_what_is_off(tmp_path, source):
     folder = tmp_path / "store"
-    FeatureStore.write(folder, Averages(), source, size=16)
+    FeatureStore.write(folder, Averages(), source, Reading(16))
     with pytest.raises(UserError, match=r"checkpoint = .*, not abc"):
         FeatureStore.open(folder, {"checkpoint": "abc"})
     data = (folder / "features.npy").read_bytes()
@@ -223,11 +227,86 @@ def test_open_names_what_is_off(tmp_path, source):
     with pytest.raises(UserError, match=r"manifest\.json"):
         FeatureStore.open(folder)
     # and a damaged store is simply made again
-    assert len(FeatureStore.write(folder, Averages(), source, size=16).x) == 5
+    assert len(FeatureStore.write(folder, Averages(), source, Reading(16)).x) == 5
+
+
+def test_what_a_killed_process_left_is_removed_and_what_another_writes_is_not(tmp_path, source):
+    folder = tmp_path / "store"
+    writing = """
+import fcntl, os, pathlib, sys, time
+folder = pathlib.Path(sys.argv[1]); folder.mkdir(); (folder / "features.npy").write_bytes(b"x")
+handle = os.open(folder, os.O_RDONLY); fcntl.flock(handle, fcntl.LOCK_EX); print("locked", flush=True); time.sleep(60)
+"""
+    killed, alive = (tmp_path / f".store.writing-{name}" for name in ("killed", "alive"))
+    processes = [
+        subprocess.Popen([sys.executable, "-c", writing, str(path)], stdout=subprocess.PIPE) for path in (killed, alive)
+    ]
+    try:
+        assert [process.stdout.readline() for process in processes] == [b"locked\n"] * 2
+        processes[0].kill()
+        processes[0].wait()
+        FeatureStore.write(folder, Averages(), source, Reading(16))
+        assert sorted(path.name for path in tmp_path.iterdir()) == [alive.name, "store"]
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+            process.stdout.close()
+
+
+def test_a_store_has_the_rights_that_the_umask_leaves(tmp_path, source):
+    before = os.umask(0o027)
+    try:
+        FeatureStore.write(tmp_path / "store", Averages(), source, Reading(16))
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE((tmp_path / "store").stat().st_mode) == 0o750
+    assert {stat.S_IMODE(file.stat().st_mode) for file in (tmp_path / "store").iterdir()} == {0o640}
+
+
+@pytest.mark.parametrize("name", ["file/store", "a" * 300])
+def test_where_nothing_can_be_written_nothing_is_computed(tmp_path, source, monkeypatch, name):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr("nearfar.eval.store.stream", None)
+    with pytest.raises(UserError, match="cannot be written to"):
+        FeatureStore.write(tmp_path / name, Averages(), source, Reading(16))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"arrays": None}, {"arrays": ["features", "index", "../../secret"]}, {"arrays": ["index"]}, {"arrays": [[]]},
+        {"shape": "5"}, {"shape": [5, -3]}, {"shape": None},
+    ],
+)  # fmt: skip
+def test_a_crafted_manifest_is_refused(tmp_path, source, change):
+    folder = tmp_path / "store"
+    FeatureStore.write(folder, Averages(), source, Reading(16))
+    manifest = json.loads((folder / "manifest.json").read_text())
+    (folder / "manifest.json").write_text(json.dumps(manifest | change))
+    with pytest.raises(UserError, match=r"manifest\.json"):
+        FeatureStore.open(folder)
+
+
+@pytest.mark.parametrize(
+    ("name", "array"),
+    [
+        ("labels", np.array(["a"] * 5)),
+        ("labels", np.zeros((5, 2), np.int64)),
+        ("index", np.zeros(5, np.float32)),
+        ("features", np.zeros((5, 3), np.complex64)),
+    ],
+)
+def test_arrays_of_another_kind_are_refused(tmp_path, source, name, array):
+    folder = tmp_path / "store"
+    FeatureStore.write(folder, Averages(), source, Reading(16))
+    np.save(folder / f"{name}.npy", array)
+    with pytest.raises(UserError, match=rf"damaged: {name}\.npy"):
+        FeatureStore.open(folder)
 
 
 def test_manifest_is_json(source):
-    manifest = describe(Averages(), source, size=16, layer="blocks-2", pooling="cls", amp=False, resize=None)
+    manifest = describe(Averages(), source, Reading(16, layer="blocks-2"))
     assert json.loads(json.dumps(manifest)) == manifest
 
 
@@ -237,7 +316,7 @@ def test_masks_of_different_sizes_keep_their_own(tmp_path):
             return np.full((20 * (i + 1), 20 * (i + 1)), i, np.uint8)
 
     source = Sizes(np.zeros((3, 16, 16, 3), np.uint8))
-    features = FeatureStore.write(tmp_path / "store", Averages(), source, size=16, pooling="grid")
+    features = FeatureStore.write(tmp_path / "store", Averages(), source, Reading(16, pooling="grid"))
     assert [mask.shape for mask in features.mask_list()] == [(20, 20), (40, 40), (60, 60)]
     assert all((mask == i).all() for i, mask in enumerate(features.mask_list()))
     assert set(np.unique(features.masks)) == {0, 1, 2, 255}
@@ -249,7 +328,7 @@ def test_turned_mask_is_an_unreadable_image(images):
             return np.zeros((24, 16) if i == 2 else (16, 24), np.uint8)
 
     source = Turned(images)
-    for features in (extract(Averages(), source, size=16, pooling="grid"), pixel_grid(source, 16, 8)):
+    for features in (extract(Averages(), source, Reading(16, pooling="grid")), pixel_grid(source, 16, 8)):
         assert features.index.tolist() == [0, 1, 3, 4, 5, 6]
         assert "mask of 16 x 24 does not fit an image of 24 x 16" in next(iter(features.manifest["bad"].values()))
 

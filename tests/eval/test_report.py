@@ -13,14 +13,27 @@ import pytest
 from PIL import Image
 
 from nearfar.eval.report import write_report
+from nearfar.eval.results import FORMAT
 from nearfar.ssl.errors import UserError
 
-RESULTS = {
-    "trained": {"knn_top1": 64.6, "linear_top1": 84.6, "miou": 30.0},
-    "untrained": {"knn_top1": 30.6, "linear_top1": 65.5, "miou": 20.5},
-    "pixels": {"knn_top1": 90.1, "linear_top1": 12.2, "miou": 9.1},
-    "minutes": 3.2,
-}
+
+def entry(subject: str, task: str, percent: Any, val: str = "val", **more: Any) -> dict[str, Any]:
+    names = {name: {"path": f"/data/{name}", "fingerprint": name, "images": 1000} for name in ("train", val)}
+    what = {"subject": subject, "task": task, "percent": percent, "weights": "w", "reading": {"layer": "final"}}
+    return {**what, "train": names["train"], "val": names[val], "step": None, "detail": None, **more}
+
+
+def held(*entries: dict[str, Any]) -> str:
+    return json.dumps({"format": FORMAT, "scores": entries})
+
+
+RESULTS = [
+    entry(subject, task, percent)
+    for subject, row in (
+        ("trained", (64.6, 84.6, 30.0)), ("untrained", (30.6, 65.5, 20.5)), ("pixels", (90.1, 12.2, 9.1)),
+    )
+    for task, percent in zip(("knn", "linear", "segment"), row, strict=True)
+]  # fmt: skip
 VOID = {"meta", "img", "br", "path", "circle"}
 
 
@@ -62,7 +75,7 @@ def run(tmp_path: Path) -> Path:
         for s in range(10, 301, 10)
     ]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"step": 310, "lo')
-    (folder / "results.json").write_text(json.dumps(RESULTS))
+    (folder / "results.json").write_text(held(*RESULTS))
     for name, color in (("views", "red"), ("attention", "green"), ("pca", "blue")):
         Image.new("RGB", (40, 30), color).save(folder / f"{name}.png")
     return folder
@@ -118,7 +131,7 @@ def test_what_is_missing_is_said_and_the_rest_is_shown(tmp_path: Path) -> None:
 
 
 def test_part_of_the_scores_is_enough(run: Path) -> None:
-    (run / "results.json").write_text(json.dumps({"trained": {"knn_top1": 50.0}, "pixels": {"miou": 9.0}}))
+    (run / "results.json").write_text(held(entry("trained", "knn", 50.0), entry("pixels", "segment", 9.0)))
     rows = {row[0]: row[1:] for row in parsed(write_report(run).read_text()).rows}
     assert rows["Trained"] == ["50.0", "\u2013"]
     assert rows["Raw pixels"] == ["\u2013", "9.0"]
@@ -133,6 +146,35 @@ def test_names_from_outside_are_escaped(run: Path) -> None:
     assert "<b>bold" not in page
 
 
+def test_lines_of_metrics_that_are_not_numbers_are_passed_over(run: Path) -> None:
+    strange = ['{"step": "1", "loss": 2}', '{"step": 1, "loss": "low", "lr": null}', "[" * 100_000, "7", "{}"]
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write("\n" + "\n".join(strange) + '\n{"step": 400, "loss": 1.5}\n')
+    assert "<dd>400</dd>" in write_report(run).read_text()
+
+
+def test_scores_on_other_images_stand_in_a_table_of_their_own(run: Path) -> None:
+    (run / "results.json").write_text(held(*RESULTS, entry("trained", "knn", 12.5, val="other")))
+    page = write_report(run).read_text()
+    parsed(page)
+    assert page.index("scored on /data/other (1,000)") < page.index("scored on /data/val (1,000)")
+    assert "All 10 scores" in page and ">12.5<" in page and ">64.6<" in page
+
+
+def test_what_the_scores_mean_stands_at_the_top(run: Path) -> None:
+    page = write_report(run).read_text()
+    top = page[: page.index("All settings")]
+    assert '<p class="verdict bad"><b>Training has not paid off yet: the features are no better than raw pixels' in top
+    assert "k-NN top-1 64.6 % (untrained 30.6 %, raw pixels 90.1 %)" in top
+
+
+def test_the_reason_of_a_missing_picture_is_told(run: Path) -> None:
+    (run / "attention.png").unlink()
+    (run / "pca.png").write_bytes(b"<script>")
+    page = write_report(run, {"attention.png": "resnet18 has no <attention> maps."}).read_text()
+    assert "resnet18 has no &lt;attention&gt; maps." in page and "pca.png is not a PNG" in page
+
+
 def test_a_loss_that_is_not_finite_does_not_stop_the_page(run: Path) -> None:
     with (run / "metrics.jsonl").open("w") as file:
         file.write('{"step": 1, "loss": 2.0}\n{"step": 2, "loss": NaN}\n')
@@ -144,9 +186,27 @@ def test_writing_it_again_gives_the_same_file(run: Path) -> None:
     assert write_report(run).read_bytes() == first
 
 
-@pytest.mark.parametrize(("file", "text"), [("results.json", "{"), ("results.json", "[1]"), ("config.yaml", "a: [")])
-def test_a_broken_file_is_named(run: Path, file: str, text: str) -> None:
-    (run / file).write_text(text)
+BOMB = "a: &a [x, x]\n" + "".join(f"{b}: &{b} [*{a}, *{a}]\n" for a, b in zip("abcdefgh", "bcdefghi", strict=True))
+
+
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [
+        ("results.json", b"{"),
+        ("results.json", b"[1]"),
+        ("results.json", b"\xff\xfe{}"),
+        ("results.json", held(entry("trained", "knn", "64.6")).encode()),
+        ("results.json", held(entry("trained", "knn", float("nan"))).encode()),
+        ("config.yaml", b"a: ["),
+        ("config.yaml", b"- a"),
+        ("config.yaml", b"\xff"),
+        ("config.yaml", b"[" * 5000),
+        ("config.yaml", BOMB.encode()),
+        ("metrics.jsonl", b'{"step": 1, "loss": 2}\n\xff\n'),
+    ],
+)
+def test_a_broken_file_is_named(run: Path, file: str, content: bytes) -> None:
+    (run / file).write_bytes(content)
     with pytest.raises(UserError, match=re.escape(file)):
         write_report(run)
 

@@ -1,4 +1,4 @@
-"""From a backbone and two sources to results.json."""
+"""From a backbone and two sources to scores."""
 
 import json
 
@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 import torch
 
-from nearfar.eval.features import Features, extract
+from nearfar.eval.features import Features, Reading, extract
 from nearfar.eval.knn import knn
 from nearfar.eval.linear import linear_probe
-from nearfar.eval.scoring import evaluate, evaluate_pixels, knn_scores, merge_results, native_grid
-from nearfar.eval.segmentation import segment_probe
+from nearfar.eval.scoring import Protocol, evaluate, evaluate_pixels, knn_score, native_grid, segment_score
+from nearfar.eval.segmentation import ProbeTraining, segment_probe
 from nearfar.ssl.backbones import create
 from nearfar.ssl.data.sources.base import ArraySource
 from nearfar.ssl.errors import UserError
@@ -38,46 +38,48 @@ def setting():
 
 def test_scores_are_those_of_the_evaluators_on_the_features(setting):
     model, train, test = setting
-    got = evaluate(model, train, test, size=16, epochs=5, steps=20)
-    a, b = extract(model, train, size=16), extract(model, test, size=16)
-    assert got["knn_top1"] == knn(a.x, a.labels, b.x, b.labels, (20,))[20]
-    assert got["linear_top1"] == linear_probe(a.x, a.labels, b.x, b.labels, epochs=5)["top1"]
-    a, b = (extract(model, s, size=16, layer="last-block", pooling="grid") for s in (train, test))
-    want = segment_probe(a.x, a.mask_list(), b.x, b.mask_list(), classes=4, steps=20)
-    assert got["miou"] == want["miou"]
-    assert got["knn"]["features"]["prr"] is True
-    assert got["segment"]["features"]["prr"] is False
-    assert got["segment"]["features"]["norm"] is False
-    assert json.loads(json.dumps(got, allow_nan=False)) == got
-
-
-def test_store_gives_the_same_and_is_used_again(setting, tmp_path, monkeypatch):
-    model, train, test = setting
-    settings = {"size": 16, "epochs": 2, "steps": 2, "linear_layer": "blocks-2"}
-    memory = evaluate(model, train, test, **settings)
-    assert evaluate(model, train, test, store=tmp_path / "features", **settings) == memory
-    names = sorted(path.name for path in (tmp_path / "features").iterdir())
-    assert names == sorted(
-        f"{s}-{r}" for s in ("train", "test") for r in ("final-cls", "blocks-2-cls", "last-block-grid")
-    )
-    monkeypatch.setattr("nearfar.eval.store.stream", None)  # nothing may be read through the model again
-    assert evaluate(model, train, test, store=tmp_path / "features", **settings) == memory
+    protocol = Protocol(Reading(16), linear_layer="blocks-2", epochs=5, steps=20)
+    got = {score.task: score for score in evaluate(model, (train, test), protocol)}
+    a, b = extract(model, train, Reading(16)), extract(model, test, Reading(16))
+    assert got["knn"].percent == knn(a.x, a.labels, b.x, b.labels, (20,))[20]
+    a, b = (extract(model, source, Reading(16, layer="blocks-2")) for source in (train, test))
+    assert got["linear"].percent == linear_probe(a.x, a.labels, b.x, b.labels, epochs=5)["top1"]
+    a, b = (extract(model, source, Reading(16, layer="last-block", pooling="grid")) for source in (train, test))
+    want = segment_probe((a.x, a.mask_list()), (b.x, b.mask_list()), 4, ProbeTraining(steps=20))
+    assert got["segment"].percent == want["miou"]
+    assert got["knn"].detail["features"]["prr"] is True
+    assert got["segment"].detail["features"]["prr"] is False
+    assert got["segment"].detail["features"]["norm"] is False
+    for score in got.values():
+        assert json.loads(json.dumps(score.detail, allow_nan=False)) == score.detail
 
 
 def test_pixels_solve_what_pixels_can(setting):
     _, train, test = setting
-    got = evaluate_pixels(train, test, patch=4, epochs=20, steps=400)
-    assert got["knn_top1"] > 50
-    assert got["miou"] > 40
-    assert set(evaluate_pixels(train, test, patch=4, tasks="knn")) == {"knn_top1", "knn"}
+    protocol = Protocol(Reading(16), epochs=20, steps=400)
+    got = {score.task: score.percent for score in evaluate_pixels((train, test), protocol, patch=4)}
+    assert got["knn"] > 50
+    assert got["segment"] > 40
+    assert [score.task for score in evaluate_pixels((train, test), protocol, ("knn",), patch=4)] == ["knn"]
 
 
 def test_k_capped_by_the_training_set_is_said():
     x = Features(np.eye(5, dtype=np.float32), np.arange(5), np.arange(5))
-    got = knn_scores(x, x)
-    assert got["knn"]["k"] == 5
-    assert list(got["knn"]["top1"]) == ["5"]
-    assert "at most 5" in got["knn"]["capped"]
+    got = knn_score(x, x)
+    assert got.detail["k"] == 5
+    assert list(got.detail["top1"]) == ["5"]
+    assert "at most 5" in got.detail["capped"]
+
+
+def test_a_class_is_the_same_whatever_its_number():
+    """The validation folder lacks one class, so its class folders are counted otherwise."""
+    x = np.eye(4, dtype=np.float32)
+    train = Features(x, np.arange(4), np.arange(4), manifest={"classes": ["ape", "bee", "cat", "dog"]})
+    test = Features(x[[0, 2, 3]], np.arange(3), np.arange(3), manifest={"classes": ["ape", "cat", "dog"]})
+    assert knn_score(train, test).detail["top1"]["4"] == 100.0
+    strange = Features(x[:1], np.arange(1), np.arange(1), manifest={"classes": ["eel"]})
+    with pytest.raises(UserError, match=r"not among the training images' \(eel"):
+        knn_score(train, strange)
 
 
 def test_grid_is_the_image_in_whole_patches():
@@ -85,33 +87,18 @@ def test_grid_is_the_image_in_whole_patches():
     assert native_grid(ArraySource(np.zeros((1, 5, 40, 3), np.uint8)), 16) == (16, 32)
 
 
-def test_missing_labels_masks_and_unknown_tasks_are_explained(setting):
-    model, train, test = setting
-    bare = ArraySource(train.images)
+def test_missing_labels_and_masks_are_explained(setting):
+    x = Features(np.eye(4, dtype=np.float32), np.arange(4))
     with pytest.raises(UserError, match="need labels"):
-        evaluate(model, bare, test, size=16, tasks=("knn",))
+        knn_score(x, x)
     with pytest.raises(UserError, match="no masks"):
-        evaluate(model, bare, test, size=16, tasks=("segment",))
-    with pytest.raises(UserError, match="Unknown evaluation detect"):
-        evaluate(model, train, test, size=16, tasks=("knn", "detect"))
+        segment_score(x, x, Protocol(Reading(16)))
 
 
-def test_results_are_merged(tmp_path):
-    file = tmp_path / "runs" / "results.json"
-    merge_results(file, "trained", {"knn_top1": 50.0, "miou": 20.0})
-    merge_results(file, "untrained", {"knn_top1": 30.0})
-    merge_results(file, "trained", {"knn_top1": 51.0})
-    assert json.loads(file.read_text()) == {
-        "trained": {"knn_top1": 51.0, "miou": 20.0},
-        "untrained": {"knn_top1": 30.0},
-    }
-    assert [path.name for path in file.parent.iterdir()] == ["results.json"]
-
-
-@pytest.mark.parametrize("text", ["{", "[]", '{"trained": 3}'])
-def test_other_files_are_not_overwritten(tmp_path, text):
-    file = tmp_path / "results.json"
-    file.write_text(text)
-    with pytest.raises(UserError, match="move it away"):
-        merge_results(file, "trained", {"knn_top1": 1.0})
-    assert file.read_text() == text
+def test_a_stray_class_is_refused_before_the_head_is_trained(setting):
+    model, train, test = setting
+    masks = test.masks.copy()
+    masks[3, 0, 0] = 200
+    stray = ArraySource(test.images, test.labels, masks)
+    with pytest.raises(UserError, match=r"test image 3 has class 200.*--classes 201"):
+        list(evaluate(model, (train, stray), Protocol(Reading(16), steps=2), ("segment",)))

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from PIL import Image
 
-from nearfar.eval.segmentation import confusion, nearest, scores, segment_probe
+from nearfar.eval.segmentation import ProbeTraining, confusion, nearest, scores, segment_probe
 from nearfar.ssl.errors import UserError
 
 label = st.sampled_from([0, 1, 2, 3, 255])
@@ -70,15 +70,14 @@ def stripes(n, seed, h=4, w=6, scale=8):
 
 
 def test_one_step_is_enough_to_run():
-    data = (*stripes(4, 0), *stripes(2, 1))
-    assert segment_probe(*data, classes=3, steps=1)["steps"] == 1
+    assert segment_probe(stripes(4, 0), stripes(2, 1), 3, ProbeTraining(steps=1))["steps"] == 1
 
 
 @pytest.mark.parametrize("head", ["linear", "mlp"])
 def test_learns_what_patches_say(head):
     a, ma = stripes(96, 0)
     b, mb = stripes(24, 1)
-    result = segment_probe(a, ma, b, mb, classes=3, head=head, steps=100, lr=1e-2)
+    result = segment_probe((a, ma), (b, mb), 3, ProbeTraining(head, steps=100, lr=1e-2))
     assert result["miou"] > 45  # chance is 20; the borders between patches stay blurred by the upsampling
     assert len(result["per_class"]) == 3
 
@@ -87,51 +86,51 @@ def test_ignored_pixels_matter_neither_in_training_nor_score():
     a, ma = stripes(20, 0)
     b, mb = stripes(8, 1)
     other_a, other_b = ma.copy(), mb.copy()
-    plain = segment_probe(a, ma, b, mb, classes=3, steps=10)
+    plain = segment_probe((a, ma), (b, mb), 3, ProbeTraining(steps=10))
     # the pixels under 255 had some class: whatever it was cannot be seen; make more of them ignored by class 9
     other_a[ma == 255] = 254
     other_b[mb == 255] = 254
-    assert segment_probe(a, other_a, b, other_b, classes=3, steps=10, ignore=254) == plain
+    assert segment_probe((a, other_a), (b, other_b), 3, ProbeTraining(steps=10, ignore=254)) == plain
 
 
 def test_a_batch_of_ignored_pixels_only_is_harmless():
     a, ma = stripes(8, 0)
     b, mb = stripes(4, 1)
     ma[:4] = 255
-    result = segment_probe(a, ma, b, mb, classes=3, steps=40, batch_size=1)
+    result = segment_probe((a, ma), (b, mb), 3, ProbeTraining(steps=40, batch_size=1))
     assert np.isfinite(result["miou"])
 
 
 def test_masks_are_scored_at_their_own_size():
     a, ma = stripes(20, 0)
     b, mb = stripes(6, 1)
-    whole = segment_probe(a, ma, b, mb, classes=3, steps=20)
+    whole = segment_probe((a, ma), (b, mb), 3, ProbeTraining(steps=20))
     sizes = [m if i % 2 else m.repeat(2, 0).repeat(2, 1) for i, m in enumerate(mb)]
-    mixed = segment_probe(a, ma, b, sizes, classes=3, steps=20)
+    mixed = segment_probe((a, ma), (b, sizes), 3, ProbeTraining(steps=20))
     assert mixed["miou"] != whole["miou"]
     assert mixed["miou"] == pytest.approx(whole["miou"], abs=3)
 
 
 def test_same_seed_same_answer_and_no_global_state():
-    data = (*stripes(20, 0), *stripes(6, 1))
+    data = stripes(20, 0), stripes(6, 1), 3
     before = torch.random.get_rng_state()
-    one = segment_probe(*data, classes=3, steps=5, head="mlp", seed=1)
-    assert one == segment_probe(*data, classes=3, steps=5, head="mlp", seed=1)
-    assert one != segment_probe(*data, classes=3, steps=5, head="mlp", seed=2)
+    one = segment_probe(*data, ProbeTraining("mlp", steps=5, seed=1))
+    assert one == segment_probe(*data, ProbeTraining("mlp", steps=5, seed=1))
+    assert one != segment_probe(*data, ProbeTraining("mlp", steps=5, seed=2))
     assert torch.equal(torch.random.get_rng_state(), before)
 
 
 def test_unusable_input_is_explained():
     a, ma = stripes(6, 0)
     with pytest.raises(UserError, match=r"class 2 in mask 0, but there are only 2 classes"):
-        segment_probe(a, ma, a, ma, classes=2)
+        segment_probe((a, ma), (a, ma), 2)
     with pytest.raises(UserError, match=r"6, 4, 6, 5.*5 masks"):
-        segment_probe(a, ma[:5], a, ma, classes=3)
+        segment_probe((a, ma[:5]), (a, ma), 3)
     broken = a.copy()
     broken[0, 0, 0, 0] = np.nan
     with pytest.raises(UserError, match="not finite"):
-        segment_probe(a, ma, broken, ma, classes=3)
+        segment_probe((a, ma), (broken, ma), 3)
     with pytest.raises(UserError, match="at least one step"):
-        segment_probe(a, ma, a, ma, classes=3, steps=0)
+        segment_probe((a, ma), (a, ma), 3, ProbeTraining(steps=0))
     with pytest.raises(UserError, match="linear"):
-        segment_probe(a, ma, a, ma, classes=3, head="conv")
+        segment_probe((a, ma), (a, ma), 3, ProbeTraining("conv"))

@@ -10,9 +10,11 @@ import torch
 import yaml
 from rich.console import Console
 
+from nearfar.eval import results
+from nearfar.eval.results import SUBJECTS, TITLES
 from nearfar.launch import demo
 from nearfar.launch.cli import main
-from nearfar.launch.score import Subject, score, sources
+from nearfar.launch.score import ScoreOptions, Subject, score, sources
 from nearfar.ssl.run_folder import read_metrics
 
 SMALL = ["train.epochs=1", "train.batch_size=32", "train.threads=1", "data.workers=0", "eval.knn_every_epochs=1"]
@@ -30,11 +32,10 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.slow
 def test_it_scores_trained_untrained_and_pixels_in_percent(run: Path) -> None:
-    results = json.loads((run / "results.json").read_text())
-    for name in ("trained", "untrained", "pixels"):
-        for headline in ("knn_top1", "linear_top1", "miou"):
-            assert 0 <= results[name][headline] <= 100
-    weights = {results[name]["knn"]["features"]["checkpoint"] for name in ("trained", "untrained")}
+    scores = results.read(run / "results.json")
+    assert {(each.subject, each.task) for each in scores} == {(name, task) for name in SUBJECTS for task in TITLES}
+    assert all(0 <= each.percent <= 100 for each in scores)
+    weights = {each.detail["features"]["checkpoint"] for each in scores if each.detail and each.subject != "pixels"}
     assert len(weights) == 2
 
 
@@ -69,9 +70,8 @@ def test_the_scores_of_other_weights_are_computed(run: Path, capsys: pytest.Capt
     """The verb finds data and sizes in the run, and `--baselines` adds the other rows."""
     out = run.parent / "again.json"
     assert main(["eval", "knn", str(run), "--out", str(out)]) == 0
-    results = json.loads(out.read_text())
-    assert results.keys() == {"trained"}
-    assert results["trained"]["knn_top1"] == json.loads((run / "results.json").read_text())["trained"]["knn_top1"]
+    (again,) = results.read(out)
+    assert again in results.read(run / "results.json")
     assert "trained" in capsys.readouterr().out
 
 
@@ -95,8 +95,8 @@ def test_scores_do_not_depend_on_the_processes_that_share_the_work(run: Path, tm
     try:
         for threads in (1, 2):
             torch.set_num_threads(threads)
-            options = {"tasks": ("knn", "linear"), "baselines": True, "console": Console(quiet=True)}
-            found.append(score(subject, *data, results=tmp_path / f"{threads}.json", **options))
+            options = ScoreOptions(True, tmp_path / f"{threads}.json")
+            found.append(score(subject, *data, tasks=("knn", "linear"), options=options, console=Console(quiet=True)))
     finally:
         torch.set_num_threads(before)
     assert found[0] == found[1]

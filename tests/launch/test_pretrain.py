@@ -13,7 +13,7 @@ import psutil
 import pytest
 from rich.console import Console
 
-from nearfar.eval.features import extract
+from nearfar.eval.features import Reading, extract
 from nearfar.eval.knn import knn
 from nearfar.launch import pretrain, processes
 from nearfar.launch.pretrain import OnlineKNN
@@ -108,7 +108,7 @@ def test_the_online_score_reads_what_the_head_reads(tmp_path: Path, pooling: str
     images = ArraySource(rng.integers(0, 256, (60, 16, 16, 3), np.uint8), labels=np.arange(60) % 3)
     backbone = create("vit_tiny_patch4", img_size=16, embed_dim=12, depth=1, num_heads=2)
     run = make(tmp_path, "eval.size=16", "eval.resize=16", "data.workers=0", f"head.pooling={pooling}")
-    features = extract(backbone, images, size=16, resize=16, pooling=pooling)
+    features = extract(backbone, images, Reading(16, 16, pooling=pooling))
     assert features.labels is not None
     (expected,) = knn(features.x, features.labels, features.x, features.labels, ks=(20,)).values()
     assert OnlineKNN(images, images, 60)(backbone, run) == {"knn_top1": expected}

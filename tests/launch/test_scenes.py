@@ -14,7 +14,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.neighbors import KNeighborsClassifier
 
 from nearfar.launch import scenes
-from nearfar.launch.scenes import CLASSES, Scenes, make_scenes
+from nearfar.launch.scenes import CLASSES, Scenes, Style, make_scenes
 
 LUMA = np.array([0.299, 0.587, 0.114])
 
@@ -90,7 +90,7 @@ def test_scans_are_drawn_from_their_split_only(split: Literal["train", "val"], m
 
 def test_ink_and_surroundings_never_share_a_luminance() -> None:
     """By construction, whatever the hues; shown without clutter, pixel noise and the blended edge."""
-    drawn = make_scenes(600, 3, clutter=0, noise=0.0)
+    drawn = make_scenes(600, 3, style=Style(clutter=0, noise=0.0))
     light = drawn.images @ LUMA / 255
     kept = 0
     for values, mask in zip(light, drawn.masks > 0, strict=True):
@@ -130,7 +130,7 @@ def test_no_digit_is_cut_off_or_of_another_size(train: Scenes) -> None:
 @settings(max_examples=25, deadline=None)
 @given(low=st.floats(0.3, 0.6), seed=st.integers(0, 1000))
 def test_the_height_asked_for_is_the_height_drawn(low: float, seed: int) -> None:
-    drawn = make_scenes(20, seed, size=96, digit_height=(low, low), rotation=0, shear=0)
+    drawn = make_scenes(20, seed, size=96, style=Style(digit_height=(low, low), rotation=0, shear=0))
     rows = (drawn.masks > 0).any(2)
     heights = (96 - rows.argmax(1) - rows[:, ::-1].argmax(1)) / 96
     assert np.abs(heights - low).max() < 0.12
@@ -138,7 +138,7 @@ def test_the_height_asked_for_is_the_height_drawn(low: float, seed: int) -> None
 
 def test_light_and_dark_ink_come_as_asked() -> None:
     def light_share(polarity: float) -> float:
-        drawn = make_scenes(200, 5, polarity=polarity, clutter=0)
+        drawn = make_scenes(200, 5, style=Style(polarity=polarity, clutter=0))
         light, ink = drawn.images @ LUMA, drawn.masks > 0
         inside = (light * ink).sum((1, 2)) / ink.sum((1, 2))
         outside = (light * ~ink).sum((1, 2)) / (~ink).sum((1, 2))
@@ -150,7 +150,7 @@ def test_light_and_dark_ink_come_as_asked() -> None:
 
 
 def test_color_zero_is_gray() -> None:
-    images = make_scenes(20, 0, color=0.0, noise=0.0).images.astype(int)
+    images = make_scenes(20, 0, style=Style(color=0.0, noise=0.0)).images.astype(int)
     assert np.ptp(images, axis=-1).max() <= 1
 
 
@@ -199,5 +199,6 @@ def centered(drawn: Scenes) -> NDArray[np.float64]:
     ],
 )
 def test_impossible_wishes_are_refused_by_name(wrong: dict[str, Any]) -> None:
-    with pytest.raises(ValueError, match=next(iter(wrong))):
-        make_scenes(**({"n": 10, "seed": 0} | wrong))
+    (key,) = wrong
+    with pytest.raises(ValueError, match=key):
+        make_scenes(**({"n": 10, "seed": 0} | wrong)) if key in ("n", "size", "split") else Style(**wrong)

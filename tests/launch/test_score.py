@@ -1,8 +1,9 @@
-"""results.json holds scores of one set of weights and images, and features on disk are scored without the network."""
+"""No score is computed twice or lost, what cannot be scored is said first, and features on disk need no network."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from io import StringIO
 from pathlib import Path
 
@@ -11,14 +12,19 @@ import pytest
 import torch
 from rich.console import Console
 
+from nearfar.eval import results
+from nearfar.eval.features import Reading
 from nearfar.eval.knn import knn
+from nearfar.eval.scoring import TaskScore
 from nearfar.eval.store import FeatureStore
+from nearfar.eval.tasks import Data
 from nearfar.launch import cli
 from nearfar.launch import score as scores
-from nearfar.launch.score import Subject, score
+from nearfar.launch.score import ScoreOptions, Subject, protocol_of, score
 from nearfar.ssl import config
 from nearfar.ssl.backbones import Backbone, create
 from nearfar.ssl.data.sources.base import ArraySource
+from nearfar.ssl.errors import UserError
 
 
 def scenes(count: int, seed: int) -> ArraySource:
@@ -36,7 +42,7 @@ def network(seed: int) -> Backbone:
     return create("vit_tiny_patch4", img_size=16, embed_dim=24, depth=1, num_heads=2)
 
 
-TRAIN, VAL = scenes(60, 0), scenes(20, 1)
+TRAIN, VAL = Data("/data/train", scenes(60, 0)), Data("/data/val", scenes(20, 1))
 
 
 @pytest.fixture
@@ -48,7 +54,11 @@ def subject(folder: Path, seed: int = 0, *settings: str) -> Subject:
     run = config.load(
         None, ["name=r", f"folder={folder}", "views.global_crops_size=16", "views.local_crops_size=16", *settings]
     )
-    return Subject(network(seed), run, folder)
+    return Subject(network(seed), run, folder, 10)
+
+
+def held(folder: Path) -> dict[tuple[str, str], float]:
+    return {(each.subject, each.task): each.percent for each in results.read(folder / "results.json")}
 
 
 def test_what_is_known_is_not_computed_again_and_other_tasks_join_it(
@@ -56,51 +66,127 @@ def test_what_is_known_is_not_computed_again_and_other_tasks_join_it(
 ) -> None:
     computed: list[tuple[str, ...]] = []
     evaluate = scores.evaluate
-    monkeypatch.setattr(
-        scores, "evaluate", lambda *a, tasks, **k: computed.append(tasks) or evaluate(*a, tasks=tasks, **k)
-    )
-    console = Console(file=said, width=200)
-    first = score(subject(tmp_path), TRAIN, VAL, tasks=["knn"], console=console)
-    both = score(subject(tmp_path), TRAIN, VAL, tasks=["knn", "segment"], console=console, steps=3)
-    again = score(subject(tmp_path), TRAIN, VAL, tasks=["knn", "segment"], console=console, steps=3)
-    score(subject(tmp_path), TRAIN, VAL, tasks=["knn", "segment"], console=console, steps=4)  # k-NN knows no steps
-    assert computed == [["knn"], ["segment"], ["segment"]]
-    assert both["trained"]["knn_top1"] == first["trained"]["knn_top1"] and again == both
-    assert "leave it" not in said.getvalue()
+    monkeypatch.setattr(scores, "evaluate", lambda *a: computed.append(a[3]) or evaluate(*a))
+    console, one = Console(file=said, width=200), subject(tmp_path)
+
+    def scored(tasks: list[str], steps: int | None = None) -> list[float]:
+        options = ScoreOptions(protocol=protocol_of(one, steps=steps))
+        return [each.percent for each in score(one, TRAIN, VAL, tasks=tasks, options=options, console=console)]
+
+    first = scored(["knn"])
+    both = scored(["knn", "segment"], 3)
+    assert scored(["knn", "segment"], 3) == both and both[:1] == first
+    scored(["knn", "segment"], 4)  # k-NN knows no steps
+    assert computed == [("knn",), ("segment",), ("segment",)]
+    assert len(results.read(tmp_path / "results.json")) == 3
 
 
-def test_features_are_pooled_as_the_head_read_them_unless_told(
-    tmp_path: Path, said: StringIO, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    read: list[str] = []
-    monkeypatch.setattr(
-        scores, "evaluate", lambda *a, pooling, **k: read.append(pooling) or {"knn_top1": 50.0, "knn": {}}
-    )
-    console = Console(file=said, width=200)
-    for settings, told in (([], {}), (["head.pooling=mean"], {}), (["head.pooling=mean"], {"pooling": "cls"})):
-        score(subject(tmp_path / str(len(read)), 0, *settings), TRAIN, VAL, tasks=["knn"], console=console, **told)
-    assert read == ["cls", "mean", "cls"]
+def test_features_are_pooled_as_the_head_read_them_unless_told(tmp_path: Path) -> None:
+    assert protocol_of(subject(tmp_path)).pooled.pooling == "cls"
+    assert protocol_of(subject(tmp_path, 0, "head.pooling=mean")).pooled.pooling == "mean"
+    assert protocol_of(subject(tmp_path, 0, "head.pooling=mean"), pooling="cls").pooled.pooling == "cls"
+
+
+def test_a_larger_size_takes_the_runs_resize_with_it(tmp_path: Path) -> None:
+    one = subject(tmp_path, 0, "eval.size=16", "eval.resize=20")
+    assert protocol_of(one).pooled == Reading(16, 20)
+    assert protocol_of(one, size=32).pooled == Reading(32, 32)
+    assert protocol_of(one, size=32, resize=24).pooled == Reading(32, 24)  # refused when it is read
 
 
 @pytest.mark.parametrize("other", ["weights", "images"])
-def test_scores_of_other_weights_or_images_do_not_stand_beside_new_ones(
-    tmp_path: Path, said: StringIO, other: str
-) -> None:
+def test_scores_of_other_weights_or_images_stay_beside_new_ones(tmp_path: Path, said: StringIO, other: str) -> None:
     console = Console(file=said, width=200)
-    score(subject(tmp_path), TRAIN, VAL, tasks=["knn", "segment"], console=console, steps=3)
-    seed, val = (1, VAL) if other == "weights" else (0, scenes(20, 2))
-    after = score(subject(tmp_path, seed), TRAIN, val, tasks=["knn"], console=console)
-    assert "knn_top1" in after["trained"] and "miou" not in after["trained"]
-    assert after == json.loads((tmp_path / "results.json").read_text())
-    assert said.getvalue().count("of other weights or images, and leave it") == 1
+    score(subject(tmp_path), TRAIN, VAL, tasks=["knn"], console=console)
+    before = results.read(tmp_path / "results.json")
+    seed, val = (1, VAL) if other == "weights" else (0, Data("other", scenes(20, 2)))
+    score(subject(tmp_path, seed), TRAIN, val, tasks=["knn"], console=console)
+    after = results.read(tmp_path / "results.json")
+    assert after[:1] == before and len(after) == 2 and after[0].key != after[1].key
+
+
+@pytest.mark.parametrize("kind", ["labels", "masks"])
+def test_all_scores_what_the_images_allow_and_says_first_what_is_left_out(
+    tmp_path: Path, said: StringIO, kind: str
+) -> None:
+    """Class folders ended with "no masks" after everything was computed, and CamVid the other way round."""
+    plain = [
+        Data(data.path, ArraySource(data.source.images, **{kind: getattr(data.source, kind)})) for data in (TRAIN, VAL)
+    ]
+    one = subject(tmp_path)
+    options = ScoreOptions(protocol=protocol_of(one, steps=3))
+    score(one, *plain, options=options, console=Console(file=said, width=200))
+    expected = {"labels": {"knn", "linear"}, "masks": {"segment"}}[kind]
+    assert {task for _, task in held(tmp_path)} == expected
+    text = said.getvalue()
+    assert 0 <= text.index("Left out: ") < text.index("Scoring ")
+
+
+def test_a_score_is_kept_when_another_task_fails(
+    tmp_path: Path, said: StringIO, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def linear_fails(*arguments: object) -> Iterator[TaskScore]:
+        tasks = arguments[3]
+        assert isinstance(tasks, tuple)
+        for task in tasks:
+            if task == "linear":
+                assert ("trained", "knn") in held(tmp_path)  # as soon as it is there
+                raise UserError("The probe fell over.")
+            yield TaskScore(task, 50.0, {})
+
+    monkeypatch.setattr(scores, "evaluate", linear_fails)
+    with pytest.raises(UserError, match="linear top-1: The probe fell over"):
+        score(subject(tmp_path), TRAIN, VAL, console=Console(file=said, width=200))
+    assert held(tmp_path) == {("trained", "knn"): 50.0, ("trained", "segment"): 50.0}
+
+
+def test_where_no_score_can_be_written_nothing_is_computed(
+    tmp_path: Path, said: StringIO, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(scores, "evaluate", None)
+    (tmp_path / "file").write_text("")
+    options = ScoreOptions(results=tmp_path / "file" / "results.json")
+    with pytest.raises(UserError, match=r"cannot be written to .*--out"):
+        score(subject(tmp_path), TRAIN, VAL, options=options, console=Console(file=said))
+
+
+def test_the_end_says_what_the_scores_mean_and_what_to_do_next(tmp_path: Path, said: StringIO) -> None:
+    tiny = ["backbone.name=vit_tiny_patch4", "backbone.embed_dim=24", "backbone.depth=1", "backbone.num_heads=2"]
+    one = subject(tmp_path, 0, *tiny, "head.prototypes=16", "head.batch_norm=false", "head.hidden_dim=8")
+    (tmp_path / "config.yaml").write_text(config.to_yaml(one.run))
+    (tmp_path / "metrics.jsonl").write_text('{"step": 10, "loss": 3.0, "rankme": 2.5, "feature_std": 0.1}\n')
+    score(one, TRAIN, VAL, tasks=["knn"], options=ScoreOptions(True), console=Console(file=said, width=200))
+    *_, meaning, after = said.getvalue().splitlines()
+    assert "untrained" in meaning and "raw pixels" in meaning and "RankMe 2.5" in meaning
+    assert after.startswith("Next: ")
+    log = (tmp_path / "run.log").read_text()
+    assert meaning in log and after in log
+
+
+def test_images_left_out_and_masks_of_another_size_are_told(tmp_path: Path, said: StringIO) -> None:
+    class Damaged(ArraySource):
+        def mask(self, i: int) -> np.ndarray:
+            mask = super().mask(i)
+            assert mask is not None
+            return np.ascontiguousarray(mask[:, :8] if i == 3 else mask[::2, ::2])
+
+    whole = VAL.source
+    val = Data("/data/half", Damaged(whole.images, masks=whole.masks))
+    one = subject(tmp_path)
+    options = ScoreOptions(protocol=protocol_of(one, steps=2))
+    score(one, TRAIN, val, tasks=["segment"], options=options, console=Console(file=said, width=300))
+    text = said.getvalue()
+    assert "1 of 20 images in /data/half are left out: image 3: its mask of 8 x 16 does not fit" in text
+    assert "19 masks of /data/half are not of their image's size" in text
 
 
 @pytest.fixture
 def stores(tmp_path: Path) -> Path:
     for pooling in ("cls", "grid"):
-        for name, source in (("train", TRAIN), ("val", VAL)):
-            FeatureStore.write(tmp_path / f"{pooling}-{name}", network(0), source, size=16, pooling=pooling)
-    FeatureStore.write(tmp_path / "other-val", network(1), VAL, size=16)
+        for name, source in (("train", TRAIN.source), ("val", VAL.source)):
+            reading = Reading(16, pooling=pooling)
+            FeatureStore.write(tmp_path / f"{pooling}-{name}", network(0), source, reading)
+    FeatureStore.write(tmp_path / "other-val", network(1), VAL.source, Reading(16))
     return tmp_path
 
 
@@ -109,8 +195,9 @@ def test_features_on_disk_are_scored_without_the_network(stores: Path, capsys: p
     command = ["eval", "knn", str(stores / "cls-train"), "--val", str(stores / "cls-val"), "--out", str(out)]
     assert cli.main(command) == 0
     train, val = np.load(stores / "cls-train/features.npy"), np.load(stores / "cls-val/features.npy")
-    expected = knn(train, TRAIN.labels, val, VAL.labels, (20,))[20]
-    assert json.loads(out.read_text())["trained"]["knn_top1"] == expected
+    expected = knn(train, TRAIN.source.labels, val, VAL.source.labels, (20,))[20]
+    (held,) = json.loads(out.read_text())["scores"]
+    assert (held["task"], held["percent"], held["val"]["path"]) == ("knn", expected, str(stores / "cls-val"))
     assert f"{expected:.1f}" in capsys.readouterr().out
     assert cli.main(["eval", "all", str(stores / "grid-train"), "--val", str(stores / "grid-val")]) == 0
 

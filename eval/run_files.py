@@ -1,0 +1,86 @@
+"""What lies in a run folder, read as something that anyone may have written: bounded, checked, never trusted."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from nearfar.ssl.errors import UserError
+
+LONGEST = 64 * 2**20  # bytes of a results.json or config.yaml
+_LONGEST_METRICS = 2 * 2**30
+
+
+class _PlainLoader(yaml.SafeLoader):
+    """YAML without aliases: a run writes none, and with them a few lines can stand for gigabytes."""
+
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.YAMLError("it has aliases, which no run writes")
+        return super().compose_node(parent, index)
+
+
+def bounded_text(file: Path, most: int = LONGEST) -> str:
+    """The text of a file. Raises OSError, and ValueError where it is too long or not UTF-8."""
+    if file.stat().st_size > most:
+        raise ValueError(f"it is longer than {most // 2**20} MiB")
+    return file.read_text(encoding="utf-8")
+
+
+def read_mapping(file: Path) -> dict[str, Any]:
+    """The mapping in a YAML file; {} where there is no such file. Raises UserError for anything else."""
+    if not file.exists():
+        return {}
+    try:
+        content = yaml.load(bounded_text(file), _PlainLoader)
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
+        raise UserError(f"{file} cannot be read: {' '.join(str(error).split())[:300]}.") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{file} should hold a mapping of names to values and holds a {type(content).__name__}.")
+    return content
+
+
+def read_numbers(file: Path) -> list[dict[str, float]]:
+    """The lines of a metrics.jsonl with what is a number in them, NaN included; lines without a finite step are left
+    out, such as one that a crash cut off. [] where there is no such file. Raises UserError where it cannot be read."""
+    if not file.exists():
+        return []
+    found = []
+    try:
+        if file.stat().st_size > _LONGEST_METRICS:
+            raise ValueError("it is too long to be metrics")
+        with file.open(encoding="utf-8") as lines:
+            for line in lines:
+                numbers = _numbers(line)
+                if math.isfinite(numbers.get("step", math.nan)):
+                    found.append(numbers)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{file} cannot be read: {' '.join(str(error).split())[:300]}.") from None
+    return found
+
+
+def flat(tree: Mapping[Any, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings as {"views.local_crops_size": 24}."""
+    found: dict[str, Any] = {}
+    for key, value in tree.items():
+        found |= flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+    return found
+
+
+def _numbers(line: str) -> dict[str, float]:
+    try:
+        content = json.loads(line)
+        if not isinstance(content, dict):
+            return {}
+        return {
+            key: float(value)
+            for key, value in content.items()
+            if isinstance(value, int | float) and not isinstance(value, bool)
+        }
+    except (ValueError, RecursionError, OverflowError):
+        return {}

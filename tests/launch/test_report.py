@@ -1,0 +1,80 @@
+"""The report of any run has its pictures, or says why not; a folder of runs is compared."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from nearfar.launch import cli
+from nearfar.launch.report import report_run
+from nearfar.ssl import checkpoint, config
+from nearfar.ssl.backbones import create
+
+
+def make_run(folder: Path, run_name: str, **network: object) -> Path:
+    """A run folder as training leaves it, with three images to draw, one of them damaged."""
+    images = folder / "images"
+    if not images.exists():
+        images.mkdir(parents=True)
+        for i in range(2):
+            pixels = np.random.default_rng(i).integers(0, 255, (20, 24, 3), np.uint8)
+            Image.fromarray(pixels).save(images / f"{i}.png")
+        (images / "0a.png").write_bytes(b"no image")
+    run = config.load(
+        None,
+        [f"name={run_name}", f"folder={folder}", f"data.path={images}", "views.global_crops_size=16",
+         "views.local_crops_size=16"],
+    )  # fmt: skip
+    run.path.mkdir()
+    (run.path / "config.yaml").write_text(config.to_yaml(run))
+    torch.manual_seed(0)
+    about = {"run": run.model_dump(mode="json"), "step": 3}
+    checkpoint.export(run.path / "teacher.safetensors", create(img_size=16, **network), about)  # type: ignore[arg-type]
+    return run.path
+
+
+VIT = {"name": "vit_tiny_patch4", "embed_dim": 24, "depth": 1, "num_heads": 2}
+
+
+def test_a_run_of_the_users_own_has_its_pictures(tmp_path: Path) -> None:
+    run = make_run(tmp_path, "mine", **VIT)
+    page = report_run(run).read_text()
+    assert page.count("data:image/png;base64,") == 2  # the views are training's to draw
+    drawn = (run / "pca.png").stat().st_mtime_ns
+    report_run(run)
+    assert (run / "pca.png").stat().st_mtime_ns == drawn
+    os.utime(run / "teacher.safetensors", (2**31, 2**31))  # trained further
+    report_run(run)
+    assert (run / "pca.png").stat().st_mtime_ns > drawn
+
+
+def test_a_network_without_attention_and_a_run_without_images_say_so(tmp_path: Path) -> None:
+    vim = make_run(tmp_path, "vim", name="vim_tiny_patch4", embed_dim=24, depth=1)
+    assert report_run(vim).read_text().count("data:image/png;base64,") == 1
+    mine = make_run(tmp_path, "mine", **VIT)
+    (tmp_path / "images").rename(tmp_path / "elsewhere")
+    assert "There is nothing at" in report_run(mine).read_text()
+    (mine / "teacher.safetensors").unlink()
+    assert "has no weights in it (yet)" in report_run(mine).read_text()
+
+
+def test_a_folder_of_runs_links_to_their_pages(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("one", "two"):
+        make_run(tmp_path, name, **VIT)
+    assert cli.main(["report", str(tmp_path)]) == 0
+    page = (tmp_path / "report.html").read_text()
+    assert page.count("<a href=") == 2 and (tmp_path / "one" / "report.html").is_file()
+    assert "one" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["backbone.onnx", "backbone", "backbone.pt"])
+def test_an_export_is_named_for_what_it_is(tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str) -> None:
+    run = make_run(tmp_path, "mine", **VIT)
+    assert cli.main(["export", str(run), str(tmp_path / name)]) == 2
+    assert "backbone.safetensors" in " ".join(capsys.readouterr().err.split())
+    assert not (tmp_path / name).exists()
