@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from nearfar.launch.slurm import executor, records, snapshot
+from nearfar.launch.slurm.executor import JobOptions
 from nearfar.launch.slurm.resources import Resources
 
 CPU = Resources(cpu=True)
@@ -33,7 +34,7 @@ def test_the_script_says_what_was_asked_for(tmp_path: Path) -> None:
         constraint="a100", exclude="n1,n2", mail="me@x", setup=["module load cuda"], extra={"reservation": "r"},
     )  # fmt: skip
     home = tmp_path / "a b" / "cluster" / "now"
-    script = executor.executor(home, "mine", share, delay=77).script()
+    script = executor.executor(home, share, JobOptions("mine", signal_delay=77)).script()
     assert directives(script) == {
         "job-name": "mine", "nodes": "2", "ntasks-per-node": "8", "gpus-per-node": "8", "cpus-per-task": "6",
         "mem": "1536M", "time": "1440", "partition": "gpu", "account": "lab", "qos": "high", "constraint": "a100",
@@ -48,9 +49,9 @@ def test_the_script_says_what_was_asked_for(tmp_path: Path) -> None:
 
 
 def test_arrays_and_what_follows(tmp_path: Path) -> None:
-    array = directives(executor.executor(tmp_path, "s", CPU, delay=9, parallel=2).script(5))
+    array = directives(executor.executor(tmp_path, CPU, JobOptions("s", parallel=2)).script(5))
     assert array["array"] == "0-4%2" and array["output"].endswith("%A_%a_0_log.out")
-    after = directives(executor.executor(tmp_path, "s", CPU, delay=9, after="afterok:7").script())
+    after = directives(executor.executor(tmp_path, CPU, JobOptions("s", after="afterok:7")).script())
     assert after["dependency"] == "afterok:7" and "gpus-per-node" not in after
 
 
@@ -58,7 +59,7 @@ def test_the_lines_before_srun_put_the_snapshot_first_on_the_import_path(tmp_pat
     """Run by a real shell, from a folder with a space in its name, over an import path that holds another nearfar."""
     home = tmp_path / "it's here"
     snapshot.take(home / "code")
-    script = executor.executor(home, "s", CPU, delay=9).script()
+    script = executor.executor(home, CPU, JobOptions("s")).script()
     setup = [line for line in script.splitlines() if line.startswith("export ")]
     code = "import nearfar.ssl.config, nearfar.launch.cli, os; print(nearfar.ssl.config.__file__)"
     said = subprocess.run(
@@ -69,7 +70,7 @@ def test_the_lines_before_srun_put_the_snapshot_first_on_the_import_path(tmp_pat
 
 
 def test_signals_are_ignored_until_python_answers_them(tmp_path: Path) -> None:
-    made = executor.executor(tmp_path, "s", CPU, delay=9)
+    made = executor.executor(tmp_path, CPU, JobOptions("s"))
     code = "import signal; print(signal.getsignal(signal.SIGUSR2), signal.getsignal(signal.SIGTERM))"
     said = subprocess.run(["bash", "-c", f"{made.python} -c '{code}'"], capture_output=True, text=True, check=True)
     assert said.stdout.split() == ["1", "1"] or said.stdout.count("SIG_IGN") == 2
