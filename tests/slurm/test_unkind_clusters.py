@@ -1,4 +1,4 @@
-"""What clusters do beyond interrupting: a controller that is away, lost daemons, killed processes, bare environments."""
+"""What clusters do beyond interrupting: absent controllers, lost daemons, killed processes, bare environments."""
 
 from __future__ import annotations
 
