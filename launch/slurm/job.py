@@ -309,10 +309,8 @@ def _failed(run: Path, kind: records.Kind, process: JobProcess, error: Exception
         Exception: `error` itself, outside SLURM.
     """
     mistake = isinstance(error, UserError)
-    if mistake:
-        print(f"nearfar: {error}", flush=True)
-    elif process.result:
-        traceback.print_exc()
+    if process.result:  # else whoever called us says it
+        print(f"nearfar: {error}", flush=True) if mistake else traceback.print_exc()
     if isinstance(error, PeerError) and process.result:
         # A rank that ended by itself: srun ends us within the second. A node that died: SLURM requeues the job when it
         # notices, and to fail before that would end the run.

@@ -230,22 +230,7 @@ class Keeper:
             f"RealMemory={memory} State=UNKNOWN"
             for name in self.names
         )
-        if self.accounting:
-            accounting = (
-                "AccountingStorageType=accounting_storage/slurmdbd\n"
-                f"AccountingStorageHost=127.0.0.1\nAccountingStoragePort={self.ports['dbd']}\n"
-                f"AccountingStoragePass={munge}\n"
-            )
-            secret = self.folder / "slurmdbd.conf"
-            secret.touch(mode=0o600)
-            secret.write_text(
-                f"AuthType=auth/munge\nAuthInfo=socket={munge}\nDbdHost={host}\nDbdAddr=127.0.0.1\n"
-                f"DbdPort={self.ports['dbd']}\nSlurmUser=root\nPidFile={self.folder}/slurmdbd.pid\n"
-                f"StorageType=accounting_storage/mysql\nStorageHost=127.0.0.1\nStoragePort={self.ports['sql']}\n"
-                "StorageUser=slurm\nStoragePass=slurm\nStorageLoc=slurm_acct_db\n"
-            )
-        else:
-            accounting = "AccountingStorageType=accounting_storage/none\n"
+        accounting = self._configure_accounting(host, munge)
         signalling = "SlurmctldParameters=preempt_send_user_signal\n" if self.preempt_signal else ""
         # cred_expire (default 120 s, at least 5) is how long a requeued job waits before it may start again.
         (self.folder / "slurm.conf").write_text(
@@ -288,6 +273,24 @@ PartitionName=high Nodes=ALL State=UP PriorityTier=10 PreemptMode=OFF
 """
         )
         (self.folder / "cgroup.conf").write_text("CgroupAutomount=no\n")  # slurmd looks for it; nothing here uses any
+
+    def _configure_accounting(self, host: str, munge: Path) -> str:
+        """Write slurmdbd's own configuration; what slurm.conf says of it."""
+        if not self.accounting:
+            return "AccountingStorageType=accounting_storage/none\n"
+        secret = self.folder / "slurmdbd.conf"
+        secret.touch(mode=0o600)
+        secret.write_text(
+            f"AuthType=auth/munge\nAuthInfo=socket={munge}\nDbdHost={host}\nDbdAddr=127.0.0.1\n"
+            f"DbdPort={self.ports['dbd']}\nSlurmUser=root\nPidFile={self.folder}/slurmdbd.pid\n"
+            f"StorageType=accounting_storage/mysql\nStorageHost=127.0.0.1\nStoragePort={self.ports['sql']}\n"
+            "StorageUser=slurm\nStoragePass=slurm\nStorageLoc=slurm_acct_db\n"
+        )
+        return (
+            "AccountingStorageType=accounting_storage/slurmdbd\n"
+            f"AccountingStorageHost=127.0.0.1\nAccountingStoragePort={self.ports['dbd']}\n"
+            f"AccountingStoragePass={munge}\n"
+        )
 
 
 def _free_ports(count: int) -> list[int]:
