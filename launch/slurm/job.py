@@ -29,7 +29,7 @@ import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple, NoReturn
+from typing import TYPE_CHECKING, Literal, NamedTuple, NoReturn
 
 import submitit
 
@@ -75,6 +75,9 @@ class JobProcess(NamedTuple):
             kind=kind, job=self.job, restart=self.restart, rank=self.rank, why=why, infrastructure=infrastructure
         )
 
+    def ending(self, state: Literal["finished", "failed", "stopped"], why: str = "") -> Ending:
+        return Ending(state=state, job=self.job, restart=self.restart, rank=self.rank, why=why)
+
 
 class InfrastructureError(RuntimeError):
     """What a machine or the cluster did, and another attempt may not meet again."""
@@ -105,8 +108,9 @@ def train(config: str, folder: str) -> None:
         if outcome.finished:
             if process.rank == 0:
                 records.end_attempt(run, process.end("train", "finished"))
+                ending = process.ending("finished")
                 records.write_ending(
-                    run, "train", Ending(state="finished", job=process.job, step=outcome.step, steps=outcome.steps)
+                    run, "train", ending.model_copy(update={"step": outcome.step, "steps": outcome.steps})
                 )
             return
         leave_interrupted(run, process, stop, outcome.step, outcome.steps)
@@ -133,7 +137,7 @@ def evaluate(config: str, folder: str, tasks: list[str]) -> None:
         score(run, tasks)
     except Exception as error:
         _failed(run, "eval", process, error)
-    records.write_ending(run, "eval", Ending(state="finished", job=process.job))
+    records.write_ending(run, "eval", process.ending("finished"))
 
 
 def _forget_result(process: JobProcess) -> None:
@@ -185,9 +189,7 @@ def leave_interrupted(run: Path, process: JobProcess, stop: StopFlag, step: int,
         records.end_attempt(run, process.end("train", f"saved at step {step} after {heard}"))
     if process.result and stop.heard == {signal.SIGUSR2}:
         _requeue_and_leave(run, process, stop, step, steps)
-    stopped = Ending(
-        state="stopped", job=process.job, restart=process.restart, step=step, steps=steps, why=f"stopped by {heard}"
-    )
+    stopped = process.ending("stopped", f"stopped by {heard}").model_copy(update={"step": step, "steps": steps})
     if process.result:
         if process.rank == 0 and _preempted(process.job):
             print(f"Saved at step {step} of {steps}; SLURM preempts job {process.job}: back to the queue.", flush=True)
@@ -210,8 +212,8 @@ def _requeue_and_leave(run: Path, process: JobProcess, stop: StopFlag, step: int
     try:
         queue.requeue(process.job)
     except UserError as error:
-        stopped = Ending(state="stopped", job=process.job, restart=process.restart, step=step, steps=steps)
-        records.write_ending(run, "train", stopped.model_copy(update={"why": str(error)}))
+        stopped = process.ending("stopped", str(error))
+        records.write_ending(run, "train", stopped.model_copy(update={"step": step, "steps": steps}))
         print(f"nearfar: {error}", flush=True)
         sys.exit(1)
     sys.exit(0)
@@ -320,7 +322,7 @@ def _failed(run: Path, kind: records.Kind, process: JobProcess, error: Exception
     if process.result and is_infrastructure(error):
         records.end_attempt(run, process.end(kind, where + why, infrastructure=True))
     else:
-        ending = Ending(state="failed", job=process.job, restart=process.restart, rank=process.rank, why=where + why)
+        ending = process.ending("failed", where + why)
         records.write_ending(run, kind, ending.model_copy(update={"step": records.saved_step(run)}))
     if process.result is None:
         raise error
