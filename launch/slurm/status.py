@@ -191,7 +191,7 @@ def _fields(status: Status) -> Iterator[tuple[str, str]]:
 
 
 _COLUMNS = ("run", "state", "step", "loss", "last", "left", "nodes", "scores")
-_WIDTHS = {"state": 11, "step": 15, "loss": 7, "last": 5, "left": 6, "nodes": 14, "scores": 9}
+_WIDTHS = {"state": 11, "step": 15, "loss": 7, "last": 6, "left": 6, "nodes": 14, "scores": 9}
 
 
 def lines_of_several(all_of_them: Sequence[Status], width: int) -> Iterator[str]:

@@ -95,7 +95,7 @@ def test_a_line_that_a_dying_node_cut_off_costs_only_itself(run: Path) -> None:
     with (run / "cluster" / "attempts.jsonl").open("a") as handle:
         handle.write('{"ends": {"job"')
     records.begin_attempt(run, "1", 1, tries=3)
-    records.end(run, "1", 1, "finished")
+    records.end_attempt(run, AttemptEnd(job="1", restart=1, why="finished"))
     assert [attempt.restart for attempt in records.attempts(run)] == [0, 1]
     assert [ending.why for ending in records.attempt_ends(run)] == ["finished"]
 
