@@ -136,12 +136,14 @@ def test_the_batch_script_looks_after_a_failure_and_ends_as_srun_did(tmp_path: P
 def test_setup_of_every_node_runs_before_training_and_its_failure_ends_the_job(tmp_path: Path) -> None:
     share = Resources(cpu=True, nodes=3, python="fake-python", node_setup=["cp -r /big '/a b'", "echo done"])
     script = executor.executor(tmp_path, share, JobOptions("s")).script()
-    (staging, training) = [line for line in script.splitlines() if line.startswith("srun")]
-    assert "--ntasks-per-node=1 --ntasks=3 bash -c" in staging and "submitit" in training
-    body = shlex.split(staging.partition(" || ")[0])[-1]
-    assert body == "set -e\ncp -r /big '/a b'\necho done"
     ended, calls = _run_batch(script, tmp_path, "exit 5")
-    assert ended == 5 and calls.count("srun") == 1 and "after_failure" in calls
+    staging, _, rest = calls.partition("fake-python")
+    assert ended == 5 and calls.count("srun") == 1 and "-m nearfar.launch.slurm.after_failure" in rest
+    assert staging == (
+        "srun --export=ALL --ntasks-per-node=1 --ntasks=3 bash -c set -e\ncp -r /big '/a b'\necho done\n"
+    )
+    ended, calls = _run_batch(script, tmp_path, "exit 0")
+    assert ended == 0 and "submitit.core._submit" in calls
 
 
 def test_submitit_still_has_what_is_used_of_it(tmp_path: Path) -> None:
