@@ -5,8 +5,8 @@ runs/NAME/ config.yaml  metrics.jsonl  run.log  events.out.tfevents...  checkpoi
 
 from __future__ import annotations
 
-import fcntl
 import json
+import logging
 import os
 import socket
 from contextlib import suppress
@@ -14,12 +14,13 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, Any
 
-from nearfar.ssl import checkpoint, checkpoint_names, config, files
+from nearfar.ssl import checkpoint, checkpoint_names, config, file_lock, files
 from nearfar.ssl.config import Run
 from nearfar.ssl.defaults import differences
 from nearfar.ssl.errors import UserError
 
 TEACHER = "teacher.safetensors"
+_log = logging.getLogger(__name__)
 
 # A forked worker holds its parent's lock as well, and would keep it for seconds after the parent was killed.
 _held: set[IO[str]] = set()
@@ -61,8 +62,11 @@ class RunFolder:
         except OSError as error:
             raise UserError(f"The run folder {self.path} cannot be written: {error}.") from None
         try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+            if not file_lock.acquire(self._lock):
+                _log.warning(
+                    f"The file system of {self.path} has no locks (flock): nothing keeps a second process out of it."
+                )
+        except BlockingIOError:
             self._lock.seek(0)
             owner = self._lock.read().strip() or "another process"
             self._lock.close()
@@ -71,6 +75,10 @@ class RunFolder:
                 f"{self.path} is in use by {owner}. Two processes in one run folder would overwrite each other: wait "
                 "for it, stop it, or choose another name=."
             ) from None
+        except OSError as error:
+            self._lock.close()
+            self._lock = None
+            raise UserError(f"The run folder {self.path} cannot be locked: {error}.") from None
         self._lock.truncate(0)
         self._lock.write(f"process {os.getpid()} on {socket.gethostname()}\n")
         self._lock.flush()

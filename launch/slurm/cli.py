@@ -5,13 +5,16 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
 from nearfar.launch.recipes import bundled, find_recipe
 from nearfar.launch.slurm import resources
 from nearfar.ssl.errors import UserError
+
+if TYPE_CHECKING:
+    from nearfar.ssl.config import Run
 
 CLUSTERS = ("auto", "slurm", "local", "debug")
 CONTROLS = ("status", "cancel", "logs", "resubmit")
@@ -74,6 +77,8 @@ def control_parser(verb: str) -> argparse.ArgumentParser:
         default=Path("runs"),
         help="folder of a run or a sweep",
     )
+    if verb == "status":
+        parser.add_argument("--json", action="store_true", help="print a list of objects for other programs")
     if verb == "logs":
         parser.add_argument("-f", "--follow", action="store_true", help="go on until the job has left the queue")
         parser.add_argument("--eval", action="store_true", help="of the evaluation instead of the training")
@@ -85,58 +90,78 @@ def control_parser(verb: str) -> argparse.ArgumentParser:
 
 
 def run_launch(arguments: argparse.Namespace) -> None:
-    from nearfar.launch.slurm import queue, submission, sweep
-    from nearfar.launch.slurm.submission import Plan
-    from nearfar.ssl import config
+    from nearfar.launch.slurm import queue
 
-    console = Console()
     cluster = arguments.cluster
     if cluster == "auto":
         cluster = "slurm" if queue.installed() or arguments.dry_run else "local"
     then = evaluations(arguments.then)
-    recipe = find_recipe(arguments.recipe)
-    if arguments.sweep:
-        folder, runs = sweep.runs(recipe, arguments.settings, arguments.sweep)
-        if (folder / "config.yaml").exists():
-            raise UserError(f"{folder} holds a run; a sweep needs a folder of its own: choose another name=.")
-    else:
-        run = config.load(recipe, arguments.settings)
-        folder, runs = run.path, [run]
+    folder, runs = _runs(arguments)
     if then and not all(run.data.val for run in runs):
         raise UserError("--then eval=... needs labeled images: set data.val=.")
     if arguments.parallel is not None and (not arguments.sweep or arguments.parallel < 1):
         raise UserError("--parallel is the number of runs of a --sweep at the same time: 1 or more.")
-    given = resources.given(arguments)
-    if cluster != "slurm":
-        from nearfar.launch.slurm import local_cluster
-
-        local_cluster.launch(runs, given, then, debug=cluster == "debug", console=console)
+    if cluster == "slurm":
+        _launch_on_slurm(arguments, folder, runs, then)
         return
-    share = resources.load(arguments.site, given)
-    runs = [submission.settled(run, share) for run in runs]
-    plan = Plan(Path(folder).expanduser().absolute(), runs, share, then, arguments.parallel)
+    from nearfar.launch.slurm import local_cluster
+
+    given, debug, console = resources.given(arguments), cluster == "debug", Console()
     if arguments.dry_run:
-        submission.dry_run(plan, console)
+        local_cluster.dry_run(runs, given, then, console)
     else:
-        submission.submit(plan, console)
+        local_cluster.launch(runs, given, then, debug=debug, console=console)
+
+
+def _runs(arguments: argparse.Namespace) -> tuple[Path, list[Run]]:
+    """The folder of the run or the sweep, and the runs."""
+    from nearfar.launch.slurm import sweep
+    from nearfar.ssl import config
+
+    recipe = find_recipe(arguments.recipe)
+    if not arguments.sweep:
+        run = config.load(recipe, arguments.settings)
+        return run.path, [run]
+    folder, runs = sweep.runs(recipe, arguments.settings, arguments.sweep)
+    if (folder / "config.yaml").exists():
+        raise UserError(f"{folder} holds a run; a sweep needs a folder of its own: choose another name=.")
+    return folder, runs
+
+
+def _launch_on_slurm(arguments: argparse.Namespace, folder: Path, runs: list[Run], then: tuple[str, ...]) -> None:
+    from nearfar.launch.slurm import submission
+
+    share = resources.load(arguments.site, resources.given(arguments))
+    runs = [submission.for_cluster(run, share) for run in runs]
+    asked = submission.Submission(folder.expanduser().absolute(), runs, share, then, arguments.parallel)
+    if arguments.dry_run:
+        submission.dry_run(asked, Console())
+    else:
+        submission.submit(asked, Console())
 
 
 def run_status(arguments: argparse.Namespace) -> None:
-    from nearfar.launch.slurm import control
+    from nearfar.launch.slurm import control, status
 
-    control.show(control.statuses(control.found(arguments.run)), Console())
+    found = status.statuses(control.run_folders(arguments.run))
+    if arguments.json:
+        print(status.as_json(found))
+    elif len(found) == 1:
+        print("\n".join(status.lines_of_one(found[0])))
+    else:
+        print("\n".join(status.lines_of_several(found, Console().width)))
 
 
 def run_cancel(arguments: argparse.Namespace) -> None:
     from nearfar.launch.slurm import control
 
-    control.cancel(control.found(arguments.run), Console())
+    control.cancel(control.run_folders(arguments.run), Console())
 
 
 def run_logs(arguments: argparse.Namespace) -> None:
     from nearfar.launch.slurm import control
 
-    runs = control.found(arguments.run)
+    runs = control.run_folders(arguments.run)
     if len(runs) > 1:
         raise UserError(f"{arguments.run} holds {len(runs)} runs: name one of them, such as {runs[0]}.")
     control.logs(runs[0], arguments.follow, "eval" if arguments.eval else "train")
@@ -145,7 +170,7 @@ def run_logs(arguments: argparse.Namespace) -> None:
 def run_resubmit(arguments: argparse.Namespace) -> None:
     from nearfar.launch.slurm import control
 
-    control.resubmit(control.found(arguments.run), resources.given(arguments), Console())
+    control.resubmit(control.run_folders(arguments.run), resources.given(arguments), Console())
 
 
 def evaluations(text: str | None) -> tuple[str, ...]:

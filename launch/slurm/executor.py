@@ -16,7 +16,7 @@ import sys
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import submitit
 from submitit.core.utils import FailedJobError, FailedSubmissionError
@@ -38,8 +38,8 @@ _START = """sh -c 'trap "" USR2 TERM; exec "$0" "$@"'"""
 class Executor(SlurmExecutor):
     """submitit's, which can also write its script where no SLURM is installed."""
 
-    def __init__(self, log: Path) -> None:
-        super().__init__(log, python=f"{_START} {shlex.quote(sys.executable)}")
+    def __init__(self, log: Path, python: str) -> None:
+        super().__init__(log, python=f"{_START} {python}")
 
     @classmethod
     def name(cls) -> str:
@@ -55,16 +55,19 @@ class Executor(SlurmExecutor):
         return str(_make_sbatch_string(self._submitit_command_str, self.folder, **self.parameters, **count))
 
 
-def executor(
-    home: Path, name: str, resources: Resources, *, delay: int, after: str | None = None, parallel: int | None = None
-) -> Executor:
-    """An executor for jobs that log to `home`/log and import `home`/code.
+class JobOptions(NamedTuple):
+    """What distinguishes the jobs of a submission, which share their resources."""
 
-    name: of the job. delay: seconds before the time limit at which it is signalled. after: a dependency of sbatch's,
-    such as afterok:12. parallel: elements of an array that may run at the same time.
-    """
-    made = Executor(home / "log")
-    code = shlex.quote(str(home / "code"))
+    name: str
+    kind: records.Kind = "train"
+    signal_delay: int = 30  # seconds before the time limit at which it is signalled
+    after: str | None = None  # a dependency of sbatch's, such as afterok:12
+    parallel: int | None = None  # elements of an array that may run at the same time
+
+
+def executor(submission: Path, resources: Resources, options: JobOptions) -> Executor:
+    """An executor for jobs that log to `submission`/log and import `submission`/code."""
+    made = Executor(submission / "log", _python(resources))
     extra: dict[str, Any] = {"requeue": True, "kill-on-invalid-dep": "yes"}
     if resources.mail:
         extra |= {"mail-user": resources.mail, "mail-type": "END,FAIL,REQUEUE"}
@@ -76,27 +79,50 @@ def executor(
         "exclude": resources.exclude,
         "mem": None if resources.mem_gb is None else f"{math.ceil(1024 * resources.mem_gb)}M",
         "gpus_per_node": resources.gpus_per_node,
-        "dependency": after,
-        "array_parallelism": parallel,
+        "dependency": options.after,
+        "array_parallelism": options.parallel,
     }
     made.update_parameters(
-        job_name=name,
+        job_name=options.name,
         time=resources.minutes,
         nodes=resources.nodes,
         ntasks_per_node=resources.tasks,
         cpus_per_task=resources.cpus_per_task,
-        signal_delay_s=delay,
+        signal_delay_s=options.signal_delay,
         stderr_to_stdout=True,
-        setup=[
-            *resources.setup,
-            f"export PYTHONPATH={code}${{PYTHONPATH:+:$PYTHONPATH}}",
-            f"export SRUN_CPUS_PER_TASK={resources.cpus_per_task}",  # srun does not inherit it from SLURM 22.05 on
-        ],
-        srun_args=["--kill-on-bad-exit=1"],
+        setup=_before_srun(submission, resources, options.kind),
+        teardown=["finish $?"],
+        srun_args=["--export=ALL", "--kill-on-bad-exit=1", *resources.srun_args],
         additional_parameters=extra | resources.extra,
         **{key: value for key, value in optional.items() if value is not None},
     )
     return made
+
+
+def _python(resources: Resources) -> str:
+    return resources.python or shlex.quote(sys.executable)
+
+
+def _before_srun(submission: Path, resources: Resources, kind: records.Kind) -> list[str]:
+    """The lines of the batch script before srun.
+
+    `finish` is called with srun's exit code: processes that were killed can neither say so nor ask for another try,
+    the batch script's own process can. srun gets --export=ALL, because where a site sets SBATCH_EXPORT=NONE it would
+    otherwise start processes without PATH.
+    """
+    code = shlex.quote(str(submission / "code"))
+    after = f"{_python(resources)} -m nearfar.launch.slurm.after_failure {shlex.quote(str(submission))} {kind}"
+    lines = [
+        f'echo "{records.ATTEMPT_BEGINS} ${{SLURM_RESTART_COUNT:-0}} on $SLURM_JOB_NODELIST"',
+        *resources.setup,
+        f"export PYTHONPATH={code}${{PYTHONPATH:+:$PYTHONPATH}}",
+        f"export SRUN_CPUS_PER_TASK={resources.cpus_per_task}",  # srun does not inherit it from SLURM 22.05 on
+        f'finish() {{ [ "$1" -eq 0 ] || {after} "$1"; exit "$1"; }}',
+    ]
+    if resources.node_setup:
+        script = shlex.quote("\n".join(["set -e", *resources.node_setup]))
+        lines.append(f"srun --export=ALL --ntasks-per-node=1 --ntasks={resources.nodes} bash -c {script} || finish $?")
+    return lines
 
 
 def submit(made: Executor, calls: Sequence[partial[None]]) -> list[str]:

@@ -7,34 +7,37 @@ attempt has a timer of its own for the time limit. Either way all ranks agree at
 and then:
 
 - after USR2 alone the first rank asks SLURM to requeue the job, and all leave;
-- after TERM all wait to be killed. To requeue then would make a job that nobody can cancel; to leave then would, within
-  a preemption's grace, count as a failure.
+- after TERM all wait to be killed, and the first rank requeues the job only where SLURM says that it is a preemption
+  (PreemptMode=CANCEL would not bring it back). To requeue after any TERM would make a job that nobody can cancel; to
+  leave would, within a preemption's grace, count as a failure.
 
 Until the handlers here are set, both signals are ignored (see nearfar.launch.slurm.executor).
 """
 
 from __future__ import annotations
 
+import errno
+import json
 import os
+import re
 import signal
 import socket
 import sys
 import threading
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple, NoReturn
+from typing import TYPE_CHECKING, Literal, NamedTuple, NoReturn
 
 import submitit
-import yaml
 
 from nearfar.launch.slurm import queue, records
-from nearfar.launch.slurm.records import Done
-from nearfar.launch.slurm.resources import Resources
+from nearfar.launch.slurm.records import AttemptEnd, Ending, SubmissionRecord
 from nearfar.launch.stop_signals import StopFlag
-from nearfar.ssl.errors import UserError
+from nearfar.ssl import file_lock
+from nearfar.ssl.errors import PeerError, UserError
 
 if TYPE_CHECKING:
     from nearfar.ssl.train import Outcome
@@ -42,134 +45,208 @@ if TYPE_CHECKING:
 # SLURM kills a job that it preempts or cancels within its grace time, and one that lost a node within SlurmdTimeout
 # (300 s unless a site says otherwise). Whoever is still there after this was not going to be killed.
 KILLED_WITHIN = 900.0
-MEETING = 300.0  # seconds in which the first rank must say where the ranks meet
+LOCK_PATIENCE = 300.0  # seconds in which a process of an attempt before may still be ended
+MEETING = LOCK_PATIENCE + 300.0  # seconds in which the first rank must say where the ranks meet
 
 
-class Place(NamedTuple):
+class JobProcess(NamedTuple):
     """This process among those of its job."""
 
     job: str
     rank: int
     size: int
     restart: int
-    node: str  # the name of the first node
-    result: Path | None  # where submitit will put a result
+    first_node: str
+    result: Path | None  # where submitit will put a result; None outside SLURM
 
     @staticmethod
-    def here() -> Place:
+    def this() -> JobProcess:
         """From submitit's environment under SLURM; elsewhere the only process of a job that has no id."""
         if "SLURM_PROCID" not in os.environ or "SUBMITIT_EXECUTOR" not in os.environ:
-            return Place("none", 0, 1, 0, "localhost", None)
+            return JobProcess("none", 0, 1, 0, "localhost", None)
         env = submitit.JobEnvironment()
         restart = int(os.environ.get("SLURM_RESTART_COUNT", 0))
-        return Place(
+        return JobProcess(
             env.job_id, env.global_rank, env.num_tasks, restart, env.hostnames[0], env.paths.result_pickle
         )  # fmt: skip
+
+    def end(self, kind: records.Kind, why: str, infrastructure: bool = False) -> AttemptEnd:
+        return AttemptEnd(
+            kind=kind, job=self.job, restart=self.restart, rank=self.rank, why=why, infrastructure=infrastructure
+        )
+
+    def ending(self, state: Literal["finished", "failed", "stopped"], why: str = "") -> Ending:
+        return Ending(state=state, job=self.job, restart=self.restart, rank=self.rank, why=why)
+
+
+class InfrastructureError(RuntimeError):
+    """What a machine or the cluster did, and another attempt may not meet again."""
 
 
 def train(config: str, folder: str) -> None:
     """Train the run of `config` (YAML, in settings/ of a submission) in `folder`, as one process of a job.
 
-    Ends the process by itself when the job goes on later. Returns when the run is finished.
+    Ends the process by itself when the job goes on later, or failed. Returns when the run is finished.
 
-    Raises:
-        UserError, RuntimeError ...: what ended it; done.json in the run's folder says it too.
+    Raises (outside SLURM only; in a job it is written down, and the process ends):
+        UserError, RuntimeError ...: what ended it; ending.json in the run's folder says it too.
     """
-    run, home, place = Path(folder), Path(config).parent.parent, Place.here()
+    run, submission, process = Path(folder), Path(config).parent.parent, JobProcess.this()
     with StopFlag() as stop:
         try:
-            if place.result:
-                place.result.unlink(missing_ok=True)  # of an attempt before: it says nothing of this one
-            if place.rank == 0:
-                records.begin(run, place.job, place.restart, _resources(home).tries)
-            deadline = meet(home / "meeting", place, save_by(run, home, place))
+            _forget_result(process)
+            if process.rank == 0:
+                record = SubmissionRecord.read(submission)
+                records.begin_attempt(run, process.job, process.restart, record.resources.tries)
+                _tell_changed_torch(run)
+                wait_for_lock(run, stop)
+            deadline = rendezvous(submission / "meeting", process, save_by(run, submission, process))
             with _alarm(deadline):
                 outcome = _pretrain(Path(config))
         except Exception as error:
-            _failed(run, "train", place, error)
-            raise
+            _failed(run, "train", process, error)
         if outcome.finished:
-            if place.rank == 0:
-                records.end(run, place.job, place.restart, "finished")
-                records.settle(
-                    run, "train", Done(state="finished", job=place.job, step=outcome.step, steps=outcome.steps)
+            if process.rank == 0:
+                records.end_attempt(run, process.end("train", "finished"))
+                ending = process.ending("finished")
+                records.write_ending(
+                    run, "train", ending.model_copy(update={"step": outcome.step, "steps": outcome.steps})
                 )
             return
-        leave(run, place, stop, outcome.step, outcome.steps)
+        leave_interrupted(run, process, stop, outcome.step, outcome.steps)
 
 
 def evaluate(config: str, folder: str, tasks: list[str]) -> None:
     """Score the run in `folder` on its own data.path and data.val, and write its report; one process.
 
-    Raises:
-        UserError, RuntimeError ...: what ended it; done-eval.json says it too.
+    Raises: as `train`; ending-eval.json says it too.
     """
-    run, place = Path(folder), Place.here()
+    run, submission, process = Path(folder), Path(config).parent.parent, JobProcess.this()
 
     def again(*_: object) -> NoReturn:
-        queue.requeue(place.job)
+        records.end_attempt(run, process.end("eval", "stopped by SIGUSR2"))
+        queue.requeue(process.job)
         sys.exit(0)
 
-    if place.result:  # TERM stays unheard: to end within a preemption's grace would count as a failure
+    if process.result:  # TERM stays unheard: to end within a preemption's grace would count as a failure
         signal.signal(signal.SIGUSR2, again)
     try:
-        if place.restart > _resources(Path(config).parent.parent).tries:
-            raise UserError(f"The evaluation did not finish in {place.restart} attempts: give it a longer time limit.")
+        _forget_result(process)
+        tries = SubmissionRecord.read(submission).resources.tries
+        records.begin_attempt(run, process.job, process.restart, tries, "eval")
         score(run, tasks)
     except Exception as error:
-        _failed(run, "eval", place, error)
-        raise
-    records.settle(run, "eval", Done(state="finished", job=place.job))
+        _failed(run, "eval", process, error)
+    records.write_ending(run, "eval", process.ending("finished"))
 
 
-def leave(run: Path, place: Place, stop: StopFlag, step: int, steps: int) -> NoReturn:
-    """Saved, but not finished: requeue after USR2 alone, else wait to be killed. Does not return.
+def _forget_result(process: JobProcess) -> None:
+    if process.result:
+        process.result.unlink(missing_ok=True)  # of an attempt before: it says nothing of this one
+
+
+def _tell_changed_torch(run: Path) -> None:
+    """One line where the newest checkpoint was written by another torch (its version names its CUDA too)."""
+    import torch
+
+    step = records.saved_step(run)
+    try:
+        state = json.loads((run / "checkpoints" / f"step-{step:09d}" / "state.json").read_text())
+        before = state["versions"]["torch"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return
+    if before != torch.__version__:
+        print(
+            f"torch is {torch.__version__} now and was {before} when step {step} was saved: the run goes on, but its "
+            "last bits may differ from those of an undisturbed run.",
+            flush=True,
+        )
+
+
+def wait_for_lock(run: Path, stop: Callable[[], bool], patience: float = LOCK_PATIENCE) -> None:
+    """Wait while a process of an attempt before, which SLURM lost sight of, still lives in the run's folder.
 
     Raises:
-        UserError: SLURM refuses to requeue.
+        InfrastructureError: it did not end in time.
     """
+    until, told = time.monotonic() + patience, False
+    while not stop() and (holder := file_lock.holder(run / "lock")):
+        if time.monotonic() > until:
+            raise InfrastructureError(f"{run} is still in use by {holder} after {patience:.0f} s")
+        if not told:
+            print(f"{run} is in use by {holder}, of an attempt before: waiting for its end.", flush=True)
+            told = True
+        time.sleep(1)
+
+
+def leave_interrupted(run: Path, process: JobProcess, stop: StopFlag, step: int, steps: int) -> NoReturn:
+    """Saved, but not finished: requeue after USR2 alone or where SLURM preempts, else wait to be killed."""
     until = time.monotonic() + 5
-    while not stop() and place.size > 1 and time.monotonic() < until:  # another rank heard it first
+    while not stop() and process.size > 1 and time.monotonic() < until:  # another rank heard it first
         time.sleep(0.01)
     heard = " and ".join(sorted(name.name for name in stop.heard)) or "a signal to another rank"
-    if place.rank == 0:
-        records.end(run, place.job, place.restart, f"saved at step {step} after {heard}")
-    stopped = Done(state="stopped", job=place.job, step=step, steps=steps, why=f"stopped by {heard}")
-    if place.result and stop.heard == {signal.SIGUSR2}:
-        if place.rank == 0:
-            print(f"Saved at step {step} of {steps}; job {place.job} goes back to the queue.", flush=True)
+    if process.rank == 0:
+        records.end_attempt(run, process.end("train", f"saved at step {step} after {heard}"))
+    if process.result and stop.heard == {signal.SIGUSR2}:
+        _requeue_and_leave(run, process, stop, step, steps)
+    stopped = process.ending("stopped", f"stopped by {heard}").model_copy(update={"step": step, "steps": steps})
+    if process.result:
+        if process.rank == 0 and _preempted(process.job):
+            print(f"Saved at step {step} of {steps}; SLURM preempts job {process.job}: back to the queue.", flush=True)
             try:
-                queue.requeue(place.job)
+                queue.requeue(process.job, patience=60)
             except UserError as error:
-                records.settle(run, "train", stopped.model_copy(update={"why": str(error)}))
-                raise
-        sys.exit(0)
-    if place.result:
+                stopped = stopped.model_copy(update={"why": str(error)})
         wait_for_the_end()
-    if place.rank == 0:
-        records.settle(run, "train", stopped)
-    sys.exit(1 if place.result else 0)  # not 0 in a job: what depends on a finished run must not start
+    if process.rank == 0:
+        records.write_ending(run, "train", stopped)
+    sys.exit(1 if process.result else 0)  # not 0 in a job: what depends on a finished run must not start
 
 
-def wait_for_the_end(seconds: float = KILLED_WITHIN) -> None:
-    """Sleep until SLURM kills this process; returns when it does not."""
+def _requeue_and_leave(run: Path, process: JobProcess, stop: StopFlag, step: int, steps: int) -> NoReturn:
+    """The first rank requeues the job; the others stay until SLURM ends them, so that srun does not miss them."""
+    if process.rank > 0:
+        wait_for_the_end(queue.REQUEUE_PATIENCE, lambda: signal.SIGTERM in stop.heard)
+        sys.exit(0)
+    print(f"Saved at step {step} of {steps}; job {process.job} goes back to the queue.", flush=True)
+    try:
+        queue.requeue(process.job)
+    except UserError as error:
+        stopped = process.ending("stopped", str(error))
+        records.write_ending(run, "train", stopped.model_copy(update={"step": step, "steps": steps}))
+        print(f"nearfar: {error}", flush=True)
+        sys.exit(1)
+    sys.exit(0)
+
+
+def _preempted(job: str) -> bool:
+    try:
+        return queue.preempted(job)
+    except UserError:
+        return False
+
+
+def wait_for_the_end(seconds: float = KILLED_WITHIN, enough: Callable[[], bool] = lambda: False) -> None:
+    """Sleep until SLURM kills this process; returns when it does not, or when it is `enough`."""
     until = time.monotonic() + seconds
-    while (left := until - time.monotonic()) > 0:
-        time.sleep(min(left, 1.0))
+    while (left := until - time.monotonic()) > 0 and not enough():
+        time.sleep(min(left, 0.2))
 
 
-def save_by(run: Path, home: Path, place: Place) -> float | None:
+def save_by(run: Path, submission: Path, process: JobProcess) -> float | None:
     """When the first rank must begin to save (time.time()), for the time limit's sake; None without a limit."""
     from nearfar.launch.slurm.executor import signal_delay
 
-    if place.rank != 0 or not place.result:
+    if process.rank != 0 or not process.result:
         return None
     try:
-        left = queue.seconds_left(place.job)
+        left = queue.seconds_left(process.job)
     except UserError as error:
         print(f"{error} The time limit is left to SLURM's own signal, which comes once in a job's life.", flush=True)
         return None
-    return None if left is None else time.time() + left - signal_delay(run, _resources(home))
+    if left is None:
+        return None
+    return time.time() + left - signal_delay(run, SubmissionRecord.read(submission).resources)
 
 
 @contextmanager
@@ -187,30 +264,30 @@ def _alarm(deadline: float | None) -> Iterator[None]:
         timer.cancel()
 
 
-def meet(folder: Path, place: Place, deadline: float | None = None) -> float | None:
+def rendezvous(folder: Path, process: JobProcess, deadline: float | None = None) -> float | None:
     """Set MASTER_ADDR and MASTER_PORT: a port that is free now on the first rank's node, told through `folder`.
 
     A port computed from the job's id, as others do it, may be taken by another job on the same node. The first rank's
     `deadline` is told the same way: returns it on every rank.
 
     Raises:
-        RuntimeError: the first rank did not say it in time.
+        InfrastructureError: the first rank did not say it in time.
     """
-    if place.size == 1:
+    if process.size == 1:
         return deadline
-    file = folder / f"{place.job}-{place.restart}"
-    if place.rank == 0:
+    file = folder / f"{process.job}-{process.restart}"
+    if process.rank == 0:
         folder.mkdir(parents=True, exist_ok=True)
         with socket.socket() as probe:
             probe.bind(("", 0))
             port = probe.getsockname()[1]
         partial = file.with_suffix(".writing")
-        partial.write_text(f"{_resolvable(place.node)} {port} {deadline or 'never'}\n")
+        partial.write_text(f"{_resolvable(process.first_node)} {port} {deadline or 'never'}\n")
         partial.replace(file)
     until = time.monotonic() + MEETING
     while file not in (folder.iterdir() if folder.is_dir() else ()):  # a listing is fresh where a look-up may be cached
         if time.monotonic() > until:
-            raise RuntimeError(f"Rank {place.rank}: the first rank did not write {file} within {MEETING:g} s.")
+            raise InfrastructureError(f"Rank {process.rank}: the first rank did not write {file} within {MEETING:g} s.")
         time.sleep(0.05)
     os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"], told = file.read_text().split()
     return None if told == "never" else float(told)
@@ -225,18 +302,48 @@ def _resolvable(node: str) -> str:
     return node
 
 
-def _failed(run: Path, kind: records.Kind, place: Place, error: Exception) -> None:
-    """Say why in done.json; a rank that only lost another one leaves the word to that, or to SLURM."""
-    from nearfar.ssl.errors import PeerError
+def _failed(run: Path, kind: records.Kind, process: JobProcess, error: Exception) -> NoReturn:
+    """Write down why and end the process. What the machines did is tried again by nearfar.launch.slurm.after_failure.
 
-    traceback.print_exc()
-    if isinstance(error, PeerError) and place.result:
+    A rank that only lost another one leaves the word to that, or to SLURM.
+
+    Raises:
+        Exception: `error` itself, outside SLURM.
+    """
+    mistake = isinstance(error, UserError)
+    if process.result:  # else whoever called us says it
+        print(f"nearfar: {error}", flush=True) if mistake else traceback.print_exc()
+    if isinstance(error, PeerError) and process.result:
         # A rank that ended by itself: srun ends us within the second. A node that died: SLURM requeues the job when it
         # notices, and to fail before that would end the run.
         wait_for_the_end()
-    why = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
-    where = f"rank {place.rank} on {socket.gethostname()}: " if place.size > 1 else ""
-    records.settle(run, kind, Done(state="failed", job=place.job, step=records.saved_step(run), why=where + why))
+    why = str(error) if mistake or isinstance(error, InfrastructureError) else f"{type(error).__name__}: {error}"
+    where = f"rank {process.rank} on {socket.gethostname()}: " if process.size > 1 else ""
+    if process.result and is_infrastructure(error):
+        records.end_attempt(run, process.end(kind, where + why, infrastructure=True))
+    else:
+        ending = process.ending("failed", where + why)
+        records.write_ending(run, kind, ending.model_copy(update={"step": records.saved_step(run)}))
+    if process.result is None:
+        raise error
+    sys.stdout.flush()
+    sys.exit(2 if mistake else 1)
+
+
+# Words of torch, NCCL and CUDA for broken links and devices. Too little GPU memory is the run's own doing.
+_BROKEN = re.compile(r"nccl|gloo|connection (closed|reset|refused)|cuda error|ecc error|cuda driver|xid", re.IGNORECASE)
+_BROKEN_FILES = {errno.EIO, errno.ESTALE, errno.ENODEV, errno.EREMOTEIO, errno.ETIMEDOUT, errno.ENOTCONN}
+
+
+def is_infrastructure(error: BaseException) -> bool:
+    """Is it what machines, links or file systems did, rather than the run's settings, data or code?"""
+    if isinstance(error, UserError) or type(error).__name__ == "OutOfMemoryError":
+        return False
+    if isinstance(error, InfrastructureError | PeerError | ConnectionError):
+        return True
+    if isinstance(error, OSError):
+        return error.errno in _BROKEN_FILES
+    return isinstance(error, RuntimeError) and _BROKEN.search(str(error)) is not None
 
 
 def _pretrain(config_file: Path) -> Outcome:
@@ -260,7 +367,3 @@ def score(run: Path, tasks: list[str]) -> None:
     train, val = sources(subject.run, None, None)
     score(subject, train, val, tasks=tasks, console=Console())
     write_report(run)
-
-
-def _resources(home: Path) -> Resources:
-    return Resources.model_validate(yaml.safe_load((home / "resources.yaml").read_text()))

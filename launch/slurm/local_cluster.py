@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import submitit
-import yaml
 from rich.console import Console
 
-from nearfar.launch.pretrain import pretrain
 from nearfar.launch.slurm import job, records
-from nearfar.launch.slurm.resources import Resources
+from nearfar.launch.slurm.records import SubmissionRecord
+from nearfar.launch.slurm.resources import Resources, gpu_count
 from nearfar.ssl import config
 from nearfar.ssl.config import Run
 from nearfar.ssl.errors import UserError
@@ -26,35 +24,67 @@ def launch(runs: Sequence[Run], given: dict[str, Any], then: Sequence[str], *, d
     Raises:
         UserError: more than one machine is asked for, and as `pretrain`.
     """
-    asked = Resources.model_validate({**given, "cpu": True, "gpus_per_node": None})
-    tasks = given.get("tasks_per_node") or given.get("gpus_per_node")
-    if asked.nodes > 1:
-        raise UserError(f"This is one machine and not {asked.nodes}: --nodes needs --cluster slurm.")
+    from nearfar.launch.pretrain import pretrain
+
+    asked = _of_this_machine(given)
     for run in runs:
-        if given.get("cpu"):
-            run = run.model_copy(update={"train": run.train.model_copy(update={"device": "cpu"})})
+        run = _as_given(run, given, debug)
         if debug:
             _debug(run, asked, then)
             continue
-        if tasks:
-            run = run.model_copy(update={"train": run.train.model_copy(update={"world_size": tasks})})
-        done = records.outcome(run.path)
+        before = records.read_ending(run.path)
         if not pretrain(run, console).finished:
             return
-        if done is None or done.state != "finished":
+        if before is None or before.state != "finished":
             step = records.saved_step(run.path)
-            records.settle(run.path, "train", records.Done(state="finished", job="none", step=step, steps=step))
+            ending = records.Ending(state="finished", job="none", step=step, steps=step)
+            records.write_ending(run.path, "train", ending)
         if then:
             job.score(run.path, list(then))
 
 
+def dry_run(runs: Sequence[Run], given: dict[str, Any], then: Sequence[str], console: Console) -> None:
+    """Say what `launch` would do, and do nothing.
+
+    Raises:
+        UserError: more than one machine is asked for.
+    """
+    _of_this_machine(given)
+    for run in runs:
+        run = _as_given(run, given, debug=False)
+        processes = run.train.world_size or "as many processes as the cores allow"
+        told = f"{run.path}: pretrain on {run.data.path or 'no images (data.path= is not set)'}, {run.train.device}, "
+        told += f"{processes} process{'es' if processes != 1 else ''}" if run.train.world_size else str(processes)
+        told += f", {run.train.epochs} epochs" + (f"; then {', '.join(then)}" if then else "")
+        console.print(told, highlight=False, soft_wrap=True)
+    console.print("Nothing was started: this is what --dry-run is for.", highlight=False, soft_wrap=True)
+
+
+def _of_this_machine(given: dict[str, Any]) -> Resources:
+    asked = Resources.model_validate({**given, "cpu": True, "gpus_per_node": None})
+    if asked.nodes > 1:
+        raise UserError(f"This is one machine and not {asked.nodes}: --nodes needs --cluster slurm.")
+    return asked
+
+
+def _as_given(run: Run, given: dict[str, Any], debug: bool) -> Run:
+    """With the device and the number of processes that the flags say."""
+    update: dict[str, Any] = {}
+    if given.get("cpu"):
+        update["device"] = "cpu"
+    processes = given.get("tasks_per_node") or gpu_count(given.get("gpus_per_node"))
+    if processes and not debug:
+        update["world_size"] = processes
+    return run.model_copy(update={"train": run.train.model_copy(update=update)})
+
+
 def _debug(run: Run, resources: Resources, then: Sequence[str]) -> None:
-    home = run.path / "cluster" / "debug"
-    settings = home / "settings" / f"{run.name}.yaml"
+    submission = run.path / "cluster" / "debug"
+    settings = submission / "settings" / f"{run.name}.yaml"
     settings.parent.mkdir(parents=True, exist_ok=True)
     settings.write_text(config.to_yaml(run))
-    (home / "resources.yaml").write_text(yaml.safe_dump(resources.model_dump()))
-    executor = submitit.DebugExecutor(folder=Path(home) / "log")
+    SubmissionRecord(resources=resources, runs=[run.path], then=list(then)).write(submission)
+    executor = submitit.DebugExecutor(folder=submission / "log")
     executor.submit(job.train, str(settings), str(run.path)).results()
     if then:
         executor.submit(job.evaluate, str(settings), str(run.path), list(then)).results()

@@ -10,11 +10,11 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
-import yaml
 from rich.console import Console
 
 from nearfar.launch.slurm import executor, job, queue, records, snapshot
-from nearfar.launch.slurm.records import Job
+from nearfar.launch.slurm.executor import JobOptions
+from nearfar.launch.slurm.records import Ending, Job, SubmissionRecord
 from nearfar.launch.slurm.resources import Resources
 from nearfar.ssl import config
 from nearfar.ssl.config import Run
@@ -25,7 +25,7 @@ from nearfar.ssl.run_folder import RunFolder
 EVAL_HOURS = 4.0
 
 
-class Plan(NamedTuple):
+class Submission(NamedTuple):
     """What is to be submitted: one run, or the runs of a sweep."""
 
     folder: Path  # of the run or the sweep
@@ -34,13 +34,35 @@ class Plan(NamedTuple):
     then: tuple[str, ...] = ()  # evaluations after training
     parallel: int | None = None  # runs of a sweep at the same time
 
+    @property
+    def job_name(self) -> str:
+        return "".join(letter if letter.isalnum() or letter in "-_.=+" else "-" for letter in self.folder.name)
 
-def settled(run: Run, resources: Resources) -> Run:
+
+def for_cluster(run: Run, resources: Resources) -> Run:
     """`run` as a job on another machine will read it: paths absolute, the device that was asked for.
 
     Raises:
         UserError: what can be seen to fail before it waits in a queue.
     """
+    _check(run, resources)
+    placed = _absolute_paths(run)
+    if not resources.node_setup:  # which may bring the images to where data.path says
+        _check_exists("data.path", placed.data.path)
+    if placed.backbone.weights:
+        _check_exists("backbone.weights", placed.backbone.weights)
+    saved = RunFolder(placed.path).saved_settings()
+    if saved is None:  # "auto" on a node whose GPU is broken would train on its CPU for days
+        device = run.train.model_copy(update={"device": "cpu" if resources.cpu else "cuda"})
+        placed = placed.model_copy(update={"train": device})
+    elif saved.train.device != run.train.device == "auto":  # begun by a job: continued by one
+        placed = placed.model_copy(update={"train": run.train.model_copy(update={"device": saved.train.device})})
+    if saved:
+        continued(placed, saved)
+    return placed
+
+
+def _check(run: Run, resources: Resources) -> None:
     if not run.data.path:
         raise UserError("data.path is not set: name the training images, for example data.path=~/pictures.")
     if not run.name:
@@ -54,63 +76,99 @@ def settled(run: Run, resources: Resources) -> Run:
             f"train.batch_size={run.train.batch_size} does not divide into {resources.world} processes "
             f"({resources.nodes} nodes x {resources.tasks})."
         )
-    data = run.data.model_copy(
-        update={"path": _absolute(run.data.path), "val": run.data.val and _absolute(run.data.val)}
+
+
+def _absolute_paths(run: Run) -> Run:
+    data = {"path": _absolute(run.data.path), "val": run.data.val and _absolute(run.data.val)}
+    weights = {"weights": run.backbone.weights and _absolute(run.backbone.weights)}
+    return run.model_copy(
+        update={
+            "folder": _absolute(run.folder),
+            "data": run.data.model_copy(update=data),
+            "backbone": run.backbone.model_copy(update=weights),
+        }
     )
-    if not Path(data.path).exists():
-        raise UserError(f"data.path={data.path} does not exist on this machine; the jobs read it from there.")
-    placed = run.model_copy(update={"folder": _absolute(run.folder), "data": data})
-    saved = RunFolder(placed.path).saved_settings()
-    if saved is None:  # "auto" on a node whose GPU is broken would train on its CPU for days
-        device = run.train.model_copy(update={"device": "cpu" if resources.cpu else "cuda"})
-        placed = placed.model_copy(update={"train": device})
-    elif saved.train.device != run.train.device == "auto":  # begun by a job: continued by one
-        placed = placed.model_copy(update={"train": run.train.model_copy(update={"device": saved.train.device})})
-    if saved:
-        continued(placed, saved)
-    return placed
 
 
-def dry_run(plan: Plan, console: Console) -> None:
+def _check_exists(key: str, path: str) -> None:
+    if not Path(path).exists():
+        raise UserError(f"{key}={path} does not exist on this machine; the jobs read it from there.")
+
+
+def dry_run(submission: Submission, console: Console) -> None:
     """Print the resources and exactly what sbatch would be given, and touch nothing."""
-    home = _absolute(str(plan.folder)) + "/cluster/STAMP"
-    world = plan.resources
+    folder = Path(_absolute(str(submission.folder))) / "cluster" / "STAMP"
+    resources, runs = submission.resources, submission.runs
     console.print(
-        f"{len(plan.runs)} run{'s' if len(plan.runs) > 1 else ''} on {world.nodes} x {world.tasks} processes, "
-        f"{world.cpus_per_task} cores each, {plan.runs[0].train.batch_size // world.world} images a step each",
+        f"{len(runs)} run{'s' if len(runs) > 1 else ''} on {resources.nodes} x {resources.tasks} processes, "
+        f"{resources.cpus_per_task} cores each, {runs[0].train.batch_size // resources.world} images a step each",
         highlight=False, soft_wrap=True,
     )  # fmt: skip
-    training = _training(Path(home), plan)
-    print(training.script(len(plan.runs)))
-    if plan.then:
-        print(f"# then, for {', '.join(plan.then)}")
-        print(_evaluation(Path(home), plan, "JOB").script(len(plan.runs)))
+    print(_training(folder, submission).script(len(runs)))
+    if submission.then:
+        print(f"# then, for {', '.join(submission.then)}")
+        print(_evaluation(folder, submission, "JOB").script(len(runs)))
 
 
-def submit(plan: Plan, console: Console, code: Path | None = None) -> list[Job]:
+def submit(submission: Submission, console: Console, code: Path | None = None) -> list[Job]:
     """Submit training and what follows it; each run's folder knows its jobs from then on.
 
     code: a snapshot to run (of an earlier submission); default: a new one.
 
     Raises:
-        UserError: a run of the plan has a job in the queue or is finished, or SLURM refuses.
+        UserError: a run of the submission has a job in the queue or is finished, or SLURM refuses. A refused training
+            leaves nothing behind; a refused evaluation leaves the training in the queue.
     """
     if not queue.installed():
         raise UserError("SLURM is not installed on this machine (no sbatch): use --cluster local, or log in to one.")
+    folder: Path | None = None
     with ExitStack() as stack:
-        for run in plan.runs:
-            stack.enter_context(records.locked(run.path))
-        refuse_active([run.path for run in plan.runs])
-        home = _new_home(plan.folder / "cluster")
-        if code:
-            shutil.copytree(code, home / "code")
-        else:
-            snapshot.take(home / "code")
-        (home / "resources.yaml").write_text(yaml.safe_dump(plan.resources.model_dump(), sort_keys=False))
-        (home / "settings").mkdir()
-        for run in plan.runs:
-            _config(home, run).write_text(config.to_yaml(run))
-        return _submit(home, plan, console)
+        try:
+            for run in submission.runs:
+                stack.enter_context(records.locked(run.path))
+            refuse_active([run.path for run in submission.runs])
+            folder = _new_folder(submission.folder / "cluster")
+            _fill(folder, submission, code)
+            made = _submit_training(folder, submission)
+        except BaseException:
+            _remove(folder, submission)
+            raise
+        _announce(made, console)
+        if submission.then:
+            _announce(_submit_evaluation(folder, submission, made), console)
+    console.print(f"nearfar launch status {submission.folder}", highlight=False, soft_wrap=True)
+    return made
+
+
+def _fill(folder: Path, submission: Submission, code: Path | None) -> None:
+    """The code, the settings and what was asked for."""
+    if code:
+        shutil.copytree(code, folder / "code")
+    else:
+        snapshot.take(folder / "code")
+    SubmissionRecord(
+        resources=submission.resources,
+        runs=[run.path for run in submission.runs],
+        then=list(submission.then),
+        parallel=submission.parallel,
+    ).write(folder)
+    (folder / "settings").mkdir()
+    for run in submission.runs:
+        _config(folder, run).write_text(config.to_yaml(run))
+
+
+def _remove(folder: Path | None, submission: Submission) -> None:
+    """Leave no trace of a refused submission."""
+    if folder:
+        shutil.rmtree(folder, ignore_errors=True)
+    for run in submission.runs:
+        records.forget_refused(run.path)
+    records.remove_if_empty(submission.folder / "cluster", submission.folder)
+
+
+def _announce(jobs: Sequence[Job], console: Console) -> None:
+    for each in jobs:
+        console.print(f"job {each.job}: {each.name}, log {each.log}", highlight=False, soft_wrap=True)
 
 
 def refuse_active(folders: Sequence[Path]) -> None:
@@ -120,77 +178,83 @@ def refuse_active(folders: Sequence[Path]) -> None:
     """
     for folder in folders:
         known = {each.job: each for each in records.jobs(folder)}
-        found = queue.look(known)
+        found = queue.entries(known)
         for number, each in known.items():
-            seen = found.get(number)
-            if seen and seen.active and seen.name == each.name:
+            entry = found.get(number)
+            if entry and entry.active and entry.name == each.name:
                 raise UserError(
-                    f"{folder} already has job {number} ({each.kind}, {seen.state}) in the queue. Two jobs in "
+                    f"{folder} already has job {number} ({each.kind}, {entry.state}) in the queue. Two jobs in "
                     f"one run folder would overwrite each other: `nearfar launch cancel {folder}` first, or choose "
                     "another name=."
                 )
-        done = records.outcome(folder)
-        if done and done.state == "finished":
-            raise UserError(f"{folder} is finished (step {done.step}): nothing to train. `nearfar eval` scores it.")
+        ending = records.read_ending(folder)
+        if ending and ending.state == "finished":
+            raise UserError(f"{folder} is finished (step {ending.step}): nothing to train. `nearfar eval` scores it.")
 
 
-def _submit(home: Path, plan: Plan, console: Console) -> list[Job]:
-    training = _training(home, plan)
-    name, now = _name(plan), time.time()
-    calls = [partial(job.train, str(_config(home, run)), str(run.path)) for run in plan.runs]
-    numbers = executor.submit(training, calls)
-    made = []
-    for run, number in zip(plan.runs, numbers, strict=True):
-        made.append(Job(job=number, kind="train", name=name, home=home, config=_config(home, run), when=now))
-        records.record(run.path, made[-1])
-    if plan.then:
-        evaluation = _evaluation(home, plan, numbers[0].partition("_")[0])
-        scoring = [partial(job.evaluate, str(_config(home, run)), str(run.path), list(plan.then)) for run in plan.runs]
-        for run, number in zip(plan.runs, executor.submit(evaluation, scoring), strict=True):
-            (run.path / "done-eval.json").unlink(missing_ok=True)
-            made.append(
-                Job(
-                    job=number, kind="eval", name=f"{name}-eval", home=home, config=_config(home, run),
-                    tasks=list(plan.then), when=now,
-                )
-            )  # fmt: skip
-            records.record(run.path, made[-1])
-    for each in made:
-        console.print(f"job {each.job}: {each.name}, log {each.log}", highlight=False, soft_wrap=True)
-    console.print(f"nearfar launch status {plan.folder}", highlight=False, soft_wrap=True)
+def _submit_training(folder: Path, submission: Submission) -> list[Job]:
+    calls = [partial(job.train, str(_config(folder, run)), str(run.path)) for run in submission.runs]
+    numbers = executor.submit(_training(folder, submission), calls)
+    return _record("train", submission.job_name, folder, submission, numbers)
+
+
+def _submit_evaluation(folder: Path, submission: Submission, training: Sequence[Job]) -> list[Job]:
+    """
+    Raises:
+        UserError: SLURM refuses; says that the training stays in the queue.
+    """
+    made = _evaluation(folder, submission, training[0].job.partition("_")[0])
+    tasks = list(submission.then)
+    calls = [partial(job.evaluate, str(_config(folder, run)), str(run.path), tasks) for run in submission.runs]
+    try:
+        numbers = executor.submit(made, calls)
+    except UserError as error:
+        for run in submission.runs:
+            records.write_ending(run.path, "eval", Ending(state="failed", job="none", why=str(error)))
+        ids = ", ".join(each.job for each in training)
+        raise UserError(
+            f"The training was accepted as job {ids} and stays in the queue, but its evaluation was refused. {error} "
+            f"When it is finished, score it with `nearfar eval`; `nearfar launch cancel {submission.folder}` ends it."
+        ) from None
+    for run in submission.runs:
+        records.forget_ending(run.path, "eval")
+    return _record("eval", f"{submission.job_name}-eval", folder, submission, numbers)
+
+
+def _record(kind: records.Kind, name: str, folder: Path, submission: Submission, numbers: Sequence[str]) -> list[Job]:
+    made, now = [], time.time()
+    tasks = list(submission.then) if kind == "eval" else []
+    for run, number in zip(submission.runs, numbers, strict=True):
+        made.append(
+            Job(
+                job=number, kind=kind, name=name, submission=folder, config=_config(folder, run), tasks=tasks,
+                submitted_at=now,
+            )
+        )  # fmt: skip
+        records.record_jobs(run.path, made[-1])
     return made
 
 
-def _training(home: Path, plan: Plan) -> executor.Executor:
-    delay = max(executor.signal_delay(run.path, plan.resources) for run in plan.runs)
-    return executor.executor(home, _name(plan), plan.resources, delay=delay, parallel=plan.parallel)
+def _training(folder: Path, submission: Submission) -> executor.Executor:
+    delay = max(executor.signal_delay(run.path, submission.resources) for run in submission.runs)
+    options = JobOptions(submission.job_name, signal_delay=delay, parallel=submission.parallel)
+    return executor.executor(folder, submission.resources, options)
 
 
-def _evaluation(home: Path, plan: Plan, training: str) -> executor.Executor:
+def _evaluation(folder: Path, submission: Submission, training: str) -> executor.Executor:
     """One process, after training has ended well; the elements of an array each wait for their own run."""
-    resources = plan.resources.model_copy(
-        update={
-            "nodes": 1,
-            "tasks_per_node": 1,
-            "gpus_per_node": None if plan.resources.cpu else 1,
-            "hours": min(plan.resources.hours, EVAL_HOURS),
-        }
+    dependency = "afterok" if len(submission.runs) == 1 else "aftercorr"
+    options = JobOptions(
+        f"{submission.job_name}-eval", "eval", after=f"{dependency}:{training}", parallel=submission.parallel
     )
-    kind = "afterok" if len(plan.runs) == 1 else "aftercorr"
-    return executor.executor(
-        home, f"{_name(plan)}-eval", resources, delay=30, after=f"{kind}:{training}", parallel=plan.parallel
-    )  # fmt: skip
+    return executor.executor(folder, submission.resources.one_process(EVAL_HOURS), options)
 
 
-def _name(plan: Plan) -> str:
-    return "".join(letter if letter.isalnum() or letter in "-_.=+" else "-" for letter in plan.folder.name)
+def _config(folder: Path, run: Run) -> Path:
+    return folder / "settings" / f"{run.name}.yaml"
 
 
-def _config(home: Path, run: Run) -> Path:
-    return home / "settings" / f"{run.name}.yaml"
-
-
-def _new_home(folder: Path) -> Path:
+def _new_folder(folder: Path) -> Path:
     """A fresh folder: a new cluster counts its jobs from 1 again, and old logs must not be taken for its own."""
     stamp = time.strftime("%Y%m%d-%H%M%S")
     for suffix in ("", *(f"-{number}" for number in range(2, 100))):

@@ -16,26 +16,31 @@ def runs(recipe: Path, settings: list[str], sweep: Sequence[str]) -> tuple[Path,
     """The folder of a sweep and its runs.
 
     sweep: `key=a,b` each. All combinations are run, in FOLDER/NAME/ of the recipe, each in a folder named by what
-    differs: `lr=1e-4_lgp=true`.
+    differs: `lr=1e-4_lgp=true`. What has one value is a setting like those of `settings`.
 
     Raises:
-        UserError: as `config.load`; a key without values, or one that is given twice.
+        UserError: as `config.load`; a key without values, or one that is given twice; nothing that differs.
     """
-    keys, values = [], []
+    fixed, varied = [], {}
     for item in sweep:
         key, sign, text = item.partition("=")
-        found = split(text)
-        if not sign or not all(found):
+        values = split(text)
+        if not sign or not all(values):
             raise UserError(f"--sweep {item} is not key=value,value ... such as optim.lr=1e-4,5e-4.")
-        if key in ("name", "folder") or key in keys or len(set(found)) < len(found):
+        if len(values) == 1:  # a setting that was written behind --sweep
+            fixed.append(item)
+            continue
+        if key in ("name", "folder") or key in varied or len(set(values)) < len(values):
             raise UserError(f"--sweep {item}: each setting and value once, and neither name nor folder.")
-        keys.append(key)
-        values.append(found)
+        varied[key] = values
+    if not varied:
+        raise UserError(f"--sweep {' '.join(sweep)}: no setting has two values, such as optim.lr=1e-4,5e-4.")
+    settings, keys = [*settings, *fixed], list(varied)
     base = config.load(recipe, settings)
     leaves = [key.rpartition(".")[2] for key in keys]
     short = leaves if len(set(leaves)) == len(leaves) else keys
     made = []
-    for combination in itertools.product(*values):
+    for combination in itertools.product(*varied.values()):
         name = "_".join(f"{key}={_plain(value)}" for key, value in zip(short, combination, strict=True))
         chosen = [f"{key}={value}" for key, value in zip(keys, combination, strict=True)]
         # JSON is YAML, so a name such as lr=1 stays a name.
@@ -48,7 +53,7 @@ def split(text: str) -> list[str]:
     """`1e-4,5e-4` -> two values; commas in brackets belong to a value: `[0.3, 1],[0.4, 1]` -> two."""
     found, depth = [""], 0
     for letter in text:
-        depth += {"[": 1, "{": 1, "]": -1, "}": -1}.get(letter, 0)
+        depth += {"[": 1, "{": 1, "(": 1, "]": -1, "}": -1, ")": -1}.get(letter, 0)
         if letter == "," and depth == 0:
             found.append("")
         else:

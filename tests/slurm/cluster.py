@@ -46,7 +46,8 @@ def why_not(accounting: bool = False) -> str | None:
 class Cluster:
     """Context manager: a running cluster. `environment` is what clients need; node names are node1, node2, ...
 
-    Partitions: main (default), low (preempted by high, 20 s grace), lownograce (0 s), high.
+    Partitions: main (default), low (preempted by high, 20 s grace), lownograce (0 s), lowcancel (cancelled, after
+    20 s grace), high.
     """
 
     def __init__(self, nodes: int = 3, cpus: int = 8, accounting: bool = False) -> None:
@@ -81,6 +82,16 @@ class Cluster:
 
     def start_node(self, name: str) -> None:
         self._ask(f"start-node {name}")
+
+    def kill_slurmd(self, name: str) -> None:
+        """The daemon of a node alone: SLURM loses sight of the node, and what runs there lives on."""
+        self._ask(f"kill-slurmd {name}")
+
+    def stop_controller(self) -> None:
+        self._ask("stop-controller")
+
+    def start_controller(self) -> None:
+        self._ask("start-controller")
 
     def signal_at_preemption(self, chosen: bool) -> None:
         """Whether preemption with grace sends the job's own --signal (True, as at start) or SIGTERM."""
@@ -144,6 +155,19 @@ class Keeper:
             process.kill()
         subprocess.run(["scontrol", "update", f"NodeName={name}", "State=DOWN", "Reason=killed"], check=True)
 
+    def kill_slurmd(self, name: str) -> None:
+        self.daemons.pop(name).kill()
+        subprocess.run(["scontrol", "update", f"NodeName={name}", "State=DOWN", "Reason=lost"], check=True)
+
+    def stop_controller(self) -> None:
+        controller = self.daemons.pop("slurmctld")
+        controller.terminate()  # it saves its state
+        controller.wait(timeout=30)
+
+    def start_controller(self) -> None:
+        self._daemon("slurmctld", "-D")
+        _wait("slurmctld", lambda: _listens(self.ports["ctld"]))
+
     def signal_at_preemption(self, chosen: str) -> None:
         self.preempt_signal = chosen == "yes"
         self._configure()
@@ -163,6 +187,9 @@ class Keeper:
             action = {
                 "kill-node": self.kill_node,
                 "start-node": self.start_node,
+                "kill-slurmd": self.kill_slurmd,
+                "stop-controller": self.stop_controller,
+                "start-controller": self.start_controller,
                 "signal-at-preemption": self.signal_at_preemption,
             }[verb]
             action(*arguments)
@@ -203,22 +230,7 @@ class Keeper:
             f"RealMemory={memory} State=UNKNOWN"
             for name in self.names
         )
-        if self.accounting:
-            accounting = (
-                "AccountingStorageType=accounting_storage/slurmdbd\n"
-                f"AccountingStorageHost=127.0.0.1\nAccountingStoragePort={self.ports['dbd']}\n"
-                f"AccountingStoragePass={munge}\n"
-            )
-            secret = self.folder / "slurmdbd.conf"
-            secret.touch(mode=0o600)
-            secret.write_text(
-                f"AuthType=auth/munge\nAuthInfo=socket={munge}\nDbdHost={host}\nDbdAddr=127.0.0.1\n"
-                f"DbdPort={self.ports['dbd']}\nSlurmUser=root\nPidFile={self.folder}/slurmdbd.pid\n"
-                f"StorageType=accounting_storage/mysql\nStorageHost=127.0.0.1\nStoragePort={self.ports['sql']}\n"
-                "StorageUser=slurm\nStoragePass=slurm\nStorageLoc=slurm_acct_db\n"
-            )
-        else:
-            accounting = "AccountingStorageType=accounting_storage/none\n"
+        accounting = self._configure_accounting(host, munge)
         signalling = "SlurmctldParameters=preempt_send_user_signal\n" if self.preempt_signal else ""
         # cred_expire (default 120 s, at least 5) is how long a requeued job waits before it may start again.
         (self.folder / "slurm.conf").write_text(
@@ -256,10 +268,29 @@ PreemptMode=REQUEUE
 PartitionName=main Nodes=ALL Default=YES State=UP PriorityTier=5 PreemptMode=OFF
 PartitionName=low Nodes=ALL State=UP PriorityTier=1 PreemptMode=REQUEUE GraceTime=20
 PartitionName=lownograce Nodes=ALL State=UP PriorityTier=1 PreemptMode=REQUEUE GraceTime=0
+PartitionName=lowcancel Nodes=ALL State=UP PriorityTier=1 PreemptMode=CANCEL GraceTime=20
 PartitionName=high Nodes=ALL State=UP PriorityTier=10 PreemptMode=OFF
 """
         )
         (self.folder / "cgroup.conf").write_text("CgroupAutomount=no\n")  # slurmd looks for it; nothing here uses any
+
+    def _configure_accounting(self, host: str, munge: Path) -> str:
+        """Write slurmdbd's own configuration; what slurm.conf says of it."""
+        if not self.accounting:
+            return "AccountingStorageType=accounting_storage/none\n"
+        secret = self.folder / "slurmdbd.conf"
+        secret.touch(mode=0o600)
+        secret.write_text(
+            f"AuthType=auth/munge\nAuthInfo=socket={munge}\nDbdHost={host}\nDbdAddr=127.0.0.1\n"
+            f"DbdPort={self.ports['dbd']}\nSlurmUser=root\nPidFile={self.folder}/slurmdbd.pid\n"
+            f"StorageType=accounting_storage/mysql\nStorageHost=127.0.0.1\nStoragePort={self.ports['sql']}\n"
+            "StorageUser=slurm\nStoragePass=slurm\nStorageLoc=slurm_acct_db\n"
+        )
+        return (
+            "AccountingStorageType=accounting_storage/slurmdbd\n"
+            f"AccountingStorageHost=127.0.0.1\nAccountingStoragePort={self.ports['dbd']}\n"
+            f"AccountingStoragePass={munge}\n"
+        )
 
 
 def _free_ports(count: int) -> list[int]:

@@ -19,8 +19,8 @@ import yaml
 from PIL import Image
 
 from nearfar.launch import cli
-from nearfar.launch.slurm import control, records, snapshot
-from nearfar.launch.slurm.control import Status
+from nearfar.launch.slurm import records, snapshot
+from nearfar.launch.slurm.status import Status, statuses
 from nearfar.ssl import checkpoint
 from nearfar.ssl.run_folder import read_metrics
 
@@ -36,7 +36,7 @@ RECIPE: dict[str, Any] = {
     "eval": {"knn_every_epochs": 0},
 }  # fmt: skip
 STEPS = 60
-PATIENCE = 180.0  # seconds until a test gives up; other tests may be using the machine
+PATIENCE = 400.0  # seconds until a test gives up; other tests may be using the machine
 
 
 def load(file: str) -> ModuleType:
@@ -81,13 +81,13 @@ class Launched:
 
     @property
     def job(self) -> str:
-        job = records.latest(self.run, "train")
+        job = records.latest_job(self.run, "train")
         assert job is not None
         return job.job
 
     @property
     def status(self) -> Status:
-        (status,) = control.statuses([self.run])
+        (status,) = statuses([self.run])
         return status
 
     @property
@@ -96,7 +96,7 @@ class Launched:
 
     @property
     def log(self) -> str:
-        job = records.latest(self.run, "train")
+        job = records.latest_job(self.run, "train")
         return job.log.read_text() if job and job.log.exists() else "no log"
 
     def wait(self, what: str, ready: Callable[[Status], bool], seconds: float = PATIENCE) -> Status:

@@ -86,11 +86,11 @@ def test_the_time_limit_again_and_again(
 ) -> None:
     """Two times or more: the slower the machine, the less an attempt of a minute gets done."""
     attempts = limited.finish(240).attempts
-    *saved, finished = records.endings(limited.run)
-    assert len(saved) == len(attempts) - 1 >= 2 and finished["why"] == "finished"
+    *saved, finished = records.attempt_ends(limited.run)
+    assert len(saved) == len(attempts) - 1 >= 2 and finished.why == "finished"
     for ending, attempt in zip(saved, attempts[1:], strict=True):
-        assert ending["why"] == f"saved at step {attempt.step} after SIGUSR2"
-        assert attempt.lost == 0 and attempt.step == ending["step"]
+        assert ending.why == f"saved at step {attempt.step} after SIGUSR2"
+        assert attempt.lost == 0 and attempt.step == ending.step
     again = min(line["time"] for line in read_metrics(limited.run / "metrics.jsonl") if line["time"] > attempts[2].time)
-    told("time limit", attempts[2].lost, again - saved[1]["time"])
+    told("time limit", attempts[2].lost, again - saved[1].time)
     same(limited.run, reference(2))

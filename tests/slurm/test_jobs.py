@@ -47,12 +47,12 @@ def test_evaluation_waits_through_a_requeue(
     cluster: Any, launch: Launch, pictures: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = launch(f"data.val={pictures}", "--then", "eval=knn,linear", name="scored", pace=0.1)
-    scoring = records.latest(run.run, "eval")
+    scoring = records.latest_job(run.run, "eval")
     assert scoring is not None
     run.reach(3)
     (lost, _) = run.interrupted(lambda: subprocess.run(["scancel", "--signal=USR2", run.job], check=True))
     assert lost == 0
-    assert queue.look([scoring.job])[scoring.job].reason.startswith("Dependency")
+    assert queue.entries([scoring.job])[scoring.job].reason.startswith("Dependency")
     assert run.status.evaluation == "pending"
     run.finish()
     assert run.wait("scores", lambda status: status.evaluation == "finished").state == "finished"
@@ -77,7 +77,7 @@ def test_a_run_whose_code_raises_fails_once_and_says_why(
     status = run.wait("failure", lambda status: status.state == "failed")
     assert "rank 1" in status.why and "KeyError: 'planted'" in status.why
     assert len(status.attempts) == 1
-    assert queue.look([run.job])[run.job].state == "FAILED"
+    assert queue.entries([run.job])[run.job].state == "FAILED"
     assert cli.main(["launch", "status", str(run.run)]) == 0
     assert "planted" in capsys.readouterr().out
 
@@ -90,7 +90,7 @@ def test_cancel_ends_a_run_for_good_and_resubmit_continues_it(
     first = run.job
     assert cli.main(["launch", "cancel", str(run.run)]) == 0
     status = run.wait("its end", lambda status: status.state == "cancelled")
-    assert queue.look([first])[first].state == "CANCELLED"
+    assert queue.entries([first])[first].state == "CANCELLED"
     assert len(status.attempts) == 1 and records.saved_step(run.run) >= 3, "TERM saves before KILL comes"
     assert cli.main(["launch", "cancel", str(run.run)]) == 2
 
@@ -107,7 +107,7 @@ def test_a_sweep_is_an_array_of_which_one_element_requeues_alone(
         f"data.val={pictures}", "--sweep", "optim.lr=1e-3,2e-3", "--parallel", "2", "--then", "eval=knn",
         name="sweep", pace=0.1,
     )  # fmt: skip
-    one, two = (type(sweep)(run) for run in control.found(sweep.run))
+    one, two = (type(sweep)(run) for run in control.run_folders(sweep.run))
     assert [each.run.name for each in (one, two)] == ["lr=1e-3", "lr=2e-3"]
     array, _, _ = one.job.partition("_")
     assert [one.job, two.job] == [f"{array}_0", f"{array}_1"]
@@ -119,7 +119,7 @@ def test_a_sweep_is_an_array_of_which_one_element_requeues_alone(
     assert losses(one.run)[-1] != losses(two.run)[-1]
     capsys.readouterr()
     assert cli.main(["launch", "status", str(sweep.run)]) == 0
-    assert capsys.readouterr().out.count("finished") == 4
+    assert "2 runs: 2 finished; evaluations: 2 finished" in capsys.readouterr().out
     assert cli.main(["report", str(sweep.run)]) == 0
     said = capsys.readouterr().out
     assert "lr" in said and "k-NN" in said and (sweep.run / "report.html").exists()

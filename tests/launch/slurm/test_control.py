@@ -2,45 +2,51 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import yaml
 
 from nearfar.launch import cli
-from nearfar.launch.slurm import control, queue, records
-from nearfar.launch.slurm.queue import Seen
-from nearfar.launch.slurm.records import Done, Job
+from nearfar.launch.slurm import control, queue, records, status, submission
+from nearfar.launch.slurm.queue import QueueEntry
+from nearfar.launch.slurm.records import AttemptEnd, Ending, Job
+from nearfar.launch.slurm.resources import Resources
 from nearfar.ssl import config
+from nearfar.ssl.errors import UserError
 
-JOB = Job(job="5", kind="train", name="mine", home=Path("h"), config=Path("c"))
-FINISHED, FAILED = Done(state="finished", job="5"), Done(state="failed", job="5", why="planted")
+JOB = Job(job="5", kind="train", name="mine", submission=Path("h"), config=Path("c"))
+FINISHED, FAILED = Ending(state="finished", job="5"), Ending(state="failed", job="5", why="planted")
 
 
 @pytest.mark.parametrize(
-    ("job", "seen", "done", "state", "why"),
+    ("job", "entry", "ending", "state", "why"),
     [
-        (JOB, Seen("RUNNING", "mine"), None, "running", ""),
-        (JOB, Seen("PENDING", "mine", reason="Resources"), None, "pending", "Resources"),
+        (JOB, QueueEntry("RUNNING", "mine"), None, "running", ""),
+        (JOB, QueueEntry("PENDING", "mine", reason="Resources"), None, "pending", "Resources"),
         # a result of an attempt before means nothing while the job may run again
-        (JOB, Seen("PENDING", "mine", reason="BeginTime"), FINISHED, "pending", "BeginTime"),
-        (JOB, Seen("COMPLETED", "mine"), FINISHED, "finished", ""),
-        (JOB, Seen("FAILED", "mine"), FAILED, "failed", "planted"),
-        (JOB, Seen("TIMEOUT", "mine"), None, "timeout", "it ended without a word: see the log"),
+        (JOB, QueueEntry("PENDING", "mine", reason="BeginTime"), FINISHED, "pending", "BeginTime"),
+        (JOB, QueueEntry("COMPLETED", "mine"), FINISHED, "finished", ""),
+        (JOB, QueueEntry("FAILED", "mine"), FAILED, "failed", "planted"),
+        (JOB, QueueEntry("TIMEOUT", "mine"), None, "timeout", "its time limit ended it before it could save"),
+        (JOB, QueueEntry("OUT_OF_MEMORY", "mine"), None, "out_of_memory", "it ran out of memory (--mem-gb)"),
         (JOB, None, FINISHED, "finished", ""),
         (JOB, None, None, "unknown", "SLURM has forgotten the job"),
-        (JOB, Seen("RUNNING", "another's"), FINISHED, "finished", ""),
-        (JOB, Seen("COMPLETED", ""), None, "completed", "it ended without a word"),
-        (JOB, None, Done(state="finished", job="4"), "unknown", "SLURM has forgotten"),
-        (JOB.model_copy(update={"cancelled": True}), Seen("COMPLETING", "mine"), None, "completing", ""),
-        (JOB.model_copy(update={"cancelled": True}), Seen("CANCELLED", "mine"), None, "cancelled", ""),
+        (JOB, QueueEntry("RUNNING", "another's"), FINISHED, "finished", ""),
+        (JOB, QueueEntry("COMPLETED", ""), None, "completed", "it left no record of why"),
+        (JOB, None, Ending(state="finished", job="4"), "unknown", "SLURM has forgotten"),
+        (JOB.model_copy(update={"cancelled": True}), QueueEntry("COMPLETING", "mine"), None, "completing", ""),
+        (JOB.model_copy(update={"cancelled": True}), QueueEntry("CANCELLED", "mine"), None, "cancelled", ""),
         (JOB.model_copy(update={"cancelled": True}), None, FINISHED, "finished", ""),
         (None, None, FINISHED, "finished", ""),
         (None, None, None, "not submitted", ""),
     ],
 )
-def test_state(job: Job | None, seen: Seen | None, done: Done | None, state: str, why: str) -> None:
-    found = control.combined(job, seen, done, "")
+def test_state(job: Job | None, entry: QueueEntry | None, ending: Ending | None, state: str, why: str) -> None:
+    found = status.combined(job, entry, ending, None, "")
     assert found[0] == state and found[1].startswith(why) and bool(found[1]) == bool(why)
 
 
@@ -50,18 +56,18 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     run = tmp_path / "runs" / "mine"
     home = run / "cluster" / "now"
     with records.locked(run):
-        records.record(run, JOB.model_copy(update={"home": home, "config": home / "mine.yaml"}))
+        records.record_jobs(run, JOB.model_copy(update={"submission": home, "config": home / "mine.yaml"}))
     (run / "metrics.jsonl").write_text('{"step": 20, "epoch": 2, "loss": 3.25, "time": 1}\n{"step": 21}\n')
     (run / "config.yaml").write_text(config.to_yaml(config.load(None, ["name=mine", "train.epochs=10"])))
     monkeypatch.setenv("COLUMNS", "200")
-    monkeypatch.setattr(queue, "look", lambda ids: {"5": Seen("RUNNING", "mine", "node1")})
+    monkeypatch.setattr(queue, "entries", lambda ids: {"5": QueueEntry("RUNNING", "mine", "node1")})
     return run
 
 
 def test_status_of_one_and_of_several(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with records.locked(run):
-        records.begin(run, "5", 0, 3)
-        records.begin(run, "5", 1, 3)
+        records.begin_attempt(run, "5", 0, 3)
+        records.begin_attempt(run, "5", 1, 3)
     assert cli.main(["launch", "status", str(run)]) == 0
     said = capsys.readouterr().out
     for line in (
@@ -74,8 +80,8 @@ def test_status_of_one_and_of_several(run: Path, capsys: pytest.CaptureFixture[s
     assert str(run / "cluster" / "now" / "log" / "5_0_log.out") in said
     other = run.parent / "other"
     with records.locked(other):
-        records.record(other, JOB.model_copy(update={"job": "6"}))
-    records.settle(other, "train", Done(state="failed", job="6", why="planted"))
+        records.record_jobs(other, JOB.model_copy(update={"job": "6"}))
+    records.write_ending(other, "train", Ending(state="failed", job="6", why="planted"))
     assert cli.main(["launch", "status", str(run.parent)]) == 0
     said = capsys.readouterr().out
     assert "running" in said and "20/100" in said and "failed" in said and "planted" in said
@@ -89,14 +95,14 @@ def test_logs(run: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest
     log.write_text("one\n")
     looks = iter([True, True, False])
 
-    def look(ids: object) -> dict[str, Seen]:
+    def entries(ids: object) -> dict[str, QueueEntry]:
         """The job says something more and then ends, between two looks at the queue."""
         if going := next(looks):
             with log.open("a") as handle:
                 handle.write("more\n")
-        return {"5": Seen("RUNNING" if going else "COMPLETED", "mine")}
+        return {"5": QueueEntry("RUNNING" if going else "COMPLETED", "mine")}
 
-    monkeypatch.setattr(queue, "look", look)
+    monkeypatch.setattr(queue, "entries", entries)
     monkeypatch.setattr(control, "POLL", 0.0)
     assert cli.main(["launch", "logs", str(run), "-f"]) == 0
     assert capsys.readouterr().out == "one\nmore\nmore\n"
@@ -181,3 +187,167 @@ def test_help_of_each_verb(capsys: pytest.CaptureFixture[str]) -> None:
         with pytest.raises(SystemExit) as caught:
             cli.main(["launch", *words, "--help"])
         assert caught.value.code == 0 and "usage: nearfar launch" in capsys.readouterr().out
+
+
+def test_local_dry_run_trains_nothing(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = sorted(here.rglob("*"))
+    words = ["--cpu", "--tasks-per-node", "2", "train.epochs=3", "--dry-run", "--cluster"]
+    for cluster in ("local", "debug"):
+        assert cli.main(["launch", "mine.yaml", *words, cluster]) == 0
+        said = capsys.readouterr().out
+        assert "runs/mine: pretrain on pictures, cpu, 2 processes, 3 epochs" in said and "Nothing was started" in said
+    assert sorted(here.rglob("*")) == before
+
+
+FAKE_SBATCH = """#!/bin/sh
+echo "$@" >> {log}
+[ "$(wc -l < {log})" -gt {accepted} ] && echo "sbatch: error: Batch job submission failed: planted" >&2 && exit 1
+cp "$1" {log}.$(wc -l < {log})
+echo "Submitted batch job $(wc -l < {log})"
+"""
+
+
+@pytest.fixture
+def sbatch(here: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> Path:
+    """A SLURM whose sbatch accepts so many jobs and refuses the next ones; the log of its calls."""
+    folder, log = here / "bin", here / "sbatch.log"
+    folder.mkdir()
+    scripts = {"sbatch": FAKE_SBATCH.format(log=log, accepted=request.param), "srun": "", "squeue": "", "sacct": ""}
+    for name, script in scripts.items():
+        (folder / name).write_text(script or "#!/bin/sh\n")
+        (folder / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{folder}:/usr/bin:/bin")
+    return log
+
+
+SUBMIT = ["launch", "mine.yaml", "--cpu", "--cluster", "slurm"]
+
+
+@pytest.mark.parametrize("sbatch", [0], indirect=True)
+def test_a_refused_submission_leaves_no_folder(here: Path, sbatch: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(SUBMIT) == 2
+    assert "SLURM refused the job" in capsys.readouterr().err
+    assert cli.main([*SUBMIT, "--sweep", "optim.lr=1e-3,2e-3"]) == 2
+    assert not list((here / "runs").glob("*"))
+
+
+@pytest.mark.parametrize("sbatch", [1], indirect=True)
+def test_a_refused_evaluation_leaves_the_training_and_says_both(
+    here: Path, sbatch: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main([*SUBMIT, "data.val=pictures", "--then", "eval=knn"]) == 2
+    said = capsys.readouterr()
+    assert "job 1: mine" in said.out
+    assert "The training was accepted as job 1" in said.err and "its evaluation was refused" in said.err
+    (found,) = status.statuses([here / "runs" / "mine"])
+    assert found.job is not None and found.job.job == "1" and found.evaluation == "failed" and "planted" in found.why
+
+
+@pytest.mark.parametrize("sbatch", [9], indirect=True)
+def test_resubmit_keeps_what_each_submission_asked_for(
+    here: Path, sbatch: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sweep = ["--sweep", "optim.lr=1e-3,2e-3", "--parallel", "1", "data.val=pictures", "--then", "eval=knn"]
+    assert cli.main([*SUBMIT, "folder=runs/a", *sweep, "--nodes", "2", "--hours", "3", "--tries", "7"]) == 0
+    assert cli.main([*SUBMIT, "folder=runs/a", "name=single", "--hours", "5"]) == 0
+    (single,) = (here / "runs" / "a" / "single" / "cluster").glob("2*")
+    (single / "code" / "of its own").touch()
+    assert cli.main(["launch", "resubmit", "runs/a"]) == 0
+    first, scores, last = (Path(f"{sbatch}.{number}").read_text() for number in (4, 5, 6))
+    if "--array" not in first:  # which submission comes first does not matter
+        first, scores, last = (Path(f"{sbatch}.{number}").read_text() for number in (5, 6, 4))
+    for line in ("--nodes=2", "--time=180", "--array=0-1%1"):
+        assert line in first
+    assert "aftercorr" in scores and "--array=0-1%1" in scores
+    assert "--nodes=1" in last and "--time=300" in last and "--array" not in last
+    newest = max((here / "runs" / "a" / "single" / "cluster").glob("2*"))
+    assert (newest / "code" / "of its own").exists()
+    assert len(sbatch.read_text().splitlines()) == 6
+
+
+def test_settings_behind_sweep_are_no_sweep(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["--cpu", "--dry-run", "--sweep", "optim.lr=1e-3,1e-4", "train.epochs=3", "views.ratio=[0.7, 1.4]"]
+    assert cli.main(["launch", "mine.yaml", "--cluster", "local", *words]) == 0
+    said = capsys.readouterr().out
+    assert said.count("3 epochs") == 2 and "runs/mine/lr=1e-3: " in said and "runs/mine/lr=1e-4: " in said
+
+
+def test_weights_are_named_by_an_absolute_path(here: Path) -> None:
+    (here / "dino.pth").touch()
+    run = config.load(None, ["name=mine", "data.path=pictures", "backbone.weights=dino.pth"])
+    placed = submission.for_cluster(run, Resources(cpu=True))
+    assert placed.backbone.weights == str(here / "dino.pth") and placed.data.path == str(here / "pictures")
+    missing = run.model_copy(update={"backbone": run.backbone.model_copy(update={"weights": "none.pth"})})
+    with pytest.raises(UserError, match=r"backbone\.weights=.*none\.pth does not exist"):
+        submission.for_cluster(missing, Resources(cpu=True))
+
+
+def test_logs_end_with_the_rank_that_knows_why(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    logs = run / "cluster" / "now" / "log"
+    logs.mkdir(parents=True)
+    (logs / "5_0_log.out").write_text("waiting\n")
+    (logs / "5_3_log.out").write_text("first\n" + "line\n" * 100 + "KeyError: planted\n")
+    records.write_ending(run, "train", Ending(state="failed", job="5", rank=3, why="rank 3: KeyError: planted"))
+    assert cli.main(["launch", "logs", str(run)]) == 0
+    said = capsys.readouterr().out
+    assert said.startswith("waiting\n\n== rank 3") and said.endswith("KeyError: planted\n") and "first" not in said
+
+
+def test_why_comes_from_the_record_of_the_attempt(run: Path) -> None:
+    with records.locked(run):
+        records.begin_attempt(run, "5", 0, 3)
+        records.end_attempt(run, AttemptEnd(job="5", restart=0, why="rank 1 on node2 was killed", infrastructure=True))
+    begun, over = records.attempts(run), records.attempt_ends(run)
+    job = records.latest_job(run, "train")
+    last = status.last_end(job, begun, over)
+    assert status.combined(job, QueueEntry("FAILED", "mine"), None, last, "")[1] == "rank 1 on node2 was killed"
+    records.begin_attempt(run, "5", 1, 3)  # the next attempt goes on: the word is no longer about the present
+    assert status.last_end(job, records.attempts(run), records.attempt_ends(run)) is None
+
+
+@pytest.fixture
+def many(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """64 runs of a sweep with long names."""
+    queued = {}
+    for k in range(64):
+        run = tmp_path / "runs" / "sweep" / f"lr={k}e-4_teacher_momentum=0.99_drop_path=0.1"
+        with records.locked(run):
+            home = run.parent / "cluster" / "now"
+            records.record_jobs(run, Job(job=f"9_{k}", kind="train", name="sweep", submission=home, config=home / "c"))
+            records.begin_attempt(run, f"9_{k}", 0, 3)
+        (run / "metrics.jsonl").write_text('{"step": 20000, "epoch": 2, "loss": 10.25, "time": 1}\n' * 100)
+        (run / "config.yaml").write_text(config.to_yaml(config.load(None, ["name=mine", "train.epochs=100"])))
+        state = QueueEntry("RUNNING", "sweep", f"gpu-node-[{k}-{k + 1}]", "", 3600.0 * k)
+        queued[f"9_{k}"] = state if k % 2 else QueueEntry("PENDING", "sweep", "", "Resources")
+    monkeypatch.setattr(queue, "entries", lambda ids: {number: queued[number] for number in ids})
+    return tmp_path / "runs" / "sweep"
+
+
+def test_64_runs_are_readable_at_80_columns(
+    many: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    assert cli.main(["launch", "status", str(many)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert max(len(line) for line in lines) <= 80
+    assert lines[0].split() == ["run", "state", "step", "loss", "last", "left", "nodes"]
+    assert "20000/1000000" in lines[1] and lines[-1] == "64 runs: 32 pending, 32 running"
+    assert any("gpu-node-[1-2]" in line and " 1h00m " in line for line in lines)
+
+
+def test_status_for_programs(many: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["launch", "status", str(many), "--json"]) == 0
+    found = {entry["job"]: entry for entry in json.loads(capsys.readouterr().out)}
+    assert len(found) == 64
+    one = found["9_1"]
+    assert (one["state"], one["step"], one["steps"], one["seconds_left"]) == ("running", 20000, 1000000, 3600.0)
+    assert (
+        one["nodes"] == "gpu-node-[1-2]" and one["seconds_since_last_step"] > 0 and found["9_2"]["why"] == "Resources"
+    )
+
+
+def test_status_imports_no_torch() -> None:
+    code = "import sys, nearfar.launch.slurm.cli, nearfar.launch.slurm.control, nearfar.launch.slurm.status; "
+    code += "print([name for name in ('torch', 'timm', 'submitit', 'numpy') if name in sys.modules])"
+    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert said.strip() == "[]"

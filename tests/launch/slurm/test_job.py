@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import json
 import os
 import signal
 import socket
@@ -13,13 +15,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 import yaml
 
 from nearfar.launch import cli
 from nearfar.launch.slurm import job, queue, records
-from nearfar.launch.slurm.job import Place
+from nearfar.launch.slurm.job import JobProcess
+from nearfar.launch.slurm.records import SubmissionRecord
+from nearfar.launch.slurm.resources import Resources
 from nearfar.launch.stop_signals import StopFlag
 from nearfar.ssl.errors import PeerError, UserError
+from nearfar.ssl.run_folder import RunFolder
 
 
 @pytest.fixture
@@ -32,28 +38,29 @@ def run(tmp_path: Path) -> Path:
 def asked(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """What was asked of SLURM; nothing waits for the end."""
     said: list[str] = []
-    monkeypatch.setattr(queue, "requeue", lambda number: said.append(f"requeue {number}"))
+    monkeypatch.setattr(queue, "requeue", lambda number, **_: said.append(f"requeue {number}"))
+    monkeypatch.setattr(queue, "preempted", lambda number: False)
     monkeypatch.setattr(job, "wait_for_the_end", lambda *_: said.append("waited"))
     return said
 
 
-def place(rank: int = 0, size: int = 1, number: str = "7") -> Place:
-    return Place(number, rank, size, 0, "localhost", Path("result.pkl"))
+def place(rank: int = 0, size: int = 1, number: str = "7") -> JobProcess:
+    return JobProcess(number, rank, size, 0, "localhost", Path("result.pkl"))
 
 
-def leave(run: Path, where: Place, *sent: signal.Signals) -> int | str | None:
+def leave(run: Path, where: JobProcess, *sent: signal.Signals) -> int | str | None:
     with StopFlag() as stop:
         for each in sent:
             os.kill(os.getpid(), each)
         with pytest.raises(SystemExit) as caught:
-            job.leave(run, where, stop, 5, 10)
+            job.leave_interrupted(run, where, stop, 5, 10)
     return caught.value.code
 
 
 def test_only_usr2_alone_and_only_the_first_rank_requeues(run: Path, asked: list[str]) -> None:
     assert leave(run, place(0, 2), signal.SIGUSR2) == 0 and asked == ["requeue 7"]
-    assert leave(run, place(1, 2), signal.SIGUSR2) == 0 and asked == ["requeue 7"]
-    assert records.outcome(run) is None
+    assert leave(run, place(1, 2), signal.SIGUSR2) == 0 and asked == ["requeue 7", "waited"]
+    assert records.read_ending(run) is None
 
 
 @pytest.mark.parametrize(
@@ -63,7 +70,7 @@ def test_after_term_it_waits_and_then_does_not_count_as_done(
     run: Path, asked: list[str], sent: tuple[signal.Signals, ...]
 ) -> None:
     assert leave(run, place(), *sent) == 1 and asked == ["waited"]
-    found = records.outcome(run)
+    found = records.read_ending(run)
     assert found is not None and found.state == "stopped" and found.step == 5 and "SIGTERM" in found.why
 
 
@@ -74,10 +81,120 @@ def test_slurm_that_refuses_to_requeue_is_told_of(run: Path, monkeypatch: pytest
     monkeypatch.setattr(queue, "requeue", refuse)
     with StopFlag() as stop:
         os.kill(os.getpid(), signal.SIGUSR2)
-        with pytest.raises(UserError, match="disabled"):
-            job.leave(run, place(), stop, 5, 10)
-    found = records.outcome(run)
+        with pytest.raises(SystemExit) as caught:
+            job.leave_interrupted(run, place(), stop, 5, 10)
+    assert caught.value.code == 1
+    found = records.read_ending(run)
     assert found is not None and found.state == "stopped" and "disabled" in found.why
+
+
+@pytest.mark.parametrize("preempted", [True, False])
+def test_term_that_is_a_preemption_leads_back_to_the_queue(
+    run: Path, asked: list[str], monkeypatch: pytest.MonkeyPatch, preempted: bool
+) -> None:
+    """With PreemptMode=CANCEL nobody else would bring the job back; a cancelled one must stay so."""
+    monkeypatch.setattr(queue, "preempted", lambda number: preempted)
+    monkeypatch.setattr(queue, "requeue", lambda number, patience: asked.append(f"requeue {number}"))
+    assert leave(run, place(0, 2), signal.SIGTERM) == 1
+    assert asked == (["requeue 7", "waited"] if preempted else ["waited"])
+
+
+@pytest.mark.parametrize(
+    ("shown", "expected"),
+    [
+        ("JobId=7 StartTime=2026-11-21T10:00:00 PreemptTime=None", False),
+        ("JobId=7 StartTime=2026-11-21T10:00:00 PreemptEligibleTime=2026-11-21T10:00:00 PreemptTime=None", False),
+        ("JobId=7 StartTime=2026-11-21T10:00:00 PreemptTime=2026-11-21T10:05:00", True),
+        ("JobId=7 PreemptTime=2026-11-21T09:00:00 StartTime=2026-11-21T10:00:00", False),  # of an attempt before
+    ],
+)
+def test_what_slurm_says_of_a_preemption(monkeypatch: pytest.MonkeyPatch, shown: str, expected: bool) -> None:
+    monkeypatch.setattr(queue, "_run", lambda *command: subprocess.CompletedProcess(command, 0, shown + "\n", ""))
+    assert queue.preempted("7") is expected
+
+
+def test_a_controller_that_is_away_is_asked_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    answers = ["Unable to contact slurm controller (connect failure)", "Unexpected message received", ""]
+    asked, slept = iter(answers), list[float]()
+
+    def scontrol(*command: str) -> subprocess.CompletedProcess[str]:
+        said = next(asked)
+        return subprocess.CompletedProcess(command, bool(said), "", said)
+
+    monkeypatch.setattr(queue, "_run", scontrol)
+    monkeypatch.setattr(queue.time, "sleep", slept.append)
+    queue.requeue("7")
+    assert slept == [1.0, 2.0] and next(asked, None) is None
+    asked = iter(answers[:1] * 99)
+    with pytest.raises(UserError, match=r"Unable to contact .* \(asked again for 0 minutes\).*resubmit"):
+        queue.requeue("7", patience=0)
+    asked = iter(["Requested operation is presently disabled", ""])
+    with pytest.raises(UserError, match=r"disabled\. The run is saved"):
+        queue.requeue("7")
+    assert next(asked) == ""
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (PeerError("Rank 1 ended"), True),
+        (RuntimeError("NCCL error in: ProcessGroupNCCL.cpp, remote process exited"), True),
+        (RuntimeError("CUDA error: uncorrectable ECC error encountered"), True),
+        (OSError(errno.ESTALE, "Stale file handle"), True),
+        (job.InfrastructureError("in use by process 3 on node2"), True),
+        (OSError(errno.ENOENT, "No such file"), False),
+        (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), False),
+        (torch.OutOfMemoryError("CUDA error: out of memory"), False),
+        (KeyError("planted"), False),
+        (UserError("data.path is not set"), False),
+    ],
+)
+def test_what_is_tried_again(run: Path, asked: list[str], error: Exception, expected: bool) -> None:
+    assert job.is_infrastructure(error) is expected
+    with pytest.raises(SystemExit) as caught:
+        job._failed(run, "train", place(1, 2), error)
+    assert caught.value.code == (2 if isinstance(error, UserError) else 1)
+    ending, (*_, end) = records.read_ending(run), [None, *records.attempt_ends(run)]
+    assert (ending is None) is expected
+    if expected:
+        assert end is not None and end.infrastructure and end.rank == 1
+    else:
+        assert ending is not None and ending.state == "failed" and ending.rank == 1
+
+
+def test_a_mistake_of_the_users_is_told_without_a_traceback(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        job._failed(run, "train", place(), UserError("data.path is not set"))
+    said = capsys.readouterr()
+    assert said.out == "nearfar: data.path is not set\n" and said.err == ""
+    with pytest.raises(UserError):  # outside SLURM the command line tells it
+        job._failed(run, "train", place()._replace(result=None), UserError("data.path is not set"))
+
+
+def test_a_lock_of_an_attempt_before_is_waited_for(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    held = RunFolder(run)
+    held.__enter__()
+    with pytest.raises(job.InfrastructureError, match=f"in use by process {os.getpid()} on"):
+        job.wait_for_lock(run, lambda: False, patience=0)
+    timer = threading.Timer(0.3, held.__exit__, (None, None, None))
+    timer.start()
+    job.wait_for_lock(run, lambda: False)
+    timer.join()
+    assert "waiting for its end" in capsys.readouterr().out
+    with RunFolder(run):
+        pass
+
+
+def test_another_torch_is_told(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    job._tell_changed_torch(run)
+    file = run / "checkpoints" / "step-000000020" / "state.json"
+    file.parent.mkdir(parents=True)
+    file.write_text(json.dumps({"versions": {"torch": torch.__version__}}))
+    job._tell_changed_torch(run)
+    assert capsys.readouterr().out == ""
+    file.write_text(json.dumps({"versions": {"torch": "2.1.0+cu118"}}))
+    job._tell_changed_torch(run)
+    assert "was 2.1.0+cu118 when step 20 was saved" in capsys.readouterr().out
 
 
 def test_a_job_that_slurm_has_requeued_already_is_no_error(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -92,9 +209,11 @@ def test_a_job_that_slurm_has_requeued_already_is_no_error(monkeypatch: pytest.M
 
 
 def test_a_rank_that_only_lost_another_leaves_the_word_to_it(run: Path, asked: list[str]) -> None:
-    job._failed(run, "train", place(1, 2), ValueError("planted"))
-    job._failed(run, "train", place(0, 2), PeerError("Rank 1 ended"))
-    found = records.outcome(run)
+    with pytest.raises(SystemExit):
+        job._failed(run, "train", place(1, 2), ValueError("planted"))
+    with pytest.raises(SystemExit):
+        job._failed(run, "train", place(0, 2), PeerError("Rank 1 ended"))
+    found = records.read_ending(run)
     assert asked == ["waited"] and found is not None
     assert found.why == f"rank 1 on {socket.gethostname()}: ValueError: planted"
 
@@ -105,21 +224,21 @@ def test_ranks_meet_at_a_free_port_of_the_first_ones_node(tmp_path: Path, monkey
     told: list[tuple[str, str, float | None]] = []
 
     def second() -> None:
-        deadline = job.meet(tmp_path / "meeting", place(1, 2))
+        deadline = job.rendezvous(tmp_path / "meeting", place(1, 2))
         told.append((os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"], deadline))
 
     thread = threading.Thread(target=second)
     thread.start()
     time.sleep(0.2)  # the second may come first
     assert not told
-    assert job.meet(tmp_path / "meeting", place(0, 2), 1234.5) == 1234.5
+    assert job.rendezvous(tmp_path / "meeting", place(0, 2), 1234.5) == 1234.5
     thread.join(timeout=20)
     assert told == [(os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"], 1234.5)]
     with socket.socket() as probe:
         probe.bind((os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])))
     monkeypatch.setattr(job, "MEETING", 0.2)
-    with pytest.raises(RuntimeError, match="Rank 1: the first rank did not write"):
-        job.meet(tmp_path / "meeting", place(1, 2, "8"))
+    with pytest.raises(job.InfrastructureError, match="Rank 1: the first rank did not write"):
+        job.rendezvous(tmp_path / "meeting", place(1, 2, "8"))
     assert job._resolvable("no-such-host.invalid") == socket.gethostname()
 
 
@@ -142,7 +261,7 @@ def test_time_left_as_squeue_says_it(monkeypatch: pytest.MonkeyPatch, said: str,
 
 
 def test_the_first_rank_knows_when_to_save(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (run / "resources.yaml").write_text("cpu: true\nsignal_delay: 40\n")
+    SubmissionRecord(resources=Resources(cpu=True, signal_delay=40), runs=[run]).write(run)
     monkeypatch.setattr(queue, "seconds_left", lambda number: 100.0)
     assert job.save_by(run, run, place()) == pytest.approx(time.time() + 60, abs=5)
     assert job.save_by(run, run, place(1, 2)) is None
@@ -192,12 +311,14 @@ def test_debug_does_in_this_process_what_a_job_does(mine: Path, capsys: pytest.C
     words = ["launch", "mine.yaml", "--cpu", "--cluster", "debug", "--then", "eval=knn"]
     assert cli.main(words) == 0
     run = mine / "runs" / "mine"
-    done = records.outcome(run)
+    done = records.read_ending(run)
     assert done is not None and (done.state, done.step, done.steps) == ("finished", 10, 10)
     assert (
-        records.outcome(run, "eval") is not None and (run / "results.json").exists() and (run / "report.html").exists()
+        records.read_ending(run, "eval") is not None
+        and (run / "results.json").exists()
+        and (run / "report.html").exists()
     )
-    assert [ending["why"] for ending in records.endings(run)] == ["finished"]
+    assert [ending.why for ending in records.attempt_ends(run)] == ["finished"]
     capsys.readouterr()
     assert cli.main(["launch", "status", str(run)]) == 0
     assert "finished" in capsys.readouterr().out
@@ -214,7 +335,7 @@ def test_local_runs_processes_of_this_machine_one_run_after_the_other(
     assert cli.main(sweep) == 0
     for name in ("lr=1e-3", "lr=2e-3"):
         run = mine / "runs" / "mine" / name
-        done = records.outcome(run)
+        done = records.read_ending(run)
         assert done is not None and done.state == "finished"
         assert "ranks: 2" in (run / "run.log").read_text() and (run / "results.json").exists()
     capsys.readouterr()

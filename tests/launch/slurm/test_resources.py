@@ -47,6 +47,11 @@ def test_processes() -> None:
         ({}, "say --gpus-per-node N, or --cpu"),
         ({"cpu": True, "gpus_per_node": 2}, "choose one"),
         ({"cpu": True, "nodes": 0, "hours": -1}, "nodes=0: input should be greater than or equal to 1; hours=-1"),
+        ({"gpus_per_node": "a100"}, "write a number, or type:number such as a100:8"),
+        ({"gpus_per_node": 0}, "write a number"),
+        ({"cpu": True, "extra": {"signal": "USR1@5"}}, "not through extra: signal (use signal_delay"),
+        ({"cpu": True, "extra": {"requeue": False}}, "a job goes on by being requeued"),
+        ({"cpu": True, "extra": {"ntasks_per_node": 4}}, "ntasks-per-node (use tasks_per_node)"),
         ({"cpu": True, "partitoin": "x"}, "partitoin is unknown (did you mean partition?)"),
     ],
 )
@@ -67,7 +72,7 @@ def test_site_files_that_are_none(tmp_path: Path) -> None:
         resources.load(tmp_path / "bad.yaml", {"cpu": True})
 
 
-def test_every_field_but_two_is_a_flag() -> None:
+def test_every_field_but_those_of_the_file_is_a_flag() -> None:
     parser = argparse.ArgumentParser()
     resources.add_flags(parser)
     assert resources.given(parser.parse_args([])) == {}
@@ -77,3 +82,18 @@ def test_every_field_but_two_is_a_flag() -> None:
     }  # fmt: skip
     flags = {name.replace("-", "_") for action in parser._actions for name in (action.dest,)} - {"help"}
     assert flags == set(Resources.model_fields) - set(resources.FILE_ONLY)
+
+
+@pytest.mark.parametrize(
+    ("gpus", "gres", "one", "one_gres"),
+    [(8, None, 1, None), ("a100:8", None, "a100:1", None), (4, "gpu:a100:4,ssd:2", 1, "gpu:a100:1,ssd:2"),
+     ("8", "gpu:8", 1, "gpu:1")],
+)  # fmt: skip
+def test_typed_gpus_keep_their_type_in_the_evaluation(
+    gpus: int | str, gres: str | None, one: int | str, one_gres: str | None
+) -> None:
+    share = resources.check({"gpus_per_node": gpus, "nodes": 2, "extra": {"gres": gres} if gres else {}}, "here")
+    assert share.tasks == resources.gpu_count(gpus)
+    small = share.one_process(4.0)
+    assert (small.nodes, small.tasks, small.gpus_per_node, small.hours) == (1, 1, one, 4.0)
+    assert small.extra.get("gres") == one_gres

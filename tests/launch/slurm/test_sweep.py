@@ -37,6 +37,15 @@ def test_values_may_be_lists_and_leaves_may_have_the_same_name(recipe: Path) -> 
     assert runs[0].name == "size=32_resize=64"
 
 
+def test_one_value_is_a_setting(recipe: Path) -> None:
+    _, runs = sweep.runs(recipe, [], ["optim.lr=1e-4,5e-4", "train.epochs=7", "views.ratio=[0.7, 1.4]"])
+    assert [run.name for run in runs] == ["lr=1e-4", "lr=5e-4"]
+    assert all(run.train.epochs == 7 and run.views.ratio == (0.7, 1.4) for run in runs)
+    assert sweep.split("(0.4, 1.0)") == ["(0.4, 1.0)"]
+    with pytest.raises(UserError, match="no setting has two values"):
+        sweep.runs(recipe, [], ["train.epochs=7"])
+
+
 @pytest.mark.parametrize("wrong", ["optim.lr", "optim.lr=", "optim.lr=1,,2", "name=a,b", "optim.lr=1e-3,1e-3"])
 def test_what_is_no_sweep_is_told(recipe: Path, wrong: str) -> None:
     with pytest.raises(UserError, match="--sweep"):
