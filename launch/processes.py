@@ -18,7 +18,7 @@ from nearfar.ssl import config
 from nearfar.ssl.config import Run
 from nearfar.ssl.defaults import Derived, local_ranks
 from nearfar.ssl.distributed import ALONE, Ranks, available_cores
-from nearfar.ssl.errors import PeerError
+from nearfar.ssl.errors import EXIT_PEER, PeerError
 from nearfar.ssl.run_folder import RunFolder
 
 
@@ -95,6 +95,3 @@ def _how(process: subprocess.Popen[bytes]) -> str:
     if code < 0:
         return f"was killed by {signal.Signals(-code).name} (SIGKILL: often too little memory)"
     return f"ended with exit code {code}"
-
-
-EXIT_PEER = 3  # of a rank that ended because another one did

@@ -12,10 +12,9 @@ from pathlib import Path
 from rich.console import Console
 
 from nearfar.launch.pretrain import train_rank
-from nearfar.launch.processes import EXIT_PEER
 from nearfar.ssl import config
 from nearfar.ssl.distributed import from_environment
-from nearfar.ssl.errors import PeerError, UserError
+from nearfar.ssl.errors import EXIT_PEER, PeerError, UserError
 
 
 def main(argv: Sequence[str]) -> int:

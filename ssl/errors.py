@@ -1,5 +1,8 @@
 """The exceptions that every part of nearfar shares. Imports nothing, so that refusing a command costs nothing."""
 
+EXIT_USER = 2  # of a command that a user's mistake ended
+EXIT_PEER = 3  # of a rank that ended because another one did
+
 
 class UserError(ValueError):
     """A user's mistake, told in one paragraph that names what is wrong and how to put it right.
