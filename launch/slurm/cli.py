@@ -86,8 +86,7 @@ def control_parser(verb: str) -> argparse.ArgumentParser:
 
 
 def run_launch(arguments: argparse.Namespace) -> None:
-    from nearfar.launch.slurm import queue, submission, sweep
-    from nearfar.launch.slurm.submission import Plan
+    from nearfar.launch.slurm import queue, sweep
     from nearfar.ssl import config
 
     console = Console()
@@ -114,6 +113,9 @@ def run_launch(arguments: argparse.Namespace) -> None:
         local_cluster.launch(runs, given, then, debug=cluster == "debug", console=console)
         return
     share = resources.load(arguments.site, given)
+    from nearfar.launch.slurm import submission  # slow to import, so not before a mistake is told
+    from nearfar.launch.slurm.submission import Plan
+
     runs = [submission.settled(run, share) for run in runs]
     plan = Plan(Path(folder).expanduser().absolute(), runs, share, then, arguments.parallel)
     if arguments.dry_run:

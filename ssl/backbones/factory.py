@@ -14,8 +14,8 @@ from timm.layers import Attention, AttentionRope
 from timm.models.eva import EvaAttention
 from torch import Tensor, nn
 
-from nearfar.ssl.backbones.published import reaching_for_weights
 from nearfar.ssl.backbones.prr import prr as refine
+from nearfar.ssl.backbones.published import reaching_for_weights
 from nearfar.ssl.backbones.scan import Scan
 from nearfar.ssl.backbones.timm_grafts import add_gaug, add_lgp, attention_weights, count_heads
 from nearfar.ssl.backbones.tokens import Backbone, Tokens, check_size, pad_to_multiple
