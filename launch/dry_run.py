@@ -37,7 +37,7 @@ class Measured(NamedTuple):
     """What a few real steps took."""
 
     seconds: float  # a step, the median
-    steps: int  # that were timed after the first; 0: an epoch has no more than one
+    steps: int  # that were timed after the first; 0: the run has no more than one
     waiting: float  # share of the time in which the network waited for images
     memory: int  # bytes of this process at its highest
 

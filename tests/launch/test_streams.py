@@ -1,4 +1,4 @@
-"""A closed pipe ends nothing: what was printed before it arrives, what comes after goes nowhere, and no one complains."""
+"""A closed pipe ends nothing: what was printed before arrives, what comes after goes nowhere, and nobody complains."""
 
 from __future__ import annotations
 
