@@ -47,7 +47,7 @@ def outliving_their_reader() -> Iterator[None]:
         if isinstance(stream, io.TextIOWrapper):  # a file name need not be valid in the terminal's encoding
             stream.reconfigure(errors="backslashreplace")
     out, err = (cast(TextIO, PipeSafe(stream)) if stream is not None else None for stream in before)
-    sys.stdout, sys.stderr = out, err  # type: ignore[assignment]  # None, where a shell closed it
+    sys.stdout, sys.stderr = out, err  # None, where a shell closed it
     try:
         yield
     finally:
