@@ -1,74 +1,87 @@
-"""The `nearfar` command. Every verb is a few lines over a function that can be called without it."""
+"""The `nearfar` command. Every verb is a few lines over a function that can be called without it.
+
+Nothing here imports torch, numpy or what needs them before a verb runs: help and mistakes are answered at once.
+"""
 
 from __future__ import annotations
 
 import argparse
-import contextlib
-import errno
 import logging
-import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from rich.console import Console
 
+from nearfar.launch import failures
+from nearfar.launch.command_line import (
+    HelpWithSettings,
+    Parser,
+    ShowVersion,
+    add_settings,
+    check_verb,
+    refuse_leftover,
+)
 from nearfar.launch.recipes import bundled, find_recipe
 from nearfar.launch.slurm.cli import add_launch
-from nearfar.ssl.errors import EXIT_PEER, PeerError, UserError
+from nearfar.launch.streams import outliving_their_reader
+from nearfar.ssl.errors import EXIT_PEER, EXIT_USER, PeerError, UserError
+
+EXIT_BUG = 1
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one verb. Exit codes: 0 done (or stopped on request, saved), 2 a mistake of the user's, 3 another
-    rank of the run ended, 130 a hard Ctrl-C."""
-    arguments = build_parser().parse_args(argv)
-    logging.basicConfig(format="%(message)s")
-    logging.getLogger("nearfar").setLevel(logging.INFO)
-    try:
-        arguments.verb(arguments)
-    except UserError as error:
-        return _refuse(str(error))
-    except PeerError as error:
-        return _refuse(str(error), EXIT_PEER)
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        where = f" at {error.filename}" if error.filename else ""
-        return _refuse(
-            f"No space left on the disk{where}. Checkpoints saved before are intact: free some space and start the "
-            "same command again."
-        )
-    except KeyboardInterrupt:
-        return 130
+    """Run one verb. Exit codes: 0 done (or stopped on request, saved), 1 a bug of ours, 2 a mistake of the user's or a
+    machine that refused, 3 another rank of the run ended, 130 a hard Ctrl-C."""
+    with outliving_their_reader():
+        try:
+            arguments = parsed(sys.argv[1:] if argv is None else argv)
+            logging.basicConfig(format="%(message)s")
+            logging.getLogger("nearfar").setLevel(logging.INFO)
+            arguments.verb(arguments)
+            sys.stdout.flush()
+        except UserError as error:
+            return _refuse(str(error))
+        except PeerError as error:
+            return _refuse(str(error), EXIT_PEER)
+        except KeyboardInterrupt:
+            return 130
+        except Exception as error:
+            if told := failures.explain(error):
+                return _refuse(told)
+            print(failures.report_of(error), file=sys.stderr)
+            return EXIT_BUG
     return 0
 
 
-def _refuse(paragraph: str, code: int = 2) -> int:
-    Console(stderr=True).print(f"nearfar: {paragraph}", highlight=False, markup=False, soft_wrap=True)
+def _refuse(paragraph: str, code: int = EXIT_USER) -> int:
+    failures.tell(paragraph)
     return code
 
 
-def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def parsed(argv: Sequence[str]) -> argparse.Namespace:
+    """The command line, or SystemExit after the usage and a hint."""
+    parser, words = build_parser(), list(argv)
+    check_verb(parser, words, VERBS)
+    arguments, left = parser.parse_known_args(words)
+    if left:
+        refuse_leftover(words, left)
+    return arguments
+
+
+VERBS = ("demo", "pretrain", "features", "eval", "export", "report", "data", "launch")
+
+
+def build_parser() -> Parser:
+    parser = Parser(
         prog="nearfar",
         description="Self-supervised pretraining for vision, and what the frozen features are worth.",
+        epilog="Start with `nearfar demo`. `nearfar VERB --help` explains a verb; `nearfar pretrain --help` lists "
+        "every setting.",
     )
+    parser.add_argument("--version", action=ShowVersion, nargs=0, help="show the version and end")
     verbs = parser.add_subparsers(required=True, metavar="VERB")
-
-    demo = verbs.add_parser("demo", help="pretrain and score on drawn scenes, in minutes, without a download")
-    demo.add_argument("--seed", type=int, default=0, help="of scenes, weights and views (default 0)")
-    _add_settings(demo)
-    demo.set_defaults(verb=run_demo)
-
-    pretrain = verbs.add_parser(
-        "pretrain",
-        help="train a backbone on images without labels; the same command continues it",
-        add_help=False,
-    )
-    pretrain.add_argument("-h", "--help", action=_HelpWithSettings, nargs=0, help="show this and every setting")
-    pretrain.add_argument("recipe", help=f"a .yaml file, or the name of a bundled one: {', '.join(bundled())}")
-    _add_settings(pretrain)
-    pretrain.set_defaults(verb=run_pretrain)
+    _add_training(verbs)
 
     features = verbs.add_parser("features", help="write the frozen features of a folder of images")
     _add_model(features)
@@ -95,6 +108,28 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _add_training(verbs: argparse._SubParsersAction) -> None:
+    demo = verbs.add_parser("demo", help="pretrain and score on drawn scenes: minutes, no download")
+    demo.add_argument("--seed", type=int, default=0, help="of scenes, weights and views (default 0)")
+    add_settings(demo)
+    demo.set_defaults(verb=run_demo)
+
+    pretrain = verbs.add_parser(
+        "pretrain",
+        help="train a backbone on images without labels; the same command continues it",
+        add_help=False,
+    )
+    pretrain.add_argument("-h", "--help", action=HelpWithSettings, nargs=0, help="show this and every setting")
+    pretrain.add_argument("recipe", help=f"a .yaml file, or the name of a bundled one: {', '.join(bundled())}")
+    pretrain.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="train nothing: show every setting with its reason, sizes, and an estimate of time, memory and disk",
+    )
+    add_settings(pretrain)
+    pretrain.set_defaults(verb=run_pretrain)
+
+
 def run_demo(arguments: argparse.Namespace) -> None:
     from nearfar.launch.demo import demo
 
@@ -102,10 +137,17 @@ def run_demo(arguments: argparse.Namespace) -> None:
 
 
 def run_pretrain(arguments: argparse.Namespace) -> None:
-    from nearfar.launch.pretrain import pretrain
     from nearfar.ssl import config
 
-    pretrain(config.load(find_recipe(arguments.recipe), arguments.settings), Console())
+    run = config.load(find_recipe(arguments.recipe), arguments.settings)
+    if arguments.dry_run:
+        from nearfar.launch.dry_run import dry_run
+
+        dry_run(run, Console())
+    else:
+        from nearfar.launch.pretrain import pretrain
+
+        pretrain(run, Console())
 
 
 def run_features(arguments: argparse.Namespace) -> None:
@@ -276,10 +318,6 @@ def _add_data(verbs: argparse._SubParsersAction) -> None:
     check.set_defaults(verb=run_check)
 
 
-def _add_settings(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("settings", nargs="*", metavar="key=value", help="settings, such as train.epochs=20")
-
-
 def _add_model(parser: argparse.ArgumentParser, also: str = "") -> None:
     parser.add_argument("model", type=Path, help=f"run folder, checkpoint folder or exported .safetensors{also}")
 
@@ -291,24 +329,6 @@ def _add_reading(parser: argparse.ArgumentParser) -> None:
         "--layer", help="final, last-block or blocks-N (default: final; last-block for segmentation, as LocAt reads it)"
     )
     parser.add_argument("--workers", type=int, default=0, help="decoding processes (default 0: in this one)")
-
-
-class _HelpWithSettings(argparse.Action):
-    def __call__(self, parser: argparse.ArgumentParser, *_: object, **__: object) -> None:
-        print(parser.format_help() + "\n" + _settings_help())
-        parser.exit()
-
-
-def _settings_help() -> str:
-    from nearfar.ssl import config
-
-    width = shutil.get_terminal_size().columns
-    lines = ["settings (key=value, or sections of the recipe; 'derived' follows the data and the length of the run):"]
-    for setting in config.settings():
-        default = "derived" if setting.default is None else setting.default
-        lines.append(f"  {setting.key}={default}"[: width - 2])
-        lines.append(f"      {setting.description} [{setting.type}]")
-    return "\n".join(lines)
 
 
 if __name__ == "__main__":

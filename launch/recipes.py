@@ -6,6 +6,7 @@ import importlib.util
 from pathlib import Path
 
 from nearfar.ssl.errors import UserError
+from nearfar.ssl.setting_errors import nearest
 
 
 def find_recipe(name: str) -> Path:
@@ -14,7 +15,9 @@ def find_recipe(name: str) -> Path:
     if name in bundled():
         return _folder() / f"{name}.yaml"
     if not path.is_file():
-        raise UserError(f"There is no recipe {name}. Give a .yaml file or one of: {', '.join(bundled())}.")
+        near = nearest(path.stem, bundled())
+        hint = f" Did you mean {near}?" if near else ""
+        raise UserError(f"There is no recipe {name}.{hint} Give a .yaml file or one of: {', '.join(bundled())}.")
     return path
 
 

@@ -4,25 +4,110 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+if TYPE_CHECKING:  # a wrong verb is answered without loading pydantic
+    from pydantic import ValidationError
+
+PRETRAIN = "nearfar pretrain"
+SHOWN = 80  # letters of a wrong value that are repeated
+
+
+class Mistake(NamedTuple):
+    place: tuple[str, ...]  # of the value within the nested settings
+    told: str
+
+
+def in_words(error: ValidationError, keys: Sequence[str], command: str = PRETRAIN) -> list[Mistake]:
+    """What pydantic found wrong with settings, one mistake for each value, however many kinds it could have had.
+
+    keys: the dotted settings that exist. command: whose help lists them.
+    """
+    reasons: dict[tuple[str, ...], list[str]] = {}
+    values: dict[tuple[str, ...], Any] = {}
+    unknowns = set()
+    for found in error.errors(include_url=False):
+        place = _place(found["loc"], keys)
+        if found["type"] == "extra_forbidden":
+            unknowns.add(place)
+        bounds = {key: f"{v:g}" if isinstance(v, float) else v for key, v in found.get("ctx", {}).items()}
+        reason = _PLAIN[found["type"]].format_map(bounds) if found["type"] in _PLAIN else found["msg"]
+        reasons.setdefault(place, []).append(f"{reason[:1].lower()}{reason[1:]}")
+        values.setdefault(place, found["input"])
+    return [
+        Mistake(
+            place,
+            unknown(".".join(place), keys, command)
+            if place in unknowns
+            else impossible(".".join(place), values[place], ", or ".join(dict.fromkeys(told))),
+        )
+        for place, told in reasons.items()
+    ]
 
 
 def impossible(key: str, value: Any, why: str) -> str:
     """A value that a setting cannot take."""
-    return f"{key}={value!r} is not possible: {why[:1].lower()}{why[1:]}"
+    shown = repr(value)
+    shown = shown if len(shown) <= SHOWN else f"{shown[:SHOWN]} ..."
+    return f"{key}={shown} is not possible: {why}"
 
 
-def unknown(key: str, keys: Sequence[str]) -> str:
+def unknown(key: str, keys: Sequence[str], command: str = PRETRAIN) -> str:
     """A setting that does not exist, with the nearest of the dotted `keys` that do."""
+    near = nearest_setting(key, keys)
+    shown = key if len(key) <= SHOWN else f"{key[:SHOWN]} ..."
+    return f"{shown} is unknown ({f'did you mean {near}?' if near else f'see `{command} --help`'})"
+
+
+def nearest_setting(key: str, keys: Sequence[str]) -> str | None:
+    """The section or dotted setting that `key` was probably meant to be."""
+    key = key[:SHOWN]
     leaves = {name.rpartition(".")[2]: name for name in keys}
-    sections = list(dict.fromkeys(name.partition(".")[0] for name in keys))
-    near: list[str] = []
+    sections = list(dict.fromkeys(name.partition(".")[0] for name in keys if "." in name))
     if "." not in key and key not in leaves:  # most likely a section: training for train, heads for head
-        near = [name for name in sections if key.startswith(name)] or _near(key, sections, 0.6)
-    near = near or _near(key, keys, 0.75)
-    near = near or [leaves[name] for name in _near(key.rpartition(".")[2], list(leaves), 0.6)]
-    return f"{key} is unknown ({f'did you mean {near[0]}?' if near else 'see `nearfar pretrain --help`'})"
+        section = next((name for name in sections if key.startswith(name)), None) or nearest(key, sections, 0.6)
+        if section:
+            return section
+    if near := nearest(key, keys, 0.75):
+        return near
+    leaf = nearest(key.rpartition(".")[2], list(leaves), 0.6)
+    return leaves[leaf] if leaf else None
 
 
-def _near(word: str, words: Sequence[str], cutoff: float) -> list[str]:
-    return difflib.get_close_matches(word, words, n=1, cutoff=cutoff)
+def nearest(word: str, words: Sequence[str], cutoff: float = 0.6) -> str | None:
+    """The word of `words` that is most like `word`; None where none is."""
+    return next(iter(difflib.get_close_matches(word[:SHOWN], words, n=1, cutoff=cutoff)), None)
+
+
+# pydantic's words where they are those of a programmer
+_PLAIN = {
+    "bool_parsing": "it should be true or false",
+    "bool_type": "it should be true or false",
+    "int_parsing": "it should be a whole number",
+    "int_type": "it should be a whole number",
+    "int_from_float": "it should be a whole number",
+    "float_parsing": "it should be a number",
+    "float_type": "it should be a number",
+    "finite_number": "it should be a finite number",
+    "string_type": "it should be text",
+    "string_unicode": "it should be text in UTF-8",
+    "model_type": "it should be a section with settings in it",
+    "tuple_type": "it should be numbers separated by commas",
+    "literal_error": "it should be {expected}",
+    "greater_than": "it should be greater than {gt}",
+    "greater_than_equal": "it should be {ge} or more",
+    "less_than": "it should be less than {lt}",
+    "less_than_equal": "it should be {le} or less",
+}
+
+
+def _place(loc: tuple[str | int, ...], keys: Sequence[str]) -> tuple[str, ...]:
+    """Where a mistake is, without pydantic's own names for the kinds a value may have and places within a list."""
+    parts: list[str] = []
+    for part in loc:
+        if not isinstance(part, str):
+            break
+        parts.append(part)
+        if ".".join(parts) in keys:
+            break
+    return tuple(parts)

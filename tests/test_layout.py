@@ -19,7 +19,7 @@ ROOMS = {"nearfar.ssl": ROOT / "ssl", "nearfar.eval": ROOT / "eval", "nearfar.la
 FLOORS: list[set[str]] = [
     {"errors", "files", "checkpoint_names", "file_lock"},
     {"backbones"},
-    {"heads", "setting_errors", "distributed"},
+    {"heads", "setting_errors", "bounded_yaml", "distributed"},
     {"config"},
     {"defaults"},
     {"data"},

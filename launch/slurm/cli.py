@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
+from nearfar.launch.command_line import Parser
 from nearfar.launch.recipes import bundled, find_recipe
 from nearfar.launch.slurm import resources
 from nearfar.ssl.errors import UserError
@@ -27,7 +28,7 @@ def add_launch(verbs: Any) -> None:
     verbs.choices["launch"] = LaunchParser()  # in its place: what follows `launch` is a recipe or one of CONTROLS
 
 
-class LaunchParser(argparse.ArgumentParser):
+class LaunchParser(Parser):
     """Hands on to the parser of the word after `launch`; settings may stand before and behind the flags."""
 
     def __init__(self) -> None:
@@ -39,11 +40,11 @@ class LaunchParser(argparse.ArgumentParser):
         words = list(args or [])
         if words[:1] and words[0] in CONTROLS:
             return control_parser(words[0]).parse_args(words[1:], namespace), []
-        return submit_parser().parse_intermixed_args(words, namespace), []
+        return submit_parser().parse_known_intermixed_args(words, namespace)
 
 
 def submit_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="nearfar launch",
         description="Pretrain as `nearfar pretrain` does, as a job that survives preemption, time limits and dead "
         "nodes, or as an array of jobs.",
@@ -69,7 +70,7 @@ def submit_parser() -> argparse.ArgumentParser:
 
 
 def control_parser(verb: str) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog=f"nearfar launch {verb}")
+    parser = Parser(prog=f"nearfar launch {verb}")
     parser.add_argument(
         "run",
         type=Path,

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import argparse
-import difflib
 import os
 import re
 from pathlib import Path
 from typing import Any
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
+from nearfar.ssl import bounded_yaml
 from nearfar.ssl.errors import UserError
+from nearfar.ssl.setting_errors import in_words
 
 # What only the site file can say, and what sbatch options have a field of their own or are nearfar's business.
 FILE_ONLY = ("setup", "node_setup", "srun_args", "python", "extra")
@@ -127,30 +127,17 @@ def load(file: Path | None, given: dict[str, Any]) -> Resources:
     if file is not None and not file.is_file():
         raise UserError(f"There is no site file {file}.")
     file = file or site_file()
-    tree: Any = {}
-    if file.is_file():
-        try:
-            tree = yaml.safe_load(file.read_text()) or {}
-        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-            raise UserError(f"The site file {file} cannot be read: {' '.join(str(error).split())}.") from None
-        if not isinstance(tree, dict):
-            raise UserError(f"The site file {file} must hold lines such as 'partition: gpu', not {tree!r}.")
+    tree = bounded_yaml.read(file, "site file", "lines such as 'partition: gpu'") if file.is_file() else {}
     return check({**tree, **given}, f"in {file} or the flags" if tree else "in the flags")
 
 
 def check(tree: dict[str, Any], where: str) -> Resources:
     """`tree` as Resources, or one UserError with all that is wrong."""
-    problems = []
+    problems: list[str] = []
     try:
-        found = Resources.model_validate(tree)
+        found = Resources.model_validate({str(key): value for key, value in tree.items()})
     except ValidationError as error:
-        for mistake in error.errors():
-            key = ".".join(str(part) for part in mistake["loc"])
-            if mistake["type"] == "extra_forbidden":
-                near = difflib.get_close_matches(key, list(Resources.model_fields), n=1)
-                problems.append(f"{key} is unknown" + (f" (did you mean {near[0]}?)" if near else ""))
-            else:
-                problems.append(f"{key}={mistake['input']!r}: {mistake['msg'][:1].lower()}{mistake['msg'][1:]}")
+        problems += [mistake.told for mistake in in_words(error, list(Resources.model_fields), "nearfar launch")]
     else:
         if found.cpu and found.gpus_per_node:
             problems.append("--cpu asks for no GPU and gpus_per_node for some: choose one")

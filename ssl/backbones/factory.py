@@ -15,6 +15,7 @@ from timm.models.eva import EvaAttention
 from torch import Tensor, nn
 
 from nearfar.ssl.backbones.prr import prr as refine
+from nearfar.ssl.backbones.published import reaching_for_weights
 from nearfar.ssl.backbones.scan import Scan
 from nearfar.ssl.backbones.timm_grafts import add_gaug, add_lgp, attention_weights, count_heads
 from nearfar.ssl.backbones.tokens import Backbone, Tokens, check_size, pad_to_multiple
@@ -330,7 +331,8 @@ def _create_timms(
     model = None
     while model is None:
         try:
-            model = timm.create_model(plain, pretrained=pretrained, num_classes=0, **asked, **wished)
+            with reaching_for_weights(pretrained):
+                model = timm.create_model(plain, pretrained=pretrained, num_classes=0, **asked, **wished)
         except TypeError as error:
             refused = re.findall(r"'(\w+)'", str(error).partition("unexpected keyword argument")[2])
             if not refused or not set(refused) <= set(asked | wished):
@@ -339,8 +341,14 @@ def _create_timms(
                 if wished.pop(key, None) is None:
                     raise UserError(f"{name} cannot take {key.removesuffix('_rate')}; leave it out.") from None
         except (OSError, RuntimeError, ValueError, AssertionError) as error:
-            what = "its published weights cannot be had" if pretrained else "these settings do not fit it"
-            raise UserError(f"{name} cannot be made: {what} ({error}).") from error
+            reason = " ".join(str(error).split())[:200]
+            if pretrained:
+                raise UserError(
+                    f"The published weights of {name} cannot be had: they are not in the cache here, and could not be "
+                    f"downloaded ({reason}). Give a file of them with backbone.weights=FILE in place of "
+                    "backbone.pretrained=true, or leave both out."
+                ) from error
+            raise UserError(f"{name} cannot be made: these settings do not fit it ({reason}).") from error
     if not (hasattr(model, "forward_features") and getattr(model, "feature_info", None)):
         raise UserError(f"{name} does not say what its features are, so it cannot be a backbone here.")
     if grafts["lgp"]:

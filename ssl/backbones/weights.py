@@ -23,6 +23,7 @@ State = dict[str, Tensor]
 
 NETWORKS = ("teacher", "model_ema", "state_dict", "model", "student")  # places of a state inside a file, best first
 WRAPPERS = ("module.", "_orig_mod.", "backbone.", "model.")  # put in front of names by what held the network
+TEACHER = "learner/teacher.backbone."  # in a checkpoint of ours
 HEADS = ("head.", "head_dist.", "fc.", "classifier.", "dino_head.", "ibot_head.", "projection_head.", "mask_token")
 LGP_PARTS = ("local_mix", "bands_proj", "bands_mix", "bands_out", "gate", "fuse", "out", "norm")
 
@@ -61,7 +62,7 @@ def load_weights(model: nn.Module, path: str | Path) -> Match:
     Raises:
         UserError: the file cannot be read safely, holds no network, or belongs to another architecture.
     """
-    path = Path(path)
+    path = weights_in(Path(path))
     network: nn.Module = model.model if isinstance(model, Backbone) else model  # type: ignore[assignment]
     own = dict(network.state_dict())
     state, match = read_state(path), Match(path.name)
@@ -95,9 +96,10 @@ def read_state(path: Path) -> State:
     A pickled file is read by torch's restricted reader, which runs nothing; the one class allowed beside tensors is
     argparse.Namespace, which DINO stores its settings in.
     """
+    path = weights_in(path)
     try:
         if path.suffix == ".safetensors":
-            return load_file(path)
+            return _teacher_of(load_file(path))
         with torch.serialization.safe_globals([argparse.Namespace]):
             found: Any = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
@@ -121,6 +123,24 @@ def read_state(path: Path) -> State:
     if not tensors:
         raise UserError(f"{path} holds no network: there are no named tensors in it.")
     return tensors
+
+
+def weights_in(path: Path) -> Path:
+    """The file of weights that is meant by a run's folder or a checkpoint's; any other path as it is."""
+    path = path.expanduser()
+    if not path.is_dir():
+        return path
+    checkpoints = sorted(path.glob("checkpoints/step-?????????/tensors.safetensors"))
+    for file in (path / "teacher.safetensors", path / "tensors.safetensors", *checkpoints[-1:]):
+        if file.is_file():
+            return file
+    raise UserError(f"There are no weights in {path}: it is neither a run's folder nor a checkpoint's.")
+
+
+def _teacher_of(state: State) -> State:
+    """The teacher's backbone out of a whole checkpoint; any other file's tensors as they are."""
+    inside = {key.removeprefix(TEACHER): value for key, value in state.items() if key.startswith(TEACHER)}
+    return inside or state
 
 
 def _unwrapped(state: State, match: Match) -> State:

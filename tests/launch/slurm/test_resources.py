@@ -46,7 +46,7 @@ def test_processes() -> None:
     [
         ({}, "say --gpus-per-node N, or --cpu"),
         ({"cpu": True, "gpus_per_node": 2}, "choose one"),
-        ({"cpu": True, "nodes": 0, "hours": -1}, "nodes=0: input should be greater than or equal to 1; hours=-1"),
+        ({"cpu": True, "nodes": 0, "hours": -1}, "nodes=0 is not possible: it should be 1 or more; hours=-1"),
         ({"gpus_per_node": "a100"}, "write a number, or type:number such as a100:8"),
         ({"gpus_per_node": 0}, "write a number"),
         ({"cpu": True, "extra": {"signal": "USR1@5"}}, "not through extra: signal (use signal_delay"),
@@ -68,7 +68,7 @@ def test_site_files_that_are_none(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="must hold lines such as"):
         resources.load(tmp_path / "list.yaml", {"cpu": True})
     (tmp_path / "bad.yaml").write_text("a: [\n")
-    with pytest.raises(UserError, match="cannot be read"):
+    with pytest.raises(UserError, match="not valid YAML"):
         resources.load(tmp_path / "bad.yaml", {"cpu": True})
 
 

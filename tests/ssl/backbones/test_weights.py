@@ -10,10 +10,12 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from nearfar.ssl import checkpoint
 from nearfar.ssl.backbones import VisionTransformer, create, load_weights
 from nearfar.ssl.errors import UserError
 
 SMALL: dict[str, Any] = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 2, "num_heads": 3}
+SMALL_OURS: dict[str, Any] = {key: value for key, value in SMALL.items() if key != "patch_size"}
 
 State = dict[str, Tensor]
 
@@ -214,3 +216,27 @@ def test_bad_files_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
             load_weights(model, tmp_path / name)
     with pytest.raises(UserError, match="no named tensors"):
         load_weights(model, saved(tmp_path, {"epoch": 3}))
+
+
+@pytest.mark.parametrize("place", ["run", "run with an export", "checkpoint"])
+def test_a_runs_folder_or_a_checkpoint_gives_its_teacher(tmp_path: Path, place: str) -> None:
+    """backbone.weights=RUNFOLDER: the export if there is one, else the newest checkpoint's teacher."""
+    old, new, student = (create("vit_tiny_patch8", **SMALL_OURS) for _ in range(3))
+    for step, teacher in ((9, old), (10, new)):
+        tensors = prefixed("learner/teacher.backbone.", dict(teacher.state_dict()))
+        tensors |= prefixed("learner/student.backbone.", dict(student.state_dict()))
+        checkpoint.save(tmp_path / "checkpoints", step, {**tensors, "learner/teacher.head.x": torch.ones(2)}, {})
+    path = tmp_path
+    if place == "run with an export":
+        checkpoint.export(tmp_path / "teacher.safetensors", new, {})
+    elif place == "checkpoint":
+        path = tmp_path / "checkpoints" / "step-000000010"
+    model = create("vit_tiny_patch8", **SMALL_OURS, weights=path)
+    assert all(torch.equal(tensor, new.state_dict()[name]) for name, tensor in model.state_dict().items())
+    with pytest.raises(UserError, match="belong to another architecture"):
+        create("vit_tiny_patch8", **{**SMALL_OURS, "depth": 3}, weights=path)
+
+
+def test_a_folder_without_weights(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="There are no weights in"):
+        create("vit_tiny_patch8", **SMALL_OURS, weights=tmp_path)

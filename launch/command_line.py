@@ -1,0 +1,150 @@
+"""Reading a command line: settings anywhere among the flags, and the nearest right word for a wrong one."""
+
+from __future__ import annotations
+
+import argparse
+import re
+import shutil
+import sys
+import textwrap
+from collections.abc import Sequence
+from typing import Any, NoReturn
+
+from nearfar.launch.failures import tell
+from nearfar.launch.recipes import bundled
+from nearfar.ssl.errors import EXIT_USER
+from nearfar.ssl.setting_errors import nearest
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse with plainer mistakes. With `takes_settings`, `key=value` may stand before, between and behind flags."""
+
+    takes_settings = False
+
+    def parse_known_args(  # type: ignore[override]
+        self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None
+    ) -> tuple[argparse.Namespace, list[str]]:
+        words = list(args or [])
+        if not self.takes_settings or {"-h", "--help"} & set(words):
+            return super().parse_known_args(words, namespace)
+        self.takes_settings = False  # the method below comes back here
+        try:
+            return self.parse_known_intermixed_args(words, namespace)
+        finally:
+            self.takes_settings = True
+
+    def error(self, message: str) -> NoReturn:
+        """End with the usage and the mistake, in words of our own where argparse's are hard to read."""
+        if wrong := re.search(r"invalid choice: '(.*)' \(choose from (.*)\)", message):
+            choices = re.findall(r"[\w-]+", wrong[2])
+            message = f"'{wrong[1]}' is none of {', '.join(choices)}{_did_you_mean(nearest(wrong[1], choices))}"
+        elif missing := re.search(r"the following arguments are required: (.*)", message):
+            names = [name for name in missing[1].split(", ") if name != "key=value"]
+            verb, last = ("is", names[-1]) if len(names) == 1 else ("are", f"{', '.join(names[:-1])} and {names[-1]}")
+            message = f"{last} {verb} missing; see `{self.prog} --help`"
+        self.print_usage(sys.stderr)
+        _end(message)
+
+
+def check_verb(parser: argparse.ArgumentParser, words: Sequence[str], verbs: Sequence[str]) -> None:
+    """End with a hint when the first word is no verb."""
+    if not words:
+        parser.exit(EXIT_USER, parser.format_help())
+    word = words[0]
+    if word.startswith("-") or word in verbs:
+        return
+    if word.endswith((".yaml", ".yml")) or word in bundled():
+        parser.error(f"The verb is missing: to train with this recipe, write `nearfar pretrain {word}`")
+    if "=" in word:
+        parser.error(f"The verb is missing: settings follow it, as in `nearfar pretrain RECIPE {word}`")
+    near = _did_you_mean(nearest(word, verbs))
+    parser.error(f"There is no verb '{word}'{near or '; there are ' + ', '.join(verbs)}")
+
+
+def refuse_leftover(words: Sequence[str], left: Sequence[str]) -> NoReturn:
+    """End with what each word that nobody took may have meant: `--epochs 3` is train.epochs=3."""
+    from nearfar.ssl import config
+    from nearfar.ssl.setting_errors import nearest_setting
+
+    told = []
+    for flag in (word for word in left if word.startswith("-")):
+        name, sign, value = flag.lstrip("-").partition("=")
+        key = nearest_setting(name.replace("-", "_"), config.KEYS)
+        if not sign:
+            after = words[words.index(flag) + 1 :][:1]
+            value = after[0] if after and not after[0].startswith("-") and "=" not in after[0] else "VALUE"
+        hint = f"; the setting is written {key}={value}" if key else ""
+        told.append(f"{flag.partition('=')[0]} is no flag of `nearfar {words[0]}`{hint}")
+    told = told or [f"'{' '.join(left)}' is too much for `nearfar {words[0]}`"]
+    _end(f"{'. '.join(told)}. See `nearfar {words[0]} --help`")
+
+
+def _end(message: str) -> NoReturn:
+    tell(message if message.endswith("?") else f"{message}.")
+    raise SystemExit(EXIT_USER)
+
+
+def version() -> str:
+    """This package and the ones that decide its numbers, without importing them."""
+    from importlib.metadata import PackageNotFoundError
+    from importlib.metadata import version as installed
+    from platform import python_version
+
+    found = []
+    for name in ("nearfar", "torch", "torchvision", "timm", "ffcv"):
+        try:
+            found.append(f"{name} {installed(name)}")
+        except PackageNotFoundError:
+            continue
+    return f"{found[0]} ({', '.join([*found[1:], f'Python {python_version()}'])})"
+
+
+class ShowVersion(argparse.Action):
+    def __call__(self, parser: argparse.ArgumentParser, *_: object, **__: object) -> None:
+        print(version())
+        parser.exit()
+
+
+class HelpWithSettings(argparse.Action):
+    """The help of a verb, and every setting with its default and meaning."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: object, **__: object) -> None:
+        print(parser.format_help() + "\n" + settings_help(shutil.get_terminal_size().columns))
+        parser.exit()
+
+
+def settings_help(width: int) -> str:
+    """Every setting as it may be typed, with its meaning below, wrapped to `width`."""
+    from nearfar.ssl import config
+
+    def wrapped(text: str, indent: int) -> str:
+        return textwrap.fill(
+            text, max(width, 40) - 1, initial_indent=" " * indent, subsequent_indent=" " * indent,
+            break_long_words=False, break_on_hyphens=False,
+        )  # fmt: skip
+
+    lines = [
+        "settings:",
+        wrapped(
+            "Written key=value, or in the sections of a recipe. Shown with their defaults; a derived one depends on "
+            "the number of images, the length of the run or the machine, and the run says why when it starts.",
+            2,
+        ),
+        "",
+    ]
+    section = ""
+    for setting in config.settings():
+        if section != (section := setting.key.rpartition(".")[0]):
+            lines.append("")
+        default = f"  {setting.typed}" if setting.default is None else f"={setting.typed}"
+        lines += [f"  {setting.key}{default}", wrapped(f"{setting.description} [{setting.type}]", 6)]
+    return "\n".join(lines)
+
+
+def _did_you_mean(near: str | None) -> str:
+    return f"; did you mean {near}?" if near else ""
+
+
+def add_settings(parser: Any) -> None:
+    parser.add_argument("settings", nargs="*", metavar="key=value", help="settings, such as train.epochs=20")
+    parser.takes_settings = True

@@ -1,0 +1,215 @@
+"""`nearfar pretrain RECIPE --dry-run`: what a run would be and about what it would cost, without beginning it."""
+
+from __future__ import annotations
+
+import resource
+import statistics
+import sys
+import time
+from collections.abc import Generator
+from contextlib import closing
+from typing import NamedTuple, cast
+
+import torch
+from rich.console import Console
+from torch import nn
+
+from nearfar.launch import processes
+from nearfar.ssl import checkpoint, config, device
+from nearfar.ssl.config import Run
+from nearfar.ssl.data import open_loader, open_source
+from nearfar.ssl.data.loaders.base import Batch, Loader
+from nearfar.ssl.data.sources.base import Source
+from nearfar.ssl.data.transforms.colors import color_views
+from nearfar.ssl.data.transforms.normalize import normalize
+from nearfar.ssl.defaults import Derived
+from nearfar.ssl.device import Compute
+from nearfar.ssl.distributed import available_cores
+from nearfar.ssl.errors import UserError
+from nearfar.ssl.learner import Learner, clip_gradients, parameter_groups
+from nearfar.ssl.run_folder import RunFolder
+from nearfar.ssl.schedule import Schedule
+from nearfar.ssl.train import build_learner
+
+FEWEST_STEPS, MOST_STEPS, LONGEST = 3, 12, 15.0  # of what is measured: steps, and seconds for more than the fewest
+
+
+class Measured(NamedTuple):
+    """What a few real steps took."""
+
+    seconds: float  # a step, the median
+    steps: int  # that were timed after the first; 0: the run has no more than one
+    waiting: float  # share of the time in which the network waited for images
+    memory: int  # bytes of this process at its highest
+
+
+def dry_run(run: Run, console: Console) -> None:
+    """Print the resolved settings with their reasons, sizes, steps, and an estimate of time, memory and disk.
+
+    A few steps are run on the first images, in this process alone and with a network that is then thrown away; nothing
+    is written.
+
+    Raises:
+        UserError: as `nearfar.launch.pretrain.pretrain` would at its start.
+    """
+    if not run.data.path:
+        raise UserError("data.path is not set: name the training images, for example data.path=~/pictures.")
+    source = open_source(run.data.path)
+    labeled = bool(run.data.val) and source.labels is not None and open_source(str(run.data.val)).labels is not None
+    ranks = processes.wanted(run)
+    folder = RunFolder(run.path)
+    whole = run.model_copy(update={"train": run.train.model_copy(update={"world_size": ranks.value})})
+    resolved, derived = folder.settle(whole, len(source), max(1, available_cores() // ranks.value))
+    if run.train.world_size is None:
+        derived = [ranks, *derived]
+    saved = checkpoint.steps(folder.checkpoints)
+    done = int(saved[-1].name.removeprefix("step-")) if saved else 0
+
+    assert resolved.train.threads is not None
+    threads = torch.get_num_threads()
+    torch.set_num_threads(resolved.train.threads)
+    try:
+        learner = build_learner(resolved, weights=not saved)
+        width = learner.teacher.backbone.embed_dim
+        compute = device.choose(resolved.train.device, resolved.train.precision, width)
+        learner.to(compute.device)
+        loader = _loader(resolved, source, compute)
+        schedule = Schedule(resolved, loader.steps_per_epoch)
+        for line in _settings(resolved, derived) + _sizes(resolved, learner, source, schedule, done, labeled):
+            console.print(line, highlight=False, markup=False, soft_wrap=True)
+        with console.status("Measuring a few steps ..."):
+            measured = measure(learner, loader, schedule, resolved, compute)
+    finally:
+        torch.set_num_threads(threads)
+    for line in _costs(resolved, learner, schedule.steps - done, compute, measured):
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
+
+
+def measure(learner: Learner, loader: Loader, schedule: Schedule, run: Run, compute: Compute) -> Measured:
+    """Train `learner` for a few steps, as one of the run's ranks would."""
+    optimizer = torch.optim.AdamW(parameter_groups(learner.student), lr=0.0, fused=True)
+    loader.seek(0, 0)
+    values = schedule.at(0)
+    took: list[float] = []
+    waits: list[float] = []
+    begun = asked = time.monotonic()
+    with closing(cast("Generator[Batch]", iter(loader))) as batches:
+        for batch in batches:
+            waits.append(time.monotonic() - asked)
+            views = [normalize(group) for group in color_views(batch, run.views.solarize_threshold, compute.device)]
+            with compute.autocast():
+                out = learner(views, values["teacher_temp"])
+            out.loss.backward()
+            clip_gradients([p for p in learner.student.parameters() if p.grad is not None], run.optim.clip_grad)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            learner.update_teacher(values["teacher_momentum"])
+            float(out.loss.detach())  # waits for a GPU
+            took.append(time.monotonic() - asked)
+            asked = time.monotonic()
+            if len(took) > MOST_STEPS or (len(took) > FEWEST_STEPS and asked - begun - took[0] > LONGEST):
+                break
+    timed = took[1:] or took  # the first also starts workers and allocates
+    waiting = sum(waits[1:] or waits) / max(1e-9, sum(timed))
+    return Measured(statistics.median(timed), len(took) - 1, waiting, _peak_memory(compute))
+
+
+def _loader(run: Run, source: Source, compute: Compute) -> Loader:
+    """What the first of the run's ranks reads."""
+    assert run.data.workers is not None and run.train.world_size is not None
+    return open_loader(
+        source,
+        run.views,
+        batch_size=run.train.batch_size // run.train.world_size,
+        epochs=run.train.epochs,
+        seed=run.train.seed,
+        workers=run.data.workers,
+        rank=0,
+        world_size=run.train.world_size,
+        max_bad_fraction=run.data.max_bad_fraction,
+        min_side=run.data.min_side,
+        loader=run.data.loader,
+        color=run.data.color_on,
+        device=compute.device,
+    )
+
+
+def _peak_memory(compute: Compute) -> int:
+    if compute.device.type == "cuda":
+        return int(torch.cuda.max_memory_allocated())
+    unit = 1 if sys.platform == "darwin" else 1024
+    return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+def _settings(run: Run, derived: list[Derived]) -> list[str]:
+    """Every setting of the run, a section at a time, with the reason for those that were derived."""
+    reasons = {key: why for key, _, why in derived}
+    lines, tree = ["Settings (derived ones with their reason):"], run.model_dump()
+    for setting in config.settings():
+        section, _, name = setting.key.rpartition(".")
+        value = tree[section][name] if section else tree[name]
+        if value is not None:
+            shown = setting._replace(default=value).typed
+            lines.append(f"  {setting.key}={shown}" + (f"  ({reasons[setting.key]})" if setting.key in reasons else ""))
+    return lines
+
+
+def _sizes(run: Run, learner: Learner, source: Source, schedule: Schedule, done: int, labeled: bool) -> list[str]:
+    """What would be trained, on what, and where."""
+    backbone, head = _parameters(learner.student.backbone), _parameters(learner.student.head)
+    lines = [
+        "",
+        f"Backbone   {backbone / 1e6:.2f} M parameters ({run.backbone.name})",
+        f"Head       {head / 1e6:.2f} M parameters, {run.head.prototypes:,} prototypes",
+        f"Images     {len(source):,} in {run.data.path}",
+        f"Steps      {schedule.steps:,}: {run.train.epochs} epochs of {schedule.steps_per_epoch:,} steps with "
+        f"{run.train.batch_size} images each, on {run.train.world_size} "
+        + ("process" if run.train.world_size == 1 else "processes"),
+        f"Folder     {run.path}" + (f", which continues from step {done:,}" if done else ""),
+    ]
+    if not labeled:
+        lines.append("k-NN       none during training: it needs labels in data.path and in data.val")
+    return lines
+
+
+def _costs(run: Run, learner: Learner, steps: int, compute: Compute, measured: Measured) -> list[str]:
+    ranks = run.train.world_size or 1
+    backbone, head = _bytes(learner.student.backbone), _bytes(learner.student.head)
+    one = 4 * (backbone + head)
+    count = f"{measured.steps} timed steps" if measured.steps else "a single step with its start-up"
+    by = "" if ranks == 1 else f" by one of the {ranks} processes, alone and so with the machine to itself"
+    place = "of GPU memory" if compute.device.type == "cuda" else "of memory"
+    each = "" if ranks == 1 else f" ({_size(measured.memory)} in each of {ranks} processes)"
+    return [
+        "",
+        f"Estimates, from {count} on the first images{by}:",
+        f"Time       about {_duration(steps * measured.seconds)} for {steps:,} steps of {measured.seconds:.2f} s on "
+        f"{compute.device.type} in {compute.precision} ({100 * measured.waiting:.0f} % of it waiting for images), "
+        "without scores and checkpoints",
+        f"Memory     about {_size(ranks * measured.memory)} {place}{each}, besides that of the data workers",
+        f"Disk       about {_size((run.train.keep_last + 1) * one + backbone)}: {run.train.keep_last} checkpoints, and "
+        f"one being written, of {_size(one)} each (student, teacher, and two moments of the optimizer, each a backbone "
+        f"of {_size(backbone)} and a head of {_size(head)}), and the exported teacher",
+        "",
+        "Nothing was trained or written. Leave out --dry-run to begin.",
+    ]
+
+
+def _parameters(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+def _bytes(module: nn.Module) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in module.state_dict().values())
+
+
+def _size(count: float) -> str:
+    return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 90:
+        return f"{seconds:.0f} seconds"
+    if seconds < 90 * 60:
+        return f"{seconds / 60:.0f} minutes"
+    return f"{seconds / 3600:.1f} hours" if seconds < 48 * 3600 else f"{seconds / 86400:.1f} days"

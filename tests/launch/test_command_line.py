@@ -1,0 +1,105 @@
+"""Command lines: answered without heavy imports, and every wrong word with the nearest right one."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from importlib.metadata import version
+
+import pytest
+
+from nearfar.launch import cli, command_line
+from nearfar.ssl import config
+
+LIGHT = {"torch", "torchvision", "timm", "numpy", "matplotlib", "safetensors", "submitit", "PIL", "sklearn", "numba"}
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ["--help"],
+        ["--version"],
+        ["pretrain", "--help"],
+        ["launch", "--help"],
+        ["pretrian"],
+        ["pretrain"],
+        ["pretrain", "demo", "--epochs", "3"],
+        ["pretrain", "demo", "train.epoch=3"],
+        ["pretrain", "nosuch"],
+        ["eval", "lienar", "x"],
+        ["launch", "demo", "--cpu", "--dry-run", "train.epoch=3"],
+    ],
+)
+def test_help_and_mistakes_load_none_of_the_slow_packages(argv: list[str]) -> None:
+    code = (
+        "import sys\nfrom nearfar.launch.cli import main\n"
+        "try: main(sys.argv[1:])\nexcept SystemExit: pass\n"
+        "print('LOADED', *sorted({name.split('.')[0] for name in sys.modules}))"
+    )
+    done = subprocess.run([sys.executable, "-c", code, *argv], capture_output=True, text=True, timeout=120, check=True)
+    loaded = set(done.stdout.rpartition("LOADED")[2].split())
+    assert "argparse" in loaded and not loaded & LIGHT
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("argv", "told"),
+    [
+        (["pretrian"], "There is no verb 'pretrian'; did you mean pretrain?"),
+        (["evl", "all"], "did you mean eval?"),
+        (["xyzzy"], "there are demo, pretrain, features"),
+        (["mine.yaml"], "`nearfar pretrain mine.yaml`"),
+        (["cifar10"], "`nearfar pretrain cifar10`"),
+        (["train.epochs=3"], "`nearfar pretrain RECIPE train.epochs=3`"),
+        (["pretrain", "demo", "--epochs", "3"], "the setting is written train.epochs=3"),
+        (["pretrain", "demo", "--epochs=3"], "the setting is written train.epochs=3"),
+        (["pretrain", "--lr", "1e-3", "demo", "train.seed=1"], "the setting is written optim.lr=1e-3"),
+        (["pretrain", "demo", "--batch-size"], "the setting is written train.batch_size=VALUE"),
+        (["demo", "--epochs", "3"], "the setting is written train.epochs=3"),
+        (["launch", "demo", "--epochs", "3"], "the setting is written train.epochs=3"),
+        (["pretrain", "demo", "-x"], "-x is no flag of `nearfar pretrain`."),
+        (["export", "a", "b", "c"], "'c' is too much for `nearfar export`"),
+        (["export"], "model and out are missing"),
+        (["eval", "lienar", "x"], "'lienar' is none of knn, linear, segment, all; did you mean linear?"),
+        (["launch", "demo", "--cluster", "slrum"], "did you mean slurm?"),
+    ],
+)
+def test_a_wrong_word_is_answered_with_the_right_one(
+    argv: list[str], told: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as caught:
+        cli.main(argv)
+    said = capsys.readouterr()
+    assert caught.value.code == 2 and told in said.err and said.out == ""
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ["pretrain", "demo", "train.epochs=3", "--dry-run"],
+        ["pretrain", "demo", "--dry-run", "train.epochs=3"],
+        ["pretrain", "--dry-run", "demo", "train.epochs=3"],
+    ],
+)
+def test_settings_may_stand_on_either_side_of_a_flag(argv: list[str]) -> None:
+    arguments = cli.parsed(argv)
+    assert (arguments.recipe, arguments.settings, arguments.dry_run) == ("demo", ["train.epochs=3"], True)
+
+
+def test_the_verbs_are_those_of_the_parser() -> None:
+    told = cli.build_parser().format_help()
+    assert re.findall(r"^    (\w+) ", told, re.MULTILINE) == list(cli.VERBS)
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        cli.main(["--version"])
+    told = capsys.readouterr().out
+    assert caught.value.code == 0 and told.startswith(f"nearfar {version('nearfar')} (torch {version('torch')}, ")
+
+
+@pytest.mark.parametrize("width", [40, 80, 150])
+def test_the_settings_fit_the_terminal(width: int) -> None:
+    lines = command_line.settings_help(width).splitlines()
+    assert all(len(line) < width for line in lines if not line.strip().startswith(tuple(config.KEYS)))

@@ -1,0 +1,77 @@
+"""`nearfar pretrain --dry-run`: the settings, sizes and costs of a run that is not begun."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from rich.console import Console
+
+from nearfar.launch.dry_run import _duration, dry_run
+from nearfar.ssl import config
+from nearfar.ssl.config import Run
+from nearfar.ssl.defaults import resolve
+from nearfar.ssl.errors import UserError
+from nearfar.ssl.train import build_learner
+
+SETTINGS = [
+    "name=dry", "data.path=pictures", "data.workers=0", "views.global_crops_size=16", "views.local_crops_size=8",
+    "views.local_crops_number=2", "backbone.name=vit_tiny_patch8", "backbone.embed_dim=24", "backbone.depth=1",
+    "backbone.num_heads=2", "head.prototypes=20", "head.hidden_dim=16", "head.bottleneck_dim=8", "train.epochs=3",
+    "train.batch_size=4", "train.world_size=1", "train.threads=1", "train.device=cpu", "train.precision=fp32",
+]  # fmt: skip
+
+
+@pytest.fixture
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
+    monkeypatch.chdir(tmp_path)
+    rng = np.random.default_rng(0)
+    (tmp_path / "pictures").mkdir()
+    for k in range(21):
+        Image.fromarray(rng.integers(0, 256, (16, 16, 3), np.uint8)).save(tmp_path / "pictures" / f"{k}.png")
+    return config.load(None, SETTINGS)
+
+
+def told(run: Run) -> str:
+    out = io.StringIO()
+    dry_run(run, Console(file=out, width=200))
+    return out.getvalue()
+
+
+def test_it_tells_settings_with_reasons_sizes_and_estimates_and_writes_nothing(run: Run, tmp_path: Path) -> None:
+    before = sorted(path.name for path in tmp_path.rglob("*"))
+    text = told(run)
+    assert sorted(path.name for path in tmp_path.rglob("*")) == before
+    resolved, derived = resolve(run, 21, 1)
+    for key, value, why in derived:
+        if key not in ("data.workers", "train.threads"):
+            shown = str(value).lower() if isinstance(value, bool) else value
+            assert f"  {key}={shown}  (" in text and why in text
+    network = build_learner(resolved).student
+    for name, module in (("Backbone", network.backbone), ("Head", network.head)):
+        count = sum(parameter.numel() for parameter in module.parameters())
+        assert f"{count / 1e6:.2f} M parameters" in next(line for line in text.splitlines() if line.startswith(name))
+    assert "15: 3 epochs of 5 steps with 4 images each, on 1 process" in text
+    assert " timed steps on the first images:\nTime  " in text
+    assert "k-NN       none during training" in text and "Nothing was trained or written" in text
+
+
+def test_what_it_prints_may_be_typed_again(run: Run) -> None:
+    lines = told(run).partition("Backbone ")[0].splitlines()[1:]
+    typed = [line.strip().partition("  (")[0] for line in lines if "=" in line]
+    assert resolve(config.load(None, typed), 21, 1)[1] == []
+
+
+def test_it_refuses_what_pretrain_would(run: Run) -> None:
+    with pytest.raises(UserError, match=r"data\.path is not set"):
+        told(run.model_copy(update={"data": config.Data()}))
+
+
+@pytest.mark.parametrize(
+    ("seconds", "words"), [(5, "5 seconds"), (600, "10 minutes"), (3 * 3600, "3.0 hours"), (1e6, "11.6 days")]
+)
+def test_durations(seconds: float, words: str) -> None:
+    assert _duration(seconds) == words
