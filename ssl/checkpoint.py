@@ -25,7 +25,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from nearfar.ssl.backbones import Backbone, create
+from nearfar.ssl.backbones import Backbone, create_described
 from nearfar.ssl.errors import UserError
 
 TENSORS, STATE, MANIFEST = "tensors.safetensors", "state.json", "manifest.json"
@@ -218,7 +218,7 @@ def load(path: str | Path) -> Backbone:
         tensors = {name.removeprefix(prefix): t for name, t in whole.items() if name.startswith(prefix)}
     else:
         tensors = load_file(file)
-    backbone = create(**state["arch"])
+    backbone = create_described(state.get("arch"), tensors, str(file))
     load_strict(backbone, tensors, str(file))
     return backbone.eval().requires_grad_(False)
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Literal, NamedTuple
 
 import torch
-from timm.layers import convert_sync_batchnorm
 from torch import Tensor, nn
 
 from nearfar.ssl.backbones import Backbone, Tokens
@@ -122,5 +121,7 @@ def share_batch_norm(learner: Learner) -> None:
     The head's is shared everywhere (heads/batch_norm.py).
     """
     if next(learner.parameters()).device.type == "cuda":
+        from timm.layers import convert_sync_batchnorm
+
         for network in (learner.student, learner.teacher):
             network.backbone = convert_sync_batchnorm(network.backbone)

@@ -2,11 +2,12 @@
 
 tokens.py the contract; lgp.py, lgp_vim.py, gaug.py, prr.py, rope.py, scan.py one idea each; attention.py the product
 they share; vit.py, vim.py our models; timm_grafts.py the ideas on a loaded timm model; weights.py public weight files;
-factory.py every backbone by name.
+factory.py every backbone by name; described.py those that a file of weights describes.
 """
 
 from nearfar.ssl.backbones import _torchvision as _torchvision  # isort: skip  (before anything imports timm)
 
+from nearfar.ssl.backbones.described import create_described
 from nearfar.ssl.backbones.factory import create
 from nearfar.ssl.backbones.gaug import GaugBias
 from nearfar.ssl.backbones.lgp import LGPPatchEmbed, bands_permuted
@@ -33,6 +34,7 @@ __all__ = [
     "bands_permuted",
     "choose_scan",
     "create",
+    "create_described",
     "load_weights",
     "pad_to_multiple",
     "prr",

@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -94,32 +93,43 @@ def read_state(path: Path) -> State:
 
     A pickled file is read by torch's restricted reader, which runs nothing; the one class allowed beside tensors is
     argparse.Namespace, which DINO stores its settings in.
+
+    Raises:
+        UserError: no such file, not a file of weights, damaged, or no dense tensors of numbers in it.
     """
+    if not path.is_file():
+        what = "is a folder" if path.is_dir() else "does not exist"
+        raise UserError(f"There is no file of weights {path}: it {what}.")
     try:
         if path.suffix == ".safetensors":
-            return load_file(path)
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            found: Any = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise UserError(f"There is no file of weights {path}.") from None
-    except Exception as error:
-        reason = " ".join(str(error).split())[:200]
-        if type(error).__name__ == "UnpicklingError":
+            found: Any = load_file(path)
+        else:
+            with torch.serialization.safe_globals([argparse.Namespace]):
+                found = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # a file can hold anything, and the readers raise whatever it leads them to
+        reason = printable(" ".join(str(error).split()), 200) or type(error).__name__
+        if type(error).__name__ == "UnpicklingError" and "Unsupported" in reason:
             raise UserError(
                 f"{path} holds more than tensors, and reading it could run code, so it was not read ({reason}). Save "
                 "its state_dict alone, best as .safetensors."
             ) from None
-        if isinstance(error, OSError | RuntimeError | EOFError | SafetensorError | ValueError | KeyError):
-            raise UserError(f"The weights in {path} cannot be read: {reason}.") from None
-        raise
-    while isinstance(found, Mapping):
-        inner = next((found[place] for place in NETWORKS if isinstance(found.get(place), Mapping)), None)
+        raise UserError(
+            f"The weights in {path} cannot be read: {reason}. It is damaged, or no file of weights (.safetensors, or a "
+            ".pth or .pt of torch.save)."
+        ) from None
+    for _ in range(len(NETWORKS)):  # nested at most so deep; a crafted file may hold itself
+        places = [found[place] for place in NETWORKS if place in found] if isinstance(found, Mapping) else []
+        inner = next((place for place in places if isinstance(place, Mapping)), None)
         if inner is None:
             break
         found = inner
-    tensors = {k: v for k, v in found.items() if isinstance(v, Tensor)} if isinstance(found, Mapping) else {}
+    named = found.items() if isinstance(found, Mapping) else ()
+    tensors = {k: v for k, v in named if isinstance(k, str) and isinstance(v, Tensor)}
     if not tensors:
         raise UserError(f"{path} holds no network: there are no named tensors in it.")
+    for name, tensor in tensors.items():
+        if tensor.layout != torch.strided or tensor.is_quantized or tensor.is_meta or tensor.is_complex():
+            raise UserError(f"{printable(name, 100)} in {path} is no dense tensor of real numbers.")
     return tensors
 
 

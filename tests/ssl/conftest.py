@@ -12,6 +12,7 @@ import pytest
 from PIL import Image
 from rich.console import Console
 
+import nearfar.ssl.backbones  # noqa: F401  tests import timm and torchvision: its guard must come before them
 from nearfar.ssl import config
 from nearfar.ssl.config import Run
 from nearfar.ssl.data import libjpeg
