@@ -99,6 +99,9 @@ class Backbone(Settings):
     embed_dim: int | None = Field(None, ge=1, description="overrides the name's width")
     depth: int | None = Field(None, ge=1, description="overrides the name's number of blocks")
     num_heads: int | None = Field(None, ge=1, description="overrides the name's number of heads")
+    pos_size: int | None = Field(
+        None, ge=1, description="image size the learned positions are for, in pixels; 224 for DINO's public weights"
+    )
     pretrained: bool = Field(False, description="start from timm's published weights (timm/NAME only)")
     scan: Literal["auto", "torch", "mamba"] = Field("auto", description="what runs Vision Mamba's recurrence")
     weights: str | None = Field(None, description="file of weights to start from: DINO's .pth, timm's or our own")

@@ -66,9 +66,6 @@ class Mixer(nn.Module):
         dt = F.softplus(F.linear(dt, dt_proj.weight).to(precise) + dt_proj.bias.to(precise))
         return selective_scan(x, dt, -torch.exp(a_log.to(precise)), b, c, d, self.scan)
 
-    def no_weight_decay(self) -> set[str]:
-        return {name for name, _ in self.named_parameters() if name.endswith(("_log", ".bias")) or name in ("D", "D_b")}
-
 
 def _direction(inner: int, dim: int) -> tuple[nn.Conv1d, nn.Linear, nn.Linear, nn.Parameter, nn.Parameter]:
     """Parameters of one direction, initialized as METHODS says: conv1d, x_proj, dt_proj, A_log, D."""
@@ -218,12 +215,6 @@ class VisionMamba(TokenModel):
     def forward_features(self, x: Tensor) -> Tensor:
         x = self.norm(self.run(x)[0])
         return prr(x, self.num_heads) if self.prr else x
-
-    def no_weight_decay(self) -> set[str]:
-        """Besides the tensors of at most one dimension: A_log of every block, CLS and the position embedding."""
-        mixers = {name: module for name, module in self.named_modules() if isinstance(module, Mixer)}
-        marked = {f"{name}.{inner}" for name, mixer in mixers.items() for inner in mixer.no_weight_decay()}
-        return {"pos_embed", "cls_token"} | marked
 
 
 def _insert(patches: Tensor, cls: Tensor) -> Tensor:
