@@ -103,7 +103,9 @@ class Backbone(Settings):
         None, ge=1, description="image size the learned positions are for, in pixels; 224 for DINO's public weights"
     )
     pretrained: bool = Field(False, description="start from timm's published weights (timm/NAME only)")
-    scan: Literal["auto", "torch", "mamba"] = Field("auto", description="what runs Vision Mamba's recurrence")
+    scan: Literal["auto", "torch", "triton", "mamba"] = Field(
+        "auto", description="what runs Vision Mamba's recurrence; auto: triton on CUDA, torch elsewhere"
+    )
     weights: str | None = Field(None, description="file of weights to start from: DINO's .pth, timm's or our own")
 
 

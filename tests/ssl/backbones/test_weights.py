@@ -300,7 +300,7 @@ def test_tensors_of_another_kind_and_nests_without_end_are_a_sentence(tmp_path: 
     itself["model"] = itself
     for content, told in (
         ({**state, "pos_embed": state["pos_embed"].long()}, "another type: pos_embed torch.int64"),
-        ({**state, "pos_embed": torch.zeros(())}, r"misshapen: pos_embed \(\)"),
+        ({**state, "pos_embed": torch.zeros(())}, "another architecture"),
         ({**state, "pos_embed": torch.zeros(1).expand(10**9, 10**6, 48)}, "misshapen: pos_embed"),
         ({**state, "norm.bias": state["norm.bias"].to_sparse()}, "no dense tensor"),
         ({**state, "norm.bias": torch.zeros(48, device="meta")}, "no dense tensor"),
