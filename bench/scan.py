@@ -62,7 +62,13 @@ def kernel(*inputs: Tensor) -> Tensor:
     return selective_scan(*inputs, scan="mamba")
 
 
-VARIANTS: dict[str, Callable[..., Tensor]] = {"plain": plain, "unbind": unbind, "ours": ours, "triton": triton, "mamba": kernel}
+VARIANTS: dict[str, Callable[..., Tensor]] = {
+    "plain": plain,
+    "unbind": unbind,
+    "ours": ours,
+    "triton": triton,
+    "mamba": kernel,
+}
 
 
 def leaves(args: argparse.Namespace) -> list[Tensor]:

@@ -16,7 +16,8 @@ class GaugBias(nn.Module):
 
     One predictor for all heads of a layer, 3 * (head_dim + 1) parameters. `grid` is the token grid (h, w) the model
     is made for: it bounds the variance (C = max(h, w)**2), and on another grid the variance is scaled by
-    min(current) / min(initial), and patches count as at most max(h, w) - 1 rows or columns apart. Everything is float32 (or float64), whatever autocast says.
+    min(current) / min(initial), and patches count as at most max(h, w) - 1 rows or columns apart. Everything is
+    float32 (or float64), whatever autocast says.
     """
 
     def __init__(self, head_dim: int, grid: tuple[int, int], eps: float = 0.1) -> None:

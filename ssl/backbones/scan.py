@@ -2,10 +2,10 @@
 
     h_t = exp(dt_t A) h_{t-1} + dt_t B_t x_t,    y_t = C_t h_t + D x_t
 
-In plain torch a step's state is a slice (batch, N, D) with D innermost, so that every product runs along contiguous memory. States
-and decays of a few steps at a time are scratch that stays in the cache; only the state before each such chunk is kept,
-and the backward pass rebuilds the rest from it. So what is kept is an eighth of the states and none of the decays, and
-the second exponential costs less than fetching the first from memory would.
+In plain torch a step's state is a slice (batch, N, D) with D innermost, so that every product runs along contiguous
+memory. States and decays of a few steps at a time are scratch that stays in the cache; only the state before each
+such chunk is kept, and the backward pass rebuilds the rest from it. So what is kept is an eighth of the states and
+none of the decays, and the second exponential costs less than fetching the first from memory would.
 """
 
 from __future__ import annotations
@@ -80,8 +80,8 @@ def choose_scan(wanted: Scan, device: str) -> Literal["torch", "triton", "mamba"
         if wanted == "auto":
             return "torch"
         raise UserError(
-            f"scan=triton needs Triton, which CUDA builds of torch bring, and a tiny scan does not run here ({reason}). "
-            "Set backbone.scan=torch (or auto)."
+            f"scan=triton needs Triton, which CUDA builds of torch bring, and a tiny scan does not run here ({reason})."
+            " Set backbone.scan=torch (or auto)."
         )
     return "triton"
 

@@ -21,7 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 # Names of the literature: A (D, N), B and C (batch, L, N), D (D,); and of Triton, for what is fixed when compiling.
-# ruff: noqa: N803, N806
+# ruff: noqa: N803
 
 CHUNK = 16  # steps of one parallel scan
 FORWARD_BLOCK, BACKWARD_BLOCK = 16, 8  # channels of a program: what keeps all states of a chunk in registers
@@ -183,9 +183,7 @@ def triton_scan_backward(
 
 
 @triton_scan_forward.register_fake
-def _(
-    x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, reverse: bool
-) -> tuple[Tensor, Tensor]:
+def _(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, reverse: bool) -> tuple[Tensor, Tensor]:
     shape = (x.shape[0], -(-x.shape[1] // CHUNK), *A.shape)
     return torch.empty_like(x), x.new_empty(shape, dtype=torch.float32)
 

@@ -126,7 +126,7 @@ def decays(name: str, parameter: Tensor) -> bool:
 
 
 class FeatureMaps(nn.Module):
-    """timm's `features_only`: images to the feature maps of some blocks, [(B, D, h, w), ...]; `feature_info` says which.
+    """timm's `features_only`: images to the feature maps of blocks, [(B, D, h, w), ...]; `feature_info` says which.
 
     Args:
         out_indices: the last n blocks (int), or those listed.

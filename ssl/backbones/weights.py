@@ -253,4 +253,6 @@ def _families(names: Iterable[str]) -> list[str]:
 
 
 def _some(names: list[str], most: int = 6) -> str:
-    return ", ".join(printable(name, 120) for name in names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+    return ", ".join(printable(name, 120) for name in names[:most]) + (
+        f" and {len(names) - most} more" if len(names) > most else ""
+    )

@@ -90,7 +90,7 @@ for module in sys.argv[1:]:
 
 
 def first_imports(*modules: str) -> dict[str, int]:
-    """For each module, imported as the first in a process of its own: 3 if timm or torchvision came before the guard."""
+    """For each module, imported first in a process of its own: 3 if timm or torchvision came before the guard."""
     run = subprocess.run([sys.executable, "-c", FIRST, *modules], capture_output=True, text=True, cwd=ROOT)
     assert run.returncode == 0, run.stderr
     return {name: int(code) for name, code in (line.split() for line in run.stdout.splitlines())}

@@ -210,7 +210,9 @@ def test_dinos_table_can_be_kept_for_all_sizes(tmp_path: Path) -> None:
         patches = network.patch_embed(images)
         torch.testing.assert_close(
             seen[0][:, 1:] - patches,
-            theirs.pos_embed[:, 1:] if (height, width) == (4, 4) else dinos_positions(theirs.pos_embed[:, 1:], height, width),
+            theirs.pos_embed[:, 1:]
+            if (height, width) == (4, 4)
+            else dinos_positions(theirs.pos_embed[:, 1:], height, width),
             rtol=1e-4,
             atol=1e-4,
         )
@@ -250,7 +252,7 @@ def test_bad_files_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     with pytest.raises(UserError, match="could run code"):
         load_weights(model, saved(tmp_path, {"teacher": Sly()}))
     assert capsys.readouterr().out == ""
-    with pytest.raises(UserError, match="no file of weights .*does not exist"):
+    with pytest.raises(UserError, match=r"no file of weights .*does not exist"):
         load_weights(model, tmp_path / "nowhere.pth")
     (tmp_path / "cut.pth").write_bytes(b"PK\x03\x04 and no more")
     (tmp_path / "cut.safetensors").write_bytes(b"0123456789")
