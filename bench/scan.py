@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from nearfar.ssl.backbones.scan import choose_scan, selective_scan
+from nearfar.ssl.errors import UserError
 
 
 def plain(x: Tensor, dt: Tensor, a: Tensor, b: Tensor, c: Tensor, d: Tensor) -> Tensor:
@@ -53,11 +54,21 @@ def ours(*inputs: Tensor) -> Tensor:
     return selective_scan(*inputs, scan="torch")
 
 
+def triton(*inputs: Tensor) -> Tensor:
+    return selective_scan(*inputs, scan="triton")
+
+
 def kernel(*inputs: Tensor) -> Tensor:
     return selective_scan(*inputs, scan="mamba")
 
 
-VARIANTS: dict[str, Callable[..., Tensor]] = {"plain": plain, "unbind": unbind, "ours": ours, "mamba": kernel}
+VARIANTS: dict[str, Callable[..., Tensor]] = {
+    "plain": plain,
+    "unbind": unbind,
+    "ours": ours,
+    "triton": triton,
+    "mamba": kernel,
+}
 
 
 def leaves(args: argparse.Namespace) -> list[Tensor]:
@@ -137,8 +148,11 @@ def main() -> None:
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     args = parser.parse_args()
     variants = ["plain", "unbind", "ours"]
-    if choose_scan("auto", args.device) == "mamba":
-        variants.append("mamba")
+    for kernels in ("triton", "mamba"):
+        try:
+            variants.append(choose_scan(kernels, args.device))
+        except UserError as error:
+            print(f"without {kernels}: {error}")
 
     print(f"selective scan, batch {args.batch}, D {args.width}, N {args.state}, L {args.length}, float32")
     print(f"{machine(args.device)}; torch {torch.__version__}")

@@ -6,6 +6,7 @@ Nothing here imports torch, numpy or what needs them before a verb runs: help an
 from __future__ import annotations
 
 import argparse
+import contextlib
 import logging
 import sys
 from collections.abc import Sequence

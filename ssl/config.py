@@ -152,13 +152,15 @@ class Backbone(Settings):
     num_heads: int | None = Field(
         None, ge=1, description="number of attention heads, in place of the one that the name stands for"
     )
+    pos_size: int | None = Field(
+        None, ge=1, description="image size the learned positions are for, in pixels; 224 for DINO's public weights"
+    )
     pretrained: bool = Field(
         False,
         description="start from the weights that timm publishes (timm/NAME only; needs the internet, or its cache)",
     )
-    scan: Literal["auto", "torch", "mamba"] = Field(
-        "auto",
-        description="what computes Vision Mamba's recurrence; auto = mamba where it is installed and there is a GPU",
+    scan: Literal["auto", "torch", "triton", "mamba"] = Field(
+        "auto", description="what computes Vision Mamba's recurrence; auto = triton on a GPU, torch elsewhere"
     )
     weights: str | None = Field(
         None,

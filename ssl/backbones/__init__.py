@@ -2,7 +2,8 @@
 
 tokens.py the contract; lgp.py, lgp_vim.py, gaug.py, prr.py, rope.py, scan.py one idea each; attention.py the product
 they share; vit.py, vim.py our models; timm_grafts.py the ideas on a loaded timm model; weights.py public weight files;
-factory.py every backbone by name; described.py those that a file of weights describes.
+adapter.py the contract around a network; factory.py every backbone by name; described.py those that a
+file of weights describes.
 """
 
 from nearfar.ssl.backbones import _torchvision as _torchvision  # isort: skip  (before anything imports timm)

@@ -1,5 +1,6 @@
 """Softmax attention, by the quickest road on each device."""
 
+import logging
 from collections.abc import Callable
 from functools import lru_cache
 from typing import Any
@@ -7,6 +8,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+log = logging.getLogger(__name__)
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -33,15 +36,35 @@ def attend_in_windows(q: Tensor, k: Tensor, v: Tensor, rows: Tensor, columns: Te
     q, k, v are (B, heads, N, D), of which the last h*w tokens are patches row by row; `rows` (B, heads, h*w, h) and
     `columns` (B, heads, h*w, w) make S[p, (r, c)] = rows[p, r] * columns[p, c] between patches, and 0 elsewhere.
 
-    On a GPU FlexAttention reads the two tables, and nothing of size N x N is ever stored. Elsewhere S is written out;
-    that path is the oracle of the other.
+    S is written out in q's type, or read from the two tables by FlexAttention: see `reads_tables`. The first is the
+    oracle of the second.
     """
-    if q.device.type == "cuda":
-        prefix = q.shape[-2] - rows.shape[-2]
-        rows, columns = F.pad(rows, (0, 0, prefix, 0)), F.pad(columns, (0, 0, prefix, 0))
-        out: Tensor = _compiled_flex()(q, k, v, score_mod=window_score(rows, columns, prefix))
-        return out
+    if reads_tables(q.shape[-2], q.shape[-1], q.device.type):
+        return flex_windows(compiled(_flex()), q, k, v, rows, columns)
     return attend(q, k, v, window_bias(rows, columns, q.shape[-2]).to(q.dtype))
+
+
+LONG = 512  # tokens from which on a written-out bias costs more than the tables' scattered gradients
+
+
+def reads_tables(tokens: int, head_dim: int, device: str) -> bool:
+    """Whether attention with a separable bias goes through FlexAttention, which never stores N x N numbers.
+
+    On CUDA with a compiler, heads of at least 16 numbers (its kernels take no narrower ones) and more than `LONG`
+    tokens. It adds the gradients of the tables one atomic at a time, N*N of them twice a head, where a written-out bias
+    moves some 12 bytes N*N a head through memory. So short sequences (197 tokens of a 224-pixel view: 78 kB a head) are
+    written out, and long ones (1,025: 2.1 MB a head and layer, kept for the backward pass) are not. The
+    bound is reasoned, not measured.
+    """
+    return device == "cuda" and head_dim >= 16 and tokens > LONG and not compiler_missing()
+
+
+def flex_windows(flex: Callable[..., Any], q: Tensor, k: Tensor, v: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+    """`attend_in_windows` by a FlexAttention."""
+    prefix = q.shape[-2] - rows.shape[-2]
+    rows, columns = F.pad(rows, (0, 0, prefix, 0)), F.pad(columns, (0, 0, prefix, 0))
+    out: Tensor = flex(q, k, v, score_mod=window_score(rows, columns, prefix))
+    return out
 
 
 def window_bias(rows: Tensor, columns: Tensor, tokens: int) -> Tensor:
@@ -66,8 +89,25 @@ def window_score(rows: Tensor, columns: Tensor, prefix: int) -> Callable[..., Te
     return add
 
 
-@lru_cache(maxsize=1)
-def _compiled_flex() -> Any:
+def _flex() -> Callable[..., Any]:
     from torch.nn.attention.flex_attention import flex_attention
 
-    return torch.compile(flex_attention)
+    return flex_attention
+
+
+@lru_cache(maxsize=16)
+def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """`function` compiled for CUDA, one graph for each shape; itself where there is no compiler."""
+    return function if compiler_missing() else torch.compile(function, dynamic=False)
+
+
+@lru_cache(maxsize=1)
+def compiler_missing() -> str:
+    """Why torch.compile cannot make CUDA kernels here, "" if it can: known once a small one really ran."""
+    try:
+        torch.compile(torch.Tensor.square, dynamic=False)(torch.ones(2, device="cuda"))
+    except Exception as error:  # no Triton, no C compiler, a GPU that is too old: each its own exception
+        reason = " ".join(str(error).split())[:200]
+        log.warning("torch.compile does not work here, so GAug runs without fused kernels, slower (%s)", reason)
+        return reason or type(error).__name__
+    return ""

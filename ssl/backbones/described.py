@@ -16,7 +16,7 @@ from torch.nn.modules.module import (
 )
 
 from nearfar.ssl.backbones.factory import OUR_NAME, VIM_NAME, create
-from nearfar.ssl.backbones.tokens import Backbone
+from nearfar.ssl.backbones.tokens import Backbone, printable
 from nearfar.ssl.errors import UserError
 
 TIMM_NAME = re.compile(r"timm/[A-Za-z0-9_.-]{1,100}")  # no colon, no second slash: nothing that names a place
@@ -39,6 +39,7 @@ def _is_name(value: Any) -> bool:
 KEYS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "name": (_is_name, "the name of a backbone of ours or of timm's (timm/NAME)"),
     "img_size": (_whole(1, 4096), "a whole number from 1 to 4096"),
+    "pos_size": (_whole(1, 4096), "a whole number from 1 to 4096"),
     "patch_size": (_whole(1, 256), "a whole number from 1 to 256"),
     "embed_dim": (_whole(1, 8192), "a whole number from 1 to 8192"),
     "depth": (_whole(1, 256), "a whole number from 1 to 256"),
@@ -106,12 +107,6 @@ def check_described(arch: Any, where: str) -> dict[str, Any]:
             "The file is damaged or was made by something else; export the backbone again."
         )
     return dict(arch)
-
-
-def printable(text: str, most: int) -> str:
-    """Text of a file for a terminal: one line of at most `most` characters, nothing that steers the terminal."""
-    line = "".join(c if c.isprintable() else "?" for c in text[: most + 1])
-    return line if len(line) <= most else line[:most] + "..."
 
 
 @contextmanager

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nearfar.ssl.backbones.attention import attend_in_windows, window_bias
+from nearfar.ssl.backbones.attention import attend_in_windows, compiled, window_bias
 
 LARGEST = 1e4  # of alpha: a weight of this size is a choice of one patch already, and float16 ends at 65,504
 
@@ -16,7 +16,8 @@ class GaugBias(nn.Module):
 
     One predictor for all heads of a layer, 3 * (head_dim + 1) parameters. `grid` is the token grid (h, w) the model
     is made for: it bounds the variance (C = max(h, w)**2), and on another grid the variance is scaled by
-    min(current) / min(initial). Everything is float32 (or float64), whatever autocast says.
+    min(current) / min(initial), and patches count as at most max(h, w) - 1 rows or columns apart. Everything is
+    float32 (or float64), whatever autocast says.
     """
 
     def __init__(self, head_dim: int, grid: tuple[int, int], eps: float = 0.1) -> None:
@@ -37,22 +38,14 @@ class GaugBias(nn.Module):
         `q` is (..., h*w, head_dim), queries of patch tokens before scaling and before any rotation. Returns
         (..., h*w, h), which carries alpha, and (..., h*w, w).
         """
+        precise = torch.promote_types(q.dtype, torch.float32)
         with torch.autocast(q.device.type, enabled=False):
-            precise = torch.promote_types(q.dtype, torch.float32)
             weight = torch.cat([self.var.weight, self.alpha.weight]).to(precise)
             bias = torch.cat([self.var.bias, self.alpha.bias]).to(precise)
+            make = compiled(window_tables) if q.device.type == "cuda" else window_tables
             u = F.linear(q.to(precise), weight, bias)
-            variance = self.ceiling * torch.sigmoid(u[..., :2] - self.shift)
-            if grid != self.grid:
-                variance = variance * (min(grid) / min(self.grid))
-            precision = -0.5 / (variance + self.eps)
-            height, width = grid
-            y = torch.arange(height, device=q.device)
-            x = torch.arange(width, device=q.device)
-            rows = (y[:, None] - y).square().to(precise).repeat_interleave(width, 0)  # (h*w, h), squared distances
-            columns = (x[:, None] - x).square().to(precise).repeat(height, 1)  # (h*w, w)
-            alpha = F.softplus(u[..., 2:]).clamp(max=LARGEST)
-            return alpha * torch.exp(precision[..., :1] * rows), torch.exp(precision[..., 1:] * columns)
+            tables: tuple[Tensor, Tensor] = make(u, grid, self.grid, self.ceiling, self.shift, self.eps)
+            return tables
 
     def forward(self, q: Tensor, grid: tuple[int, int]) -> Tensor:
         """Queries (B, heads, R + h*w, head_dim) to a bias (B, heads, R + h*w, R + h*w).
@@ -68,6 +61,25 @@ class GaugBias(nn.Module):
         """
         rows, columns = self.tables(patch_queries(q if seen is None else seen, grid), grid)
         return attend_in_windows(q, k, v, rows, columns)
+
+
+def window_tables(
+    u: Tensor, grid: tuple[int, int], made_for: tuple[int, int], ceiling: float, shift: float, eps: float
+) -> tuple[Tensor, Tensor]:
+    """What the predictor says, u (..., h*w, 3), as the tables of `GaugBias.tables`: one expression, to be fused.
+
+    Squared distances count at most (max(made_for) - 1)**2, the largest of the initial grid, as in the published code.
+    """
+    height, width = grid
+    if grid != made_for:
+        ceiling = ceiling * (min(grid) / min(made_for))
+    farthest = (max(made_for) - 1) ** 2
+    y, x = (torch.arange(side, device=u.device) for side in grid)
+    down, across = ((v[:, None] - v).square().clamp(max=farthest).to(u.dtype) for v in (y, x))
+    rows, columns = down.repeat_interleave(width, 0), across.repeat(height, 1)  # (h*w, h) and (h*w, w)
+    precision = -0.5 / (ceiling * torch.sigmoid(u[..., :2] - shift) + eps)
+    alpha = F.softplus(u[..., 2:]).clamp(max=LARGEST)
+    return alpha * torch.exp(precision[..., :1] * rows), torch.exp(precision[..., 1:] * columns)
 
 
 def patch_queries(q: Tensor, grid: tuple[int, int]) -> Tensor:

@@ -1,16 +1,17 @@
-"""The selective scan of Vision Mamba (docs/methods.md section 4), in plain torch or by mamba-ssm's CUDA kernel.
+"""The selective scan of Vision Mamba (docs/methods.md section 4): in plain torch, in Triton, or by mamba-ssm's CUDA kernel.
 
     h_t = exp(dt_t A) h_{t-1} + dt_t B_t x_t,    y_t = C_t h_t + D x_t
 
-A step's state is a slice (batch, N, D) with D innermost, so that every product runs along contiguous memory. States
-and decays of a few steps at a time are scratch that stays in the cache; only the state before each such chunk is kept,
-and the backward pass rebuilds the rest from it. So what is kept is an eighth of the states and none of the decays, and
-the second exponential costs less than fetching the first from memory would.
+In plain torch a step's state is a slice (batch, N, D) with D innermost, so that every product runs along contiguous
+memory. States and decays of a few steps at a time are scratch that stays in the cache; only the state before each
+such chunk is kept, and the backward pass rebuilds the rest from it. So what is kept is an eighth of the states and
+none of the decays, and the second exponential costs less than fetching the first from memory would.
 """
 
 from __future__ import annotations
 
 import importlib
+import logging
 import math
 from collections.abc import Callable, Iterator
 from functools import lru_cache
@@ -24,48 +25,75 @@ from nearfar.ssl.errors import UserError
 # Names of the literature: A (D, N), B and C (batch, L, N), D (D,).
 # ruff: noqa: N803
 
-Scan = Literal["auto", "torch", "mamba"]
+log = logging.getLogger(__name__)
+
+Scan = Literal["auto", "torch", "triton", "mamba"]
 CHUNK = 8  # steps whose states are in memory at once
 CELLS = 2**16  # numbers of one step's state that a CPU works on at once: a few such slices fit into a core's cache
 LOG2_E = 1 / math.log(2)  # torch's exp2 is about three times as quick as its exp on a CPU
 
 
-def selective_scan(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, scan: Scan = "auto") -> Tensor:
+def selective_scan(
+    x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, scan: Scan = "auto", reverse: bool = False
+) -> Tensor:
     """x and dt (batch, L, D), A (D, N), B and C (batch, L, N), D (D,) -> y (batch, L, D) in x's dtype.
 
     `dt` is positive (after softplus) and `A` negative. State and sums are float32 (float64 for float64) whatever the
-    dtypes and autocast say; gradients of first order flow to all six. `scan` as in `choose_scan`.
+    dtypes and autocast say; gradients of first order flow to all six. `reverse` reads from the last step to the first.
+    `scan` as in `choose_scan`; the two kernels have no float64, which is torch's.
     """
-    if choose_scan(scan, x.device.type) == "torch":
-        y: Tensor = _SelectiveScan.apply(x, dt, A, B, C, D)
-        return y
-    u, delta, b, c = (v.transpose(1, 2).float().contiguous() for v in (x, dt, B, C))
-    return _kernel()(u, delta, A.float(), b, c, D.float()).transpose(1, 2).to(x.dtype)
+    chosen = choose_scan(scan, x.device.type)
+    if chosen == "triton" and torch.float64 not in (x.dtype, A.dtype):
+        return _triton_scan(x, dt, A, B, C, D, reverse)
+    if reverse:
+        return selective_scan(*(v.flip(1) for v in (x, dt)), A, *(v.flip(1) for v in (B, C)), D, scan).flip(1)
+    if chosen == "mamba":
+        u, delta, b, c = (v.transpose(1, 2).float().contiguous() for v in (x, dt, B, C))
+        return _mamba_kernel()(u, delta, A.float(), b, c, D.float()).transpose(1, 2).to(x.dtype)
+    y: Tensor = _SelectiveScan.apply(x, dt, A, B, C, D)
+    return y
 
 
-def choose_scan(wanted: Scan, device: str) -> Literal["torch", "mamba"]:
+def choose_scan(wanted: Scan, device: str) -> Literal["torch", "triton", "mamba"]:
     """The scan that runs on tensors of a device type ("cpu", "cuda", ...).
 
-    "auto" is mamba-ssm's kernel on CUDA where it is installed, and otherwise torch.
+    "auto" is Triton on CUDA, where a tiny scan has to run first (the log says if it does not), and otherwise torch.
 
-    Raises UserError for "mamba" where it cannot run.
+    Raises UserError for "triton" and "mamba" where they cannot run.
     """
-    if wanted == "torch" or (wanted == "auto" and (device != "cuda" or _kernel_missing())):
+    if wanted == "torch" or (wanted == "auto" and device != "cuda"):
         return "torch"
     if device != "cuda":
         raise UserError(
-            f"scan=mamba is a CUDA kernel and cannot run on the device {device!r}. Set backbone.scan=torch (or auto), "
-            "or train on a CUDA device."
+            f"scan={wanted} is made of CUDA kernels and cannot run on the device {device!r}. Set backbone.scan=torch "
+            "(or auto), or train on a CUDA device."
         )
-    if reason := _kernel_missing():
+    if wanted == "mamba":
+        if reason := _mamba_missing():
+            raise UserError(
+                f"scan=mamba needs the package mamba-ssm with its CUDA kernel, and a tiny scan does not run here "
+                f"({reason}). Install it against the torch that is there with pip install --no-build-isolation "
+                "-c constraints.txt -e '.[mamba]', or set backbone.scan=auto."
+            )
+        return "mamba"
+    if reason := _triton_missing():
+        if wanted == "auto":
+            return "torch"
         raise UserError(
-            f"scan=mamba needs the package mamba-ssm, which does not import here ({reason}). Install it with "
-            "pip install -c constraints.txt -e '.[mamba]', or set backbone.scan=torch (or auto)."
+            f"scan=triton needs Triton, which CUDA builds of torch bring, and a tiny scan does not run here ({reason})."
+            " Set backbone.scan=torch (or auto)."
         )
-    return "mamba"
+    return "triton"
 
 
-def _kernel() -> Callable[..., Tensor]:
+def _triton_scan(*inputs: Any) -> Tensor:
+    from nearfar.ssl.backbones.scan_triton import TritonScan  # needs Triton, which a CPU has no use for
+
+    y: Tensor = TritonScan.apply(*inputs)
+    return y
+
+
+def _mamba_kernel() -> Callable[..., Tensor]:
     function: Callable[..., Tensor] = importlib.import_module(
         "mamba_ssm.ops.selective_scan_interface"
     ).selective_scan_fn
@@ -73,12 +101,37 @@ def _kernel() -> Callable[..., Tensor]:
 
 
 @lru_cache(maxsize=1)
-def _kernel_missing() -> str:
+def _triton_missing() -> str:
+    """Why the Triton kernels cannot be had, "" if they can."""
+    reason = _trial(lambda *inputs: _triton_scan(*inputs, False))
+    if reason:
+        log.warning("Vision Mamba's scan runs in plain torch, many times slower: Triton does not work (%s)", reason)
+    return reason
+
+
+@lru_cache(maxsize=1)
+def _mamba_missing() -> str:
     """Why mamba-ssm's kernel cannot be had, "" if it can."""
+
+    def run(*inputs: Tensor) -> Tensor:
+        u, delta, b, c = (inputs[i].transpose(1, 2).contiguous() for i in (0, 1, 3, 4))
+        return _mamba_kernel()(u, delta, inputs[2], b, c, inputs[5])
+
+    return _trial(run)
+
+
+def _trial(run: Callable[..., Tensor]) -> str:
+    """Why a tiny scan on the GPU, forward and backward, does not run; "" if it does.
+
+    A package that imports is not enough: some import without their kernel and fail at the first call.
+    """
     try:
-        _kernel()
+        shapes = ((1, 2, 4), (1, 2, 4), (4, 2), (1, 2, 2), (1, 2, 2), (4,))
+        inputs = [torch.ones(shape, device="cuda", requires_grad=True) for shape in shapes]
+        with torch.enable_grad():
+            run(*inputs).sum().backward()
     except Exception as error:  # a build for another torch raises whatever its loader raises
-        return f"{type(error).__name__}: {error}"
+        return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
     return ""
 
 

@@ -167,7 +167,10 @@ class GaugWindow(_GaugWindows, WindowAttention):
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         me: Any = self
         q, k, v = me.qkv(x).unflatten(-1, (3, me.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
-        y = attend(q, k, v, self.bias(q, me._get_rel_pos_bias(), mask))
+        tokens = me.window_size[0] * me.window_size[1]
+        relative = me.relative_position_bias_table[me.relative_position_index.flatten()]
+        relative = relative.unflatten(0, (tokens, tokens)).permute(2, 0, 1)
+        y = attend(q, k, v, self.bias(q, relative, mask))
         out: Tensor = me.proj_drop(me.proj(y.transpose(1, 2).flatten(2)))
         return out
 

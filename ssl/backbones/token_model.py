@@ -6,8 +6,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.models import register_model
-from timm.models._features import FeatureGetterNet
+from timm.models import FeatureInfo, register_model
 from torch import Tensor, nn
 
 from nearfar.ssl.errors import UserError
@@ -24,6 +23,7 @@ class TokenModel(nn.Module):
     patch_size: int
     grid_size: Grid
     num_prefix_tokens: int
+    feature_info: list[dict[str, Any]]
     grad_checkpointing = False
 
     def run(self, images: Tensor, keep: Sequence[int] = ()) -> tuple[Tensor, list[Tensor], Grid]:
@@ -111,19 +111,84 @@ class TokenModel(nn.Module):
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         self.grad_checkpointing = enable
 
+    def no_weight_decay(self) -> set[str]:
+        """timm's interface: what `decays` leaves out and, as in timm's own ViTs, learned tokens and positions."""
+        tokens = {"pos_embed", "cls_token", "reg_token"}
+        return {name for name, p in self.named_parameters() if name in tokens or not decays(name, p)}
 
-def resize_positions(positions: Tensor, made_for: Grid, grid: Grid) -> Tensor:
-    """Position embeddings of patches (1, h*w, D), from the grid they were made for to another."""
+
+def decays(name: str, parameter: Tensor) -> bool:
+    """Whether weight decay applies to a parameter, by DINO's rule: to matrices and kernels, tokens and positions.
+
+    Not to biases and other tensors of at most one dimension, nor to the decay rates of a state-space model (`A_log`).
+    """
+    return parameter.ndim > 1 and not name.endswith((".bias", "_log"))
+
+
+class FeatureMaps(nn.Module):
+    """timm's `features_only`: images to the feature maps of blocks, [(B, D, h, w), ...]; `feature_info` says which.
+
+    Args:
+        out_indices: the last n blocks (int), or those listed.
+        output_fmt: "NCHW" or "NHWC".
+        norm: apply the final norm to each.
+    """
+
+    def __init__(
+        self, model: TokenModel, out_indices: int | Sequence[int], output_fmt: str = "NCHW", norm: bool = False
+    ) -> None:
+        super().__init__()
+        keep = model.prune_intermediate_layers(out_indices, prune_norm=not norm)
+        self.model = model
+        self.feature_info = FeatureInfo(model.feature_info, tuple(keep))
+        self.output_fmt, self.norm = output_fmt, norm
+
+    def forward(self, images: Tensor) -> list[Tensor]:
+        maps: list[Tensor] = self.model.forward_intermediates(
+            images, self.feature_info.out_indices, norm=self.norm, output_fmt=self.output_fmt, intermediates_only=True
+        )
+        return maps
+
+
+def resize_positions(positions: Tensor, made_for: Grid, grid: Grid, antialias: bool = False) -> Tensor:
+    """Position embeddings of patches (1, h*w, D), from the grid they were made for to another, bicubic.
+
+    By default as DINO and DINOv2 do it: no antialiasing, and each side scaled by (n + .1) / n0, whose .1 was put there
+    against rounding and moves every sampling point. `antialias`: as timm, and DINOv2 with registers, do it, exactly to
+    the size.
+    """
     if grid == made_for:
         return positions
-    # Bicubic resampling as two products: its own backward does not compile for sizes that vary (torch 2.13).
-    down, across = (_resampling(*sides, positions) for sides in zip(made_for, grid, strict=True))
-    return torch.einsum("yh,xw,bhwd->byxd", down, across, positions.unflatten(1, made_for)).flatten(1, 2)
+    # Two products: bicubic's own backward does not compile for sizes that vary (torch 2.13).
+    make = _antialiased if antialias else _bicubic
+    with torch.autocast(positions.device.type, enabled=False):
+        down, across = (make(*sides, positions) for sides in zip(made_for, grid, strict=True))
+        return torch.einsum("yh,xw,bhwd->byxd", down, across, positions.unflatten(1, made_for)).flatten(1, 2)
+
+
+SHARPNESS = -0.75  # of Keys' cubic convolution (1981), in torch as in OpenCV
 
 
 @torch.no_grad()
-def _resampling(old: int, new: int, like: Tensor) -> Tensor:
-    """Antialiased bicubic resampling of a signal, as a (new, old) matrix."""
+def _bicubic(old: int, new: int, like: Tensor) -> Tensor:
+    """Plain bicubic sampling at DINO's points, as a (new, old) matrix; beyond the border its last value goes on."""
+    points = torch.arange(new, device=like.device, dtype=torch.float64)
+    points = (points + 0.5) * (old / (new + 0.1)) - 0.5
+    left = points.floor()
+    matrix = points.new_zeros(new, old)
+    for tap in (-1, 0, 1, 2):
+        place = left + tap
+        far = (points - place).abs()
+        inner = ((SHARPNESS + 2) * far - (SHARPNESS + 3)) * far * far + 1
+        outer = ((far - 5) * far + 8) * far * SHARPNESS - 4 * SHARPNESS
+        weight = torch.where(far <= 1, inner, outer)
+        matrix = matrix.scatter_add(1, place.long().clamp(0, old - 1)[:, None], weight[:, None])
+    return matrix.to(like.dtype)
+
+
+@torch.no_grad()
+def _antialiased(old: int, new: int, like: Tensor) -> Tensor:
+    """Antialiased bicubic resampling to the size, as a (new, old) matrix."""
     # Two columns, since torch 2.13 resamples images one pixel wide wrongly.
     identity = torch.eye(old, device=like.device).view(1, old, old, 1).repeat(1, 1, 1, 2)
     signals = F.interpolate(identity, size=(new, 2), mode="bicubic", antialias=True)
@@ -153,7 +218,7 @@ def register(name: str, build: Callable[..., TokenModel]) -> None:
             "classifier": "head",
         }
         if features_only:
-            return FeatureGetterNet(model, **{"out_indices": 3, **wanted})
+            return FeatureMaps(model, **{"out_indices": 3, **wanted})
         if wanted:
             raise UserError(f"{name} takes {', '.join(wanted)} together with features_only only.")
         return model

@@ -98,3 +98,9 @@ def _say_padded(height: int, width: int, padded_height: int, padded_width: int, 
         "images of %dx%d (height x width) are padded to %dx%d, the next multiple of the patch size %d",
         height, width, padded_height, padded_width, multiple,
     )  # fmt: skip
+
+
+def printable(text: str, most: int) -> str:
+    """Text of a file for a terminal: one line of at most `most` characters, nothing that steers the terminal."""
+    line = "".join(c if c.isprintable() else "?" for c in text[: most + 1])
+    return line if len(line) <= most else line[:most] + "..."

@@ -51,23 +51,28 @@ class Mixer(nn.Module):
         x, z = self.in_proj(x).chunk(2, -1)
         y = self._read(x, self.conv1d, self.x_proj, self.dt_proj, self.A_log, self.D)
         if self.bidirectional:
-            back = self._read(x.flip(1), self.conv1d_b, self.x_proj_b, self.dt_proj_b, self.A_b_log, self.D_b)
-            y = (y + back.flip(1)) / 2
+            y = (y + self._read(x, self.conv1d_b, self.x_proj_b, self.dt_proj_b, self.A_b_log, self.D_b, True)) / 2
         out: Tensor = self.out_proj(y * F.silu(z))
         return out
 
     def _read(
-        self, x: Tensor, conv: nn.Conv1d, x_proj: nn.Linear, dt_proj: nn.Linear, a_log: Tensor, d: Tensor
+        self,
+        x: Tensor,
+        conv: nn.Conv1d,
+        x_proj: nn.Linear,
+        dt_proj: nn.Linear,
+        a_log: Tensor,
+        d: Tensor,
+        reverse: bool = False,
     ) -> Tensor:
-        """One direction, start to end, (B, L, inner) to the same."""
-        x = F.silu(conv(x.transpose(1, 2))[..., : x.shape[1]]).transpose(1, 2)  # padded on both sides: cut the future
+        """One direction, start to end or (`reverse`) end to start, (B, L, inner) to the same."""
+        weight, first = (conv.weight.flip(-1), CONV - 1) if reverse else (conv.weight, 0)
+        mixed = F.conv1d(x.transpose(1, 2), weight, conv.bias, padding=CONV - 1, groups=conv.groups)
+        x = F.silu(mixed[..., first : first + x.shape[1]]).transpose(1, 2)  # padded on both sides: cut what is ahead
         dt, b, c = x_proj(x).split([dt_proj.in_features, STATE, STATE], -1)
         precise = torch.promote_types(a_log.dtype, torch.float32)  # an exponent forgives no rounding
         dt = F.softplus(F.linear(dt, dt_proj.weight).to(precise) + dt_proj.bias.to(precise))
-        return selective_scan(x, dt, -torch.exp(a_log.to(precise)), b, c, d, self.scan)
-
-    def no_weight_decay(self) -> set[str]:
-        return {name for name, _ in self.named_parameters() if name.endswith(("_log", ".bias")) or name in ("D", "D_b")}
+        return selective_scan(x, dt, -torch.exp(a_log.to(precise)), b, c, d, self.scan, reverse)
 
 
 def _direction(inner: int, dim: int) -> tuple[nn.Conv1d, nn.Linear, nn.Linear, nn.Parameter, nn.Parameter]:
@@ -218,12 +223,6 @@ class VisionMamba(TokenModel):
     def forward_features(self, x: Tensor) -> Tensor:
         x = self.norm(self.run(x)[0])
         return prr(x, self.num_heads) if self.prr else x
-
-    def no_weight_decay(self) -> set[str]:
-        """Besides the tensors of at most one dimension: A_log of every block, CLS and the position embedding."""
-        mixers = {name: module for name, module in self.named_modules() if isinstance(module, Mixer)}
-        marked = {f"{name}.{inner}" for name, mixer in mixers.items() for inner in mixer.no_weight_decay()}
-        return {"pos_embed", "cls_token"} | marked
 
 
 def _insert(patches: Tensor, cls: Tensor) -> Tensor:

@@ -111,6 +111,7 @@ class VisionTransformer(TokenModel):
     Args:
         img_size: the size it is made for, which sets the position embedding and GAug's grid; any other size runs
             too (positions are interpolated, sides that are no multiple of the patch size padded).
+        pos_size: the size the position embedding is made for, where that is another (224 for DINO's weights).
         lgp: LGP patch embedding, and then no position embedding; `levels` and `wavelet` are its packet's.
         gaug: Gaussian bias on the attention logits of every block.
         prr: parameter-free refinement of all tokens after the final norm.
@@ -137,6 +138,7 @@ class VisionTransformer(TokenModel):
         wavelet: str = "haar",
         drop_path_rate: float = 0.0,
         global_pool: str | None = None,
+        pos_size: int | None = None,
     ) -> None:
         super().__init__()
         if embed_dim % num_heads:
@@ -145,6 +147,9 @@ class VisionTransformer(TokenModel):
             raise UserError(f"levels={levels} and wavelet={wavelet} are LGP's; turn on lgp, or leave them out.")
         height, width = (img_size, img_size) if isinstance(img_size, int) else img_size
         self.grid_size: Grid = (-(-height // patch_size), -(-width // patch_size))
+        if pos_size is not None and (lgp or rope):
+            raise UserError(f"pos_size={pos_size} belongs to learned positions, which LGP and rope do without.")
+        self.pos_grid: Grid = self.grid_size if pos_size is None else (-(-pos_size // patch_size),) * 2
         self.patch_size = patch_size
         self.embed_dim = self.num_features = self.head_hidden_size = embed_dim
         self.num_heads = num_heads
@@ -158,7 +163,7 @@ class VisionTransformer(TokenModel):
         self.rope = AxialRope(embed_dim // num_heads) if rope else None
         self.cls_token = nn.Parameter(torch.empty(1, 1, embed_dim))
         self.reg_token = nn.Parameter(torch.empty(1, registers, embed_dim)) if registers else None
-        positions = 1 + self.grid_size[0] * self.grid_size[1]
+        positions = 1 + self.pos_grid[0] * self.pos_grid[1]
         self.pos_embed = None if lgp or rope else nn.Parameter(torch.empty(1, positions, embed_dim))
         self.blocks = nn.ModuleList(
             Block(embed_dim, num_heads, rate, self.grid_size if gaug else None)
@@ -188,7 +193,7 @@ class VisionTransformer(TokenModel):
         patches = self.patch_embed(images)
         cls: Tensor = self.cls_token
         if self.pos_embed is not None:
-            patches = patches + resize_positions(self.pos_embed[:, 1:], self.grid_size, grid)
+            patches = patches + resize_positions(self.pos_embed[:, 1:], self.pos_grid, grid)
             cls = cls + self.pos_embed[:, :1]
         prefix = cls if self.reg_token is None else torch.cat([cls, self.reg_token], 1)
         return torch.cat([prefix.expand(patches.shape[0], -1, -1).to(patches.dtype), patches], 1), grid
@@ -219,9 +224,6 @@ class VisionTransformer(TokenModel):
     def forward_features(self, x: Tensor) -> Tensor:
         x = self.norm(self.run(x)[0])
         return prr(x, self.num_heads) if self.prr else x
-
-    def no_weight_decay(self) -> set[str]:
-        return {"pos_embed", "cls_token", "reg_token"}
 
 
 for _size, _lgp, _locat, _registers, _rope in product(WIDTHS, (False, True), (False, True), (0, 4), (False, True)):

@@ -1,21 +1,22 @@
 """Weights from other places: DINO's own files, timm's, LocAt's and ours, under whatever names, loaded strictly."""
 
 import argparse
+import math
 import re
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from nearfar.ssl.backbones.lgp import LGPPatchEmbed
-from nearfar.ssl.backbones.tokens import Backbone
+from nearfar.ssl.backbones.token_model import resize_positions
+from nearfar.ssl.backbones.tokens import Backbone, printable
 from nearfar.ssl.backbones.vit import VisionTransformer
 from nearfar.ssl.errors import UserError
 
@@ -55,9 +56,10 @@ def load_weights(model: nn.Module, path: str | Path) -> Match:
     Understood are facebookresearch/dino and DINOv2 `.pth` files (teacher before student, `module.backbone.`), timm's
     names (DINO, DINOv2, DINOv3, and whatever else timm itself converts for the model), LocAt's, and our exports; `.pth`
     is read without running anything in it. Heads are dropped. Everything else must fit, name by name and shape by
-    shape, with three exceptions that the returned table names: positions are resampled to the model's grid; GAug and
-    LGP start fresh where the file has none of them; and learned positions are dropped where LGP or rotary positions
-    take their place.
+    shape, with three exceptions that the returned table names: positions are resampled to the model's grid, as the
+    code that they come from does it; GAug and LGP start fresh where the file has none of them; and learned positions
+    are dropped where LGP or rotary positions take their place. timm's models resample as timm does, whoever's weights
+    they hold; for DINO's own numbers at every size load its files into ours, made with `pos_size=224`.
 
     Raises:
         UserError: the file cannot be read safely, holds no network, or belongs to another architecture.
@@ -72,7 +74,11 @@ def load_weights(model: nn.Module, path: str | Path) -> Match:
         for prefix in ("fc_norm.", "head.norm.", "final_norm."):
             if kept and all(prefix + key in state for key in kept):
                 own |= {prefix + key: tensor for key, tensor in kept.items()}
-    state = _renamed(state, network, own, match)
+    try:
+        state = _renamed(state, network, own, match)
+    except (RuntimeError, ValueError, TypeError, IndexError, KeyError, AttributeError, AssertionError) as error:
+        # timm's converters presume the architecture that they are for
+        raise UserError(_other_architecture(path, network, printable(str(error), 200))) from None
     for name in [name for name in state if name.startswith(HEADS) and name not in own]:
         match.dropped.append(name)
         del state[name]
@@ -82,7 +88,8 @@ def load_weights(model: nn.Module, path: str | Path) -> Match:
     if not any(".gaug." in key for key in state):
         match.fresh += [key for key in own if ".gaug." in key]
     match.fresh += [key for key in own if key not in state and key.startswith(tuple(grown))]
-    _check(own, state, set(match.fresh), path, type(network).__name__)
+    if problems := misfits(own, state, match.fresh):
+        raise UserError(_other_architecture(path, network, "; ".join(problems)))
     with torch.no_grad():
         for name, tensor in state.items():
             own[name].copy_(tensor)
@@ -95,33 +102,44 @@ def read_state(path: Path) -> State:
 
     A pickled file is read by torch's restricted reader, which runs nothing; the one class allowed beside tensors is
     argparse.Namespace, which DINO stores its settings in.
+
+    Raises:
+        UserError: no such file, not a file of weights, damaged, or no dense tensors of numbers in it.
     """
     path = weights_in(path)
+    if not path.is_file():
+        raise UserError(f"There is no file of weights {path}.")
     try:
         if path.suffix == ".safetensors":
-            return _teacher_of(load_file(path))
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            found: Any = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise UserError(f"There is no file of weights {path}.") from None
-    except Exception as error:
-        reason = " ".join(str(error).split())[:200]
-        if type(error).__name__ == "UnpicklingError":
+            found: Any = _teacher_of(load_file(path))
+        else:
+            with torch.serialization.safe_globals([argparse.Namespace]):
+                found = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # a file can hold anything, and the readers raise whatever it leads them to
+        told = " ".join(str(error).split())
+        reason = printable(told.rpartition("WeightsUnpickler error: ")[2], 200) or type(error).__name__
+        if type(error).__name__ == "UnpicklingError" and re.search(r"Unsupported (global|class)|allowed global", told):
             raise UserError(
                 f"{path} holds more than tensors, and reading it could run code, so it was not read ({reason}). Save "
                 "its state_dict alone, best as .safetensors."
             ) from None
-        if isinstance(error, OSError | RuntimeError | EOFError | SafetensorError | ValueError | KeyError):
-            raise UserError(f"The weights in {path} cannot be read: {reason}.") from None
-        raise
-    while isinstance(found, Mapping):
-        inner = next((found[place] for place in NETWORKS if isinstance(found.get(place), Mapping)), None)
+        raise UserError(
+            f"The weights in {path} cannot be read: {reason}. It is damaged, or no file of weights (.safetensors, or a "
+            ".pth or .pt of torch.save)."
+        ) from None
+    for _ in range(len(NETWORKS)):  # nested at most so deep; a crafted file may hold itself
+        places = [found[place] for place in NETWORKS if place in found] if isinstance(found, Mapping) else []
+        inner = next((place for place in places if isinstance(place, Mapping)), None)
         if inner is None:
             break
         found = inner
-    tensors = {k: v for k, v in found.items() if isinstance(v, Tensor)} if isinstance(found, Mapping) else {}
+    named = found.items() if isinstance(found, Mapping) else ()
+    tensors = {k: v for k, v in named if isinstance(k, str) and isinstance(v, Tensor)}
     if not tensors:
         raise UserError(f"{path} holds no network: there are no named tensors in it.")
+    for name, tensor in tensors.items():
+        if tensor.layout != torch.strided or tensor.is_quantized or tensor.is_meta or tensor.is_complex():
+            raise UserError(f"{printable(name, 100)} in {path} is no dense tensor of real numbers.")
     return tensors
 
 
@@ -179,7 +197,9 @@ def _renamed(state: State, network: nn.Module, own: State, match: Match) -> Stat
             match.dropped.append("pos_embed")
             del state["pos_embed"]
     elif positions is not None and isinstance(network, VisionTransformer):
-        state["pos_embed"] = _fitted(positions, network, match)
+        # timm's own weights, and DINOv2's with registers: they have a classifier, or no row for CLS
+        antialias = "head.weight" in state or math.isqrt(positions.shape[1]) ** 2 == positions.shape[1]
+        state["pos_embed"] = _fitted(positions, network, antialias, match)
     convert: Callable[..., State] | None = getattr(sys.modules[type(network).__module__], "checkpoint_filter_fn", None)
     if convert is not None and any(key not in state or state[key].shape != own[key].shape for key in own):
         shapes = {key: tuple(value.shape) for key, value in state.items()}
@@ -192,41 +212,58 @@ def _renamed(state: State, network: nn.Module, own: State, match: Match) -> Stat
     return state
 
 
-def _fitted(positions: Tensor, network: VisionTransformer, match: Match) -> Tensor:
-    """Learned positions (1, [1+] h*w, D) of a square grid, on our ViT's grid and with a row for CLS."""
-    side = int(positions.shape[1] ** 0.5)
-    bare = side * side == positions.shape[1]
-    if bare:  # networks that add nothing to CLS, such as DINOv2's with registers in timm's layout
+def _fitted(positions: Tensor, network: VisionTransformer, antialias: bool, match: Match) -> Tensor:
+    """Learned positions (1, [1+] h*w, D) of a square grid, on the grid of our ViT's table, with a row for CLS."""
+    own = network.pos_embed
+    if own is None or positions.ndim != 3 or positions.shape[::2] != own.shape[::2]:
+        return positions  # which `misfits` will tell
+    side = math.isqrt(positions.shape[1])
+    if side * side == positions.shape[1]:  # networks that add nothing to CLS, such as DINOv2's with registers in timm
         positions = F.pad(positions, (0, 0, 1, 0))
         match.adapted.append("pos_embed: a row of zeros for CLS")
-    side = int((positions.shape[1] - 1) ** 0.5)
-    grid = network.grid_size
-    if side * side != positions.shape[1] - 1 or positions.shape[1] - 1 == grid[0] * grid[1]:
+    side, grid = math.isqrt(positions.shape[1] - 1), network.pos_grid
+    if side * side != positions.shape[1] - 1 or (side, side) == grid:
         return positions
-    table = positions[:, 1:].transpose(1, 2).unflatten(2, (side, side)).float()
-    table = F.interpolate(table, size=grid, mode="bicubic", antialias=True)
-    match.adapted.append(f"pos_embed: {side}x{side} resampled to {grid[0]}x{grid[1]}")
-    return torch.cat([positions[:, :1], table.flatten(2).transpose(1, 2).to(positions.dtype)], 1)
+    table = resize_positions(positions[:, 1:].float(), (side, side), grid, antialias)
+    way = "as timm does" if antialias else f"as DINO does (exact at this size; for all sizes set pos_size, here {side} "
+    way += "" if antialias else "patches)"
+    match.adapted.append(f"pos_embed: {side}x{side} resampled to {grid[0]}x{grid[1]} {way}")
+    return torch.cat([positions[:, :1], table.to(positions.dtype)], 1)
 
 
-def _check(own: State, state: State, fresh: set[str], path: Path, name: str) -> None:
+def misfits(own: Mapping[str, Tensor], given: Mapping[str, Tensor], fresh: Collection[str] = ()) -> list[str]:
+    """What keeps tensors `given` from loading strictly into those of a model: [] when every name and shape agrees.
+
+    `fresh` names those of the model that need not be given. Floating point goes into floating point only.
+    """
     problems = []
-    if missing := sorted(own.keys() - state.keys() - fresh):
+    if missing := sorted(own.keys() - given.keys() - set(fresh)):
         problems.append(f"missing: {_some(missing)}")
-    if extra := sorted(state.keys() - own.keys()):
+    if extra := sorted(given.keys() - own.keys()):
         problems.append(f"unexpected: {_some(extra)}")
+    both = [key for key in own if key in given]
     misshapen = [
-        f"{key} {tuple(state[key].shape)} instead of {tuple(own[key].shape)}"
-        for key in own
-        if key in state and state[key].shape != own[key].shape
+        f"{key} {tuple(given[key].shape)} instead of {tuple(own[key].shape)}"
+        for key in both
+        if given[key].shape != own[key].shape
     ]
     if misshapen:
         problems.append(f"misshapen: {_some(misshapen)}")
-    if problems:
-        raise UserError(
-            f"The weights in {path} belong to another architecture than this {name}: {'; '.join(problems)}. Choose the "
-            "backbone they were trained with."
-        )
+    kinds = [
+        f"{key} {given[key].dtype} instead of {own[key].dtype}"
+        for key in both
+        if given[key].is_floating_point() != own[key].is_floating_point()
+    ]
+    if kinds:
+        problems.append(f"of another type: {_some(kinds)}")
+    return problems
+
+
+def _other_architecture(path: Path, network: nn.Module, problems: str) -> str:
+    return (
+        f"The weights in {path} belong to another architecture than this {type(network).__name__}: {problems}. Choose "
+        "the backbone they were trained with."
+    )
 
 
 def _families(names: Iterable[str]) -> list[str]:
@@ -235,4 +272,6 @@ def _families(names: Iterable[str]) -> list[str]:
 
 
 def _some(names: list[str], most: int = 6) -> str:
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+    return ", ".join(printable(name, 120) for name in names[:most]) + (
+        f" and {len(names) - most} more" if len(names) > most else ""
+    )

@@ -77,7 +77,7 @@ def test_mistakes_are_told(name: str, options: dict[str, Any], told: str) -> Non
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the message of a machine without CUDA")
 def test_the_kernel_on_a_cpu_is_told_at_once() -> None:
-    with pytest.raises(UserError, match="scan=mamba is a CUDA kernel and cannot run on the device 'cpu'"):
+    with pytest.raises(UserError, match="scan=mamba is made of CUDA kernels and cannot run on the device 'cpu'"):
         create("vim_tiny_patch16", scan="mamba")
 
 

@@ -31,7 +31,8 @@ def naive(bias: GaugBias, q: torch.Tensor, grid: tuple[int, int]) -> torch.Tenso
                 )
                 for t in range(height * width):
                     dr, dc = p // width - t // width, p % width - t % width
-                    gauss = math.exp(-0.5 * (dr**2 / (v_row + 0.1) + dc**2 / (v_col + 0.1)))
+                    r, c = (min(d**2, (max(bias.grid) - 1) ** 2) for d in (dr, dc))
+                    gauss = math.exp(-0.5 * (r / (v_row + 0.1) + c / (v_col + 0.1)))
                     out[b, head, start + p, start + t] = math.log1p(math.exp(float(alpha))) * gauss
     return out
 

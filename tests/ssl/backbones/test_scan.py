@@ -133,17 +133,46 @@ def test_shapes_on_meta_and_one_graph_under_compile() -> None:
 # Which scan runs
 
 
-def test_the_kernel_is_never_taken_silently_nor_left_out_silently(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_kernel_is_taken_silently_nor_left_out_silently(monkeypatch: pytest.MonkeyPatch) -> None:
     assert choose_scan("auto", "cpu") == choose_scan("torch", "cpu") == choose_scan("torch", "cuda") == "torch"
-    with pytest.raises(UserError, match=r"cannot run on the device 'cpu'.*scan=torch"):
-        selective_scan(*inputs(1, 2, 2, 2), scan="mamba")
-    monkeypatch.setattr(scan, "_kernel_missing", lambda: "ImportError: no such thing")
+    for kernel in ("triton", "mamba"):
+        with pytest.raises(UserError, match=rf"scan={kernel} .*cannot run on the device 'cpu'.*scan=torch"):
+            selective_scan(*inputs(1, 2, 2, 2), scan=kernel)  # type: ignore[arg-type]
+    for missing in ("_mamba_missing", "_triton_missing"):
+        monkeypatch.setattr(scan, missing, lambda: "ImportError: no such thing")
     assert choose_scan("auto", "cuda") == "torch"
-    with pytest.raises(UserError, match=r"mamba-ssm.*no such thing.*pip install"):
+    with pytest.raises(UserError, match=r"mamba-ssm.*no such thing.*pip install --no-build-isolation"):
         choose_scan("mamba", "cuda")
-    monkeypatch.setattr(scan, "_kernel_missing", lambda: "")
-    assert choose_scan("auto", "cuda") == choose_scan("mamba", "cuda") == "mamba"
+    with pytest.raises(UserError, match=r"scan=triton needs Triton.*no such thing"):
+        choose_scan("triton", "cuda")
+    for missing in ("_mamba_missing", "_triton_missing"):
+        monkeypatch.setattr(scan, missing, lambda: "")
+    assert choose_scan("auto", "cuda") == choose_scan("triton", "cuda") == "triton"
+    assert choose_scan("mamba", "cuda") == "mamba"
     assert choose_scan("auto", "cpu") == "torch"
+
+
+def test_a_kernel_counts_only_once_it_ran() -> None:
+    def fails(*_: Any) -> Tensor:
+        raise TypeError("'NoneType' object is not callable\nat all")
+
+    with pytest.MonkeyPatch.context() as patch:
+        plain = torch.ones
+        patch.setattr(torch, "ones", lambda *a, device=None, **o: plain(*a, **o))  # the trial's GPU
+        assert scan._trial(stepwise) == ""
+        assert scan._trial(fails) == "TypeError: 'NoneType' object is not callable at all"
+        assert scan._trial(lambda *v: stepwise(*v).detach()).startswith("RuntimeError")  # no gradient, no kernel
+
+
+def test_reverse_reads_from_the_end() -> None:
+    leaves = inputs(2, 11, 6, 4, torch.float64)
+    x, dt, a, b, c, d = leaves
+    wanted = stepwise(x.flip(1), dt.flip(1), a, b.flip(1), c.flip(1), d).flip(1)
+    got = selective_scan(*leaves, reverse=True)
+    torch.testing.assert_close(got, wanted)
+    up = torch.randn(2, 11, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    for one, other in zip(*(torch.autograd.grad(y, leaves, up) for y in (got, wanted)), strict=True):
+        torch.testing.assert_close(one, other)
 
 
 def test_the_kernel_gets_what_it_expects(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -165,7 +194,7 @@ def test_the_kernel_gets_what_it_expects(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-@pytest.mark.parametrize("backend", ["torch", "mamba"])
+@pytest.mark.parametrize("backend", ["torch", "triton", "mamba"])
 def test_equals_the_recurrence_on_a_gpu(backend: Any) -> None:
     if backend == "mamba":
         pytest.importorskip("mamba_ssm")

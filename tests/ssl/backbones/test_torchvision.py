@@ -2,6 +2,9 @@
 
 import subprocess
 import sys
+from pathlib import Path
+
+import pytest
 
 BROKEN = """
 import sys, types, importlib.abc, importlib.machinery, torch
@@ -52,3 +55,51 @@ def test_torchvision_and_timm_import() -> None:
     code = "import nearfar.ssl.backbones, timm, torchvision, torchvision.transforms.v2; import ssl; ssl.SSLContext"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
+
+
+ROOT = Path(__file__).resolve().parents[3]
+MODULES = sorted(
+    ".".join(["nearfar", *file.relative_to(ROOT).with_suffix("").parts]).removesuffix(".__init__")
+    for room in ("ssl", "eval", "launch")
+    for file in (ROOT / room).rglob("*.py")
+)
+FIRST = """
+import importlib, importlib.abc, os, sys, traceback
+import torch, numpy, PIL, pydantic, yaml  # what a child would otherwise load again
+
+class Watch(importlib.abc.MetaPathFinder):
+    "Ends the process when timm or torchvision is about to be imported: 0 where the guard is at work already."
+    def find_spec(self, name, path=None, target=None):
+        if name in ("timm", "torchvision"):
+            os._exit(0 if "nearfar.ssl.backbones._torchvision" in sys.modules else 3)
+
+sys.meta_path.insert(0, Watch())
+for module in sys.argv[1:]:
+    child = os.fork()
+    if not child:
+        try:
+            importlib.import_module(module)
+        except ModuleNotFoundError as error:  # of an extra that is not installed
+            os._exit(0 if not str(error.name).startswith("nearfar") else 4)
+        except BaseException:
+            traceback.print_exc()
+            os._exit(4)
+        os._exit(0)
+    print(module, os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+"""
+
+
+def first_imports(*modules: str) -> dict[str, int]:
+    """For each module, imported first in a process of its own: 3 if timm or torchvision came before the guard."""
+    run = subprocess.run([sys.executable, "-c", FIRST, *modules], capture_output=True, text=True, cwd=ROOT)
+    assert run.returncode == 0, run.stderr
+    return {name: int(code) for name, code in (line.split() for line in run.stdout.splitlines())}
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform == "win32", reason="needs os.fork")
+def test_the_guard_runs_first_whichever_module_is_imported_first() -> None:
+    found = first_imports(*MODULES, "timm.layers")
+    assert found.pop("timm.layers") == 3  # the watch sees what it is there for
+    assert set(found) == set(MODULES)
+    assert not {name: code for name, code in found.items() if code}

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import timm
 import torch
+import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -64,7 +65,7 @@ def test_dinos_files(tmp_path: Path, layout: str) -> None:
         save_file(state, path)
     model = VisionTransformer(**SMALL, num_classes=0).eval()
     match = load_weights(model, path)
-    images = torch.randn(1, 3, 32, 48)
+    images = torch.randn(1, 3, 32, 32)  # at other sizes timm's positions differ from DINO's
     torch.testing.assert_close(model.forward_features(images), theirs.forward_features(images), rtol=1e-4, atol=1e-4)
     assert match.tensors == len(state)
     assert match.numbers == sum(value.numel() for value in state.values())
@@ -168,14 +169,60 @@ def test_locats_names(tmp_path: Path) -> None:
     assert torch.equal(ours.state_dict()["blocks.1.attn.gaug.var.weight"], state["blocks.1.attn.W_var.weight"])
 
 
-def test_positions_are_resampled_and_said(tmp_path: Path) -> None:
+def dinos_positions(table: Tensor, height: int, width: int) -> Tensor:
+    """As facebookresearch/dino resizes (1, n0*n0, D) for h x w patches: by torch's own bicubic, with its scale."""
+    side = int(table.shape[1] ** 0.5)
+    picture = table.unflatten(1, (side, side)).permute(0, 3, 1, 2)
+    scale = ((height + 0.1) / side, (width + 0.1) / side)
+    return F.interpolate(picture, scale_factor=scale, mode="bicubic").permute(0, 2, 3, 1).flatten(1, 2)
+
+
+@pytest.mark.parametrize("classifier", [False, True], ids=["dino", "timm"])
+def test_positions_are_resampled_as_their_family_does_and_said(tmp_path: Path, classifier: bool) -> None:
+    """A classifier gives timm's files away; DINO's have none."""
     model = VisionTransformer(**{**SMALL, "img_size": 48}, num_classes=0)
-    theirs = timms()
+    theirs = timms(num_classes=7 if classifier else 0)
+    table = theirs.pos_embed.detach()
     match = load_weights(model, saved(tmp_path, theirs.state_dict()))
-    assert match.adapted == ["pos_embed: 4x4 resampled to 6x6"]
-    other = timms(img_size=48)
+    assert match.adapted[0].startswith("pos_embed: 4x4 resampled to 6x6 as " + ("timm" if classifier else "DINO"))
+    got = model.state_dict()["pos_embed"]
+    assert torch.equal(got[:, :1], table[:, :1])
+    if classifier:
+        picture = table[:, 1:].unflatten(1, (4, 4)).permute(0, 3, 1, 2)
+        wanted = F.interpolate(picture, size=(6, 6), mode="bicubic", antialias=True).permute(0, 2, 3, 1).flatten(1, 2)
+    else:
+        wanted = dinos_positions(table[:, 1:], 6, 6)
+    torch.testing.assert_close(got[:, 1:], wanted, rtol=1e-4, atol=1e-4)
+    other = timms(img_size=48)  # timm's own models stay timm's
     assert "pos_embed" in load_weights(other, saved(tmp_path, theirs.state_dict())).adapted[0]
-    torch.testing.assert_close(model.state_dict()["pos_embed"], other.state_dict()["pos_embed"], rtol=1e-4, atol=1e-4)
+
+
+def test_dinos_table_can_be_kept_for_all_sizes(tmp_path: Path) -> None:
+    theirs = timms()
+    options = {**SMALL, "img_size": 16}
+    backbone: Any = create("vit_tiny_patch8", **options, pos_size=32, weights=saved(tmp_path, theirs.state_dict()))
+    assert torch.equal(backbone.model.pos_embed, theirs.pos_embed)
+    for height, width in ((2, 2), (3, 5), (4, 4), (7, 4)):
+        seen: list[Tensor] = []
+        network = backbone.model
+        hook = network.blocks[0].register_forward_pre_hook(lambda _, args, seen=seen: seen.append(args[0]))
+        images = torch.zeros(1, 3, 8 * height, 8 * width)
+        network.forward_features(images)
+        hook.remove()
+        patches = network.patch_embed(images)
+        torch.testing.assert_close(
+            seen[0][:, 1:] - patches,
+            theirs.pos_embed[:, 1:]
+            if (height, width) == (4, 4)
+            else dinos_positions(theirs.pos_embed[:, 1:], height, width),
+            rtol=1e-4,
+            atol=1e-4,
+        )
+    again = create(**backbone.arch)
+    again.load_state_dict(backbone.state_dict(), strict=True)
+    for name, settings in (("vit_tiny_patch8_lgp", {}), ("vim_tiny_patch16", {}), ("timm/resnet18", {})):
+        with pytest.raises(UserError, match="pos"):
+            create(name, img_size=32, pos_size=224, **settings)
 
 
 def test_another_architecture_is_told(tmp_path: Path) -> None:
@@ -207,7 +254,7 @@ def test_bad_files_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     with pytest.raises(UserError, match="could run code"):
         load_weights(model, saved(tmp_path, {"teacher": Sly()}))
     assert capsys.readouterr().out == ""
-    with pytest.raises(UserError, match="no file of weights"):
+    with pytest.raises(UserError, match=r"no file of weights .*does not exist"):
         load_weights(model, tmp_path / "nowhere.pth")
     (tmp_path / "cut.pth").write_bytes(b"PK\x03\x04 and no more")
     (tmp_path / "cut.safetensors").write_bytes(b"0123456789")
@@ -240,3 +287,57 @@ def test_a_runs_folder_or_a_checkpoint_gives_its_teacher(tmp_path: Path, place: 
 def test_a_folder_without_weights(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="There are no weights in"):
         create("vit_tiny_patch8", **SMALL_OURS, weights=tmp_path)
+
+
+def header(text: bytes, data: bytes = b"") -> bytes:
+    return len(text).to_bytes(8, "little") + text + data
+
+
+HOSTILE: dict[str, bytes] = {
+    "empty.pth": b"",
+    "empty.safetensors": b"",
+    "text.pth": b"hello, I am no file of weights",
+    "text.safetensors": b"hello, I am no file of weights",
+    "cut.zip.pth": b"PK\x03\x04" + bytes(40),
+    "endless.safetensors": (2**62).to_bytes(8, "little") + b"{}",
+    "latin.safetensors": header(b'{"\xff\xfe": {}}'),
+    "deep.safetensors": header(b"[" * 90_000),
+    "nested.safetensors": header(b'{"a":' * 20_000 + b"1" + b"}" * 20_000),
+    "overlap.safetensors": header(
+        b'{"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]},"b":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}',
+        bytes(4),
+    ),
+    "huge.safetensors": header(b'{"a":{"dtype":"F32","shape":[4611686018427387904,4],"data_offsets":[0,4]}}', bytes(4)),
+    "kind.safetensors": header(b'{"a":{"dtype":"Q9","shape":[1],"data_offsets":[0,4]}}', bytes(4)),
+    "negative.safetensors": header(b'{"a":{"dtype":"F32","shape":[-1],"data_offsets":[4,0]}}', bytes(4)),
+    "pickle.pth": b"\x80\x02cos\nsystem\nq\x00X\x04\x00\x00\x00exitq\x01\x85q\x02Rq\x03.",
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_files_of_anything_else_are_a_sentence(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_bytes(HOSTILE[name])
+    with pytest.raises(UserError, match=r"cannot be read|could run code") as caught:
+        create("vit_tiny_patch8", **SMALL, weights=str(tmp_path / name))
+    assert str(caught.value).isprintable() and len(str(caught.value)) < 800 + len(str(tmp_path))
+
+
+def test_tensors_of_another_kind_and_nests_without_end_are_a_sentence(tmp_path: Path) -> None:
+    state = timms().state_dict()
+    itself: dict[str, Any] = {}
+    itself["model"] = itself
+    for content, told in (
+        ({**state, "pos_embed": state["pos_embed"].long()}, "another type: pos_embed torch.int64"),
+        ({**state, "pos_embed": torch.zeros(())}, "another architecture"),
+        ({**state, "pos_embed": torch.zeros(1).expand(10**9, 10**6, 48)}, "misshapen: pos_embed"),
+        ({**state, "norm.bias": state["norm.bias"].to_sparse()}, "no dense tensor"),
+        ({**state, "norm.bias": torch.zeros(48, device="meta")}, "no dense tensor"),
+        ({**state, "\x1b[31m": torch.zeros(1)}, r"unexpected: \?\[31m"),
+        (itself, "no named tensors"),
+        ([1, 2], "no named tensors"),
+        ({0: torch.zeros(1)}, "no named tensors"),
+    ):
+        with pytest.raises(UserError, match=told):
+            load_weights(VisionTransformer(**SMALL, num_classes=0), saved(tmp_path, content))
+    with pytest.raises(UserError, match="There are no weights in"):
+        load_weights(VisionTransformer(**SMALL, num_classes=0), tmp_path)
