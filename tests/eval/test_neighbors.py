@@ -1,4 +1,4 @@
-"""Nearest neighbors against sorting everything in exact integer arithmetic: the same to the bit, however it is tiled."""
+"""Nearest neighbors against sorting everything in exact integers: the same to the bit, however it is tiled."""
 
 import numpy as np
 import pytest
