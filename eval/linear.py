@@ -99,17 +99,7 @@ def linear_probe(
         raise UserError("The linear probe needs at least one learning rate and one weight decay.")
     place = torch.device(device) if device is not None else _device(first_train)
     common: dict[str, Any] = {"classes": classes, "epochs": epochs, "batch_size": batch_size, "seed": seed}
-    kept, left = torch.nonzero(~held).flatten(), torch.nonzero(held).flatten()
-    settings = list(product(lrs, decays))
-    curve: list[dict[str, Any]] = []
-    inputs = {}
-    for name, (features, _) in pairs.items():
-        check_labeled(features, y, "training set of the linear probe")
-        inputs[name] = standardize(features, place, "training set of the linear probe")
-        heads = train(inputs[name], y, kept, settings=settings, **common)
-        sweep = score(heads, inputs[name], y, left)
-        for (lr, decay), top1, loss in zip(settings, sweep["top1"], sweep["loss"], strict=True):
-            curve.append({"features": name, "lr": lr, "decay": decay, "top1": top1, "loss": loss})
+    inputs, curve = _sweep(pairs, y, held, place, list(product(lrs, decays)), common)
     finite = [row for row in curve if row["loss"] is not None]
     if not finite:
         raise UserError(f"Linear probe: training diverged at every rate of {list(lrs)}; give smaller ones.")
@@ -126,6 +116,27 @@ def linear_probe(
     tops = {key: values[0] for key, values in scores.items() if key.startswith("top")}
     sizes = {"epochs": epochs, "train": len(y), "test": len(truth), "classes": classes}
     return {**tops, **choice, "holdout": curve, **sizes}
+
+
+def _sweep(
+    pairs: Mapping[str, tuple[Array, Array]],
+    y: Tensor,
+    held: Tensor,
+    place: torch.device,
+    settings: Sequence[tuple[float, float]],
+    common: dict[str, Any],
+) -> tuple[dict[str, Rows], list[dict[str, Any]]]:
+    """Standardized training features by name, and the held-out score of every setting on each."""
+    what = "training set of the linear probe"
+    kept, left = torch.nonzero(~held).flatten(), torch.nonzero(held).flatten()
+    inputs, curve = {}, []
+    for name, (features, _) in pairs.items():
+        check_labeled(features, y, what)
+        inputs[name] = standardize(features, place, what)
+        sweep = score(train(inputs[name], y, kept, settings=settings, **common), inputs[name], y, left)
+        for (lr, decay), top1, loss in zip(settings, sweep["top1"], sweep["loss"], strict=True):
+            curve.append({"features": name, "lr": lr, "decay": decay, "top1": top1, "loss": loss})
+    return inputs, curve
 
 
 def _pairs(train_x: Any, test_x: Any) -> dict[str, tuple[Array, Array]]:
