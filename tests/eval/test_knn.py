@@ -8,8 +8,7 @@ from hypothesis import strategies as st
 from sklearn.datasets import load_digits
 from sklearn.neighbors import KNeighborsClassifier
 
-from nearfar.eval import knn as module
-from nearfar.eval.knn import knn
+from nearfar.eval.knn import accuracy, classify, confusion, knn, leave_one_out, per_class
 from nearfar.ssl.errors import UserError
 
 
@@ -32,6 +31,7 @@ def blobs(n, m, dim, classes, seed):
     rng = np.random.default_rng(seed)
     centers = rng.normal(size=(classes, dim))
     y = rng.integers(0, classes, n + m)
+    y[:2] = 0, 1  # never a training set of one class
     x = centers[y] + rng.normal(scale=1.5, size=(n + m, dim))
     return x[:n], y[:n], x[n:], y[n:]
 
@@ -78,11 +78,33 @@ def test_equal_votes_go_to_the_smaller_class():
     assert knn(x, np.array([4, 2]), x[:1], np.array([2]), ks=(2,)) == {2: 100.0}
 
 
-def test_chunks_do_not_change_the_answer(monkeypatch):
-    data = blobs(200, 150, 6, 4, 2)
-    whole = knn(*data, ks=(1, 10))
-    monkeypatch.setattr(module, "_CHUNK", 200 * 7)
-    assert knn(*data, ks=(1, 10)) == whole
+def test_small_temperatures_do_not_overflow():
+    a, ya, b, yb = blobs(60, 30, 5, 3, 1)
+    assert knn(a, ya, b, yb, ks=(20,), temperature=1e-6)[20] == knn(a, ya, b, yb, ks=(1,))[1]
+
+
+def test_leave_one_out_classifies_each_image_by_the_others():
+    x, y, _, _ = blobs(40, 0, 4, 3, 6)
+    others = [np.arange(40) != i for i in range(40)]
+    hits = [brute_force(x[o], y[o], x[i : i + 1], y[i : i + 1], 5) for i, o in enumerate(others)]
+    assert leave_one_out(x, y, ks=(5,)) == {5: pytest.approx(np.mean(hits))}
+
+
+def test_classes_are_ranked_by_votes():
+    # by similarity to the query: class 7 once, then 3 twice, then 5; nobody else
+    angles = np.array([0.0, 0.1, 0.1, 0.5])
+    x = np.stack([np.cos(angles), np.sin(angles)], 1)
+    ranked = classify(x, np.array([7, 3, 3, 5]), x[:1], ks=(1, 4))
+    assert ranked[1].tolist() == [[7, -1, -1, -1, -1]]
+    assert ranked[4].tolist() == [[3, 7, 5, -1, -1]]
+    assert accuracy(ranked[4], torch.tensor([5])) == 0.0
+    assert accuracy(ranked[4], torch.tensor([5]), top=5) == 100.0
+
+
+def test_confusion_and_accuracy_per_class_count_by_hand():
+    truth, predicted = torch.tensor([0, 0, 1, 3, 3, 3]), torch.tensor([0, 1, 1, 3, 0, -1])
+    assert confusion(predicted, truth, 4).tolist() == [[1, 1, 0, 0], [0, 1, 0, 0], [0, 0, 0, 0], [1, 0, 0, 1]]
+    assert per_class(predicted, truth, 4) == [50.0, 100.0, None, pytest.approx(100 / 3)]
 
 
 def test_takes_tensors_and_half_precision():
@@ -99,6 +121,9 @@ def test_takes_tensors_and_half_precision():
         (lambda a, ya, b, yb: (a, ya, b[:, :2], yb), "dimensions"),
         (lambda a, ya, b, yb: (np.where(np.arange(20)[:, None] == 3, np.nan, a), ya, b, yb), "1 of 20"),
         (lambda a, ya, b, yb: (a, ya - 9, b, yb), "negative"),
+        (lambda a, ya, b, yb: (a, ya * 0, b, yb), "one class only"),
+        (lambda a, ya, b, yb: (a, None, b, yb), "no labels"),
+        (lambda a, ya, b, yb: (a, ya, np.where(b == b[2], np.inf, b), yb), "1 of 10"),
     ],
 )
 def test_unusable_arrays_are_named(change, words):

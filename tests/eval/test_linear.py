@@ -9,8 +9,15 @@ from sklearn.datasets import load_digits
 from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import StandardScaler
 
-from nearfar.eval.linear import linear_probe, score, stratified, train
+from nearfar.eval import linear as module
+from nearfar.eval.linear import WEIGHT_DECAYS, Rows, linear_probe, score, standardize, stratified, train
 from nearfar.ssl.errors import UserError
+
+
+def as_they_are(x):
+    """Rows that are not standardized."""
+    x = torch.as_tensor(x).float()
+    return Rows(x, x.device, torch.zeros(x.shape[1]), torch.ones(x.shape[1]))
 
 
 @pytest.fixture(scope="module")
@@ -31,11 +38,11 @@ def test_accuracy_of_logistic_regression_on_digits(digits):
     assert (result["train"], result["test"], result["classes"]) == (1200, 597, 10)
 
 
-def sgd_in_numpy(x, y, classes, lrs, batches):
-    """Momentum SGD of softmax regression with a cosine to 0, in float64, one rate after another."""
+def sgd_in_numpy(x, y, classes, settings, batches):
+    """Momentum SGD of softmax regression with a cosine to 0, in float64, one (rate, decay) after another."""
     out = []
     steps = len(batches)
-    for lr in lrs:
+    for lr, decay in settings:
         w, b = np.zeros((classes, x.shape[1])), np.zeros(classes)
         vw, vb = np.zeros_like(w), np.zeros_like(b)
         for step, rows in enumerate(batches):
@@ -44,7 +51,7 @@ def sgd_in_numpy(x, y, classes, lrs, batches):
             p /= p.sum(1, keepdims=True)
             p[np.arange(len(rows)), y[rows]] -= 1
             p /= len(rows)
-            vw, vb = 0.9 * vw + p.T @ x[rows], 0.9 * vb + p.sum(0)
+            vw, vb = 0.9 * vw + p.T @ x[rows] + decay * w, 0.9 * vb + p.sum(0)
             now = lr * 0.5 * (1 + np.cos(np.pi * step / steps))
             w, b = w - now * vw, b - now * vb
         out.append((w, b))
@@ -55,12 +62,13 @@ def sgd_in_numpy(x, y, classes, lrs, batches):
 def test_steps_agree_with_numpy_in_float64(batch_size):
     rng = np.random.default_rng(0)
     x, y = rng.normal(size=(20, 5)), rng.integers(0, 3, 20)
-    lrs, epochs = (0.5, 3.0), 2
+    settings, epochs = [(0.5, 0.0), (3.0, 0.0), (3.0, 0.2)], 2
     heads = train(
-        torch.from_numpy(x).float(),
+        as_they_are(x),
         torch.from_numpy(y),
+        torch.arange(20),
         classes=3,
-        lrs=lrs,
+        settings=settings,
         epochs=epochs,
         batch_size=batch_size,
         seed=4,
@@ -69,7 +77,7 @@ def test_steps_agree_with_numpy_in_float64(batch_size):
     batches = [
         rows.numpy() for _ in range(epochs) for rows in torch.randperm(20, generator=generator).split(batch_size)
     ]
-    want = sgd_in_numpy(x, y, 3, [lr * batch_size / 256 for lr in lrs], batches)
+    want = sgd_in_numpy(x, y, 3, [(lr * batch_size / 256, decay) for lr, decay in settings], batches)
     weight, bias = heads.weight.detach().numpy(), heads.bias.detach().numpy()
     for i, (w, b) in enumerate(want):
         np.testing.assert_allclose(weight[i], w, atol=1e-6)
@@ -77,14 +85,14 @@ def test_steps_agree_with_numpy_in_float64(batch_size):
 
 
 def test_a_diverging_rate_spoils_no_other(digits):
-    x, y = torch.from_numpy(digits[0]).float(), torch.from_numpy(digits[1])
+    x, y, rows = as_they_are(digits[0]), torch.from_numpy(digits[1]), torch.arange(1200)
     common = {"classes": 10, "epochs": 3, "batch_size": 256, "seed": 0}
-    together = train(x, y, lrs=(0.001, 1e38), **common)
-    alone = train(x, y, lrs=(0.001,), **common)
+    together = train(x, y, rows, settings=[(0.001, 0.0), (1e38, 1e-4)], **common)
+    alone = train(x, y, rows, settings=[(0.001, 0.0)], **common)
     torch.testing.assert_close(together.weight[:1], alone.weight)
-    scores = score(together, x, y)
+    scores = score(together, x, y, rows)
     assert scores["loss"][1] is None
-    assert scores["loss"][0] == pytest.approx(score(alone, x, y)["loss"][0], rel=1e-5)
+    assert scores["loss"][0] == pytest.approx(score(alone, x, y, rows)["loss"][0], rel=1e-5)
 
 
 def test_rate_is_chosen_without_the_test_set(digits):
@@ -113,8 +121,10 @@ def test_offset_scale_and_dead_dimensions_do_not_matter(digits):
 def test_scores_against_brute_force():
     rng = np.random.default_rng(1)
     x, y = torch.from_numpy(rng.normal(size=(50, 4))).float(), torch.from_numpy(rng.integers(0, 9, 50))
-    heads = train(x, y, classes=9, lrs=(0.1, 1.0), epochs=2, batch_size=10, seed=0)
-    got = score(heads, x, y)
+    rows = torch.arange(50)
+    settings = [(0.1, 0.0), (1.0, 0.0)]
+    heads = train(as_they_are(x), y, rows, classes=9, settings=settings, epochs=2, batch_size=10, seed=0)
+    got = score(heads, as_they_are(x), y, rows)
     logits = heads(x).detach().double().numpy()
     for i in range(2):
         order = np.argsort(-logits[:, i], axis=1)
@@ -123,6 +133,47 @@ def test_scores_against_brute_force():
         assert got["top5"][i] == pytest.approx(100 * hits[:, :5].any(1).mean(), abs=1e-4)
         log_p = logits[:, i] - np.log(np.exp(logits[:, i]).sum(1, keepdims=True))
         assert got["loss"][i] == pytest.approx(-log_p[np.arange(50), y.numpy()].mean(), abs=1e-5)
+
+
+def test_features_and_decay_are_chosen_on_held_out_training_data(digits):
+    a, ya, b, yb = digits
+    noise = np.random.default_rng(0).normal(size=a.shape)
+    train_x, test_x = {"noise": noise, "pixels": a}, {"noise": b, "pixels": b}  # only the training set tells
+    result = linear_probe(train_x, ya, test_x, yb, epochs=5, lrs=(0.1, 1.0), decays=WEIGHT_DECAYS)
+    assert result["features"] == "pixels"
+    assert len(result["holdout"]) == 2 * 2 * 3
+    best = max(result["holdout"], key=lambda row: (row["top1"], -row["loss"]))
+    assert (result["lr"], result["decay"]) == (best["lr"], best["decay"])
+    alone = linear_probe(a, ya, b, yb, epochs=5, lrs=(best["lr"],), decays=(best["decay"],))
+    assert alone["top1"] == result["top1"]
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.float32])
+def test_memory_mapped_features_are_read_in_pieces(digits, tmp_path, monkeypatch, dtype):
+    a, ya, b, yb = digits
+    np.save(tmp_path / "a.npy", a.astype(dtype))
+    store, largest = np.load(tmp_path / "a.npy", mmap_mode="r"), 0
+
+    class Watched(np.memmap):
+        def __getitem__(self, rows):
+            nonlocal largest
+            part = np.asarray(super().__getitem__(rows))
+            largest = max(largest, len(part))
+            return part
+
+    monkeypatch.setattr(module, "_ROWS", 100)
+    mapped = linear_probe(store.view(Watched), ya, b, yb, epochs=2, batch_size=64)
+    assert 0 < largest <= 100
+    assert mapped == linear_probe(a.astype(dtype), ya, b, yb, epochs=2, batch_size=64)
+
+
+def test_standardized_whatever_the_chunks(monkeypatch):
+    x = np.random.default_rng(0).normal(size=(500, 6)) * [1, 1e-2, 1e3, 1, 0, 1] + [0, 0, 0, 1e4, 3, 0]
+    monkeypatch.setattr(module, "_ROWS", 37)
+    got = standardize(x, torch.device("cpu"), "x").read(torch.arange(500)).numpy()
+    want = (x - x.mean(0)) / np.where(x.std(0) > 0, x.std(0), 1)
+    np.testing.assert_allclose(got, want, atol=2e-3)  # float32 at 1e4
+    assert not got[:, 4].any()
 
 
 @settings(max_examples=40, deadline=None)
@@ -146,6 +197,16 @@ def test_unusable_input_is_explained(digits):
         linear_probe(a, ya, b, yb, epochs=2, lrs=(1e38, 2e38))
     with pytest.raises(UserError, match="two images"):
         linear_probe(a[:3], np.arange(3), b, yb)
+    with pytest.raises(UserError, match="one class only"):
+        linear_probe(a, ya * 0, b, yb)
+    with pytest.raises(UserError, match=r"gaps: 1 of the classes 0 to 9 .* class 4"):
+        linear_probe(a[ya != 4], ya[ya != 4], b, yb)
+    with pytest.raises(UserError, match="no labels"):
+        linear_probe(a, None, b, yb)
+    with pytest.raises(UserError, match="1 of 597 feature rows of the test set"):
+        linear_probe(a, ya, np.where(np.arange(597)[:, None] == 3, np.inf, b), yb, epochs=1)
+    with pytest.raises(UserError, match="same names"):
+        linear_probe({"x": a}, ya, {"y": b}, yb)
     with pytest.raises(UserError, match="64 dimensions, test features 63"):
         linear_probe(a, ya, b[:, 1:], yb)
     with pytest.raises(UserError, match="between 0 and 1"):
