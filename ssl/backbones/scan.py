@@ -1,4 +1,4 @@
-"""The selective scan of Vision Mamba (docs/methods.md section 4): in plain torch, in Triton, or by mamba-ssm's CUDA kernel.
+"""The selective scan of Vision Mamba (docs/methods.md section 4): in plain torch, in Triton, or by mamba-ssm's kernel.
 
     h_t = exp(dt_t A) h_{t-1} + dt_t B_t x_t,    y_t = C_t h_t + D x_t
 
