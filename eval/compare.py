@@ -26,6 +26,7 @@ ONLINE = "* online, during training: fewer images, so not to be compared with th
 _ONLINE_TASK = {"knn": "knn_top1"}
 # Settings that change no result say nothing here, other than on which images a run trained and was scored.
 _SILENT = {"name", "folder"} | {s.key for s in config.settings() if s.free} - {"data.path", "data.val"}
+_VAGUE = {"name", "path", "val", "size"}
 _STYLE = (
     "body{font:16px/1.5 system-ui,-apple-system,'Segoe UI',Roboto,'DejaVu Sans',sans-serif;margin:2.5rem auto;"
     "max-width:66rem;padding:0 1.5rem;color:#1d2430}h1{overflow-wrap:anywhere;font-size:1.9rem;font-weight:650}"
@@ -209,9 +210,9 @@ def _text(value: object) -> str:
 
 
 def _short(keys: Sequence[str]) -> dict[str, str]:
-    """The last part of each key where that says which is meant: `lr` for optim.lr."""
+    """The last part of each key where that says which is meant: `lr` for optim.lr, but not `name` for backbone.name."""
     ends = Counter(key.rpartition(".")[2] for key in keys)
-    return {key: end if ends[end := key.rpartition(".")[2]] == 1 else key for key in keys}
+    return {key: end if ends[end := key.rpartition(".")[2]] == 1 and end not in _VAGUE else key for key in keys}
 
 
 def _printable(text: str) -> str:
