@@ -2,6 +2,7 @@
 
 import statistics
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -45,9 +46,7 @@ def few_shot(
                 f"{int(counts.min())} training images. Ask for between 1 and {int(counts.min())}."
             )
     return {
-        shot: _scores(
-            train_x, y, test_x, truth, draws, strength, device, lambda g, s=shot: draw_per_class(y, s, g), seed
-        )
+        shot: _scores(train_x, y, test_x, truth, draws, strength, device, partial(draw_per_class, y, shot), seed)
         for shot in shots
     }
 
@@ -70,7 +69,7 @@ def few_labels(
         if not 0 < share <= 1:
             raise UserError(f"The share of labels must be more than 0 and at most 1, not {share}.")
     return {
-        share: _scores(train_x, y, test_x, truth, draws, strength, device, lambda g, s=share: draw_share(y, s, g), seed)
+        share: _scores(train_x, y, test_x, truth, draws, strength, device, partial(draw_share, y, share), seed)
         for share in shares
     }
 

@@ -1,4 +1,4 @@
-"""Dense retrieval (docs/methods.md section 6; Balazevic et al. 2023, "Hummingbird"): segmentation without training anything.
+"""Dense retrieval (docs/methods.md section 6; Balazevic et al. 2023, "Hummingbird"): segmentation without training.
 
 A memory of training patches, each with the shares of classes among its pixels, labels every test patch by its
 nearest neighbors. Pixels to be ignored count neither in the memory nor in the score, and classes are the masks' own.

@@ -1,7 +1,7 @@
 """Perturbations of test images and of what a network makes of them, and the table of what each costs.
 
-Those of LGP (docs/methods.md section 1): patch shuffle, token shuffle, band shuffle. Image functions take and return batches
-(B, C, H, W) of any range; what is random comes from a generator on the CPU.
+Those of LGP (docs/methods.md section 1): patch shuffle, token shuffle, band shuffle. Image functions take and return
+batches (B, C, H, W) of any range; what is random comes from a generator on the CPU.
 """
 
 import math

@@ -7,7 +7,7 @@ import statistics
 import sys
 import time
 from collections.abc import Generator
-from contextlib import closing
+from contextlib import closing, suppress
 from typing import NamedTuple, cast
 
 import torch
@@ -15,21 +15,22 @@ from rich.console import Console
 from torch import nn
 
 from nearfar.launch import processes
-from nearfar.ssl import checkpoint, config, device
+from nearfar.ssl import checkpoint_names, config, device
 from nearfar.ssl.config import Run
-from nearfar.ssl.data import open_loader, open_source
+from nearfar.ssl.data import open_source
 from nearfar.ssl.data.loaders.base import Batch, Loader
 from nearfar.ssl.data.sources.base import Source
 from nearfar.ssl.data.transforms.colors import color_views
 from nearfar.ssl.data.transforms.normalize import normalize
-from nearfar.ssl.defaults import Derived
+from nearfar.ssl.defaults import Derived, ResolvedRun, resolve
 from nearfar.ssl.device import Compute
-from nearfar.ssl.distributed import available_cores
+from nearfar.ssl.distributed import Ranks, available_cores
 from nearfar.ssl.errors import UserError
-from nearfar.ssl.learner import Learner, clip_gradients, parameter_groups
+from nearfar.ssl.learner import Learner, build_learner
+from nearfar.ssl.optim import adamw
 from nearfar.ssl.run_folder import RunFolder
 from nearfar.ssl.schedule import Schedule
-from nearfar.ssl.train import build_learner
+from nearfar.ssl.train import NotFiniteError, loader_of, train_step
 
 FEWEST_STEPS, MOST_STEPS, LONGEST = 3, 12, 15.0  # of what is measured: steps, and seconds for more than the fewest
 
@@ -56,24 +57,22 @@ def dry_run(run: Run, console: Console) -> None:
         raise UserError("data.path is not set: name the training images, for example data.path=~/pictures.")
     source = open_source(run.data.path)
     labeled = bool(run.data.val) and source.labels is not None and open_source(str(run.data.val)).labels is not None
-    ranks = processes.wanted(run)
+    ranks = processes.world_size(run)
     folder = RunFolder(run.path)
-    whole = run.model_copy(update={"train": run.train.model_copy(update={"world_size": ranks.value})})
-    resolved, derived = folder.settle(whole, len(source), max(1, available_cores() // ranks.value))
+    cores = max(1, available_cores() // ranks.value)
+    resolved, derived = resolve(run, len(source), cores, world_size=ranks.value, saved=folder.saved_settings())
     if run.train.world_size is None:
         derived = [ranks, *derived]
-    saved = checkpoint.steps(folder.checkpoints)
-    done = int(saved[-1].name.removeprefix("step-")) if saved else 0
+    done = checkpoint_names.newest_step(folder.checkpoints)
 
-    assert resolved.train.threads is not None
     threads = torch.get_num_threads()
     torch.set_num_threads(resolved.train.threads)
     try:
-        learner = build_learner(resolved, weights=not saved)
+        learner = build_learner(resolved, weights=not done)
         width = learner.teacher.backbone.embed_dim
         compute = device.choose(resolved.train.device, resolved.train.precision, width)
         learner.to(compute.device)
-        loader = _loader(resolved, source, compute)
+        loader = loader_of(resolved, source, Ranks(0, ranks.value), compute.device)
         schedule = Schedule(resolved, loader.steps_per_epoch)
         for line in _settings(resolved, derived) + _sizes(resolved, learner, source, schedule, done, labeled):
             console.print(line, highlight=False, markup=False, soft_wrap=True)
@@ -85,9 +84,9 @@ def dry_run(run: Run, console: Console) -> None:
         console.print(line, highlight=False, markup=False, soft_wrap=True)
 
 
-def measure(learner: Learner, loader: Loader, schedule: Schedule, run: Run, compute: Compute) -> Measured:
+def measure(learner: Learner, loader: Loader, schedule: Schedule, run: ResolvedRun, compute: Compute) -> Measured:
     """Train `learner` for a few steps, as one of the run's ranks would."""
-    optimizer = torch.optim.AdamW(parameter_groups(learner.student), lr=0.0, fused=True)
+    optimizer = adamw(learner.student)
     loader.seek(0, 0)
     values = schedule.at(0)
     took: list[float] = []
@@ -96,15 +95,9 @@ def measure(learner: Learner, loader: Loader, schedule: Schedule, run: Run, comp
     with closing(cast("Generator[Batch]", iter(loader))) as batches:
         for batch in batches:
             waits.append(time.monotonic() - asked)
-            views = [normalize(group) for group in color_views(batch, run.views.solarize_threshold, compute.device)]
-            with compute.autocast():
-                out = learner(views, values["teacher_temp"])
-            out.loss.backward()
-            clip_gradients([p for p in learner.student.parameters() if p.grad is not None], run.optim.clip_grad)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-            learner.update_teacher(values["teacher_momentum"])
-            float(out.loss.detach())  # waits for a GPU
+            views = [normalize(group) for group in color_views(batch, compute.device)]
+            with suppress(NotFiniteError):  # it costs as much
+                train_step(learner, optimizer, views, values, clip_grad=run.optim.clip_grad, autocast=compute.autocast)
             took.append(time.monotonic() - asked)
             asked = time.monotonic()
             if len(took) > MOST_STEPS or (len(took) > FEWEST_STEPS and asked - begun - took[0] > LONGEST):
@@ -112,26 +105,6 @@ def measure(learner: Learner, loader: Loader, schedule: Schedule, run: Run, comp
     timed = took[1:] or took  # the first also starts workers and allocates
     waiting = sum(waits[1:] or waits) / max(1e-9, sum(timed))
     return Measured(statistics.median(timed), len(took) - 1, waiting, _peak_memory(compute))
-
-
-def _loader(run: Run, source: Source, compute: Compute) -> Loader:
-    """What the first of the run's ranks reads."""
-    assert run.data.workers is not None and run.train.world_size is not None
-    return open_loader(
-        source,
-        run.views,
-        batch_size=run.train.batch_size // run.train.world_size,
-        epochs=run.train.epochs,
-        seed=run.train.seed,
-        workers=run.data.workers,
-        rank=0,
-        world_size=run.train.world_size,
-        max_bad_fraction=run.data.max_bad_fraction,
-        min_side=run.data.min_side,
-        loader=run.data.loader,
-        color=run.data.color_on,
-        device=compute.device,
-    )
 
 
 def _peak_memory(compute: Compute) -> int:

@@ -141,7 +141,7 @@ def _compose(
     scene += cover[..., None] * (ink - scene)
     scene += style.noise * rng.standard_normal(scene.shape, np.float32)
     image = np.clip(scene * 255 + 0.5, 0, 255).astype(np.uint8)
-    return image, (cover > 0.5) * (wanted[:, None, None] + 1).astype(np.uint8)
+    return image, ((cover > 0.5) * (wanted[:, None, None] + 1)).astype(np.uint8)
 
 
 # --- the digit --------------------------------------------------------------------------------------------

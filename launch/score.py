@@ -324,8 +324,8 @@ def score_features(
             continue
         reading = {key: manifest.get(key) for key in keys} | protocol.training(task)
         entry = Score(
-            "trained", task, one.percent, str(manifest["checkpoint"]), *names, reading, None, one.detail
-        )  # fmt: skip
+            "trained", task, one.percent, str(manifest["checkpoint"]), names[0], names[1], reading, None, one.detail
+        )
         found.append(entry)
         if file:
             results.add(file, entry)

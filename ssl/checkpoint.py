@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from nearfar.ssl import checkpoint_names, files
 from nearfar.ssl.backbones import Backbone, create_described
+from nearfar.ssl.backbones.weights import misfits
 from nearfar.ssl.errors import UserError
 
 TENSORS, STATE, MANIFEST = "tensors.safetensors", "state.json", "manifest.json"
@@ -125,19 +126,7 @@ def load_strict(module: nn.Module, tensors: Mapping[str, Tensor], what: str) -> 
     Raises:
         UserError: naming the missing, unexpected and misshapen tensors.
     """
-    own = module.state_dict()
-    problems = []
-    if missing := sorted(own.keys() - tensors.keys()):
-        problems.append("missing: " + _some(missing))
-    if extra := sorted(tensors.keys() - own.keys()):
-        problems.append("unexpected: " + _some(extra))
-    misshapen = [
-        f"{name} {tuple(tensors[name].shape)} instead of {tuple(own[name].shape)}"
-        for name in sorted(own.keys() & tensors.keys())
-        if tensors[name].shape != own[name].shape
-    ]
-    if misshapen:
-        problems.append("misshapen: " + _some(misshapen))
+    problems = misfits(module.state_dict(), tensors)
     if problems:
         raise UserError(f"The weights of {what} do not fit this model: {'; '.join(problems)}.")
     module.load_state_dict(dict(tensors), strict=True)

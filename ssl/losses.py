@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -9,20 +11,55 @@ from torch import Tensor, nn
 from nearfar.ssl import distributed
 
 
-def dino_loss(student: Tensor, teacher: Tensor) -> Tensor:
-    """Mean cross-entropy over all pairs (teacher's global view, another view of the student).
+class _PairwiseCrossEntropy(torch.autograd.Function):
+    """`dino_loss`, view by view: no (V, B, K) array besides the logits and their gradient is ever made.
+
+    Summed over the teacher's views g, the cross-entropies of student view v are mass * logsumexp(s) - target . s with
+    target = the sum of the teacher's probabilities on the other views, and their gradient mass * softmax(s) - target.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
+        ctx.save_for_backward(student, teacher)
+        ctx.temperature = temperature
+        everyone, loss = teacher.sum(0), student.new_zeros(())
+        for v in range(len(student)):
+            target = everyone - teacher[v] if v < len(teacher) else everyone
+            logits = student[v] / temperature
+            loss += (target.sum(-1) * logits.logsumexp(-1) - torch.linalg.vecdot(target, logits)).sum()
+        return loss / _terms(student, teacher)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        student, teacher = ctx.saved_tensors
+        everyone, out = teacher.sum(0), torch.empty_like(student)
+        scale = grad / (ctx.temperature * _terms(student, teacher))
+        for v in range(len(student)):
+            target = everyone - teacher[v] if v < len(teacher) else everyone
+            softmax = torch.softmax(student[v] / ctx.temperature, -1).mul_(target.sum(-1, keepdim=True))
+            torch.mul(softmax.sub_(target), scale, out=out[v])
+        return out, None, None
+
+
+def _terms(student: Tensor, teacher: Tensor) -> int:
+    """Cross-entropies in the mean: pairs that do not show the same view, times images."""
+    return (len(teacher) * len(student) - len(teacher)) * student.shape[1]
+
+
+def dino_loss(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
+    """Mean cross-entropy over all pairs (teacher's global view, another view of the student) (DINO, eq. 3).
 
     Args:
-        student: log-probabilities (V, B, K), views in order, the G global ones first.
-        teacher: probabilities (G, B, K).
+        student: logits (V, B, K), views in order, the G global ones first.
+        teacher: probabilities (G, B, K), without gradient.
+        temperature: of the student's softmax.
 
     Returns:
-        Scalar: the mean over the G*V - G pairs that do not show the same view, and over the batch.
+        Scalar: the mean over the G*V - G pairs that do not show the same view, and over the batch; once
+        differentiable by the student.
     """
-    global_views, views = teacher.shape[0], student.shape[0]
-    pairs = -torch.einsum("gbk,vbk->gv", teacher, student) / teacher.shape[1]
-    same_view = torch.eye(global_views, views, dtype=torch.bool, device=pairs.device)
-    return pairs.masked_fill(same_view, 0).sum() / (global_views * views - global_views)
+    loss: Tensor = _PairwiseCrossEntropy.apply(student, teacher, temperature)
+    return loss
 
 
 def sinkhorn_knopp(logits: Tensor, temperature: float, iterations: int = 3) -> Tensor:
@@ -85,8 +122,7 @@ class DINOLoss(nn.Module):
         """Logits (V, B, K) of the student against probabilities (G, B, K) of the teacher -> scalar."""
         # Near the flat answer the gradient is a small difference of probabilities: bf16 would leave only its rounding.
         with torch.autocast(student_logits.device.type, enabled=False):
-            student = F.log_softmax(student_logits.to(self.center.dtype) / self.student_temp, dim=-1)
-            return dino_loss(student, teacher_probabilities)
+            return dino_loss(student_logits.to(self.center.dtype), teacher_probabilities, self.student_temp)
 
     @torch.no_grad()
     def note_teacher(self, logits: Tensor) -> None:

@@ -5,12 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-
-def decays(name: str, parameter: nn.Parameter) -> bool:
-    """Does weight decay apply? To matrices and kernels; not to biases, to tensors of at most one dimension (norms,
-    scales) or to the decay rates of a state-space model (`A_log`).
-    """
-    return parameter.ndim > 1 and not name.endswith((".bias", "_log"))
+from nearfar.ssl.backbones.token_model import decays
 
 
 def parameter_groups(student: nn.Module) -> list[dict[str, object]]:

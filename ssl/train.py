@@ -340,7 +340,7 @@ def set_up(run: Run, source: Source, observers: Observers, folder: RunFolder, wo
     learner.to(compute.device)
     if compute.device.type == "cpu":
         device.keep_freed_memory()
-    loader = _open_loader(resolved, source, world, compute.device)
+    loader = loader_of(resolved, source, world, compute.device)
     if world.size > 1:
         share_batch_norm(learner)
     optimizer = adamw(learner.student)
@@ -390,7 +390,8 @@ def _settings(run: Run, folder: RunFolder, images: int, world: Ranks) -> tuple[R
     return ResolvedRun.model_validate(settings), [Derived(*each) for each in derived]
 
 
-def _open_loader(run: ResolvedRun, source: Source, world: Ranks, place: torch.device) -> Loader:
+def loader_of(run: ResolvedRun, source: Source, world: Ranks, place: torch.device) -> Loader:
+    """The loader of one rank of the run, which makes views for the device `place`."""
     options = LoaderOptions(
         batch_size=run.train.batch_size // world.size,
         epochs=run.train.epochs,

@@ -46,7 +46,7 @@ def selective_scan(
     if chosen == "triton" and torch.float64 not in (x.dtype, A.dtype):
         return _triton_scan(x, dt, A, B, C, D, reverse)
     if reverse:
-        return selective_scan(*(v.flip(1) for v in (x, dt)), A, *(v.flip(1) for v in (B, C)), D, scan).flip(1)
+        return selective_scan(x.flip(1), dt.flip(1), A, B.flip(1), C.flip(1), D, scan).flip(1)
     if chosen == "mamba":
         u, delta, b, c = (v.transpose(1, 2).float().contiguous() for v in (x, dt, B, C))
         return _mamba_kernel()(u, delta, A.float(), b, c, D.float()).transpose(1, 2).to(x.dtype)

@@ -21,7 +21,6 @@ import triton.language as tl
 from torch import Tensor
 
 # Names of the literature: A (D, N), B and C (batch, L, N), D (D,); and of Triton, for what is fixed when compiling.
-# ruff: noqa: N803
 
 CHUNK = 16  # steps of one parallel scan
 FORWARD_BLOCK, BACKWARD_BLOCK = 16, 8  # channels of a program: what keeps all states of a chunk in registers

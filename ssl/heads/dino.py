@@ -2,11 +2,45 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nearfar.ssl.heads.batch_norm import BatchNorm
+
+
+class _CosineLogits(torch.autograd.Function):
+    """x (N, D), rows w (K, D) of any length -> x . w / |w|, (N, K).
+
+    The lengths scale the products instead of the rows: with N below D, as in a step of DINO, dividing 65,536 rows and
+    going back through that division costs more than the product itself. Nothing is done for `w` while it is frozen.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, w: Tensor) -> Tensor:
+        scale = torch.linalg.vector_norm(w, dim=1).clamp_min_(1e-12).reciprocal_()
+        logits = torch.mm(x, w.t()).mul_(scale)
+        ctx.save_for_backward(x, w, scale, logits)
+        return logits
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        x, w, scale, logits = ctx.saved_tensors
+        scaled = grad * scale
+        to_x = torch.mm(scaled, w) if ctx.needs_input_grad[0] else None
+        to_w = None
+        if ctx.needs_input_grad[1]:  # d|w|^-1 / dw = -|w|^-3 w: what points along the prototype is taken away
+            along = torch.linalg.vecdot(scaled, logits, dim=0).mul_(scale).neg_()
+            to_w = torch.addmm(w * along[:, None], scaled.t(), x)
+        return to_x, to_w
+
+
+def cosine_logits(embeddings: Tensor, prototypes: Tensor) -> Tensor:
+    """Unit embeddings (N, D) and prototypes (K, D) of any length -> cosines (N, K); once differentiable."""
+    logits: Tensor = _CosineLogits.apply(embeddings, prototypes)
+    return logits
 
 
 class DINOHead(nn.Module):
@@ -49,4 +83,4 @@ class DINOHead(nn.Module):
         # A temperature of .04 multiplies the rounding of a cosine by 25, so cosines are never half precision.
         with torch.autocast(embedding.device.type, enabled=False):
             embedding = F.normalize(embedding.to(self.prototypes.dtype), dim=-1, eps=1e-6)
-            return F.linear(embedding, F.normalize(self.prototypes, dim=-1))
+            return cosine_logits(embedding, self.prototypes)

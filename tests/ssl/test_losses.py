@@ -45,10 +45,10 @@ def test_it_is_the_mean_over_all_pairs_of_different_views(views: int, batch: int
 
 
 def test_two_views_are_the_symmetric_loss_of_the_paper() -> None:
-    student = torch.randn(2, 3, 5).log_softmax(-1)
-    teacher = torch.randn(2, 3, 5).softmax(-1)
+    logits, teacher = torch.randn(2, 3, 5), torch.randn(2, 3, 5).softmax(-1)
+    student = logits.log_softmax(-1)
     symmetric = -(teacher[0] * student[1]).sum(-1).mean() / 2 - (teacher[1] * student[0]).sum(-1).mean() / 2
-    torch.testing.assert_close(dino_loss(student, teacher), symmetric)
+    torch.testing.assert_close(dino_loss(logits, teacher, 1.0), symmetric)
 
 
 def test_the_flat_answer_costs_ln_k_and_a_perfect_one_nothing() -> None:
@@ -66,6 +66,18 @@ def test_the_same_view_is_skipped_in_the_gradient_too() -> None:
     teacher[1] = 0  # then only the pair (teacher 0, student 1) is left
     loss(student, teacher).backward()
     assert student.grad is not None and not student.grad[0].any() and student.grad[1].any()
+
+
+@pytest.mark.parametrize("views", [2, 3, 6])
+def test_gradients_are_those_of_the_formula_in_float64(views: int) -> None:
+    generator = torch.Generator().manual_seed(views)
+    logits = torch.randn(views, 3, 7, dtype=torch.float64, generator=generator, requires_grad=True)
+    teacher = torch.randn(2, 3, 7, dtype=torch.float64, generator=generator).softmax(-1)
+    assert torch.autograd.gradcheck(lambda x: dino_loss(x, teacher, 0.3), logits)
+    other = torch.tensor([[g != v for v in range(views)] for g in range(2)], dtype=torch.float64)
+    formula = -torch.einsum("gv,gbk,vbk->", other, teacher, (logits / 0.3).log_softmax(-1)) / other.sum() / 3
+    mine, plain = (torch.autograd.grad(2.5 * value, logits)[0] for value in (dino_loss(logits, teacher, 0.3), formula))
+    torch.testing.assert_close(mine, plain, rtol=1e-12, atol=1e-15)
 
 
 def test_no_gradient_reaches_the_teacher() -> None:

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from scipy.special import erf
 from torch import nn
 
-from nearfar.ssl.heads.dino import DINOHead
+from nearfar.ssl.heads.dino import DINOHead, cosine_logits
 
 
 def head(batch_norm: bool = False, prototypes: int = 40) -> DINOHead:
@@ -104,3 +104,21 @@ def test_cosines_are_float32_under_autocast() -> None:
         cosines = head(torch.randn(4, 8))
     assert cosines.dtype == torch.float32
     assert not torch.equal(cosines, cosines.bfloat16().float())
+
+
+def test_gradients_of_the_cosines_are_those_of_normalized_prototypes_in_float64() -> None:
+    generator = torch.Generator().manual_seed(3)
+    x, w, grad = (torch.randn(shape, dtype=torch.float64, generator=generator) for shape in ((6, 5), (9, 5), (6, 9)))
+    x.requires_grad_(), w.requires_grad_()
+    assert torch.autograd.gradcheck(cosine_logits, (x, w))
+    plain = torch.autograd.grad(F.linear(x, F.normalize(w, dim=-1)), (x, w), grad)
+    torch.testing.assert_close(torch.autograd.grad(cosine_logits(x, w), (x, w), grad), plain, rtol=1e-12, atol=1e-14)
+
+
+def test_frozen_prototypes_cost_no_gradient_and_change_nothing_for_the_embedding() -> None:
+    generator = torch.Generator().manual_seed(4)
+    x, w = torch.randn(6, 5, generator=generator, requires_grad=True), torch.randn(9, 5, generator=generator)
+    (frozen,) = torch.autograd.grad(cosine_logits(x, w).square().sum(), x)
+    moving = w.clone().requires_grad_()
+    (same,) = torch.autograd.grad(cosine_logits(x, moving).square().sum(), x)
+    assert torch.equal(frozen, same) and moving.grad is None
