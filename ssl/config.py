@@ -319,7 +319,7 @@ class Setting(NamedTuple):
 # Settings without a default that stay so: nothing about the run says what they should be.
 NEVER_DERIVED = frozenset(
     ["data.val", "train.save_every_steps"]
-    + [f"backbone.{name}" for name in ("patch_size", "embed_dim", "depth", "num_heads", "weights")]
+    + [f"backbone.{name}" for name in ("patch_size", "embed_dim", "depth", "num_heads", "pos_size", "weights")]
 )
 
 
