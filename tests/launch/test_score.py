@@ -163,6 +163,16 @@ def test_the_end_says_what_the_scores_mean_and_what_to_do_next(tmp_path: Path, s
     assert meaning in log and after in log
 
 
+def test_the_command_that_is_next_scores_the_same_images(tmp_path: Path, said: StringIO) -> None:
+    """Without the --train and --val that were given, it failed or scored others."""
+    one = subject(tmp_path)
+    (tmp_path / "config.yaml").write_text(config.to_yaml(one.run))
+    train, val = Data("/my data/train", TRAIN.source), Data("/val", VAL.source)
+    score(one, train, val, tasks=["knn"], console=Console(file=said, width=200))
+    *_, after = said.getvalue().splitlines()
+    assert f"nearfar eval all {tmp_path} --train '/my data/train' --val /val --baselines" in after
+
+
 def test_images_left_out_and_masks_of_another_size_are_told(tmp_path: Path, said: StringIO) -> None:
     class Damaged(ArraySource):
         def mask(self, i: int) -> np.ndarray:
