@@ -256,7 +256,9 @@ class Training:
         """In one sentence, that a finished run learned little; None where nothing says so."""
         rows = 2 * self.run.train.batch_size // self.world.size
         most = min(rows, self.learner.teacher.backbone.embed_dim)
-        return nothing_learned(read_metrics(self.folder.metrics), most) if self.world.first else None
+        if not self.world.first:
+            return None
+        return nothing_learned(read_metrics(self.folder.metrics), most, self.run.head.batch_norm)
 
 
 class Meter:
