@@ -196,11 +196,16 @@ def run_eval(arguments: argparse.Namespace) -> None:
         arguments.classes,
         Decoding(workers=arguments.workers),
     )
+    reported = subject.is_run and not arguments.out
     try:
         score(subject, train, val, tasks=tasks, options=options, console=Console())
-    finally:
-        if subject.is_run and not arguments.out:
-            report_run(subject.folder, subject)
+    except UserError:
+        if reported:
+            with contextlib.suppress(UserError):  # of the scores that there are; what went wrong first is told
+                report_run(subject.folder, subject)
+        raise
+    if reported:
+        report_run(subject.folder, subject)
 
 
 def run_export(arguments: argparse.Namespace) -> None:
