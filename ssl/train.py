@@ -141,10 +141,9 @@ def pretrain(
             begun = time.monotonic()
             _loop(training, should_stop)
             finished = training.step >= steps
-            if start < steps:
-                if finished and (words := training.verdict()):
-                    log.say(words)
-                log.say(announce.what_next(training.run, finished, training.step, steps))
+            if finished and start < steps and (words := training.verdict()):
+                log.say(words)
+            log.say(announce.what_next(training.run, finished, training.step, steps))
             return Outcome(folder.path, training.step, steps, time.monotonic() - begun)
 
 

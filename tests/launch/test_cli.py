@@ -236,7 +236,9 @@ def test_a_run_with_its_pictures_scores_and_export(here: Path, capsys: pytest.Ca
 
     before = (run / "metrics.jsonl").read_bytes()
     assert cli.main([*PRETRAIN, "data.val=pictures", "eval.knn_every_epochs=2"]) == 0
-    assert "already finished" in capsys.readouterr().out and (run / "metrics.jsonl").read_bytes() == before
+    told = capsys.readouterr().out
+    assert "already finished" in told and "Next: `nearfar eval all" in told.splitlines()[-1]
+    assert (run / "metrics.jsonl").read_bytes() == before
 
 
 @pytest.mark.slow
