@@ -21,7 +21,7 @@ from nearfar.eval.features import Decoding, Reading, digest
 from nearfar.eval.results import SUBJECTS, TITLES, DataName, Score
 from nearfar.eval.run_files import flat, read_mapping, read_numbers
 from nearfar.eval.scoring import Protocol, TaskScore, evaluate, evaluate_pixels, knn_score, linear_score, segment_score
-from nearfar.eval.store import FeatureStore
+from nearfar.eval.store import FeatureStore, is_store
 from nearfar.eval.tasks import TASKS, Data, Plan, plan
 from nearfar.eval.verdict import Verdict, verdict
 from nearfar.ssl import checkpoint, config
@@ -68,12 +68,21 @@ class Subject(NamedTuple):
 
 
 def sources(run: Run, train: str | None, val: str | None) -> tuple[Data, Data]:
-    """The two labeled (or masked) sources: as given, else those of the run."""
+    """The two labeled (or masked) sources: as given, else those of the run.
+
+    Raises UserError where there are no images.
+    """
     train, val = train or run.data.path, val or run.data.val
     if not val:
         raise UserError("Nothing to score on: the run has no data.val, so name labeled images with --val.")
     if not train:
         raise UserError("Nothing to learn from: the run has no data.path, so name labeled images with --train.")
+    for path in (train, val):
+        if is_store(Path(path)):
+            raise UserError(
+                f"{path} holds features, and a network is scored on images. Features are scored without it: nearfar "
+                "eval all TRAIN_FEATURES --val VAL_FEATURES."
+            )
     return Data(train, open_source(train)), Data(val, open_source(val))
 
 

@@ -20,7 +20,7 @@ from nearfar.eval.store import FeatureStore
 from nearfar.eval.tasks import Data
 from nearfar.launch import cli
 from nearfar.launch import score as scores
-from nearfar.launch.score import ScoreOptions, Subject, protocol_of, score
+from nearfar.launch.score import ScoreOptions, Subject, protocol_of, score, sources
 from nearfar.ssl import config
 from nearfar.ssl.backbones import Backbone, create
 from nearfar.ssl.data.sources.base import ArraySource
@@ -228,3 +228,9 @@ def test_features_that_do_not_fit_are_refused(
     command = ["eval", what, str(stores / train), *(["--val", str(stores / val)] if val else [])]
     assert cli.main(command) == 2
     assert words in " ".join(capsys.readouterr().err.split())
+
+
+def test_features_in_place_of_images_are_told_for_what_they_are(stores: Path) -> None:
+    run = config.load(None, ["name=r", f"data.path={stores / 'cls-train'}"])
+    with pytest.raises(UserError, match=r"cls-val holds features, .* nearfar eval all TRAIN_FEATURES --val"):
+        sources(run, str(stores.parent), str(stores / "cls-val"))
