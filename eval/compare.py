@@ -5,7 +5,7 @@ from __future__ import annotations
 import html
 import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 from urllib.parse import quote
@@ -17,7 +17,7 @@ from rich.text import Text
 
 from nearfar.eval import results
 from nearfar.eval.report import write_page
-from nearfar.eval.results import TITLES
+from nearfar.eval.results import TITLES, Score
 from nearfar.eval.run_files import flat, read_mapping, read_numbers
 from nearfar.ssl import config
 from nearfar.ssl.errors import UserError
@@ -38,8 +38,13 @@ _STYLE = (
 )
 
 
+Data = tuple[str, str]  # what was learned from and what was scored: `Score.data`
+Scores = dict[str, dict[Data, Score]]  # of each task, the newest last
+
+
 class Row(NamedTuple):
-    """One run: its scores in percent, those measured during training, last loss, steps, and settings as text."""
+    """One run: its scores in percent, those measured during training, last loss, steps, settings as text, and on which
+    images each task was scored."""
 
     run: Path
     scores: dict[str, float]
@@ -47,7 +52,7 @@ class Row(NamedTuple):
     loss: float | None
     step: int | None
     settings: dict[str, str]
-    scored_on: str | None
+    data: dict[str, Data]
 
     def score(self, task: str) -> str:
         if task not in self.scores:
@@ -89,8 +94,9 @@ def runs_in(folder: Path) -> list[Path]:
 def compare(runs: Sequence[Path]) -> Comparison:
     """What came out of each run, and the settings in which they differ.
 
-    Scores are the newest of `results.json`; without it the last online k-NN. What a run does not have is left out; a
-    file that cannot be read is told in `notes`, and its run keeps what the others say.
+    Each task's scores are those on the images that most runs were scored on, elsewhere the newest of `results.json`;
+    without any the last online k-NN. What a run does not have is left out; a file that cannot be read is told in
+    `notes`, and its run keeps what the others say.
     """
     notes: list[str] = []
     settings = [_settings(run, notes) for run in runs]
@@ -99,15 +105,17 @@ def compare(runs: Sequence[Path]) -> Comparison:
         for key in dict.fromkeys(key for tree in settings for key in tree)
         if key not in _SILENT and len({json.dumps(tree.get(key), default=str) for tree in settings}) > 1
     ]
+    held = [_scores(run, notes) for run in runs]
+    shared = _shared_data(held)
     rows = [
-        _row(run, {key: tree[key] for key in keys if key in tree}, notes)
-        for run, tree in zip(runs, settings, strict=True)
+        _row(run, {key: tree[key] for key in keys if key in tree}, _chosen(scores, shared), notes)
+        for run, tree, scores in zip(runs, settings, held, strict=True)
     ]
     tasks = [task for task in TITLES if any(task in row.scores for row in rows)]
     if any(row.online for row in rows):
         notes.append(ONLINE)
-    if len({row.scored_on for row in rows if row.scored_on}) > 1:
-        notes.append("The runs were scored on different images: their scores cannot be compared.")
+    if apart := [TITLES[task] for task in tasks if len({row.data[task] for row in rows if task in row.data}) > 1]:
+        notes.append(f"Not all runs were scored on the same images: {' and '.join(apart)} cannot be compared.")
     return Comparison(tasks, _short(keys), rows, notes)
 
 
@@ -183,29 +191,56 @@ def _settings(run: Path, notes: list[str]) -> dict[str, object]:
         return {}
 
 
-def _row(run: Path, settings: dict[str, object], notes: list[str]) -> Row:
+def _scores(run: Path, notes: list[str]) -> Scores:
+    """The scores of the trained features in results.json."""
+    found: Scores = {}
+    try:
+        tables = list(results.tables(results.read(run / "results.json")))
+    except UserError as error:
+        notes.append(str(error))
+        return {}
+    for by_subject in reversed(tables):  # `tables` has the last first
+        for task, score in by_subject.get("trained", {}).items():
+            found.setdefault(task, {})[score.data] = score
+    return found
+
+
+def _shared_data(held: Sequence[Scores]) -> dict[str, Data]:
+    """For each task the images that most runs were scored on; of several such, the newest of the last run."""
+    shared = {}
+    for task in TITLES:
+        counts = Counter(data for scores in reversed(held) for data in reversed(scores.get(task, {})))
+        if counts:
+            shared[task] = counts.most_common(1)[0][0]
+    return shared
+
+
+def _chosen(scores: Scores, shared: Mapping[str, Data]) -> dict[str, Score]:
+    """One score a task."""
+    return {task: by_data.get(shared[task]) or list(by_data.values())[-1] for task, by_data in scores.items()}
+
+
+def _row(run: Path, settings: dict[str, object], chosen: Mapping[str, Score], notes: list[str]) -> Row:
     scores: dict[str, float] = {}
-    online: set[str] = set()
-    scored_on = None
     last: dict[str, float] = {}
     try:
         metrics = read_numbers(run / "metrics.jsonl")
         for line in metrics:
             scores |= {task: line[key] for task, key in _ONLINE_TASK.items() if key in line}
-        online = set(scores)
         last = next((line for line in reversed(metrics) if "loss" in line), {})
-        trained = next(results.tables(results.read(run / "results.json")), {}).get("trained", {})
-        for task, score in trained.items():
-            scores[task] = score.percent
-            online.discard(task)
-            scored_on = score.val.fingerprint
     except UserError as error:
         notes.append(str(error))
+    online = set(scores) - set(chosen)
+    scores |= {task: score.percent for task, score in chosen.items()}
     text = {key: _text(value) for key, value in settings.items() if value is not None}
-    return Row(run, scores, online, last.get("loss"), int(last["step"]) if last else None, text, scored_on)
+    step = int(last["step"]) if last else None
+    return Row(run, scores, online, last.get("loss"), step, text, {task: each.data for task, each in chosen.items()})
 
 
 def _text(value: object) -> str:
+    """A setting's value as it may be typed, a number rounded."""
+    if isinstance(value, bool):
+        return str(value).lower()
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 

@@ -10,19 +10,11 @@ from typing import Any
 
 import yaml
 
+from nearfar.ssl import bounded_yaml
 from nearfar.ssl.errors import UserError
 
 LONGEST = 64 * 2**20  # bytes of a results.json or config.yaml
 _LONGEST_METRICS = 2 * 2**30
-
-
-class _PlainLoader(yaml.SafeLoader):
-    """YAML without aliases: a run writes none, and with them a few lines can stand for gigabytes."""
-
-    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
-        if self.check_event(yaml.AliasEvent):
-            raise yaml.YAMLError("it has aliases, which no run writes")
-        return super().compose_node(parent, index)
 
 
 def bounded_text(file: Path, most: int = LONGEST) -> str:
@@ -37,8 +29,8 @@ def read_mapping(file: Path) -> dict[str, Any]:
     if not file.exists():
         return {}
     try:
-        content = yaml.load(bounded_text(file), _PlainLoader)
-    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
+        content = bounded_yaml.parse(bounded_text(file))
+    except (OSError, ValueError, yaml.YAMLError) as error:
         raise UserError(f"{file} cannot be read: {' '.join(str(error).split())[:300]}.") from None
     if not isinstance(content, dict):
         raise UserError(f"{file} should hold a mapping of names to values and holds a {type(content).__name__}.")

@@ -96,6 +96,11 @@ class FeatureStore:
         return Features(x=arrays["features"], masks=arrays.get("masks"), manifest=manifest, **small)
 
 
+def is_store(folder: Path) -> bool:
+    """Does a folder hold features? (A checkpoint has a manifest too.)"""
+    return (folder / "manifest.json").is_file() and not (folder / "tensors.safetensors").is_file()
+
+
 def _read_manifest(folder: Path) -> dict[str, Any]:
     """manifest.json with `shape` and `arrays` as they must be."""
     file = folder / "manifest.json"

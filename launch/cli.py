@@ -172,11 +172,12 @@ def run_features(arguments: argparse.Namespace) -> None:
 
 def run_eval(arguments: argparse.Namespace) -> None:
     from nearfar.eval.features import Decoding
+    from nearfar.eval.store import is_store
     from nearfar.launch.report import report_run
     from nearfar.launch.score import ScoreOptions, Subject, protocol_of, score, score_features, sources
 
     tasks = None if arguments.what == "all" else (arguments.what,)
-    if (arguments.model / "manifest.json").is_file() and not (arguments.model / "tensors.safetensors").is_file():
+    if is_store(arguments.model):
         if not arguments.val:
             raise UserError(f"{arguments.model} holds features to learn from: name those to score with --val.")
         score_features(
@@ -196,11 +197,16 @@ def run_eval(arguments: argparse.Namespace) -> None:
         arguments.classes,
         Decoding(workers=arguments.workers),
     )
+    reported = subject.is_run and not arguments.out
     try:
         score(subject, train, val, tasks=tasks, options=options, console=Console())
-    finally:
-        if subject.is_run and not arguments.out:
-            report_run(subject.folder, subject)
+    except UserError:
+        if reported:
+            with contextlib.suppress(UserError):  # of the scores that there are; what went wrong first is told
+                report_run(subject.folder, subject)
+        raise
+    if reported:
+        report_run(subject.folder, subject)
 
 
 def run_export(arguments: argparse.Namespace) -> None:

@@ -51,8 +51,11 @@ def check_verb(parser: argparse.ArgumentParser, words: Sequence[str], verbs: Seq
     if not words:
         parser.exit(EXIT_USER, parser.format_help())
     word = words[0]
-    if word.startswith("-") or word in verbs:
+    if word in verbs or word in ("-h", "--help", "--version"):
         return
+    if word.startswith("-"):
+        verb = next((each for each in words if each in verbs), "VERB")
+        _end(f"The verb comes first: write `nearfar {verb} ...`, then {word}. There are {', '.join(verbs)}")
     if word.endswith((".yaml", ".yml")) or word in bundled():
         parser.error(f"The verb is missing: to train with this recipe, write `nearfar pretrain {word}`")
     if "=" in word:

@@ -16,10 +16,11 @@ from torch import nn
 
 from nearfar.launch import processes
 from nearfar.ssl import checkpoint_names, config, device
+from nearfar.ssl.announce import passed_over_line
 from nearfar.ssl.config import Run
 from nearfar.ssl.data import open_source
 from nearfar.ssl.data.loaders.base import Batch, Loader
-from nearfar.ssl.data.sources.base import Source
+from nearfar.ssl.data.sources.base import Source, passed_over
 from nearfar.ssl.data.transforms.colors import color_views
 from nearfar.ssl.data.transforms.normalize import normalize
 from nearfar.ssl.defaults import Derived, ResolvedRun, resolve
@@ -135,6 +136,7 @@ def _sizes(run: Run, learner: Learner, source: Source, schedule: Schedule, done:
         f"Backbone   {backbone / 1e6:.2f} M parameters ({run.backbone.name})",
         f"Head       {head / 1e6:.2f} M parameters, {run.head.prototypes:,} prototypes",
         f"Images     {len(source):,} in {run.data.path}",
+        *([f"           {passed_over_line(names)}"] if (names := passed_over(source)) else []),
         f"Steps      {schedule.steps:,}: {run.train.epochs} epochs of {schedule.steps_per_epoch:,} steps with "
         f"{run.train.batch_size} images each, on {run.train.world_size} "
         + ("process" if run.train.world_size == 1 else "processes"),

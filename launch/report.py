@@ -67,9 +67,9 @@ def draw_tokens(run: Path, subject: Subject | None = None) -> dict[str, str]:
 
 
 def _due(run: Path, weights: Path) -> bool:
-    """Are there pictures to draw? attention.png may be missing for good, pca.png may not."""
-    picture = run / "pca.png"
-    return not picture.is_file() or picture.stat().st_mtime < weights.stat().st_mtime
+    """Are there pictures to draw, or is there to say why there is none?"""
+    pictures = (run / "pca.png", run / "attention.png")
+    return any(not each.is_file() or each.stat().st_mtime < weights.stat().st_mtime for each in pictures)
 
 
 def _views(source: Source, size: int) -> torch.Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import shlex
 import time
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ProcessPoolExecutor
@@ -20,7 +21,7 @@ from nearfar.eval.features import Decoding, Reading, digest
 from nearfar.eval.results import SUBJECTS, TITLES, DataName, Score
 from nearfar.eval.run_files import flat, read_mapping, read_numbers
 from nearfar.eval.scoring import Protocol, TaskScore, evaluate, evaluate_pixels, knn_score, linear_score, segment_score
-from nearfar.eval.store import FeatureStore
+from nearfar.eval.store import FeatureStore, is_store
 from nearfar.eval.tasks import TASKS, Data, Plan, plan
 from nearfar.eval.verdict import Verdict, verdict
 from nearfar.ssl import checkpoint, config
@@ -67,12 +68,21 @@ class Subject(NamedTuple):
 
 
 def sources(run: Run, train: str | None, val: str | None) -> tuple[Data, Data]:
-    """The two labeled (or masked) sources: as given, else those of the run."""
+    """The two labeled (or masked) sources: as given, else those of the run.
+
+    Raises UserError where there are no images.
+    """
     train, val = train or run.data.path, val or run.data.val
     if not val:
         raise UserError("Nothing to score on: the run has no data.val, so name labeled images with --val.")
     if not train:
         raise UserError("Nothing to learn from: the run has no data.path, so name labeled images with --train.")
+    for path in (train, val):
+        if is_store(Path(path)):
+            raise UserError(
+                f"{path} holds features, and a network is scored on images. Features are scored without it: nearfar "
+                "eval all TRAIN_FEATURES --val VAL_FEATURES."
+            )
     return Data(train, open_source(train)), Data(val, open_source(val))
 
 
@@ -193,7 +203,7 @@ def score(
     held = {entry.key: entry for entry in results.read(file)}
     found = [held[key] for key in keys if key in held]
     console.print(table(found))
-    _tell(subject, found, console)
+    _tell(subject, found, console, _data_flags(subject.run, train, val))
     if failures:
         raise UserError(" ".join(dict.fromkeys(failures)) + " The other scores are kept.")
     return found
@@ -226,13 +236,16 @@ def _compute(work: list[_Work], known: set[str], planned: Plan, console: Console
     ]
 
 
-def _tell(subject: Subject, found: list[Score], console: Console) -> None:
-    """What the scores mean, what was left out of them, and what to do next: to the console and the run's log."""
+def _tell(subject: Subject, found: list[Score], console: Console, flags: str) -> None:
+    """What the scores mean, what was left out of them, and what to do next: to the console and the run's log.
+
+    flags: of `nearfar eval`, that score the same images again.
+    """
     lines = list(remarks(found))
     judged = judge(found, subject.folder) if subject.is_run else None
     if judged:
         lines.append(judged.text)
-    lines.append(_next(subject, judged))
+    lines.append(_next(subject, judged, flags))
     for line in lines:
         console.print(line, highlight=False, markup=False, soft_wrap=True)
     if subject.is_run:
@@ -249,7 +262,13 @@ def judge(found: Iterable[Score], run: Path) -> Verdict | None:
     return verdict(first, read_numbers(run / "metrics.jsonl"), flat(read_mapping(run / "config.yaml")))
 
 
-def _next(subject: Subject, judged: Verdict | None) -> str:
+def _data_flags(run: Run, train: Data, val: Data) -> str:
+    """--train and --val for images that are not the run's own."""
+    pairs = (("--train", train.path, run.data.path), ("--val", val.path, run.data.val))
+    return "".join(f" {flag} {shlex.quote(path)}" for flag, path, own in pairs if path != own)
+
+
+def _next(subject: Subject, judged: Verdict | None, flags: str) -> str:
     where = subject.folder
     if not subject.is_run:
         return f"Next: nearfar features {where} IMAGES OUT writes features of your own images."
@@ -258,7 +277,10 @@ def _next(subject: Subject, judged: Verdict | None) -> str:
             f"Next: train with one of these under another name=, then compare the runs: nearfar report {where.parent}"
         )
     if judged and judged.advice:
-        return f"Next: nearfar eval all {where} --baselines; the page with curves and pictures: nearfar report {where}"
+        return (
+            f"Next: nearfar eval all {where}{flags} --baselines; the page with curves and pictures: nearfar report "
+            f"{where}"
+        )
     return (
         f"Next: nearfar report {where} (curves and pictures); nearfar features {where} IMAGES OUT; nearfar export "
         f"{where} NAME.safetensors"

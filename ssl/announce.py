@@ -12,7 +12,8 @@ from nearfar.ssl import checkpoint_names
 from nearfar.ssl.backbones import choose_scan
 from nearfar.ssl.config import Run
 from nearfar.ssl.data.loaders.base import Batch
-from nearfar.ssl.data.sources.base import Source
+from nearfar.ssl.data.sources.base import Source, passed_over
+from nearfar.ssl.data.sources.files import kinds_of
 from nearfar.ssl.defaults import Derived
 from nearfar.ssl.device import Compute
 from nearfar.ssl.learner import Learner
@@ -35,6 +36,8 @@ def start_lines(
         f"{run.train.epochs} epochs = {steps:,} steps; {compute.device.type}, {compute.precision}, "
         f"ranks: {run.train.world_size}, each with threads: {run.train.threads}, workers: {run.data.workers}, {loader}"
     )
+    if names := passed_over(source):
+        lines.append(passed_over_line(names))
     lines.append(disk_line(learner, run.train.keep_last))
     if run.backbone.name.startswith("vim_"):
         chosen = choose_scan(run.backbone.scan, compute.device.type)
@@ -44,6 +47,11 @@ def start_lines(
     elif step:
         lines.append(f"Continuing from step {step} of {steps}.")
     return lines
+
+
+def passed_over_line(names: list[str]) -> str:
+    """That files of `data.path` are no part of the run, because of their type: how many of each, with an example."""
+    return f"{len(names):,} files of data.path are passed over for their type: {kinds_of(names)}."
 
 
 def continued_otherwise(saved: dict[str, Any], run: Run, precision: str) -> list[str]:

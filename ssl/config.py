@@ -70,7 +70,8 @@ class Data(Settings):
         0.01,
         ge=0,
         le=1,
-        description="the run stops when more than this share of the images cannot be read",
+        description="the run stops when more than this share of the images cannot be used, and at least 20 of them "
+        "(or a quarter of fewer than 80); 0: at the first",
         json_schema_extra=FREE,
     )
     min_side: int = Field(

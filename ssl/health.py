@@ -100,12 +100,13 @@ class CollapseWatch:
         return None
 
 
-def nothing_learned(metrics: list[dict[str, float]], most_directions: int) -> str | None:
+def nothing_learned(metrics: list[dict[str, float]], most_directions: int, batch_norm: bool = False) -> str | None:
     """One sentence where the lines of a whole run tell that its features are worth no more than at its start.
 
     Args:
         metrics: the lines of metrics.jsonl, in order.
         most_directions: the largest RankMe possible: min(rows of a step, dimensions).
+        batch_norm: has the head batch norm already?
     """
     signs = []
     scores = [line["knn_top1"] for line in metrics if "knn_top1" in line]
@@ -119,8 +120,9 @@ def nothing_learned(metrics: list[dict[str, float]], most_directions: int) -> st
         )
     if not signs:
         return None
+    batch_norm_too = "" if batch_norm else "head.batch_norm=true, "
     return (
         f"Little or nothing was learned: {' and '.join(signs)}. Try more train.epochs, another optim.lr, "
-        "head.batch_norm=true, fewer head.prototypes or a larger views.local_crops_scale; `nearfar eval all RUN "
+        f"{batch_norm_too}fewer head.prototypes or a larger views.local_crops_scale; `nearfar eval all RUN "
         "--baselines` compares with the untrained network and raw pixels."
     )

@@ -141,10 +141,9 @@ def pretrain(
             begun = time.monotonic()
             _loop(training, should_stop)
             finished = training.step >= steps
-            if start < steps:
-                if finished and (words := training.verdict()):
-                    log.say(words)
-                log.say(announce.what_next(training.run, finished, training.step, steps))
+            if finished and start < steps and (words := training.verdict()):
+                log.say(words)
+            log.say(announce.what_next(training.run, finished, training.step, steps))
             return Outcome(folder.path, training.step, steps, time.monotonic() - begun)
 
 
@@ -256,7 +255,9 @@ class Training:
         """In one sentence, that a finished run learned little; None where nothing says so."""
         rows = 2 * self.run.train.batch_size // self.world.size
         most = min(rows, self.learner.teacher.backbone.embed_dim)
-        return nothing_learned(read_metrics(self.folder.metrics), most) if self.world.first else None
+        if not self.world.first:
+            return None
+        return nothing_learned(read_metrics(self.folder.metrics), most, self.run.head.batch_norm)
 
 
 class Meter:

@@ -13,6 +13,7 @@ from nearfar.launch.command_line import Parser
 from nearfar.launch.recipes import bundled, find_recipe
 from nearfar.launch.slurm import resources
 from nearfar.ssl.errors import UserError
+from nearfar.ssl.setting_errors import nearest
 
 if TYPE_CHECKING:
     from nearfar.ssl.config import Run
@@ -119,6 +120,9 @@ def _runs(arguments: argparse.Namespace) -> tuple[Path, list[Run]]:
     from nearfar.launch.slurm import sweep
     from nearfar.ssl import config
 
+    known = arguments.recipe in bundled() or Path(arguments.recipe).exists()
+    if not known and (near := nearest(arguments.recipe, CONTROLS)):
+        raise UserError(f"`nearfar launch` has no verb '{arguments.recipe}', and it is no recipe; did you mean {near}?")
     recipe = find_recipe(arguments.recipe)
     if not arguments.sweep:
         run = config.load(recipe, arguments.settings)

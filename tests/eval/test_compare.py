@@ -141,3 +141,24 @@ def test_one_broken_run_does_not_hide_the_others(tmp_path: Path) -> None:
 def test_what_is_no_run_is_told(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="neither a run nor a folder of runs"):
         write_comparison(tmp_path)
+
+
+def test_scores_on_several_data_sets_are_all_there_and_like_is_shown_beside_like(tmp_path: Path) -> None:
+    """A segmentation scored last hid the k-NN of its run, and showed the online one of another."""
+    scored = {"one": [("knn", "a", 40.0), ("segment", "road", 20.0)], "two": [("knn", "a", 30.0), ("knn", "b", 90.0)]}
+    for name, lr in (("one", 1e-4), ("two", 5e-4)):
+        make(tmp_path, name, lr, 2.5, None, 11.0, {"backbone": {"lgp": name == "one"}})
+        for task, where, percent in scored[name]:
+            data = DataName(where, where, 10)
+            results.add(tmp_path / name / "results.json", Score("trained", task, percent, "w", data, data, {}))
+    found = compare(runs_in(tmp_path))
+    assert [row.scores for row in found.rows] == [{"knn": 40.0, "segment": 20.0}, {"knn": 30.0}]
+    assert not any(row.online for row in found.rows) and found.notes == []
+    assert [row.settings["backbone.lgp"] for row in found.rows] == ["true", "false"]
+
+    make(tmp_path, "zoo", 1e-3, 2.5, None, None)
+    data = DataName("b", "b", 10)
+    results.add(tmp_path / "zoo" / "results.json", Score("trained", "segment", 5.0, "w", data, data, {}))
+    found = compare(runs_in(tmp_path))
+    assert found.rows[2].scores == {"segment": 5.0}
+    assert found.notes == ["Not all runs were scored on the same images: mIoU cannot be compared."]

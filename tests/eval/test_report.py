@@ -186,7 +186,9 @@ def test_writing_it_again_gives_the_same_file(run: Path) -> None:
     assert write_report(run).read_bytes() == first
 
 
-BOMB = "a: &a [x, x]\n" + "".join(f"{b}: &{b} [*{a}, *{a}]\n" for a, b in zip("abcdefgh", "bcdefghi", strict=True))
+BOMB = "a: &a [x, x]\n" + "".join(
+    f"{b}: &{b} [*{a}, *{a}]\n" for a, b in zip("abcdefghijklmn", "bcdefghijklmno", strict=True)
+)
 
 
 @pytest.mark.parametrize(

@@ -103,6 +103,7 @@ def test_validation_data_that_is_none(here: Path, refused: Refused) -> None:
 def test_recipes_that_are_none(here: Path, refused: Refused) -> None:
     told = refused("pretrain", "cifar100")
     assert "There is no recipe cifar100" in told and "demo" in told
+    assert "'statsu', and it is no recipe; did you mean status?" in refused("launch", "statsu", "runs/mine")
     assert "There is no recipe missing.yaml" in refused("pretrain", "missing.yaml")
     assert "cannot be read" in refused("pretrain", "pictures/cat/0.png")
     (here / "list.yaml").write_text("- 1\n")
@@ -236,7 +237,9 @@ def test_a_run_with_its_pictures_scores_and_export(here: Path, capsys: pytest.Ca
 
     before = (run / "metrics.jsonl").read_bytes()
     assert cli.main([*PRETRAIN, "data.val=pictures", "eval.knn_every_epochs=2"]) == 0
-    assert "already finished" in capsys.readouterr().out and (run / "metrics.jsonl").read_bytes() == before
+    told = capsys.readouterr().out
+    assert "already finished" in told and "Next: `nearfar eval all" in told.splitlines()[-1]
+    assert (run / "metrics.jsonl").read_bytes() == before
 
 
 @pytest.mark.slow

@@ -48,6 +48,8 @@ def test_help_and_mistakes_load_none_of_the_slow_packages(argv: list[str]) -> No
     [
         (["pretrian"], "There is no verb 'pretrian'; did you mean pretrain?"),
         (["evl", "all"], "did you mean eval?"),
+        (["--epochs", "3"], "The verb comes first: write `nearfar VERB ...`, then --epochs. There are demo, pretrain,"),
+        (["--epochs", "3", "pretrain", "x.yaml"], "The verb comes first: write `nearfar pretrain ...`"),
         (["xyzzy"], "there are demo, pretrain, features"),
         (["mine.yaml"], "`nearfar pretrain mine.yaml`"),
         (["cifar10"], "`nearfar pretrain cifar10`"),

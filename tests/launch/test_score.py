@@ -20,7 +20,7 @@ from nearfar.eval.store import FeatureStore
 from nearfar.eval.tasks import Data
 from nearfar.launch import cli
 from nearfar.launch import score as scores
-from nearfar.launch.score import ScoreOptions, Subject, protocol_of, score
+from nearfar.launch.score import ScoreOptions, Subject, protocol_of, score, sources
 from nearfar.ssl import config
 from nearfar.ssl.backbones import Backbone, create
 from nearfar.ssl.data.sources.base import ArraySource
@@ -163,6 +163,16 @@ def test_the_end_says_what_the_scores_mean_and_what_to_do_next(tmp_path: Path, s
     assert meaning in log and after in log
 
 
+def test_the_command_that_is_next_scores_the_same_images(tmp_path: Path, said: StringIO) -> None:
+    """Without the --train and --val that were given, it failed or scored others."""
+    one = subject(tmp_path)
+    (tmp_path / "config.yaml").write_text(config.to_yaml(one.run))
+    train, val = Data("/my data/train", TRAIN.source), Data("/val", VAL.source)
+    score(one, train, val, tasks=["knn"], console=Console(file=said, width=200))
+    *_, after = said.getvalue().splitlines()
+    assert f"nearfar eval all {tmp_path} --train '/my data/train' --val /val --baselines" in after
+
+
 def test_images_left_out_and_masks_of_another_size_are_told(tmp_path: Path, said: StringIO) -> None:
     class Damaged(ArraySource):
         def mask(self, i: int) -> np.ndarray:
@@ -218,3 +228,9 @@ def test_features_that_do_not_fit_are_refused(
     command = ["eval", what, str(stores / train), *(["--val", str(stores / val)] if val else [])]
     assert cli.main(command) == 2
     assert words in " ".join(capsys.readouterr().err.split())
+
+
+def test_features_in_place_of_images_are_told_for_what_they_are(stores: Path) -> None:
+    run = config.load(None, ["name=r", f"data.path={stores / 'cls-train'}"])
+    with pytest.raises(UserError, match=r"cls-val holds features, .* nearfar eval all TRAIN_FEATURES --val"):
+        sources(run, str(stores.parent), str(stores / "cls-val"))

@@ -2,8 +2,17 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
 from nearfar.ssl import config
-from nearfar.ssl.announce import changed_versions, continued_otherwise
+from nearfar.ssl.announce import changed_versions, continued_otherwise, start_lines
+from nearfar.ssl.data import open_source
+from nearfar.ssl.defaults import resolve
+from nearfar.ssl.device import choose
+from nearfar.ssl.learner import build_learner
 
 
 def test_only_what_differs_is_said() -> None:
@@ -23,3 +32,20 @@ def test_another_torch_or_cuda_is_told() -> None:
     assert changed_versions({"versions": dict(now)}, now) == [] == changed_versions({}, now)
     (said,) = changed_versions({"versions": {**now, "torch": "2.12.1", "cuda": "12.8"}}, now)
     assert "torch 2.12.1 -> 2.13.0, cuda 12.8 -> 13.0" in said and "python" not in said
+
+
+@pytest.mark.parametrize("others", [(), ("a.avif", "b.jp2", "c.AVIF", "noending")])
+def test_files_passed_over_for_their_type_are_told_at_the_start(tmp_path: Path, others: tuple[str, ...]) -> None:
+    Image.new("RGB", (16, 16)).save(tmp_path / "0.png")
+    for name in others:
+        (tmp_path / name).write_bytes(b"x")
+    tiny = ["backbone.embed_dim=8", "backbone.depth=1", "backbone.num_heads=1", "backbone.patch_size=8"]
+    tiny += ["views.global_crops_size=16", "views.local_crops_size=8", "head.hidden_dim=8", "head.bottleneck_dim=4"]
+    run = config.load(None, ["name=r", *tiny, "head.prototypes=4"])
+    source = open_source(tmp_path)
+    resolved, _ = resolve(run, 1, 1, world_size=1)
+    learner = build_learner(resolved)
+    lines = start_lines(resolved, [], learner, 1, choose("cpu", "fp32", 8), 0, source, "folder loader")
+    told = [line for line in lines if "passed over" in line]
+    counted = "4 files of data.path are passed over for their type: 2 .avif (a.avif), 1 .jp2 (b.jp2), 1 without an "
+    assert told == ([f"{counted}ending (noending)."] if others else [])

@@ -128,6 +128,8 @@ def test_a_run_that_learned_nothing_is_told_in_one_sentence() -> None:
     assert flat is not None and "25.3 at its first score, 24.7 at the end" in flat and "RankMe" not in flat
     alike = nothing_learned([line(rankme=6.5, feature_std=0.43)], 128)
     assert alike is not None and "RankMe 6.5 of at most 128, std 0.43" in alike and "train.epochs" in alike
+    assert "head.batch_norm=true" in alike  # and not where it is true
+    assert "batch_norm" not in str(nothing_learned([line(rankme=6.5, feature_std=0.43)], 128, batch_norm=True))
 
 
 def test_a_run_that_learned_is_not_scolded() -> None:

@@ -82,7 +82,7 @@ class Loader(ABC):
     A bad image (unreadable, or with a side below `min_side`) is replaced by the next good one, in the cyclic order of
     the source, with the views of that one; its name is in `Batch.bad` and in `bad`. A UserError ends the run when more
     than `max_bad_fraction` of the images seen so far are bad, and they are at least 20, or a quarter of a smaller
-    source; and when the memory does not suffice.
+    source (with 0, at the first); and when the memory does not suffice.
     """
 
     title: ClassVar[str]  # what the run's first lines call it
@@ -100,7 +100,8 @@ class Loader(ABC):
         self.bad: dict[str, str] = {}
         self._seen = np.zeros(len(source), bool)
         self._start = (0, 0)
-        self._always_allowed = min(20, math.ceil(len(source) / 4))  # fewer bad images than this never end a run
+        # fewer bad images than this never end a run; with max_bad_fraction = 0 the first one does
+        self._always_allowed = min(20, math.ceil(len(source) / 4)) if options.max_bad_fraction else 1
 
     @abstractmethod
     def assemble(self, task: Task) -> Batch:

@@ -90,6 +90,9 @@ def open_npz(path: Path) -> Source:
         raise UserError(f"{path} cannot be read as an .npz file: {error}.") from error
     if classes is not None:
         classes = [printable(name) for name in classes]
+    for name in _ARRAYS:
+        if name not in keys and (near := [key for key in keys if key.lower().rstrip("s") == name.rstrip("s")]):
+            raise UserError(f"{path} holds `{printable(near[0])}`, which nothing reads: name it `{name}`.")
     if "jpeg" in arrays and "offset" in arrays:
         return NpzSource(arrays["jpeg"], arrays["offset"], arrays.get("label"), classes, path.name)
     if "images" in arrays:

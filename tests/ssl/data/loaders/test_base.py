@@ -90,6 +90,14 @@ def test_same_batches_for_every_worker_count(workers):
     assert not children()
 
 
+@pytest.mark.parametrize("bad", [[7], [3, 31]])
+def test_no_bad_image_is_allowed_where_none_is_asked_for(bad):
+    """A few were, whatever data.max_bad_fraction = 0 says."""
+    with pytest.raises(UserError, match=r"data\.max_bad_fraction = 0\.0 allows"):
+        list(loader(Broken(50, bad), max_bad_fraction=0.0))
+    assert len(list(loader(Broken(50, bad), max_bad_fraction=1e-9))) == 12
+
+
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize(("epoch", "step"), [(0, 0), (0, 4), (1, 0), (1, 5), (2, 0)])
 def test_seek_gives_the_tail_of_the_stream(workers, epoch, step):

@@ -127,3 +127,13 @@ def test_a_header_that_promises_more_than_there_is_is_refused(tmp_path):
         archive.writestr("images.npy", file.getvalue() + bytes(100))
     with pytest.raises(UserError, match="should have 70,368,744,177,664 bytes, more than it holds"):
         open_source(tmp_path / "d.npz")
+
+
+@pytest.mark.parametrize(("wrong", "right"), [("labels", "label"), ("Mask", "mask"), ("image", "images")])
+def test_an_array_of_nearly_the_right_name_is_not_passed_over(tmp_path, wrong, right):
+    """`labels` was: the images had no labels, and a run no k-NN."""
+    arrays = {"images": np.zeros((2, 9, 9, 3), np.uint8), "label": [0, 1], "mask": np.zeros((2, 9, 9), np.uint8)}
+    arrays[wrong] = arrays.pop(right)
+    np.savez(tmp_path / "d.npz", **arrays)
+    with pytest.raises(UserError, match=f"`{wrong}`, which nothing reads: name it `{right}`"):
+        open_source(tmp_path / "d.npz")
