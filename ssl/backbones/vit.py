@@ -121,7 +121,7 @@ class VisionTransformer(TokenModel):
         global_pool: "token" (CLS), "avg" (patches) or "all" (CLS and patches; the reference head of LGP).
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - a network's settings, each by name
         self,
         img_size: int | tuple[int, int] = 224,
         patch_size: int = 16,
