@@ -13,6 +13,7 @@ from nearfar.eval.curves import curves, number
 from nearfar.eval.results import SUBJECTS, TITLES, Score
 from nearfar.eval.run_files import flat, read_mapping, read_numbers
 from nearfar.eval.verdict import Verdict, verdict
+from nearfar.ssl import files
 from nearfar.ssl.errors import UserError
 
 _EXPLAINED = {"untrained": "same network, same seed, no training", "pixels": "no network"}
@@ -107,11 +108,9 @@ def write_report(run: Path, reasons: Mapping[str, str] = {}) -> Path:
 
 def write_page(target: Path, page: str) -> Path:
     """Replace a page in one move. Raises UserError where it cannot be written."""
-    partial = target.with_name(f"{target.name}.writing")
     try:
         # a name from outside may hold halves of a surrogate pair, which UTF-8 has no bytes for
-        partial.write_text(page, encoding="utf-8", errors="replace")
-        partial.replace(target)
+        files.write_bytes(target, page.encode("utf-8", errors="replace"))
     except OSError as error:
         raise UserError(f"The report {target} could not be written: {error.strerror or error}.") from None
     return target

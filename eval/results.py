@@ -7,7 +7,6 @@ and nothing erases another.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import math
 import os
@@ -17,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from nearfar.eval.run_files import LONGEST, bounded_text
+from nearfar.ssl import file_lock, files
 from nearfar.ssl.errors import UserError
 
 FORMAT = "nearfar results 2"
@@ -93,9 +93,7 @@ def add(file: Path, score: Score) -> list[Score]:
             text = json.dumps(content, indent=1, allow_nan=False) + "\n"
             if len(text) > LONGEST:
                 raise UserError(f"{file} has grown too long to be read again; move it away and evaluate again.")
-            partial = file.with_name(f".{file.name}.{os.getpid()}")
-            partial.write_text(text, encoding="utf-8")
-            partial.replace(file)
+            files.write_text(file, text)
     except OSError as error:
         raise UserError(unwritable(file, error)) from None
     return scores
@@ -104,11 +102,9 @@ def add(file: Path, score: Score) -> list[Score]:
 def check_writable(file: Path) -> None:
     """Raises UserError where `add` would fail, before hours of computing find out."""
     read(file)
-    probe = file.with_name(f".{file.name}.{os.getpid()}")
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        probe.write_text("")
-        probe.unlink()
+        files.check_writable(file)
     except OSError as error:
         raise UserError(unwritable(file, error)) from None
 
@@ -173,7 +169,7 @@ def _alone(folder: Path) -> Iterator[None]:
     handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
         with contextlib.suppress(OSError):
-            fcntl.flock(handle, fcntl.LOCK_EX)
+            file_lock.acquire(handle, wait=True)
         yield
     finally:
         os.close(handle)

@@ -1,11 +1,10 @@
 """Features on disk: written once as the backbone makes them, memory-mapped by every evaluator afterwards."""
 
 import contextlib
-import fcntl
+import glob
 import json
 import os
 import shutil
-import socket
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from nearfar.eval.features import DEFAULT_DECODING, Decoding, Features, Reading, Rows, describe, stream
+from nearfar.ssl import file_lock, files
 from nearfar.ssl.backbones.tokens import Backbone
 from nearfar.ssl.data.sources.base import Source
 from nearfar.ssl.errors import UserError
@@ -56,9 +56,6 @@ class FeatureStore:
                 features = _fill(partial, backbone, source, manifest, decoding)
                 _save(partial, features)
                 del features  # releases the memory map before its file moves
-                if folder.exists():
-                    shutil.rmtree(folder)
-                partial.rename(folder)
         except OSError as error:
             raise UserError(
                 f"The features cannot be written to {folder}: {error.strerror or error}. Name a folder that you may "
@@ -128,29 +125,22 @@ def _misshapen(name: str, array: np.ndarray, shape: tuple[int, ...]) -> str | No
 
 @contextlib.contextmanager
 def _partial_folder(final: Path) -> Iterator[Path]:
-    """A folder beside `final` to fill and rename; removed if that does not happen.
+    """`files.atomic_folder`, and away with what a killed process left of an earlier attempt.
 
-    Its writer holds a lock on it, so that the next one can tell a folder that was left by a killed process from one
+    The writer holds a lock on it, so that the next one can tell a folder that was left by a killed process from one
     that is being written, and removes the former.
     """
     final.parent.mkdir(parents=True, exist_ok=True)
-    prefix = f".{final.name}.writing-"
-    for left in final.parent.glob(f"{_literally(prefix)}*"):
+    for left in final.parent.glob(f"{glob.escape(files.partial_prefix(final))}*"):
         handle = _lock(left)
         if handle is not None:
             shutil.rmtree(left, ignore_errors=True)
             os.close(handle)
-    partial = final.parent / f"{prefix}{socket.gethostname()}-{os.getpid()}"
-    partial.mkdir()  # with the rights that the umask leaves: colleagues read features
-    handle = _lock(partial)
-    try:
+    # The stack comes first, so that the lock is given back only when the folder has its name.
+    with contextlib.ExitStack() as stack, files.atomic_folder(final) as partial:
+        if (handle := _lock(partial)) is not None:
+            stack.callback(os.close, handle)
         yield partial
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
-    finally:
-        if handle is not None:
-            os.close(handle)
 
 
 def _lock(folder: Path) -> int | None:
@@ -161,16 +151,12 @@ def _lock(folder: Path) -> int | None:
     except OSError:
         return None
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if file_lock.acquire(handle):
+            return handle
     except OSError:
-        os.close(handle)
-        return None
-    return handle
-
-
-def _literally(name: str) -> str:
-    """A name as a pattern of glob that matches nothing else."""
-    return "".join(f"[{letter}]" if letter in "*?[" else letter for letter in name)
+        pass
+    os.close(handle)
+    return None
 
 
 def _fill(folder: Path, backbone: Backbone, source: Source, manifest: dict[str, Any], decoding: Decoding) -> Features:
@@ -197,7 +183,7 @@ def _fill(folder: Path, backbone: Backbone, source: Source, manifest: dict[str, 
 
 
 def _save(folder: Path, features: Features) -> None:
-    """Everything of a store but features.npy; all of it is on the disk before the folder is renamed."""
+    """Everything of a store but features.npy."""
     arrays = {
         "index": features.index,
         "labels": features.labels,
@@ -209,7 +195,3 @@ def _save(folder: Path, features: Features) -> None:
         np.save(folder / f"{name}.npy", array, allow_pickle=False)
     manifest = {**features.manifest, "arrays": ["features", *present]}
     (folder / "manifest.json").write_text(json.dumps(manifest, indent=2), encoding="utf-8")
-    for path in (*folder.iterdir(), folder):
-        handle = os.open(path, os.O_RDONLY)
-        os.fsync(handle)
-        os.close(handle)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +16,7 @@ from nearfar.ssl import config
 from nearfar.ssl.data import libjpeg
 from nearfar.ssl.data.beton_writer import write_beton
 from nearfar.ssl.data.sources.base import ArraySource
+from nearfar.ssl.files import atomic
 
 TRAIN, VAL = 2000, 1000  # scenes
 # What all views of a scene share is what DINO learns first. With many kinds of background that is the background, and
@@ -76,7 +76,6 @@ def draw(folder: Path, seed: int) -> dict[str, Path]:
         if files[key] == beton:
             write_beton(ArraySource(scenes.images, scenes.labels, scenes.masks, CLASSES[1:]), beton)
         else:
-            partial = npz.with_name(f"writing-{os.getpid()}-{npz.name}")
-            np.savez(partial, images=scenes.images, label=scenes.labels, mask=scenes.masks)
-            partial.rename(npz)
+            with atomic(npz) as partial, partial.open("wb") as file:
+                np.savez(file, images=scenes.images, label=scenes.labels, mask=scenes.masks)
     return files

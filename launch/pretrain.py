@@ -12,7 +12,7 @@ from torch import Tensor
 
 from nearfar.eval.features import Decoding, Reading, extract
 from nearfar.eval.knn import knn
-from nearfar.eval.pictures import contact_sheet
+from nearfar.eval.pictures import contact_sheet, save
 from nearfar.launch import processes
 from nearfar.launch.stop_signals import StopFlag
 from nearfar.ssl import train
@@ -71,7 +71,7 @@ def train_rank(run: Run, console: Console, world: Ranks) -> train.Outcome:
 def save_views(batch: Batch, colored: list[Tensor], folder: Path) -> np.ndarray:
     """The first batch as the networks see it, one row an image: runs/NAME/views.png, and its pixels (H, W, 3)."""
     picture = contact_sheet(batch, colored)
-    picture.save(folder / "views.png")
+    save(picture, folder / "views.png")
     return np.asarray(picture.convert("RGB"))
 
 

@@ -36,7 +36,7 @@ import submitit
 from nearfar.launch.slurm import queue, records
 from nearfar.launch.slurm.records import AttemptEnd, Ending, SubmissionRecord
 from nearfar.launch.stop_signals import StopFlag
-from nearfar.ssl import file_lock
+from nearfar.ssl import file_lock, files
 from nearfar.ssl.errors import PeerError, UserError
 
 if TYPE_CHECKING:
@@ -281,9 +281,7 @@ def rendezvous(folder: Path, process: JobProcess, deadline: float | None = None)
         with socket.socket() as probe:
             probe.bind(("", 0))
             port = probe.getsockname()[1]
-        partial = file.with_suffix(".writing")
-        partial.write_text(f"{_resolvable(process.first_node)} {port} {deadline or 'never'}\n")
-        partial.replace(file)
+        files.write_text(file, f"{_resolvable(process.first_node)} {port} {deadline or 'never'}\n")
     until = time.monotonic() + MEETING
     while file not in (folder.iterdir() if folder.is_dir() else ()):  # a listing is fresh where a look-up may be cached
         if time.monotonic() > until:

@@ -14,6 +14,7 @@ from PIL import Image
 
 from nearfar.eval.report import write_report
 from nearfar.eval.results import FORMAT
+from nearfar.ssl import files
 from nearfar.ssl.errors import UserError
 
 
@@ -100,7 +101,7 @@ def test_everything_is_inside_the_one_file(run: Path) -> None:
     ]
     assert page.count("<svg") == 4
     assert 'class="missing"' not in page
-    assert [file.name for file in run.glob("*.writing")] == []
+    assert [file.name for file in run.glob(f"{files.PARTIAL}*")] == []
 
 
 def test_the_table_has_the_scores_the_best_and_the_differences(run: Path) -> None:
