@@ -18,7 +18,7 @@ from rich.text import Text
 from nearfar.eval import results
 from nearfar.eval.report import write_page
 from nearfar.eval.results import TITLES
-from nearfar.eval.run_files import flat, read_mapping, read_numbers
+from nearfar.eval.run_files import flat, read_numbers, read_settings
 from nearfar.ssl import config
 from nearfar.ssl.errors import UserError
 
@@ -177,7 +177,7 @@ def _table(found: Comparison, columns: bool) -> Table:
 
 def _settings(run: Path, notes: list[str]) -> dict[str, object]:
     try:
-        return flat(read_mapping(run / "config.yaml"))
+        return flat(read_settings(run))
     except UserError as error:
         notes.append(str(error))
         return {}

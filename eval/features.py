@@ -5,7 +5,6 @@ mask of the original image still lies exactly under the grid. An image that cann
 together with its label and mask, and named in the manifest.
 """
 
-import hashlib
 import json
 import signal
 from collections.abc import Callable, Iterator
@@ -18,6 +17,7 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
+from nearfar.ssl import digests
 from nearfar.ssl.backbones.tokens import Backbone, Tokens
 from nearfar.ssl.data.sources.base import Source
 from nearfar.ssl.data.transforms.eval_view import eval_view
@@ -122,11 +122,13 @@ def _count(layer: str) -> int:
 
 def digest(backbone: nn.Module) -> str:
     """SHA-256 over names, shapes and bytes of all parameters and buffers: which weights made a feature."""
-    sha = hashlib.sha256()
-    for name, tensor in sorted(backbone.state_dict().items()):
-        sha.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        sha.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-    return sha.hexdigest()
+
+    def parts() -> Iterator[bytes | memoryview]:
+        for name, tensor in sorted(backbone.state_dict().items()):
+            yield f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode()
+            yield tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
+
+    return digests.of_bytes(parts())
 
 
 def describe(backbone: Backbone, source: Source, reading: Reading) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from typing import Any
 from nearfar.eval import results
 from nearfar.eval.curves import curves, number
 from nearfar.eval.results import SUBJECTS, TITLES, Score
-from nearfar.eval.run_files import flat, read_mapping, read_numbers
+from nearfar.eval.run_files import flat, read_numbers, read_settings
 from nearfar.eval.verdict import Verdict, verdict
 from nearfar.ssl import files
 from nearfar.ssl.errors import UserError
@@ -84,7 +84,7 @@ def write_report(run: Path, reasons: Mapping[str, str] = {}) -> Path:
     run = Path(run)
     if not run.is_dir():
         raise UserError(f"There is no run folder {run}, so there is nothing to report on.")
-    settings = read_mapping(run / "config.yaml")
+    settings = read_settings(run)
     scores = results.read(run / "results.json")
     metrics = read_numbers(run / "metrics.jsonl")
     tables = list(results.tables(scores))

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from nearfar.eval.features import DEFAULT_DECODING, Decoding, Features, Reading, Rows, describe, stream
-from nearfar.ssl import file_lock, files
+from nearfar.ssl import bounded_files, file_lock, files
 from nearfar.ssl.backbones.tokens import Backbone
 from nearfar.ssl.data.sources.base import Source
 from nearfar.ssl.errors import UserError
@@ -24,7 +24,7 @@ _KINDS = {  # what each array of a store may hold: kinds of dtype, and dimension
     "masks": ("u", (3,)),
     "mask_size": ("iu", (2,)),
 }
-_LONGEST_MANIFEST = 256 * 2**20  # bytes; it names every unreadable image
+_MOST_BYTES = 256 * 2**20  # of a manifest, which names every unreadable image
 
 
 class FeatureStore:
@@ -97,9 +97,7 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
     """manifest.json with `shape` and `arrays` as they must be."""
     file = folder / "manifest.json"
     try:
-        if file.stat().st_size > _LONGEST_MANIFEST:
-            raise ValueError("it is far too long")
-        manifest = json.loads(file.read_text(encoding="utf-8"))
+        manifest = json.loads(bounded_files.read_text(file, _MOST_BYTES))
         if not isinstance(manifest, dict):
             raise ValueError("it holds no names and values")
         shape, arrays = manifest["shape"], manifest["arrays"]

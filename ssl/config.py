@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal, NamedTuple, get_args, get_origin
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, JsonValue, ValidationError
 
-from nearfar.ssl import bounded_yaml
+from nearfar.ssl import bounded_files
 from nearfar.ssl.errors import UserError
 from nearfar.ssl.setting_errors import in_words, unknown
 
@@ -362,7 +362,7 @@ def load(recipe: Path | None, overrides: list[str] | tuple[str, ...] = ()) -> Ru
     tree: dict[str, Any] = {}
     problems: list[str] = []
     if recipe is not None:
-        read = bounded_yaml.read(recipe, "recipe")
+        read = bounded_files.read_yaml(recipe, "recipe")
         tree = {key: value for key, value in read.items() if value is not None}  # all of a section may be commented out
     for item in overrides:
         key, sign, text = item.partition("=")
@@ -390,7 +390,7 @@ def _typed(key: str, text: str) -> Any:
         if text.strip() != "null" and text.strip()[0] not in ("'", '"'):
             return text
     try:
-        return bounded_yaml.parse(text)
+        return bounded_files.parse_yaml(text)
     except yaml.YAMLError:
         return text
 
