@@ -143,15 +143,15 @@ def ffcv_pipelines(folder: Path, threads: int) -> Iterator[int]:
 def ours(folder: Path, threads: int, kind: str) -> Iterator[int]:
     import torch
 
-    from nearfar.ssl.config import Views
     from nearfar.ssl.data import open_loader, open_source
     from nearfar.ssl.data.loaders.base import LoaderOptions
+    from nearfar.ssl.settings import ViewSettings
 
     torch.set_num_threads(1)
     options = LoaderOptions(batch_size=BATCH, epochs=10**6, workers=threads)
     source = open_source(folder / ("images.txt" if kind == "folder" else "images.beton"))
     color = "loader" if kind == "ffcv-color" else "device"
-    for batch in open_loader(source, Views(), options, color=color):
+    for batch in open_loader(source, ViewSettings(), options, color=color):
         yield len(batch.index)
 
 

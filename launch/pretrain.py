@@ -17,13 +17,13 @@ from nearfar.launch import processes
 from nearfar.launch.stop_signals import StopFlag
 from nearfar.ssl import train
 from nearfar.ssl.backbones import Backbone
-from nearfar.ssl.config import Run
 from nearfar.ssl.data import open_source
 from nearfar.ssl.data.loaders.base import Batch
 from nearfar.ssl.data.sources.base import Source, Subset
 from nearfar.ssl.defaults import ResolvedRun
 from nearfar.ssl.distributed import ALONE, Ranks, from_environment
 from nearfar.ssl.errors import UserError
+from nearfar.ssl.settings import Run
 
 
 def pretrain(run: Run, console: Console) -> train.Outcome:

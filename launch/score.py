@@ -24,11 +24,11 @@ from nearfar.eval.tasks import TASKS, Data, Plan, plan
 from nearfar.eval.verdict import Verdict, verdict
 from nearfar.ssl import checkpoint, config, digests
 from nearfar.ssl.backbones import Backbone
-from nearfar.ssl.config import Run
 from nearfar.ssl.data import open_source
 from nearfar.ssl.defaults import ResolvedRun
 from nearfar.ssl.errors import UserError
 from nearfar.ssl.learner import build_learner
+from nearfar.ssl.settings import Run
 
 
 class Subject(NamedTuple):

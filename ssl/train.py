@@ -18,7 +18,6 @@ from torch import Tensor
 
 from nearfar.ssl import announce, device, distributed, resume
 from nearfar.ssl.backbones import Backbone
-from nearfar.ssl.config import Run
 from nearfar.ssl.data import open_loader
 from nearfar.ssl.data.loaders.base import Batch, Loader, LoaderOptions
 from nearfar.ssl.data.sources.base import Source
@@ -34,6 +33,7 @@ from nearfar.ssl.optim import adamw, clip_gradients, set_rates
 from nearfar.ssl.run_folder import RunFolder, read_metrics
 from nearfar.ssl.run_log import NoLog, RunLog
 from nearfar.ssl.schedule import Schedule
+from nearfar.ssl.settings import Run
 
 
 @dataclass(frozen=True)

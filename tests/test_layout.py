@@ -20,7 +20,7 @@ FLOORS: list[set[str]] = [
     {"errors", "files", "file_lock", "bounded_files", "digests", "checkpoint_names"},
     {"backbones"},
     {"heads", "setting_errors", "distributed"},
-    {"config"},
+    {"settings", "config"},
     {"defaults"},
     {"data"},
     {"losses", "optim"},

@@ -15,7 +15,7 @@ from nearfar.launch.slurm import resources
 from nearfar.ssl.errors import UserError
 
 if TYPE_CHECKING:
-    from nearfar.ssl.config import Run
+    from nearfar.ssl.settings import Run
 
 CLUSTERS = ("auto", "slurm", "local", "debug")
 CONTROLS = ("status", "cancel", "logs", "resubmit")

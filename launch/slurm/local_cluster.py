@@ -12,8 +12,8 @@ from nearfar.launch.slurm import job, records
 from nearfar.launch.slurm.records import SubmissionRecord
 from nearfar.launch.slurm.resources import Resources, gpu_count
 from nearfar.ssl import config
-from nearfar.ssl.config import Run
 from nearfar.ssl.errors import UserError
+from nearfar.ssl.settings import Run
 
 
 def launch(runs: Sequence[Run], given: dict[str, Any], then: Sequence[str], *, debug: bool, console: Console) -> None:

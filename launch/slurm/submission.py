@@ -17,10 +17,10 @@ from nearfar.launch.slurm.executor import JobOptions
 from nearfar.launch.slurm.records import Ending, Job, SubmissionRecord
 from nearfar.launch.slurm.resources import Resources
 from nearfar.ssl import config
-from nearfar.ssl.config import Run
 from nearfar.ssl.defaults import continued
 from nearfar.ssl.errors import UserError
 from nearfar.ssl.run_folder import RunFolder
+from nearfar.ssl.settings import Run
 
 EVAL_HOURS = 4.0
 

@@ -19,6 +19,7 @@ from PIL import Image
 from nearfar.launch import cli
 from nearfar.ssl import checkpoint, config
 from nearfar.ssl.run_folder import RunFolder, read_metrics
+from nearfar.ssl.settings import all_settings
 
 RECIPE = {
     "data": {"workers": 0},
@@ -172,7 +173,7 @@ def test_help_lists_every_setting_with_default_and_meaning(
         cli.main(["pretrain", "--help"])
     told = capsys.readouterr().out
     assert caught.value.code == 0
-    for setting in config.settings():
+    for setting in all_settings():
         default = f"  {setting.typed}" if setting.default is None else f"={setting.typed}"
         assert f"  {setting.key}{default}\n" in told
         assert setting.description in " ".join(told.split())

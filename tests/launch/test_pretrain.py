@@ -19,10 +19,10 @@ from nearfar.launch import pretrain, processes
 from nearfar.launch.pretrain import OnlineKNN
 from nearfar.ssl import config
 from nearfar.ssl.backbones import create
-from nearfar.ssl.config import Run
 from nearfar.ssl.data.sources.base import ArraySource
 from nearfar.ssl.distributed import Ranks
 from nearfar.ssl.errors import EXIT_PEER
+from nearfar.ssl.settings import Run
 
 
 def make(folder: Path, *settings: str) -> Run:

@@ -12,18 +12,19 @@ from nearfar.ssl import config
 from nearfar.ssl.defaults import Derived, ResolvedRun, resolve
 from nearfar.ssl.errors import UserError
 from nearfar.ssl.run_folder import RunFolder, read_metrics
+from nearfar.ssl.settings import Run
 
 
-def run(*overrides: str) -> config.Run:
+def run(*overrides: str) -> Run:
     return config.load(None, ["name=r", *overrides])
 
 
-def settle(folder: RunFolder, asked: config.Run, images: int) -> tuple[ResolvedRun, list[Derived]]:
+def settle(folder: RunFolder, asked: Run, images: int) -> tuple[ResolvedRun, list[Derived]]:
     """As the trainer does."""
     return resolve(asked, images, 4, saved=folder.saved_settings())
 
 
-def begin(path: Path, *overrides: str) -> config.Run:
+def begin(path: Path, *overrides: str) -> Run:
     """A run that has a checkpoint."""
     with RunFolder(path) as folder:
         resolved, _ = settle(folder, run(*overrides), 2_000)

@@ -19,12 +19,12 @@ from torch import Tensor, nn
 
 from nearfar.ssl import checkpoint, learner, train
 from nearfar.ssl.backbones import Backbone, Tokens
-from nearfar.ssl.config import Run
 from nearfar.ssl.data.loaders.base import Batch
 from nearfar.ssl.data.sources.base import ArraySource
 from nearfar.ssl.defaults import ResolvedRun, resolve
 from nearfar.ssl.errors import UserError
 from nearfar.ssl.run_folder import read_metrics
+from nearfar.ssl.settings import Run
 
 Make = Callable[..., Run]
 Weights = dict[str, Tensor]

@@ -10,11 +10,11 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from nearfar.ssl.config import Views
 from nearfar.ssl.data.decode import size_problem
 from nearfar.ssl.data.sources.base import Source
 from nearfar.ssl.data.views import ViewPlan, epoch_order
 from nearfar.ssl.errors import BadImage, UserError
+from nearfar.ssl.settings import ViewSettings
 
 
 @dataclass
@@ -87,7 +87,7 @@ class Loader(ABC):
 
     title: ClassVar[str]  # what the run's first lines call it
 
-    def __init__(self, source: Source, views: Views, options: LoaderOptions) -> None:
+    def __init__(self, source: Source, views: ViewSettings, options: LoaderOptions) -> None:
         self.source, self.views, self.options = source, views, options
         whole_batch = options.batch_size * options.world_size
         self.steps_per_epoch = len(source) // whole_batch
