@@ -191,7 +191,7 @@ def extract(backbone: Backbone, source: Source, reading: Reading, decoding: Deco
     """
     manifest = describe(backbone, source, reading)
     parts: list[np.ndarray] = []
-    rows = Rows()
+    rows = ReadRows()
     for batch, x in stream(backbone, source, manifest, decoding):
         rows.add(batch)
         if x is not None:
@@ -218,7 +218,7 @@ def fitting_mask(source: Source, i: int, image: Image.Image) -> tuple[np.ndarray
 
 
 @dataclass(frozen=True)
-class Batch:
+class DecodedBatch:
     images: Tensor | None  # uint8 (B, 3, H, W); None when no image of the batch could be read
     index: list[int]
     masks: list[np.ndarray | None]
@@ -235,12 +235,12 @@ class _Images(Dataset):
     def __len__(self) -> int:
         return len(self.source)
 
-    def __getitem__(self, i: int) -> Batch:
+    def __getitem__(self, i: int) -> DecodedBatch:
         try:
             image = self.source.read(i)
             mask, rescaled = fitting_mask(self.source, i, image) if self.whole else (None, None)
         except BadImage as error:
-            return Batch(None, [], [], [(error.name, error.why)], [])
+            return DecodedBatch(None, [], [], [(error.name, error.why)], [])
         height, width = self.size
         if self.whole:
             if image.size != (width, height):
@@ -248,12 +248,12 @@ class _Images(Dataset):
             pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)
         else:
             pixels = torch.as_tensor(eval_view(image, height, self.resize))
-        return Batch(pixels.contiguous(), [i], [mask], [], [rescaled] if rescaled else [])
+        return DecodedBatch(pixels.contiguous(), [i], [mask], [], [rescaled] if rescaled else [])
 
 
-def _collate(items: list[Batch]) -> Batch:
+def _collate(items: list[DecodedBatch]) -> DecodedBatch:
     images = [item.images for item in items if item.images is not None]
-    return Batch(
+    return DecodedBatch(
         torch.stack(images) if images else None,
         [i for item in items for i in item.index],
         [mask for item in items for mask in item.masks],
@@ -270,7 +270,7 @@ def _quiet_worker(_: int) -> None:
 
 def stream(
     backbone: Backbone, source: Source, manifest: dict[str, Any], decoding: Decoding
-) -> Iterator[tuple[Batch, np.ndarray | None]]:
+) -> Iterator[tuple[DecodedBatch, np.ndarray | None]]:
     """(what was read, float32 features of it or None) batch by batch, in source order."""
     height, width = manifest["size"]
     loader = DataLoader(
@@ -301,7 +301,7 @@ def stream(
             module.training = True
 
 
-class Rows:
+class ReadRows:
     """What is collected beside the features themselves."""
 
     def __init__(self) -> None:
@@ -310,7 +310,7 @@ class Rows:
         self.bad: dict[str, str] = {}
         self.rescaled: list[str] = []
 
-    def add(self, batch: Batch) -> None:
+    def add(self, batch: DecodedBatch) -> None:
         self.index += batch.index
         self.masks += batch.masks
         self.bad |= dict(batch.bad)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from nearfar.eval.arrays import Array, check_classes, check_labeled
-from nearfar.eval.linear import Rows, standardize
+from nearfar.eval.linear import StandardizedRows, standardize
 from nearfar.eval.logistic import fit, predict
 from nearfar.ssl.errors import UserError
 
@@ -123,7 +123,7 @@ def _scores(
         x = standardize(picked, torch.device(device), "training set of the few-shot evaluation")
         classes, labels = int(y.max()) + 1, len(rows)
         fitted = fit(x, y[rows], torch.arange(labels), classes=classes, strength=strength, iterations=200)
-        predicted = predict(fitted["weight"], Rows(test_x, x.device, x.mean, x.scale))
+        predicted = predict(fitted["weight"], StandardizedRows(test_x, x.device, x.mean, x.scale))
         found.append(100.0 * int((predicted == truth).sum()) / len(truth))
     spread = statistics.stdev(found) if len(found) > 1 else None
     return {"mean": statistics.mean(found), "std": spread, "draws": found, "labels": labels}

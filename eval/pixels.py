@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from nearfar.eval.features import Features, Rows, Size, fitting_mask
+from nearfar.eval.features import Features, ReadRows, Size, fitting_mask
 from nearfar.ssl.data.sources.base import Source
 from nearfar.ssl.data.transforms.normalize import normalize_pixels
 from nearfar.ssl.errors import BadImage, UserError
@@ -43,7 +43,7 @@ def pixel_grid(source: Source, size: Size, patch: int) -> Features:
 def _of_pixels(
     source: Source, read_pixels: Callable[[Image.Image], np.ndarray], what: dict[str, Any], masks: bool
 ) -> Features:
-    rows, x = Rows(), []
+    rows, x = ReadRows(), []
     for i in range(len(source)):
         try:
             image = source.read(i)

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from nearfar.eval.features import DEFAULT_DECODING, Decoding, Features, Reading, Rows, describe, stream
+from nearfar.eval.features import DEFAULT_DECODING, Decoding, Features, Reading, ReadRows, describe, stream
 from nearfar.ssl import bounded_files, file_lock, files
 from nearfar.ssl.backbones.tokens import Backbone
 from nearfar.ssl.data.sources.base import Source
@@ -159,7 +159,7 @@ def _lock(folder: Path) -> int | None:
 
 def _fill(folder: Path, backbone: Backbone, source: Source, manifest: dict[str, Any], decoding: Decoding) -> Features:
     """Features written to folder/features.npy as they are made."""
-    file, rows = folder / "features.npy", Rows()
+    file, rows = folder / "features.npy", ReadRows()
     x: np.ndarray | None = None
     done = 0
     for batch, part in stream(backbone, source, manifest, decoding):

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 from rich.console import Console
 
-from nearfar.launch.pretrain import pretrain
+from nearfar.launch.pretrain import run_pretraining
 from nearfar.launch.recipes import find_recipe
 from nearfar.launch.report import report_run
 from nearfar.launch.scenes import CLASSES, Style, make_scenes
@@ -47,7 +47,7 @@ def demo(seed: int, settings: list[str], console: Console) -> None:
         preset.append("data.color_on=loader")  # quicker than on the device, when that is a CPU
     run = config.load(find_recipe("demo"), [*preset, *settings])
     console.print(f"Scenes: {TRAIN:,} to learn from without labels, {VAL:,} to score, in {data}", highlight=False)
-    outcome = pretrain(run, console)
+    outcome = run_pretraining(run, console)
     if not outcome.finished:
         return
     subject = Subject.of(outcome.folder)

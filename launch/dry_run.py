@@ -51,7 +51,7 @@ def dry_run(run: Run, console: Console) -> None:
     is written.
 
     Raises:
-        UserError: as `nearfar.launch.pretrain.pretrain` would at its start.
+        UserError: as `nearfar.launch.pretrain.run_pretraining` would at its start.
     """
     if not run.data.path:
         raise UserError("data.path is not set: name the training images, for example data.path=~/pictures.")

@@ -26,7 +26,7 @@ from nearfar.ssl.errors import UserError
 from nearfar.ssl.settings import Run
 
 
-def pretrain(run: Run, console: Console) -> train.Outcome:
+def run_pretraining(run: Run, console: Console) -> train.Outcome:
     """Train `run`, or continue it. SIGTERM, SIGUSR2 and Ctrl-C save a checkpoint and return an unfinished outcome.
 
     Under torchrun or srun this is one of the processes they started; otherwise it starts the others, if
@@ -51,7 +51,7 @@ def pretrain(run: Run, console: Console) -> train.Outcome:
 
 
 def train_rank(run: Run, console: Console, world: Ranks) -> train.Outcome:
-    """The part of `pretrain` that each process of the run does."""
+    """The part of `run_pretraining` that each process of the run does."""
     if not run.data.path:
         raise UserError("data.path is not set: name the training images, for example data.path=~/pictures.")
     source = open_source(run.data.path)

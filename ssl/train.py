@@ -28,7 +28,7 @@ from nearfar.ssl.device import Compute
 from nearfar.ssl.distributed import ALONE, Ranks
 from nearfar.ssl.errors import UserError
 from nearfar.ssl.health import CollapseWatch, nothing_learned, teacher_health
-from nearfar.ssl.learner import Learner, Step, build_learner, share_batch_norm
+from nearfar.ssl.learner import Learner, Outputs, build_learner, share_batch_norm
 from nearfar.ssl.optim import adamw, clip_gradients, set_rates
 from nearfar.ssl.run_folder import RunFolder, read_metrics
 from nearfar.ssl.run_log import NoLog, RunLog
@@ -66,12 +66,12 @@ class NotFiniteError(Exception):
         self.loss, self.grad_norm = loss, grad_norm
 
 
-class Trained(NamedTuple):
+class StepResult(NamedTuple):
     """What one step says of itself."""
 
     loss: float  # mean over all ranks, before the update
     grad_norm: float  # before clipping
-    outputs: Step  # of this rank
+    outputs: Outputs  # of this rank
 
 
 def train_step(
@@ -83,7 +83,7 @@ def train_step(
     clip_grad: float,
     freeze_last_layer: bool = False,
     autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
-) -> Trained:
+) -> StepResult:
     """One step of training on all ranks: forward, backward, optimizer, center, teacher.
 
     Args:
@@ -110,7 +110,7 @@ def train_step(
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     learner.after_step(values["teacher_momentum"])
-    return Trained(loss, grad_norm, outputs)
+    return StepResult(loss, grad_norm, outputs)
 
 
 def pretrain(
@@ -188,7 +188,7 @@ class Training:
                 self.log.picture("views", 0, picture)
         return [normalize(group) for group in colored]
 
-    def train(self, batch: Batch, values: dict[str, float]) -> Trained:
+    def next_step(self, batch: Batch, values: dict[str, float]) -> StepResult:
         """The next step. Raises UserError where it is not finite."""
         views = self.views(batch)
         torch.manual_seed(_step_seed(self.run.train.seed, self.step, self.world.rank))
@@ -276,7 +276,7 @@ class Meter:
         self.waited += time.monotonic() - asked
         return batch
 
-    def log(self, trained: Trained, values: dict[str, float]) -> None:
+    def log(self, trained: StepResult, values: dict[str, float]) -> None:
         """A line of metrics, the progress, and a collapse that lasts."""
         training, step, outputs = self.training, self.training.step, trained.outputs
         health = teacher_health(outputs.teacher_probabilities, outputs.teacher_features)
@@ -313,7 +313,7 @@ def _loop(training: Training, should_stop: Callable[[], bool]) -> None:
     while training.step < schedule.steps and not stop:
         batch = meter.waiting(batches)
         values = schedule.at(training.step)
-        trained = training.train(batch, values)
+        trained = training.next_step(batch, values)
         stop = training.agree(should_stop())
         if training.step % run.train.log_every_steps == 0 or training.step == schedule.steps:
             meter.log(trained, values)

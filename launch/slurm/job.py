@@ -83,7 +83,7 @@ class InfrastructureError(RuntimeError):
     """What a machine or the cluster did, and another attempt may not meet again."""
 
 
-def train(config: str, folder: str) -> None:
+def train_job(config: str, folder: str) -> None:
     """Train the run of `config` (YAML, in settings/ of a submission) in `folder`, as one process of a job.
 
     Ends the process by itself when the job goes on later, or failed. Returns when the run is finished.
@@ -116,7 +116,7 @@ def train(config: str, folder: str) -> None:
         leave_interrupted(run, process, stop, outcome.step, outcome.steps)
 
 
-def evaluate(config: str, folder: str, tasks: list[str]) -> None:
+def evaluation_job(config: str, folder: str, tasks: list[str]) -> None:
     """Score the run in `folder` on its own data.path and data.val, and write its report; one process.
 
     Raises: as `train`; ending-eval.json says it too.

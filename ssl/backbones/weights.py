@@ -198,8 +198,8 @@ def _fit_positions(state: State, network: nn.Module, own: State, match: Match) -
     """Learned positions left out where the network has none, and resampled where its table has another size."""
     positions = state.get("pos_embed")
     if positions is not None and "pos_embed" not in own:
-        turned = any(hasattr(module, "rope") and module.rope is not None for module in network.modules())
-        if turned or any(isinstance(module, LGPPatchEmbed) for module in network.modules()):
+        has_rope = any(hasattr(module, "rope") and module.rope is not None for module in network.modules())
+        if has_rope or any(isinstance(module, LGPPatchEmbed) for module in network.modules()):
             match.dropped.append("pos_embed")
             del state["pos_embed"]
     elif positions is not None and isinstance(network, VisionTransformer):

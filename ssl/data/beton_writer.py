@@ -134,7 +134,7 @@ def _write(
         if isinstance(sample, BadImage):
             written.bad.append((sample.name, sample.why))
             if stop_at_bad:
-                raise UserError(f"{sample}. Mend or remove it, or leave bad images out (--on-bad skip).")
+                raise UserError(f"{sample}. Repair or remove it, or leave bad images out (--on-bad skip).")
         else:
             entry = {"name": source.name(i), "index": i, "crc": zlib.crc32(sample.data)}
             blocks = [sample.data, json.dumps(entry).encode() + b"\0", *([sample.mask] if sample.mask else [])]

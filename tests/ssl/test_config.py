@@ -1,4 +1,4 @@
-"""Settings: every mistake told at once with the mend, defaults that follow the data, one file that holds it all."""
+"""Settings: all mistakes told at once, with what to do; defaults that follow the data; one file that holds it all."""
 
 from __future__ import annotations
 

@@ -324,7 +324,7 @@ def test_a_loss_that_is_not_finite_stops_before_it_reaches_the_weights(
     saved = checkpoint.latest(run.path / "checkpoints")
     assert saved is not None and saved.state["step"] == 6
     assert all(torch.isfinite(tensor).all() for tensor in saved.tensors.values())
-    assert train.pretrain(run, images, console=quiet).finished  # the cause is mended
+    assert train.pretrain(run, images, console=quiet).finished  # the cause is gone
     one, two = (checkpoint.latest(r.path / "checkpoints") for r in (clean, run))
     assert one is not None and two is not None
     assert all(torch.equal(one.tensors[name], two.tensors[name]) for name in one.tensors)

@@ -186,7 +186,7 @@ class Loader(ABC):
                 f"{len(self.bad)} of the {seen} images read so far cannot be used, more than "
                 f"data.max_bad_fraction = {self.options.max_bad_fraction} allows. "
                 f"{'Some of them' if len(self.bad) > 5 else 'They are'}: {some}. "
-                "Allow a larger share, or mend or remove them (a run that has saved a checkpoint keeps its images: "
+                "Allow a larger share, or repair or remove them (a run that has saved a checkpoint keeps its images: "
                 "then choose another name=)."
             )
         return batch
