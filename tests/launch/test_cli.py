@@ -134,7 +134,7 @@ def test_no_space_left_is_told_with_the_checkpoint_before_intact(here: Path, cap
         def fails_later(*arguments: object) -> None:
             if next(writes) >= 4:  # two checkpoints, each with its export
                 raise OSError(28, "No space left on device")
-            save_file(*arguments)  # type: ignore[arg-type]
+            save_file(*arguments)
 
         checkpoint.save_file = fails_later  # type: ignore[assignment]
         os._exit(cli.main([*PRETRAIN, "train.save_every_steps=5"]))

@@ -119,12 +119,12 @@ class Oracle:
                 norm = float(gradient.norm())
                 self.clipped.append(norm > CLIP)
                 g = gradient * min(1.0, CLIP / (norm + 1e-6))
-                m, v, k = self.moments[name]
-                m, v, k = 0.9 * m + 0.1 * g, 0.999 * v + 0.001 * g * g, k + 1
-                self.moments[name] = m, v, k
+                m, u, k = self.moments[name]
+                m, u, k = 0.9 * m + 0.1 * g, 0.999 * u + 0.001 * g * g, k + 1
+                self.moments[name] = m, u, k
                 w = self.student[name].detach()
                 decay = 0.0 if w.ndim == 1 else wd
-                w = w * (1 - lr * decay) - lr * (m / (1 - 0.9**k)) / ((v / (1 - 0.999**k)).sqrt() + 1e-8)
+                w = w * (1 - lr * decay) - lr * (m / (1 - 0.9**k)) / ((u / (1 - 0.999**k)).sqrt() + 1e-8)
                 self.student[name] = w
             self.center = 0.9 * self.center + 0.1 * q.mean((0, 1))
             for name, w in self.student.items():

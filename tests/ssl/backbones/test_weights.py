@@ -220,9 +220,9 @@ def test_dinos_table_can_be_kept_for_all_sizes(tmp_path: Path) -> None:
         )
     again = create(**backbone.arch)
     again.load_state_dict(backbone.state_dict(), strict=True)
-    for name, settings in (("vit_tiny_patch8_lgp", {}), ("vim_tiny_patch16", {}), ("timm/resnet18", {})):
+    for name in ("vit_tiny_patch8_lgp", "vim_tiny_patch16", "timm/resnet18"):
         with pytest.raises(UserError, match="pos"):
-            create(name, img_size=32, pos_size=224, **settings)
+            create(name, img_size=32, pos_size=224)
 
 
 def test_another_architecture_is_told(tmp_path: Path) -> None:
