@@ -108,7 +108,7 @@ def read_state(path: Path) -> State:
     """
     path = weights_in(path)
     if not path.is_file():
-        raise UserError(f"There is no file of weights {path}.")
+        raise UserError(f"There is no file of weights {path}: it does not exist.")
     try:
         if path.suffix == ".safetensors":
             found: Any = _teacher_of(load_file(path))

@@ -24,6 +24,7 @@ from nearfar.launch.score import ScoreOptions, Subject, protocol_of, score
 from nearfar.ssl import config
 from nearfar.ssl.backbones import Backbone, create
 from nearfar.ssl.data.sources.base import ArraySource
+from nearfar.ssl.defaults import resolve
 from nearfar.ssl.errors import UserError
 
 
@@ -52,9 +53,8 @@ def said() -> StringIO:
 
 
 def subject(folder: Path, seed: int = 0, *settings: str) -> Subject:
-    run = config.load(
-        None, ["name=r", f"folder={folder}", "views.global_crops_size=16", "views.local_crops_size=16", *settings]
-    )
+    asked = ["name=r", f"folder={folder}", "views.global_crops_size=16", "views.local_crops_size=16", *settings]
+    run, _ = resolve(config.load(None, asked), 100)
     return Subject(network(seed), run, folder, 10)
 
 

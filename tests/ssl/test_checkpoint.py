@@ -293,7 +293,7 @@ def test_strict_loading_names_what_does_not_fit_and_changes_nothing() -> None:
     assert same(before, dict(module.state_dict()))
 
 
-def test_strict_loading_lists_some_and_counts_the_rest() -> None:
+def test_strict_loading_lists_a_few_and_counts_the_rest() -> None:
     module = torch.nn.Sequential(*(torch.nn.Linear(2, 2) for _ in range(6)))
     with pytest.raises(UserError, match=r"0.bias, 0.weight, 1.bias, 1.weight, 2.bias, 2.weight and 6 more"):
         checkpoint.load_strict(module, {}, "x")

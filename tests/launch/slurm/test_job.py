@@ -342,4 +342,4 @@ def test_local_runs_processes_of_this_machine_one_run_after_the_other(
     capsys.readouterr()
     assert cli.main(["report", "runs/mine"]) == 0
     said = capsys.readouterr().out
-    assert "optim.lr" in said and "0.001" in said and "k-NN top-1" in said
+    assert "lr=1e-3" in said and "lr=2e-3" in said and "k-NN" in said

@@ -28,7 +28,7 @@ def stepwise(x, dt, a, b, c, d):
     return torch.stack(out, 1)
 
 def relative(a, b):
-    return float((a.detach().double() - b.detach()).abs().max() / b.detach().abs().max())
+    return float((a.detach().double() - b.detach()).abs().max() / b.detach().abs().max().clamp_min(1e-9))
 
 def check(batch, length, width, state, reverse, half):
     torch.manual_seed(0)
@@ -62,7 +62,7 @@ check(1, 1, 1, 1, True, True)
 """
 
 COMPILED = """
-import sys, triton
+import re, sys, triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from nearfar.ssl.backbones import scan_triton
@@ -80,7 +80,7 @@ for name, block in sizes.items():
     source = ASTSource(fn=kernel, signature=types, constexprs=places)
     built = triton.compile(source, target=GPUTarget("cuda", int(sys.argv[1]), 32), options={"num_warps": 4})
     assert len(built.asm["cubin"]) > 1000
-    assert "atom." not in built.asm["ptx"] and "red." not in built.asm["ptx"]  # sums in a fixed order
+    assert not re.search(r"\\b(atom|red)[.]", built.asm["ptx"])  # sums in a fixed order
 """
 
 

@@ -254,7 +254,7 @@ def test_bad_files_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     with pytest.raises(UserError, match="could run code"):
         load_weights(model, saved(tmp_path, {"teacher": Sly()}))
     assert capsys.readouterr().out == ""
-    with pytest.raises(UserError, match="There is no file of weights .*nowhere"):
+    with pytest.raises(UserError, match=r"There is no file of weights .*nowhere"):
         load_weights(model, tmp_path / "nowhere.pth")
     (tmp_path / "cut.pth").write_bytes(b"PK\x03\x04 and no more")
     (tmp_path / "cut.safetensors").write_bytes(b"0123456789")
