@@ -30,7 +30,8 @@ from nearfar.ssl.optim import adamw
 from nearfar.ssl.run_folder import RunFolder
 from nearfar.ssl.schedule import Schedule
 from nearfar.ssl.settings import Run, all_settings
-from nearfar.ssl.train import NotFiniteError, loader_of, train_step
+from nearfar.ssl.train_step import NotFiniteError, train_step
+from nearfar.ssl.training import loader_of
 
 FEWEST_STEPS, MOST_STEPS, LONGEST = 3, 12, 15.0  # of what is measured: steps, and seconds for more than the fewest
 

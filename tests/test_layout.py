@@ -28,7 +28,7 @@ FLOORS: list[set[str]] = [
     {"checkpoint", "device", "run_log", "run_folder", "schedule"},
     {"announce"},
     {"resume"},
-    {"train"},
+    {"train_step", "training", "train"},
     {"eval"},
     {"launch"},
 ]

@@ -14,8 +14,8 @@ from nearfar.launch.dry_run import _duration, dry_run
 from nearfar.ssl import config
 from nearfar.ssl.defaults import resolve
 from nearfar.ssl.errors import UserError
+from nearfar.ssl.learner import build_learner
 from nearfar.ssl.settings import DataSettings, Run
-from nearfar.ssl.train import build_learner
 
 SETTINGS = [
     "name=dry", "data.path=pictures", "data.workers=0", "views.global_crops_size=16", "views.local_crops_size=8",

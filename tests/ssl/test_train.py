@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from rich.console import Console
 from torch import Tensor, nn
 
-from nearfar.ssl import checkpoint, learner, train
+from nearfar.ssl import checkpoint, learner, train, training
 from nearfar.ssl.backbones import Backbone, Tokens
 from nearfar.ssl.data.loaders.base import Batch
 from nearfar.ssl.data.sources.base import ArraySource
@@ -168,7 +168,7 @@ def test_golden_steps(
         seen.append([view for group in groups for view in group])
         return groups
 
-    monkeypatch.setattr(train, "color_views", uncolored)
+    monkeypatch.setattr(training, "color_views", uncolored)
     monkeypatch.setattr(learner, "create", lambda name, **_: TwoLayers())
     start = {name: p.detach().clone() for name, p in learner.build_learner(_resolved(run)).student.named_parameters()}
     outcome = train.pretrain(run, images, should_stop=lambda: len(seen) == 4, console=quiet)
@@ -291,10 +291,10 @@ def test_a_finished_run_does_nothing_again(tiny: Make, images: ArraySource, quie
 
 
 def test_the_seed_of_a_step_differs_from_step_to_step_and_from_run_to_run() -> None:
-    seeds = {train._step_seed(seed, step, rank) for seed in range(5) for step in range(50) for rank in range(3)}
+    seeds = {training._step_seed(seed, step, rank) for seed in range(5) for step in range(50) for rank in range(3)}
     assert len(seeds) == 750
-    assert 0 <= train._step_seed(2**40, 2**40, 2**20) < 2**63
-    torch.manual_seed(train._step_seed(2**20 - 1, 2**31 - 1, 2**12 - 1))
+    assert 0 <= training._step_seed(2**40, 2**40, 2**20) < 2**63
+    torch.manual_seed(training._step_seed(2**20 - 1, 2**31 - 1, 2**12 - 1))
 
 
 # What goes wrong
@@ -305,7 +305,7 @@ def test_a_loss_that_is_not_finite_stops_before_it_reaches_the_weights(
 ) -> None:
     clean, run = tiny(folder="clean"), tiny("train.save_every_steps=3")
     train.pretrain(clean, images, console=quiet)
-    color_views, seen = train.color_views, []
+    color_views, seen = training.color_views, []
 
     def poisoned(batch: Batch, *rest: Any) -> list[Tensor]:
         groups = color_views(batch, *rest)
@@ -315,7 +315,7 @@ def test_a_loss_that_is_not_finite_stops_before_it_reaches_the_weights(
         return groups
 
     with monkeypatch.context() as patch:
-        patch.setattr(train, "color_views", poisoned)
+        patch.setattr(training, "color_views", poisoned)
         with pytest.raises(UserError) as caught:
             train.pretrain(run, images, console=quiet)
     message = str(caught.value)
@@ -346,8 +346,8 @@ def test_a_run_that_blows_up_says_so_and_saves_no_weights_that_are_not_finite(
 def test_a_first_step_that_is_not_finite_claims_no_checkpoint(
     tiny: Make, images: ArraySource, quiet: Console, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    color_views = train.color_views
-    monkeypatch.setattr(train, "color_views", lambda *a: [group * float("nan") for group in color_views(*a)])
+    color_views = training.color_views
+    monkeypatch.setattr(training, "color_views", lambda *a: [group * float("nan") for group in color_views(*a)])
     with pytest.raises(UserError, match=r"There is no checkpoint in .* yet: the same command starts afresh"):
         train.pretrain(tiny(), images, console=quiet)
 
@@ -355,7 +355,7 @@ def test_a_first_step_that_is_not_finite_claims_no_checkpoint(
 def test_memory_that_does_not_suffice_is_a_sentence(
     tiny: Make, images: ArraySource, quiet: Console, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(train, "color_views", lambda *_: torch.empty(2**60))
+    monkeypatch.setattr(training, "color_views", lambda *_: torch.empty(2**60))
     with pytest.raises(UserError, match=r"memory does not suffice.*train\.batch_size"):
         train.pretrain(tiny(), images, console=quiet)
 
@@ -366,7 +366,7 @@ def test_other_runtime_errors_stay_what_they_are(
     def broken(*_: object) -> None:
         raise RuntimeError("a bug")
 
-    monkeypatch.setattr(train, "color_views", broken)
+    monkeypatch.setattr(training, "color_views", broken)
     with pytest.raises(RuntimeError, match="a bug"):
         train.pretrain(tiny(), images, console=quiet)
 
