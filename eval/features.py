@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from nearfar.ssl import digests
-from nearfar.ssl.backbones.tokens import Backbone, Tokens
+from nearfar.ssl.backbones.tokens import Backbone, Tokens, check_divides
 from nearfar.ssl.data.sources.base import Source
 from nearfar.ssl.data.transforms.eval_view import eval_view
 from nearfar.ssl.data.transforms.normalize import normalize_pixels
@@ -165,22 +165,12 @@ def _checked_size(backbone: Backbone, reading: Reading) -> tuple[int, int]:
     if height < 1 or width < 1:
         raise UserError(f"Images cannot be {height} x {width} pixels.")
     if reading.pooling == "grid":
-        patch = backbone.patch_size
-        if height % patch or width % patch:
-            raise UserError(
-                f"A patch grid of images resized to {height} x {width} needs both sides to be multiples of the "
-                f"patch size {patch}, or masks would not lie under their patches. Try "
-                f"{_near(height, patch)} x {_near(width, patch)}."
-            )
+        check_divides(height, width, backbone.patch_size)  # or masks would not lie under their patches
     elif height != width:
         raise UserError(f"Pooled features read square center crops: give one size, not {height} x {width}.")
     elif reading.resize is not None and reading.resize < height:
         raise UserError(f"A crop of {height} pixels does not fit into images resized to {reading.resize}.")
     return height, width
-
-
-def _near(side: int, patch: int) -> int:
-    return max(patch, round(side / patch) * patch)
 
 
 def extract(backbone: Backbone, source: Source, reading: Reading, decoding: Decoding = DEFAULT_DECODING) -> Features:
