@@ -65,15 +65,10 @@ def decode_only(folder: Path, threads: int) -> Iterator[int]:
             yield from pool.map(batch, range(0, len(source) - BATCH + 1, BATCH))
 
 
-def dino(folder: Path, threads: int, color: bool = True) -> Iterator[int]:
-    """What facebookresearch/dino does, by torchvision's public transforms: Pillow images, a DataLoader of processes."""
-    importlib.import_module("nearfar.ssl.backbones")  # makes torchvision importable everywhere, so first
-    import torch
+def _dino_views(color: bool) -> tuple[Callable, Callable, Callable]:
+    """The transforms of DINO's first and second global view, and of its local ones."""
     from PIL import Image, ImageFilter, ImageOps
-    from torch.utils.data import DataLoader, Dataset
     from torchvision import transforms as T
-
-    torch.set_num_threads(1)
 
     def blur(p: float) -> Callable[[Image.Image], Image.Image]:
         def apply(image: Image.Image) -> Image.Image:
@@ -94,8 +89,19 @@ def dino(folder: Path, threads: int, color: bool = True) -> Iterator[int]:
         end = [T.ToTensor(), T.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))]
         return T.Compose([*crop, jitter, T.RandomGrayscale(p=0.2), *more, *end])
 
-    one, two = view(224, (0.4, 1.0), blur(1.0)), view(224, (0.4, 1.0), blur(0.1), solarize)
-    local = view(96, (0.05, 0.4), blur(0.5))
+    globals_ = view(224, (0.4, 1.0), blur(1.0)), view(224, (0.4, 1.0), blur(0.1), solarize)
+    return *globals_, view(96, (0.05, 0.4), blur(0.5))
+
+
+def dino(folder: Path, threads: int, color: bool = True) -> Iterator[int]:
+    """What facebookresearch/dino does, by torchvision's public transforms: Pillow images, a DataLoader of processes."""
+    importlib.import_module("nearfar.ssl.backbones")  # makes torchvision importable everywhere, so first
+    import torch
+    from PIL import Image
+    from torch.utils.data import DataLoader, Dataset
+
+    torch.set_num_threads(1)
+    one, two, local = _dino_views(color)
 
     class Images(Dataset):
         names = (folder / "images.txt").read_text().splitlines()
@@ -137,15 +143,15 @@ def ffcv_pipelines(folder: Path, threads: int) -> Iterator[int]:
 def ours(folder: Path, threads: int, kind: str) -> Iterator[int]:
     import torch
 
-    from nearfar.ssl.config import Views
     from nearfar.ssl.data import open_loader, open_source
     from nearfar.ssl.data.loaders.base import LoaderOptions
+    from nearfar.ssl.settings import ViewSettings
 
     torch.set_num_threads(1)
     options = LoaderOptions(batch_size=BATCH, epochs=10**6, workers=threads)
     source = open_source(folder / ("images.txt" if kind == "folder" else "images.beton"))
     color = "loader" if kind == "ffcv-color" else "device"
-    for batch in open_loader(source, Views(), options, color=color):
+    for batch in open_loader(source, ViewSettings(), options, color=color):
         yield len(batch.index)
 
 

@@ -161,9 +161,10 @@ def measure() -> dict[str, float]:
     import torch
     from PIL import Image
 
-    from nearfar.ssl import checkpoint, config
+    from nearfar.ssl import checkpoint
     from nearfar.ssl.data import open_loader, open_source
     from nearfar.ssl.data.loaders.base import LoaderOptions
+    from nearfar.ssl.settings import ViewSettings
 
     torch.set_num_threads(1)
     rng = np.random.default_rng(0)
@@ -174,7 +175,7 @@ def measure() -> dict[str, float]:
             noise = Image.fromarray(rng.integers(0, 256, (47, 63, 3), np.uint8))
             noise.resize((500, 375), Image.Resampling.BICUBIC).save(pictures / f"{k}.jpg", quality=90)
         options = LoaderOptions(batch_size=32, epochs=3)
-        loader = open_loader(open_source(str(pictures)), config.Views(), options)
+        loader = open_loader(open_source(str(pictures)), ViewSettings(), options)
         times = [time.process_time()]  # the core's: others may be busy with something else
         times += [time.process_time() for _ in loader]
         usual = statistics.median(later - sooner for sooner, later in itertools.pairwise(times[1:]))

@@ -18,14 +18,14 @@ from rich.text import Text
 from nearfar.eval import results
 from nearfar.eval.report import write_page
 from nearfar.eval.results import TITLES, Score
-from nearfar.eval.run_files import flat, read_mapping, read_numbers
-from nearfar.ssl import config
+from nearfar.eval.run_files import flat, read_numbers, read_settings
 from nearfar.ssl.errors import UserError
+from nearfar.ssl.settings import all_settings
 
 ONLINE = "* online, during training: fewer images, so not to be compared with the others"
 _ONLINE_TASK = {"knn": "knn_top1"}
 # Settings that change no result say nothing here, other than on which images a run trained and was scored.
-_SILENT = {"name", "folder"} | {s.key for s in config.settings() if s.free} - {"data.path", "data.val"}
+_SILENT = {"name", "folder"} | {s.key for s in all_settings() if s.free} - {"data.path", "data.val"}
 _VAGUE = {"name", "path", "val", "size"}
 _STYLE = (
     "body{font:16px/1.5 system-ui,-apple-system,'Segoe UI',Roboto,'DejaVu Sans',sans-serif;margin:2.5rem auto;"
@@ -185,7 +185,7 @@ def _table(found: Comparison, columns: bool) -> Table:
 
 def _settings(run: Path, notes: list[str]) -> dict[str, object]:
     try:
-        return flat(read_mapping(run / "config.yaml"))
+        return flat(read_settings(run))
     except UserError as error:
         notes.append(str(error))
         return {}

@@ -5,7 +5,6 @@ mask of the original image still lies exactly under the grid. An image that cann
 together with its label and mask, and named in the manifest.
 """
 
-import hashlib
 import json
 import signal
 from collections.abc import Callable, Iterator
@@ -18,7 +17,8 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from nearfar.ssl.backbones.tokens import Backbone, Tokens
+from nearfar.ssl import digests
+from nearfar.ssl.backbones.tokens import Backbone, Tokens, check_divides
 from nearfar.ssl.data.sources.base import Source
 from nearfar.ssl.data.transforms.eval_view import eval_view
 from nearfar.ssl.data.transforms.normalize import normalize_pixels
@@ -122,11 +122,13 @@ def _count(layer: str) -> int:
 
 def digest(backbone: nn.Module) -> str:
     """SHA-256 over names, shapes and bytes of all parameters and buffers: which weights made a feature."""
-    sha = hashlib.sha256()
-    for name, tensor in sorted(backbone.state_dict().items()):
-        sha.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        sha.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-    return sha.hexdigest()
+
+    def parts() -> Iterator[bytes | memoryview]:
+        for name, tensor in sorted(backbone.state_dict().items()):
+            yield f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode()
+            yield tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
+
+    return digests.of_bytes(parts())
 
 
 def describe(backbone: Backbone, source: Source, reading: Reading) -> dict[str, Any]:
@@ -163,22 +165,12 @@ def _checked_size(backbone: Backbone, reading: Reading) -> tuple[int, int]:
     if height < 1 or width < 1:
         raise UserError(f"Images cannot be {height} x {width} pixels.")
     if reading.pooling == "grid":
-        patch = backbone.patch_size
-        if height % patch or width % patch:
-            raise UserError(
-                f"A patch grid of images resized to {height} x {width} needs both sides to be multiples of the "
-                f"patch size {patch}, or masks would not lie under their patches. Try "
-                f"{_near(height, patch)} x {_near(width, patch)}."
-            )
+        check_divides(height, width, backbone.patch_size)  # or masks would not lie under their patches
     elif height != width:
         raise UserError(f"Pooled features read square center crops: give one size, not {height} x {width}.")
     elif reading.resize is not None and reading.resize < height:
         raise UserError(f"A crop of {height} pixels does not fit into images resized to {reading.resize}.")
     return height, width
-
-
-def _near(side: int, patch: int) -> int:
-    return max(patch, round(side / patch) * patch)
 
 
 def extract(backbone: Backbone, source: Source, reading: Reading, decoding: Decoding = DEFAULT_DECODING) -> Features:
@@ -189,7 +181,7 @@ def extract(backbone: Backbone, source: Source, reading: Reading, decoding: Deco
     """
     manifest = describe(backbone, source, reading)
     parts: list[np.ndarray] = []
-    rows = Rows()
+    rows = ReadRows()
     for batch, x in stream(backbone, source, manifest, decoding):
         rows.add(batch)
         if x is not None:
@@ -216,7 +208,7 @@ def fitting_mask(source: Source, i: int, image: Image.Image) -> tuple[np.ndarray
 
 
 @dataclass(frozen=True)
-class Batch:
+class DecodedBatch:
     images: Tensor | None  # uint8 (B, 3, H, W); None when no image of the batch could be read
     index: list[int]
     masks: list[np.ndarray | None]
@@ -233,12 +225,12 @@ class _Images(Dataset):
     def __len__(self) -> int:
         return len(self.source)
 
-    def __getitem__(self, i: int) -> Batch:
+    def __getitem__(self, i: int) -> DecodedBatch:
         try:
             image = self.source.read(i)
             mask, rescaled = fitting_mask(self.source, i, image) if self.whole else (None, None)
         except BadImage as error:
-            return Batch(None, [], [], [(error.name, error.why)], [])
+            return DecodedBatch(None, [], [], [(error.name, error.why)], [])
         height, width = self.size
         if self.whole:
             if image.size != (width, height):
@@ -246,12 +238,12 @@ class _Images(Dataset):
             pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)
         else:
             pixels = torch.as_tensor(eval_view(image, height, self.resize))
-        return Batch(pixels.contiguous(), [i], [mask], [], [rescaled] if rescaled else [])
+        return DecodedBatch(pixels.contiguous(), [i], [mask], [], [rescaled] if rescaled else [])
 
 
-def _collate(items: list[Batch]) -> Batch:
+def _collate(items: list[DecodedBatch]) -> DecodedBatch:
     images = [item.images for item in items if item.images is not None]
-    return Batch(
+    return DecodedBatch(
         torch.stack(images) if images else None,
         [i for item in items for i in item.index],
         [mask for item in items for mask in item.masks],
@@ -268,7 +260,7 @@ def _quiet_worker(_: int) -> None:
 
 def stream(
     backbone: Backbone, source: Source, manifest: dict[str, Any], decoding: Decoding
-) -> Iterator[tuple[Batch, np.ndarray | None]]:
+) -> Iterator[tuple[DecodedBatch, np.ndarray | None]]:
     """(what was read, float32 features of it or None) batch by batch, in source order."""
     height, width = manifest["size"]
     loader = DataLoader(
@@ -299,7 +291,7 @@ def stream(
             module.training = True
 
 
-class Rows:
+class ReadRows:
     """What is collected beside the features themselves."""
 
     def __init__(self) -> None:
@@ -308,7 +300,7 @@ class Rows:
         self.bad: dict[str, str] = {}
         self.rescaled: list[str] = []
 
-    def add(self, batch: Batch) -> None:
+    def add(self, batch: DecodedBatch) -> None:
         self.index += batch.index
         self.masks += batch.masks
         self.bad |= dict(batch.bad)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from nearfar.eval.arrays import Array, check_classes, check_labeled
-from nearfar.eval.linear import Rows, standardize
+from nearfar.eval.linear import StandardizedRows, standardize
 from nearfar.eval.logistic import fit, predict
 from nearfar.ssl.errors import UserError
 
@@ -19,7 +19,7 @@ SHARES = (0.01, 0.1)
 DRAWS = 5
 
 
-def few_shot(
+def few_shot(  # noqa: PLR0913 - four arrays, and the protocol by name
     train_x: Array,
     train_y: Array,
     test_x: Array,
@@ -45,13 +45,11 @@ def few_shot(
                 f"Few-shot evaluation with {shot} images a class is not possible: class {int(counts.argmin())} has "
                 f"{int(counts.min())} training images. Ask for between 1 and {int(counts.min())}."
             )
-    return {
-        shot: _scores(train_x, y, test_x, truth, draws, strength, device, partial(draw_per_class, y, shot), seed)
-        for shot in shots
-    }
+    drawn = {shot: _drawn(partial(draw_per_class, y, shot), draws, seed) for shot in shots}
+    return {shot: _scores(train_x, y, test_x, truth, rows, strength, device) for shot, rows in drawn.items()}
 
 
-def few_labels(
+def few_labels(  # noqa: PLR0913 - four arrays, and the protocol by name
     train_x: Array,
     train_y: Array,
     test_x: Array,
@@ -68,10 +66,8 @@ def few_labels(
     for share in shares:
         if not 0 < share <= 1:
             raise UserError(f"The share of labels must be more than 0 and at most 1, not {share}.")
-    return {
-        share: _scores(train_x, y, test_x, truth, draws, strength, device, partial(draw_share, y, share), seed)
-        for share in shares
-    }
+    drawn = {share: _drawn(partial(draw_share, y, share), draws, seed) for share in shares}
+    return {share: _scores(train_x, y, test_x, truth, rows, strength, device) for share, rows in drawn.items()}
 
 
 def draw_per_class(y: Tensor, count: int, generator: torch.Generator) -> Tensor:
@@ -104,27 +100,30 @@ def _labels(train_x: Array, train_y: Array, test_x: Array, test_y: Array) -> tup
     return y, truth
 
 
+def _drawn(draw: Callable[[torch.Generator], Tensor], draws: int, seed: int) -> list[Tensor]:
+    """The labeled rows of every draw."""
+    if draws < 1:
+        raise UserError(f"Few-shot evaluation needs at least one draw, not {draws}.")
+    return [draw(torch.Generator().manual_seed(seed * 1000 + number)) for number in range(draws)]
+
+
 def _scores(
     train_x: Array,
     y: Tensor,
     test_x: Array,
     truth: Tensor,
-    draws: int,
+    drawn: list[Tensor],
     strength: float,
     device: torch.device | str,
-    draw: Callable[[torch.Generator], Tensor],
-    seed: int,
 ) -> dict[str, Any]:
-    if draws < 1:
-        raise UserError(f"Few-shot evaluation needs at least one draw, not {draws}.")
+    """Top-1 of a classifier for each draw of labeled rows, and their mean and sample deviation."""
     found, labels = [], 0
-    for number in range(draws):
-        rows = draw(torch.Generator().manual_seed(seed * 1000 + number))
+    for rows in drawn:
         picked = np.asarray(train_x[rows.numpy()]) if isinstance(train_x, np.ndarray) else train_x[rows]
         x = standardize(picked, torch.device(device), "training set of the few-shot evaluation")
         classes, labels = int(y.max()) + 1, len(rows)
         fitted = fit(x, y[rows], torch.arange(labels), classes=classes, strength=strength, iterations=200)
-        predicted = predict(fitted["weight"], Rows(test_x, x.device, x.mean, x.scale))
+        predicted = predict(fitted["weight"], StandardizedRows(test_x, x.device, x.mean, x.scale))
         found.append(100.0 * int((predicted == truth).sum()) / len(truth))
-    spread = statistics.stdev(found) if draws > 1 else None
+    spread = statistics.stdev(found) if len(found) > 1 else None
     return {"mean": statistics.mean(found), "std": spread, "draws": found, "labels": labels}

@@ -19,7 +19,7 @@ WEIGHT_DECAYS = (0.0, 1e-5, 1e-4)
 _ROWS = 4096  # rows read at once where a whole set is gone through
 
 
-class Rows:
+class StandardizedRows:
     """Features (n, D) that are read batch by batch and standardized on the way, so that no copy of them is made.
 
     x may be memory-mapped and of any float type. mean and scale: (D,) float32 on `device`; see `standardize`.
@@ -40,7 +40,7 @@ class Rows:
         return (part.to(self.device, torch.float32) - self.mean) * self.scale
 
 
-def standardize(x: Array, device: torch.device, what: str) -> Rows:
+def standardize(x: Array, device: torch.device, what: str) -> StandardizedRows:
     """`x` with every dimension at mean 0 and deviation 1, summed in float64 chunk by chunk; constant ones become 0.
 
     Raises UserError, naming `what`, for rows that are not finite.
@@ -56,10 +56,10 @@ def standardize(x: Array, device: torch.device, what: str) -> Rows:
         mean += shift * share
     std = (square / n).sqrt()
     std = torch.where(std > 1e-6 * std.max(), std, 1.0)
-    return Rows(x, device, mean.float().to(device), std.reciprocal().float().to(device))
+    return StandardizedRows(x, device, mean.float().to(device), std.reciprocal().float().to(device))
 
 
-def linear_probe(
+def linear_probe(  # noqa: PLR0913 - four arrays, and the protocol by name
     train_x: Array | Mapping[str, Array],
     train_y: Array,
     test_x: Array | Mapping[str, Array],
@@ -75,10 +75,10 @@ def linear_probe(
 ) -> dict[str, Any]:
     """Top-1 (and top-5 beyond five classes) in percent of a linear classifier trained on (n, D) features.
 
-    docs/methods.md section 5: SGD, momentum .9, cosine to 0. Each rate of `lrs` (per 256 samples; scaled by
-    batch_size / 256) with every weight decay of `decays` (`WEIGHT_DECAYS` is a good range) is trained in one pass and
-    scored after the last epoch on a stratified `holdout` share of the *training* set. Instead of one array, both
-    sides may give several, by name (layers, poolings): each is swept alike. The best is trained afresh on
+    docs/methods.md section 5: SGD, momentum .9, cosine to 0. Every rate of `lrs` (per 256 samples; scaled by
+    batch_size / 256) with every weight decay of `decays` (`WEIGHT_DECAYS` is a good range) is trained in one pass,
+    scored after the last epoch on a stratified `holdout` share of the *training* set. Instead of one array, both sides
+    may give several, by name (layers, poolings): each is swept alike. The best (ties: lower loss) is trained afresh on
     the whole training set; only that one meets the test set. Features are standardized per dimension with training
     statistics: an affine map, so the classifier stays linear, and one range of rates fits every backbone. They are
     read batch by batch, in place: memory-mapped ones need not fit in memory. Same seed, same answer. device: where
@@ -107,8 +107,8 @@ def linear_probe(
 
     chosen, test = inputs[best["features"]], pairs[best["features"]][1]
     check_labeled(test, truth, "test set of the linear probe")
-    queries = Rows(test, place, chosen.mean, chosen.scale)
-    heads = train(chosen, y, torch.arange(len(y)), settings=[(best["lr"], best["decay"])], **common)
+    queries = StandardizedRows(test, place, chosen.mean, chosen.scale)
+    heads = train_heads(chosen, y, torch.arange(len(y)), settings=[(best["lr"], best["decay"])], **common)
     scores = score(heads, queries, truth, torch.arange(len(truth)), what="test set of the linear probe")
     if not named:
         curve = [{key: value for key, value in row.items() if key != "features"} for row in curve]
@@ -125,7 +125,7 @@ def _sweep(
     place: torch.device,
     settings: Sequence[tuple[float, float]],
     common: dict[str, Any],
-) -> tuple[dict[str, Rows], list[dict[str, Any]]]:
+) -> tuple[dict[str, StandardizedRows], list[dict[str, Any]]]:
     """Standardized training features by name, and the held-out score of every setting on each."""
     what = "training set of the linear probe"
     kept, left = torch.nonzero(~held).flatten(), torch.nonzero(held).flatten()
@@ -133,7 +133,7 @@ def _sweep(
     for name, (features, _) in pairs.items():
         check_labeled(features, y, what)
         inputs[name] = standardize(features, place, what)
-        sweep = score(train(inputs[name], y, kept, settings=settings, **common), inputs[name], y, left)
+        sweep = score(train_heads(inputs[name], y, kept, settings=settings, **common), inputs[name], y, left)
         for (lr, decay), top1, loss in zip(settings, sweep["top1"], sweep["loss"], strict=True):
             curve.append({"features": name, "lr": lr, "decay": decay, "top1": top1, "loss": loss})
     return inputs, curve
@@ -174,8 +174,8 @@ def stratified(y: Tensor, share: float, seed: int) -> Tensor:
     return held
 
 
-def train(
-    x: Rows,
+def train_heads(
+    x: StandardizedRows,
     y: Tensor,
     rows: Tensor,
     *,
@@ -220,7 +220,7 @@ def losses(logits: Tensor, y: Tensor) -> Tensor:
 
 @torch.inference_mode()
 def score(
-    heads: LinearHeads, x: Rows, y: Tensor, rows: Tensor, what: str = "set of the linear probe"
+    heads: LinearHeads, x: StandardizedRows, y: Tensor, rows: Tensor, what: str = "set of the linear probe"
 ) -> dict[str, list[Any]]:
     """Per head over `rows` of x: top1, top5 (beyond five classes) in percent, and loss (None where not finite)."""
     count, classes = heads.bias.shape

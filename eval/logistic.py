@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nearfar.eval.arrays import Array, check_classes, check_labeled, refuse_broken
-from nearfar.eval.linear import Rows, standardize
+from nearfar.eval.linear import StandardizedRows, standardize
 from nearfar.ssl.errors import UserError
 
 _CHUNK = 16384
@@ -42,13 +42,15 @@ def logistic_probe(
     classes = check_classes(y, what)
     x = standardize(train_x, torch.device(device), what)
     fitted = fit(x, y, torch.arange(len(y)), classes=classes, strength=strength, iterations=iterations)
-    predicted = predict(fitted["weight"], Rows(test_x, x.device, x.mean, x.scale))
+    predicted = predict(fitted["weight"], StandardizedRows(test_x, x.device, x.mean, x.scale))
     top1 = 100.0 * int((predicted == truth).sum()) / len(truth)
     sizes = {"train": len(y), "test": len(truth), "classes": classes}
     return {"top1": top1, "loss": fitted["loss"], "gradient": fitted["gradient"], "strength": strength, **sizes}
 
 
-def fit(x: Rows, y: Tensor, rows: Tensor, *, classes: int, strength: float, iterations: int) -> dict[str, Any]:
+def fit(
+    x: StandardizedRows, y: Tensor, rows: Tensor, *, classes: int, strength: float, iterations: int
+) -> dict[str, Any]:
     """weight (classes, D + 1), the bias last, at the optimum over `rows` of x; loss and gradient reached there."""
     if not strength > 0:
         raise UserError(f"The strength of a logistic regression must be positive, not {strength}.")
@@ -77,7 +79,7 @@ def fit(x: Rows, y: Tensor, rows: Tensor, *, classes: int, strength: float, iter
 
 
 @torch.inference_mode()
-def predict(weight: Tensor, x: Rows, what: str = "test set of the logistic regression") -> Tensor:
+def predict(weight: Tensor, x: StandardizedRows, what: str = "test set of the logistic regression") -> Tensor:
     """The class of every row, int64 (n,) on the CPU. Raises UserError, naming `what`, for rows that are not finite."""
     found = []
     for rows in torch.arange(len(x)).split(_CHUNK):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
+from nearfar.ssl import files
 from nearfar.ssl.backbones import Backbone
 from nearfar.ssl.data.loaders.base import Batch
 from nearfar.ssl.data.transforms.normalize import MEAN, STD
@@ -126,6 +128,12 @@ def tile(pictures: Sequence[Image.Image], columns: int | None = None) -> Image.I
     for i, picture in enumerate(pictures):
         sheet.paste(picture, (i % columns * (width + _GAP), i // columns * (height + _GAP)))
     return sheet
+
+
+def save(picture: Image.Image, path: Path) -> None:
+    """Write a PNG, whole or not at all. Raises OSError as `files.atomic`."""
+    with files.atomic(path) as partial:
+        picture.save(partial, "PNG")
 
 
 @contextmanager

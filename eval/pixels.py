@@ -11,10 +11,11 @@ import numpy as np
 import torch
 from PIL import Image
 
-from nearfar.eval.features import Features, Rows, Size, fitting_mask
+from nearfar.eval.features import Features, ReadRows, Size, fitting_mask
+from nearfar.ssl.backbones.tokens import check_divides
 from nearfar.ssl.data.sources.base import Source
 from nearfar.ssl.data.transforms.normalize import normalize_pixels
-from nearfar.ssl.errors import BadImage, UserError
+from nearfar.ssl.errors import BadImage
 
 
 def pixel_features(source: Source, side: int = 16) -> Features:
@@ -29,8 +30,7 @@ def pixel_features(source: Source, side: int = 16) -> Features:
 def pixel_grid(source: Source, size: Size, patch: int) -> Features:
     """Pixels of the patches of the image resized to `size`, normalized: (n, h, w, patch*patch*3)."""
     height, width = (size, size) if isinstance(size, int) else size
-    if height % patch or width % patch:
-        raise UserError(f"{height} x {width} pixels do not divide into patches of {patch}.")
+    check_divides(height, width, patch)
 
     def patches(image: Image.Image) -> np.ndarray:
         x = _pixels(image.resize((width, height), Image.Resampling.BICUBIC))
@@ -43,7 +43,7 @@ def pixel_grid(source: Source, size: Size, patch: int) -> Features:
 def _of_pixels(
     source: Source, read_pixels: Callable[[Image.Image], np.ndarray], what: dict[str, Any], masks: bool
 ) -> Features:
-    rows, x = Rows(), []
+    rows, x = ReadRows(), []
     for i in range(len(source)):
         try:
             image = source.read(i)

@@ -11,8 +11,9 @@ from typing import Any
 from nearfar.eval import results
 from nearfar.eval.curves import curves, number
 from nearfar.eval.results import SUBJECTS, TITLES, Score
-from nearfar.eval.run_files import flat, read_mapping, read_numbers
+from nearfar.eval.run_files import flat, read_numbers, read_settings
 from nearfar.eval.verdict import Verdict, verdict
+from nearfar.ssl import files
 from nearfar.ssl.errors import UserError
 
 _EXPLAINED = {"untrained": "same network, same seed, no training", "pixels": "no network"}
@@ -83,7 +84,7 @@ def write_report(run: Path, reasons: Mapping[str, str] = {}) -> Path:
     run = Path(run)
     if not run.is_dir():
         raise UserError(f"There is no run folder {run}, so there is nothing to report on.")
-    settings = read_mapping(run / "config.yaml")
+    settings = read_settings(run)
     scores = results.read(run / "results.json")
     metrics = read_numbers(run / "metrics.jsonl")
     tables = list(results.tables(scores))
@@ -107,11 +108,9 @@ def write_report(run: Path, reasons: Mapping[str, str] = {}) -> Path:
 
 def write_page(target: Path, page: str) -> Path:
     """Replace a page in one move. Raises UserError where it cannot be written."""
-    partial = target.with_name(f"{target.name}.writing")
     try:
         # a name from outside may hold halves of a surrogate pair, which UTF-8 has no bytes for
-        partial.write_text(page, encoding="utf-8", errors="replace")
-        partial.replace(target)
+        files.write_bytes(target, page.encode("utf-8", errors="replace"))
     except OSError as error:
         raise UserError(f"The report {target} could not be written: {error.strerror or error}.") from None
     return target

@@ -7,7 +7,6 @@ and nothing erases another.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import math
 import os
@@ -16,10 +15,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from nearfar.eval.run_files import LONGEST, bounded_text
+from nearfar.ssl import bounded_files, file_lock, files
 from nearfar.ssl.errors import UserError
 
 FORMAT = "nearfar results 2"
+MOST_BYTES = 64 * 2**20
 TITLES = {"knn": "k-NN top-1", "linear": "linear top-1", "segment": "mIoU"}
 """What each task's score is called, everywhere; the order is that of every table."""
 SUBJECTS = {"trained": "trained", "untrained": "untrained", "pixels": "raw pixels"}
@@ -70,7 +70,7 @@ def read(file: Path) -> list[Score]:
     if not file.exists():
         return []
     try:
-        content = json.loads(bounded_text(file))
+        content = json.loads(bounded_files.read_text(file, MOST_BYTES))
         if not isinstance(content, dict) or content.get("format") != FORMAT:
             raise ValueError(f'it does not begin with "format": "{FORMAT}"')
         return [_score(entry, number) for number, entry in enumerate(content["scores"])]
@@ -91,11 +91,9 @@ def add(file: Path, score: Score) -> list[Score]:
             scores = [*(old for old in read(file) if old.key != score.key), score]
             content = {"format": FORMAT, "scores": [asdict(each) for each in scores]}
             text = json.dumps(content, indent=1, allow_nan=False) + "\n"
-            if len(text) > LONGEST:
+            if len(text) > MOST_BYTES:
                 raise UserError(f"{file} has grown too long to be read again; move it away and evaluate again.")
-            partial = file.with_name(f".{file.name}.{os.getpid()}")
-            partial.write_text(text, encoding="utf-8")
-            partial.replace(file)
+            files.write_text(file, text)
     except OSError as error:
         raise UserError(unwritable(file, error)) from None
     return scores
@@ -104,11 +102,9 @@ def add(file: Path, score: Score) -> list[Score]:
 def check_writable(file: Path) -> None:
     """Raises UserError where `add` would fail, before hours of computing find out."""
     read(file)
-    probe = file.with_name(f".{file.name}.{os.getpid()}")
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        probe.write_text("")
-        probe.unlink()
+        files.check_writable(file)
     except OSError as error:
         raise UserError(unwritable(file, error)) from None
 
@@ -173,7 +169,7 @@ def _alone(folder: Path) -> Iterator[None]:
     handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
         with contextlib.suppress(OSError):
-            fcntl.flock(handle, fcntl.LOCK_EX)
+            file_lock.acquire(handle, wait=True)
         yield
     finally:
         os.close(handle)

@@ -22,7 +22,7 @@ TEMPERATURE = 0.02
 _IMAGES = 16  # test images searched for in one pass over the memory
 
 
-def retrieve(
+def retrieve(  # noqa: PLR0913 - four arrays, and the protocol by name
     train_grid: np.ndarray,
     train_masks: Masks,
     test_grid: np.ndarray,

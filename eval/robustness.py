@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nearfar.ssl.backbones.lgp import LGPPatchEmbed, bands_permuted
+from nearfar.ssl.backbones.tokens import check_divides
 from nearfar.ssl.errors import UserError
 
 CLEAN = "clean"
@@ -23,11 +24,7 @@ CLEAN = "clean"
 def shuffle_patches(images: Tensor, patch_size: int, generator: torch.Generator) -> Tensor:
     """The images with their patches in another order, each image in its own. Sides are multiples of patch_size."""
     height, width = images.shape[-2:]
-    if height % patch_size or width % patch_size:
-        raise UserError(
-            f"Images of {height}x{width} pixels (height x width) cannot be cut into patches of "
-            f"{patch_size}x{patch_size}."
-        )
+    check_divides(height, width, patch_size)
     patches = F.unfold(images, patch_size, stride=patch_size)
     order = _orders(len(images), patches.shape[2], generator).to(images.device)
     shuffled = patches.gather(2, order[:, None].expand_as(patches))

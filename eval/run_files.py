@@ -8,33 +8,16 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from nearfar.ssl import bounded_yaml
+from nearfar.ssl import bounded_files
 from nearfar.ssl.errors import UserError
 
-LONGEST = 64 * 2**20  # bytes of a results.json or config.yaml
 _LONGEST_METRICS = 2 * 2**30
 
 
-def bounded_text(file: Path, most: int = LONGEST) -> str:
-    """The text of a file. Raises OSError, and ValueError where it is too long or not UTF-8."""
-    if file.stat().st_size > most:
-        raise ValueError(f"it is longer than {most // 2**20} MiB")
-    return file.read_text(encoding="utf-8")
-
-
-def read_mapping(file: Path) -> dict[str, Any]:
-    """The mapping in a YAML file; {} where there is no such file. Raises UserError for anything else."""
-    if not file.exists():
-        return {}
-    try:
-        content = bounded_yaml.parse(bounded_text(file))
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        raise UserError(f"{file} cannot be read: {' '.join(str(error).split())[:300]}.") from None
-    if not isinstance(content, dict):
-        raise UserError(f"{file} should hold a mapping of names to values and holds a {type(content).__name__}.")
-    return content
+def read_settings(run: Path) -> dict[str, Any]:
+    """What a run's config.yaml holds; {} where there is none. Raises UserError for anything else than such a file."""
+    file = run / "config.yaml"
+    return bounded_files.read_yaml(file, "file of settings") if file.exists() else {}
 
 
 def read_numbers(file: Path) -> list[dict[str, float]]:

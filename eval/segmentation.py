@@ -69,7 +69,7 @@ def segment_probe(
         )
     (train_grid, train_masks), (test_grid, test_masks) = train_set, test_set
     statistics = _statistics(train_grid)
-    model = train(train_grid, train_masks, statistics, classes, training)
+    model = train_head(train_grid, train_masks, statistics, classes, training)
     table = np.zeros((classes, classes), dtype=np.int64)
     for i in range(len(test_grid)):
         logits = predict(model, _map(test_grid[i : i + 1], statistics), test_masks[i].shape)
@@ -78,7 +78,7 @@ def segment_probe(
     return {**scores(table), "steps": training.steps_taken, "train": len(train_grid), "test": len(test_grid)}
 
 
-def train(
+def train_head(
     grid: np.ndarray, masks: Masks, statistics: GridStatistics, classes: int, training: ProbeTraining
 ) -> SegmentationHead:
     """The head trained on grids (n, h, w, D) and their masks; see `segment_probe`."""

@@ -1,18 +1,18 @@
 """Features on disk: written once as the backbone makes them, memory-mapped by every evaluator afterwards."""
 
 import contextlib
-import fcntl
+import glob
 import json
 import os
 import shutil
-import socket
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from nearfar.eval.features import DEFAULT_DECODING, Decoding, Features, Reading, Rows, describe, stream
+from nearfar.eval.features import DEFAULT_DECODING, Decoding, Features, Reading, ReadRows, describe, stream
+from nearfar.ssl import bounded_files, file_lock, files
 from nearfar.ssl.backbones.tokens import Backbone
 from nearfar.ssl.data.sources.base import Source
 from nearfar.ssl.errors import UserError
@@ -24,7 +24,7 @@ _KINDS = {  # what each array of a store may hold: kinds of dtype, and dimension
     "masks": ("u", (3,)),
     "mask_size": ("iu", (2,)),
 }
-_LONGEST_MANIFEST = 256 * 2**20  # bytes; it names every unreadable image
+_MOST_BYTES = 256 * 2**20  # of a manifest, which names every unreadable image
 
 
 class FeatureStore:
@@ -56,9 +56,6 @@ class FeatureStore:
                 features = _fill(partial, backbone, source, manifest, decoding)
                 _save(partial, features)
                 del features  # releases the memory map before its file moves
-                if folder.exists():
-                    shutil.rmtree(folder)
-                partial.rename(folder)
         except OSError as error:
             raise UserError(
                 f"The features cannot be written to {folder}: {error.strerror or error}. Name a folder that you may "
@@ -105,9 +102,7 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
     """manifest.json with `shape` and `arrays` as they must be."""
     file = folder / "manifest.json"
     try:
-        if file.stat().st_size > _LONGEST_MANIFEST:
-            raise ValueError("it is far too long")
-        manifest = json.loads(file.read_text(encoding="utf-8"))
+        manifest = json.loads(bounded_files.read_text(file, _MOST_BYTES))
         if not isinstance(manifest, dict):
             raise ValueError("it holds no names and values")
         shape, arrays = manifest["shape"], manifest["arrays"]
@@ -133,29 +128,22 @@ def _misshapen(name: str, array: np.ndarray, shape: tuple[int, ...]) -> str | No
 
 @contextlib.contextmanager
 def _partial_folder(final: Path) -> Iterator[Path]:
-    """A folder beside `final` to fill and rename; removed if that does not happen.
+    """`files.atomic_folder`, and away with what a killed process left of an earlier attempt.
 
-    Its writer holds a lock on it, so that the next one can tell a folder that was left by a killed process from one
+    The writer holds a lock on it, so that the next one can tell a folder that was left by a killed process from one
     that is being written, and removes the former.
     """
     final.parent.mkdir(parents=True, exist_ok=True)
-    prefix = f".{final.name}.writing-"
-    for left in final.parent.glob(f"{_literally(prefix)}*"):
+    for left in final.parent.glob(f"{glob.escape(files.partial_prefix(final))}*"):
         handle = _lock(left)
         if handle is not None:
             shutil.rmtree(left, ignore_errors=True)
             os.close(handle)
-    partial = final.parent / f"{prefix}{socket.gethostname()}-{os.getpid()}"
-    partial.mkdir()  # with the rights that the umask leaves: colleagues read features
-    handle = _lock(partial)
-    try:
+    # The stack comes first, so that the lock is given back only when the folder has its name.
+    with contextlib.ExitStack() as stack, files.atomic_folder(final) as partial:
+        if (handle := _lock(partial)) is not None:
+            stack.callback(os.close, handle)
         yield partial
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
-    finally:
-        if handle is not None:
-            os.close(handle)
 
 
 def _lock(folder: Path) -> int | None:
@@ -166,21 +154,17 @@ def _lock(folder: Path) -> int | None:
     except OSError:
         return None
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if file_lock.acquire(handle):
+            return handle
     except OSError:
-        os.close(handle)
-        return None
-    return handle
-
-
-def _literally(name: str) -> str:
-    """A name as a pattern of glob that matches nothing else."""
-    return "".join(f"[{letter}]" if letter in "*?[" else letter for letter in name)
+        pass
+    os.close(handle)
+    return None
 
 
 def _fill(folder: Path, backbone: Backbone, source: Source, manifest: dict[str, Any], decoding: Decoding) -> Features:
     """Features written to folder/features.npy as they are made."""
-    file, rows = folder / "features.npy", Rows()
+    file, rows = folder / "features.npy", ReadRows()
     x: np.ndarray | None = None
     done = 0
     for batch, part in stream(backbone, source, manifest, decoding):
@@ -202,7 +186,7 @@ def _fill(folder: Path, backbone: Backbone, source: Source, manifest: dict[str, 
 
 
 def _save(folder: Path, features: Features) -> None:
-    """Everything of a store but features.npy; all of it is on the disk before the folder is renamed."""
+    """Everything of a store but features.npy."""
     arrays = {
         "index": features.index,
         "labels": features.labels,
@@ -214,7 +198,3 @@ def _save(folder: Path, features: Features) -> None:
         np.save(folder / f"{name}.npy", array, allow_pickle=False)
     manifest = {**features.manifest, "arrays": ["features", *present]}
     (folder / "manifest.json").write_text(json.dumps(manifest, indent=2), encoding="utf-8")
-    for path in (*folder.iterdir(), folder):
-        handle = os.open(path, os.O_RDONLY)
-        os.fsync(handle)
-        os.close(handle)

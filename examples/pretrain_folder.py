@@ -10,7 +10,7 @@ import argparse
 import torch
 from rich.console import Console
 
-from nearfar.launch.pretrain import pretrain
+from nearfar.launch.pretrain import run_pretraining
 from nearfar.ssl import config
 from nearfar.ssl.checkpoint import load
 
@@ -24,7 +24,7 @@ def main() -> None:
     # A recipe file could stand in place of None; without one, only what differs from the defaults is said here.
     small = ["name=example", "backbone.name=vit_tiny_patch16", "backbone.lgp=true", "backbone.gaug=true"]
     run = config.load(None, [*small, f"data.path={arguments.folder}", *arguments.settings])
-    outcome = pretrain(run, Console())
+    outcome = run_pretraining(run, Console())
 
     backbone = load(outcome.folder).eval()  # the run folder says what the architecture is
     size = run.views.global_crops_size

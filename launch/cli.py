@@ -146,9 +146,9 @@ def run_pretrain(arguments: argparse.Namespace) -> None:
 
         dry_run(run, Console())
     else:
-        from nearfar.launch.pretrain import pretrain
+        from nearfar.launch.pretrain import run_pretraining
 
-        pretrain(run, Console())
+        run_pretraining(run, Console())
 
 
 def run_features(arguments: argparse.Namespace) -> None:

@@ -66,13 +66,13 @@ def check_verb(parser: argparse.ArgumentParser, words: Sequence[str], verbs: Seq
 
 def refuse_leftover(words: Sequence[str], left: Sequence[str]) -> NoReturn:
     """End with what each word that nobody took may have meant: `--epochs 3` is train.epochs=3."""
-    from nearfar.ssl import config
     from nearfar.ssl.setting_errors import nearest_setting
+    from nearfar.ssl.settings import KEYS
 
     told = []
     for flag in (word for word in left if word.startswith("-")):
         name, sign, value = flag.lstrip("-").partition("=")
-        key = nearest_setting(name.replace("-", "_"), config.KEYS)
+        key = nearest_setting(name.replace("-", "_"), KEYS)
         if not sign:
             after = words[words.index(flag) + 1 :][:1]
             value = after[0] if after and not after[0].startswith("-") and "=" not in after[0] else "VALUE"
@@ -118,7 +118,7 @@ class HelpWithSettings(argparse.Action):
 
 def settings_help(width: int) -> str:
     """Every setting as it may be typed, with its meaning below, wrapped to `width`."""
-    from nearfar.ssl import config
+    from nearfar.ssl.settings import all_settings
 
     def wrapped(text: str, indent: int) -> str:
         return textwrap.fill(
@@ -136,7 +136,7 @@ def settings_help(width: int) -> str:
         "",
     ]
     section = ""
-    for setting in config.settings():
+    for setting in all_settings():
         if section != (section := setting.key.rpartition(".")[0]):
             lines.append("")
         default = f"  {setting.typed}" if setting.default is None else f"={setting.typed}"

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import numpy as np
 from rich.console import Console
 
-from nearfar.launch.pretrain import pretrain
+from nearfar.launch.pretrain import run_pretraining
 from nearfar.launch.recipes import find_recipe
 from nearfar.launch.report import report_run
 from nearfar.launch.scenes import CLASSES, Style, make_scenes
@@ -17,6 +16,7 @@ from nearfar.ssl import config
 from nearfar.ssl.data import libjpeg
 from nearfar.ssl.data.beton_writer import write_beton
 from nearfar.ssl.data.sources.base import ArraySource
+from nearfar.ssl.files import atomic
 
 TRAIN, VAL = 2000, 1000  # scenes
 # What all views of a scene share is what DINO learns first. With many kinds of background that is the background, and
@@ -47,7 +47,7 @@ def demo(seed: int, settings: list[str], console: Console) -> None:
         preset.append("data.color_on=loader")  # quicker than on the device, when that is a CPU
     run = config.load(find_recipe("demo"), [*preset, *settings])
     console.print(f"Scenes: {TRAIN:,} to learn from without labels, {VAL:,} to score, in {data}", highlight=False)
-    outcome = pretrain(run, console)
+    outcome = run_pretraining(run, console)
     if not outcome.finished:
         return
     subject = Subject.of(outcome.folder)
@@ -76,7 +76,6 @@ def draw(folder: Path, seed: int) -> dict[str, Path]:
         if files[key] == beton:
             write_beton(ArraySource(scenes.images, scenes.labels, scenes.masks, CLASSES[1:]), beton)
         else:
-            partial = npz.with_name(f"writing-{os.getpid()}-{npz.name}")
-            np.savez(partial, images=scenes.images, label=scenes.labels, mask=scenes.masks)
-            partial.rename(npz)
+            with atomic(npz) as partial, partial.open("wb") as file:
+                np.savez(file, images=scenes.images, label=scenes.labels, mask=scenes.masks)
     return files

@@ -15,9 +15,8 @@ from rich.console import Console
 from torch import nn
 
 from nearfar.launch import processes
-from nearfar.ssl import checkpoint_names, config, device
+from nearfar.ssl import checkpoint_names, device
 from nearfar.ssl.announce import passed_over_line
-from nearfar.ssl.config import Run
 from nearfar.ssl.data import open_source
 from nearfar.ssl.data.loaders.base import Batch, Loader
 from nearfar.ssl.data.sources.base import Source, passed_over
@@ -31,7 +30,9 @@ from nearfar.ssl.learner import Learner, build_learner
 from nearfar.ssl.optim import adamw
 from nearfar.ssl.run_folder import RunFolder
 from nearfar.ssl.schedule import Schedule
-from nearfar.ssl.train import NotFiniteError, loader_of, train_step
+from nearfar.ssl.settings import Run, all_settings
+from nearfar.ssl.train_step import NotFiniteError, train_step
+from nearfar.ssl.training import loader_of
 
 FEWEST_STEPS, MOST_STEPS, LONGEST = 3, 12, 15.0  # of what is measured: steps, and seconds for more than the fewest
 
@@ -52,7 +53,7 @@ def dry_run(run: Run, console: Console) -> None:
     is written.
 
     Raises:
-        UserError: as `nearfar.launch.pretrain.pretrain` would at its start.
+        UserError: as `nearfar.launch.pretrain.run_pretraining` would at its start.
     """
     if not run.data.path:
         raise UserError("data.path is not set: name the training images, for example data.path=~/pictures.")
@@ -119,7 +120,7 @@ def _settings(run: Run, derived: list[Derived]) -> list[str]:
     """Every setting of the run, a section at a time, with the reason for those that were derived."""
     reasons = {key: why for key, _, why in derived}
     lines, tree = ["Settings (derived ones with their reason):"], run.model_dump()
-    for setting in config.settings():
+    for setting in all_settings():
         section, _, name = setting.key.rpartition(".")
         value = tree[section][name] if section else tree[name]
         if value is not None:

@@ -12,21 +12,21 @@ from torch import Tensor
 
 from nearfar.eval.features import Decoding, Reading, extract
 from nearfar.eval.knn import knn
-from nearfar.eval.pictures import contact_sheet
+from nearfar.eval.pictures import contact_sheet, save
 from nearfar.launch import processes
 from nearfar.launch.stop_signals import StopFlag
 from nearfar.ssl import train
 from nearfar.ssl.backbones import Backbone
-from nearfar.ssl.config import Run
 from nearfar.ssl.data import open_source
 from nearfar.ssl.data.loaders.base import Batch
 from nearfar.ssl.data.sources.base import Source, Subset
 from nearfar.ssl.defaults import ResolvedRun
 from nearfar.ssl.distributed import ALONE, Ranks, from_environment
 from nearfar.ssl.errors import UserError
+from nearfar.ssl.settings import Run
 
 
-def pretrain(run: Run, console: Console) -> train.Outcome:
+def run_pretraining(run: Run, console: Console) -> train.Outcome:
     """Train `run`, or continue it. SIGTERM, SIGUSR2 and Ctrl-C save a checkpoint and return an unfinished outcome.
 
     Under torchrun or srun this is one of the processes they started; otherwise it starts the others, if
@@ -51,7 +51,7 @@ def pretrain(run: Run, console: Console) -> train.Outcome:
 
 
 def train_rank(run: Run, console: Console, world: Ranks) -> train.Outcome:
-    """The part of `pretrain` that each process of the run does."""
+    """The part of `run_pretraining` that each process of the run does."""
     if not run.data.path:
         raise UserError("data.path is not set: name the training images, for example data.path=~/pictures.")
     source = open_source(run.data.path)
@@ -71,7 +71,7 @@ def train_rank(run: Run, console: Console, world: Ranks) -> train.Outcome:
 def save_views(batch: Batch, colored: list[Tensor], folder: Path) -> np.ndarray:
     """The first batch as the networks see it, one row an image: runs/NAME/views.png, and its pixels (H, W, 3)."""
     picture = contact_sheet(batch, colored)
-    picture.save(folder / "views.png")
+    save(picture, folder / "views.png")
     return np.asarray(picture.convert("RGB"))
 
 

@@ -14,11 +14,11 @@ from typing import Any
 import torch
 
 from nearfar.ssl import defaults
-from nearfar.ssl.config import Run
 from nearfar.ssl.defaults import Derived
 from nearfar.ssl.distributed import ALONE, Ranks, available_cores
 from nearfar.ssl.errors import EXIT_PEER, PeerError
 from nearfar.ssl.run_folder import RunFolder
+from nearfar.ssl.settings import Run
 
 
 def world_size(run: Run) -> Derived:

@@ -26,10 +26,11 @@ def main(argv: Sequence[str]) -> int:
     from nearfar.launch.pretrain import train_rank
     from nearfar.ssl import config
     from nearfar.ssl.distributed import from_environment
+    from nearfar.ssl.settings import Run
 
     world = from_environment()
     try:
-        run = config.Run.model_validate_json(sys.stdin.read()) if argv[0] == "-" else config.load(Path(argv[0]))
+        run = Run.model_validate_json(sys.stdin.read()) if argv[0] == "-" else config.load(Path(argv[0]))
         train_rank(run, Console(quiet=not world.first), world)
     except UserError as error:
         if world.first:  # the others' words reach it

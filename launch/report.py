@@ -47,7 +47,7 @@ def draw_tokens(run: Path, subject: Subject | None = None) -> dict[str, str]:
         UserError: no weights, or no images that can be read.
         OSError: the pictures cannot be written.
     """
-    from nearfar.eval.pictures import attention_maps, tile, token_pca
+    from nearfar.eval.pictures import attention_maps, save, tile, token_pca
     from nearfar.launch.score import Subject
     from nearfar.ssl.data import open_source
     from nearfar.ssl.data.transforms.normalize import normalize_pixels
@@ -57,9 +57,9 @@ def draw_tokens(run: Path, subject: Subject | None = None) -> dict[str, str]:
     images = normalize_pixels(_views(open_source(data.val or data.path), subject.image_size))
     images = images.to(next(subject.backbone.parameters()).device)
     reasons: dict[str, str] = {}
-    tile(token_pca(subject.backbone, images)).save(run / "pca.png")
+    save(tile(token_pca(subject.backbone, images)), run / "pca.png")
     try:
-        tile(attention_maps(subject.backbone, images), columns=1).save(run / "attention.png")
+        save(tile(attention_maps(subject.backbone, images), columns=1), run / "attention.png")
     except UserError as error:
         (run / "attention.png").unlink(missing_ok=True)
         reasons["attention.png"] = str(error)

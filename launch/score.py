@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import shlex
 import time
 from collections.abc import Iterable, Mapping
@@ -19,18 +18,18 @@ from rich.table import Table
 from nearfar.eval import results
 from nearfar.eval.features import Decoding, Reading, digest
 from nearfar.eval.results import SUBJECTS, TITLES, DataName, Score
-from nearfar.eval.run_files import flat, read_mapping, read_numbers
+from nearfar.eval.run_files import flat, read_numbers, read_settings
 from nearfar.eval.scoring import Protocol, TaskScore, evaluate, evaluate_pixels, knn_score, linear_score, segment_score
 from nearfar.eval.store import FeatureStore, is_store
 from nearfar.eval.tasks import TASKS, Data, Plan, plan
 from nearfar.eval.verdict import Verdict, verdict
-from nearfar.ssl import checkpoint, config
+from nearfar.ssl import checkpoint, config, digests
 from nearfar.ssl.backbones import Backbone
-from nearfar.ssl.config import Run
 from nearfar.ssl.data import open_source
 from nearfar.ssl.defaults import ResolvedRun
 from nearfar.ssl.errors import UserError
 from nearfar.ssl.learner import build_learner
+from nearfar.ssl.settings import Run
 
 
 class Subject(NamedTuple):
@@ -259,7 +258,7 @@ def _tell(subject: Subject, found: list[Score], console: Console, flags: str) ->
 def judge(found: Iterable[Score], run: Path) -> Verdict | None:
     """`nearfar.eval.verdict.verdict` of the scores of a run folder."""
     first = next(results.tables(found), {})
-    return verdict(first, read_numbers(run / "metrics.jsonl"), flat(read_mapping(run / "config.yaml")))
+    return verdict(first, read_numbers(run / "metrics.jsonl"), flat(read_settings(run)))
 
 
 def _data_flags(run: Run, train: Data, val: Data) -> str:
@@ -387,4 +386,4 @@ def _weights(name: str, subject: Subject) -> str:
         return "pixels"
     run = subject.run  # all that decides the weights of step 0
     parts = [run.backbone.model_dump_json(), run.head.model_dump_json(), run.views.global_crops_size, run.train.seed]
-    return "untrained " + hashlib.sha256(repr(parts).encode()).hexdigest()[:32]
+    return "untrained " + digests.of_bytes([repr(parts).encode()])[:32]

@@ -10,13 +10,13 @@ from torch import nn
 
 from nearfar.ssl import checkpoint_names
 from nearfar.ssl.backbones import choose_scan
-from nearfar.ssl.config import Run
 from nearfar.ssl.data.loaders.base import Batch
 from nearfar.ssl.data.sources.base import Source, passed_over
 from nearfar.ssl.data.sources.files import kinds_of
 from nearfar.ssl.defaults import Derived
 from nearfar.ssl.device import Compute
 from nearfar.ssl.learner import Learner
+from nearfar.ssl.settings import Run
 
 
 def start_lines(

@@ -11,7 +11,6 @@ checkpoint is set aside under `.damaged` and the one before it is used.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
 import time
@@ -24,7 +23,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from nearfar.ssl import checkpoint_names, files
+from nearfar.ssl import checkpoint_names, digests, files
 from nearfar.ssl.backbones import Backbone, create_described
 from nearfar.ssl.backbones.weights import misfits
 from nearfar.ssl.errors import UserError
@@ -85,7 +84,7 @@ def read(path: Path) -> Checkpoint:
             size = file.stat().st_size
             if size != written["bytes"]:
                 raise DamagedError(f"{name} has {size:,} bytes instead of {written['bytes']:,}")
-            if _sha256(file) != written["sha256"]:
+            if digests.of_file(file) != written["sha256"]:
                 raise DamagedError(f"{name} was changed after it was written (its digest differs)")
         return Checkpoint(path, load_file(path / TENSORS), json.loads((path / STATE).read_text()))
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, SafetensorError) as error:
@@ -243,15 +242,10 @@ def _manifest(folder: Path) -> dict[str, Any]:
     return {
         "format": "nearfar checkpoint 1",
         "files": {
-            name: {"sha256": _sha256(folder / name), "bytes": (folder / name).stat().st_size}
+            name: {"sha256": digests.of_file(folder / name), "bytes": (folder / name).stat().st_size}
             for name in (TENSORS, STATE)
         },
     }
-
-
-def _sha256(file: Path) -> str:
-    with file.open("rb") as handle:
-        return hashlib.file_digest(handle, "sha256").hexdigest()
 
 
 def _write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> None:

@@ -1,356 +1,22 @@
-"""What a run is: typed settings from a recipe and `key.sub=value`, with defaults that know the data's size.
-
-A setting whose default is `None` is derived by `defaults.resolve` from the number of images and the length of the
-run, with the reason beside it; whatever the user writes wins. All mistakes of a recipe are reported together.
-"""
+"""A run from a recipe and `key.sub=value`: read, validated, written. All mistakes of a recipe are reported together."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from types import NoneType, UnionType
-from typing import Annotated, Any, Literal, NamedTuple, get_args, get_origin
+from typing import Any
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, JsonValue, ValidationError
+from pydantic import ValidationError
 
-from nearfar.ssl import bounded_yaml
+from nearfar.ssl import bounded_files
 from nearfar.ssl.errors import UserError
 from nearfar.ssl.setting_errors import in_words, unknown
+from nearfar.ssl.settings import KEYS, TEXTS, BackboneSettings, Run, ViewSettings
 
-# Settings marked so may differ when a run is continued: they do not change a single weight.
-FREE: dict[str, JsonValue] = {"resume": "free"}
-
-
-def _numbers(value: Any) -> Any:
-    """Numbers separated by commas, in whatever brackets: 0.4,1.0 and (0.4, 1.0) are [0.4, 1.0]."""
-    if not isinstance(value, str):
-        return value
-    return [part.strip() for part in value.strip().removeprefix("(").removesuffix(")").strip("[] ").split(",")]
-
-
-Share = Annotated[tuple[float, float], BeforeValidator(_numbers)]  # a range: lowest, highest
-ViewProbs = Annotated[tuple[float, float, float], BeforeValidator(_numbers)]  # first global, second global, local views
-
-
-class Settings(BaseModel):
-    model_config = ConfigDict(
-        extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False, coerce_numbers_to_str=True
-    )
-
-
-class Data(Settings):
-    path: str = Field(
-        "",
-        description="training images: class folders, a flat folder, a .txt list, an .npz, a .beton or .tar shards",
-        json_schema_extra=FREE,  # what is in it may not change: checkpoints hold its fingerprint
-    )
-    val: str | None = Field(
-        None,
-        description="labeled images, for the k-NN score during training and for `nearfar eval`",
-        json_schema_extra=FREE,
-    )
-    workers: int | None = Field(
-        None,
-        ge=0,
-        description="processes of each rank (ffcv: threads) that decode and crop images; default: cores - 1, at most 8",
-        json_schema_extra=FREE,
-    )
-    loader: Literal["auto", "ffcv", "folder", "device"] = Field(
-        "auto",
-        description="what makes the views: folder = Pillow; ffcv = compiled loops over a .beton file; device = the "
-        "training device, with all images in its memory; auto = ffcv for a .beton, else folder",
-    )
-    color_on: Literal["device", "loader"] = Field(
-        "device",
-        description="where colors are changed: on the training device, or in the ffcv loader (rounded to 8 bits)",
-    )
-    max_bad_fraction: float = Field(
-        0.01,
-        ge=0,
-        le=1,
-        description="the run stops when more than this share of the images cannot be used, and at least 20 of them "
-        "(or a quarter of fewer than 80); 0: at the first",
-        json_schema_extra=FREE,
-    )
-    min_side: int = Field(
-        8, ge=1, description="an image with a shorter side than this, in pixels, counts as unreadable"
-    )
-
-
-class Views(Settings):
-    global_crops_size: int = Field(224, ge=4, description="side of the two global views, in pixels")
-    global_crops_scale: Share = Field(
-        (0.4, 1.0), description="smallest and largest share of the image's area that a global view covers"
-    )
-    local_crops_size: int = Field(96, ge=4, description="side of a local view, in pixels")
-    local_crops_scale: Share = Field(
-        (0.05, 0.4), description="smallest and largest share of the image's area that a local view covers"
-    )
-    local_crops_number: int = Field(8, ge=0, description="number of local views of each image")
-    ratio: Share = Field((3 / 4, 4 / 3), description="smallest and largest aspect ratio of a crop, width / height")
-    hflip_prob: float = Field(0.5, ge=0, le=1, description="probability that a view is flipped left to right")
-    color_jitter_prob: float = Field(
-        0.8, ge=0, le=1, description="probability that brightness, contrast, saturation and hue are changed"
-    )
-    brightness: float = Field(
-        0.4, ge=0, le=1, description="color jitter: the brightness factor lies within 1 plus or minus this"
-    )
-    contrast: float = Field(
-        0.4, ge=0, le=1, description="color jitter: the contrast factor lies within 1 plus or minus this"
-    )
-    saturation: float = Field(
-        0.2, ge=0, le=1, description="color jitter: the saturation factor lies within 1 plus or minus this"
-    )
-    hue: float = Field(
-        0.1,
-        ge=0,
-        le=0.5,
-        description="color jitter: the hue is shifted by at most this share of the color circle, either way",
-    )
-    grayscale_prob: float = Field(0.2, ge=0, le=1, description="probability that a view loses its colors")
-    blur_prob: ViewProbs = Field(
-        (1.0, 0.1, 0.5), description="probability of blur, for the first global, the second global and the local views"
-    )
-    blur_sigma: Share = Field(
-        (0.1, 2.0), description="smallest and largest standard deviation of the blur, in pixels of the view"
-    )
-    solarize_prob: ViewProbs = Field(
-        (0.0, 0.2, 0.0),
-        description="probability of solarizing, for the first global, the second global and the local views",
-    )
-    solarize_threshold: int = Field(
-        128, ge=0, le=256, description="solarizing inverts every color value from this one up (0 to 255)"
-    )
-
-
-class Backbone(Settings):
-    name: str = Field(
-        "vit_small_patch16",
-        description="vit_ or vim_, tiny, small or base, and _patch16 (or another size); timm/NAME for timm's models",
-    )
-    lgp: bool = Field(
-        False, description="LGP: patches embedded by a local and a wavelet-packet branch, without position embedding"
-    )
-    wavelet: str = Field(
-        "haar",
-        description="LGP's wavelet: haar stays within each patch; db2, db4, sym4 and so on reach into the next one",
-    )
-    levels: int | Literal["auto"] = Field("auto", description="depth of LGP's wavelet packet; auto = log2(patch size)")
-    gaug: bool = Field(False, description="GAug: a Gaussian around each patch is added to the attention logits")
-    prr: bool = Field(False, description="PRR: parameter-free refinement of the patch tokens after the last norm")
-    registers: int = Field(0, ge=0, description="number of register tokens")
-    rope: bool = Field(False, description="axial rotary positions in place of learned ones")
-    drop_path: float = Field(
-        0.1, ge=0, lt=1, description="stochastic depth: highest probability that a block of the student is skipped"
-    )
-    patch_size: int | None = Field(None, ge=1, description="patch size in pixels, in place of the one in the name")
-    embed_dim: int | None = Field(
-        None, ge=1, description="width of the tokens, in place of the one that the name stands for"
-    )
-    depth: int | None = Field(None, ge=1, description="number of blocks, in place of the one that the name stands for")
-    num_heads: int | None = Field(
-        None, ge=1, description="number of attention heads, in place of the one that the name stands for"
-    )
-    pos_size: int | None = Field(
-        None, ge=1, description="image size the learned positions are for, in pixels; 224 for DINO's public weights"
-    )
-    pretrained: bool = Field(
-        False,
-        description="start from the weights that timm publishes (timm/NAME only; needs the internet, or its cache)",
-    )
-    scan: Literal["auto", "torch", "triton", "mamba"] = Field(
-        "auto", description="what computes Vision Mamba's recurrence; auto = triton on a GPU, torch elsewhere"
-    )
-    weights: str | None = Field(
-        None,
-        description="weights to start from: a run's folder, a checkpoint, an exported file, or a .pth of DINO or timm",
-    )
-
-
-class Head(Settings):
-    prototypes: int | None = Field(
-        None, ge=2, description="number of prototypes K, the outputs of the head; default: by the number of images"
-    )
-    hidden_dim: int = Field(2048, ge=1, description="width of the two hidden layers")
-    bottleneck_dim: int = Field(256, ge=1, description="width of the normalized layer before the prototypes")
-    batch_norm: bool | None = Field(
-        None, description="batch norm in the hidden layers; default: true below 100,000 images"
-    )
-    pooling: Literal["cls", "mean"] = Field(
-        "cls", description="what the head and the scores read: the CLS token, or the mean over the patches"
-    )
-
-
-class Loss(Settings):
-    student_temp: float = Field(0.1, gt=0, description="temperature of the student's softmax")
-    teacher_temp: float | None = Field(None, gt=0, description="temperature of the teacher's softmax after warm-up")
-    warmup_teacher_temp: float = Field(
-        0.04, gt=0, description="temperature of the teacher's softmax at the start of the warm-up"
-    )
-    warmup_teacher_temp_epochs: float | None = Field(
-        None, ge=0, description="epochs in which the teacher's temperature warms up"
-    )
-    centering: Literal["centering", "sinkhorn_knopp"] = Field(
-        "centering",
-        description="what keeps the teacher from collapsing: a running center (DINO) or Sinkhorn-Knopp (DINOv2)",
-    )
-    center_momentum: float = Field(0.9, ge=0, lt=1, description="momentum of the running center")
-    koleo_weight: float = Field(
-        0.0, ge=0, description="weight of the KoLeo loss on the features of the global views; 0.1 in DINOv2, 0 = off"
-    )
-
-
-class Optim(Settings):
-    lr: float | None = Field(None, gt=0, description="highest learning rate; default: 5e-4 x batch size / 256")
-    min_lr: float = Field(1e-6, ge=0, description="learning rate at the end of the run")
-    warmup_epochs: float | None = Field(
-        None, ge=0, description="epochs in which the learning rate rises to its highest"
-    )
-    weight_decay: float = Field(
-        0.04, ge=0, description="weight decay at the start of the run (biases and other 1-D tensors have none)"
-    )
-    weight_decay_end: float = Field(0.4, ge=0, description="weight decay at the end of the run, along a cosine")
-    clip_grad: float = Field(3.0, ge=0, description="largest gradient norm of each tensor, as in DINO; 0 = no limit")
-    teacher_momentum: float | None = Field(
-        None, ge=0, le=1, description="momentum of the teacher at the start of the run; it rises to 1 along a cosine"
-    )
-    freeze_last_layer_epochs: float | None = Field(
-        None, ge=0, description="epochs at the start in which the prototypes do not learn"
-    )
-
-
-class Train(Settings):
-    epochs: int = Field(100, ge=1, description="passes over the training images")
-    batch_size: int = Field(64, ge=2, description="images in each step, over all processes")
-    world_size: int | None = Field(
-        None,
-        ge=1,
-        description="processes that share each batch; default: by the cores on a CPU, 1 on a GPU, as started by SLURM",
-        json_schema_extra=FREE,  # sums in another order: the same run up to rounding, and said so when it is continued
-    )
-    seed: int = Field(0, ge=0, description="seed of the weights, the order of the images, the views and drop-path")
-    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="where to train")
-    precision: Literal["auto", "bf16", "fp32"] = Field(
-        "auto", description="numbers used in the forward pass; auto = bf16 where the hardware multiplies it, else fp32"
-    )
-    threads: int | None = Field(
-        None,
-        ge=1,
-        description="threads of each process on a CPU; a part of the run, since the rounding of sums depends on it",
-    )
-    log_every_steps: int = Field(10, ge=1, description="steps between two lines of metrics", json_schema_extra=FREE)
-    save_every_minutes: float = Field(5.0, gt=0, description="minutes between two checkpoints", json_schema_extra=FREE)
-    save_every_steps: int | None = Field(
-        None,
-        ge=1,
-        description="steps between two checkpoints, besides those by save_every_minutes",
-        json_schema_extra=FREE,
-    )
-    keep_last: int = Field(2, ge=1, description="number of checkpoints that are kept", json_schema_extra=FREE)
-
-
-class Eval(Settings):
-    size: int | None = Field(
-        None,
-        ge=4,
-        description="side of an image for the scores, in pixels; default: that of the global views",
-        json_schema_extra=FREE,
-    )
-    resize: int | None = Field(
-        None,
-        ge=4,
-        description="shorter side to which an image is resized before its center is cut out; default: eval.size",
-        json_schema_extra=FREE,
-    )
-    knn_every_epochs: float | None = Field(
-        None,
-        ge=0,
-        description="epochs (1.5, say) between two k-NN scores during training; 0 = off",
-        json_schema_extra=FREE,
-    )
-    knn_max_images: int = Field(
-        5000,
-        ge=1,
-        description="most training images that the k-NN score during training looks at, and most images that it scores",
-        json_schema_extra=FREE,
-    )
-
-
-class Run(Settings):
-    """One pretraining run, whole. `config.yaml` in its folder holds it with every derived value filled in."""
-
-    name: str = Field("", description="name of the run's folder; default: the recipe's name")
-    folder: str = Field("runs", description="where run folders are", json_schema_extra=FREE)
-    data: Data = Data()
-    views: Views = Views()
-    backbone: Backbone = Backbone()
-    head: Head = Head()
-    loss: Loss = Loss()
-    optim: Optim = Optim()
-    train: Train = Train()
-    eval: Eval = Eval()
-
-    @property
-    def path(self) -> Path:
-        return Path(self.folder) / self.name
-
-
-class Setting(NamedTuple):
-    """A leaf of `Run`, as `--help` and the comparison of two runs see it."""
-
-    key: str
-    type: str  # in words
-    default: Any
-    description: str
-    free: bool
-    is_text: bool  # what is typed for it is taken as it is, and not read as YAML
-
-    @property
-    def typed(self) -> str:
-        """The default as it may be typed behind `key=`; `(derived)` or `(not set)` where there is none."""
-        if self.default is None:
-            return "(not set)" if self.key in NEVER_DERIVED else "(derived)"
-        if isinstance(self.default, tuple):
-            return ",".join(f"{x:g}" if float(f"{x:g}") == x else repr(x) for x in self.default)
-        return str(self.default).lower() if isinstance(self.default, bool) else str(self.default)
-
-
-# Settings without a default that stay so: nothing about the run says what they should be.
-NEVER_DERIVED = frozenset(
-    ["data.val", "train.save_every_steps"]
-    + [f"backbone.{name}" for name in ("patch_size", "embed_dim", "depth", "num_heads", "pos_size", "weights")]
-)
-
-
-def settings() -> Iterator[Setting]:
-    """Every setting with its dotted key, in the order of the recipe."""
-    for section, field in Run.model_fields.items():
-        if isinstance(field.annotation, type) and issubclass(field.annotation, Settings):
-            leaves = [(f"{section}.{name}", leaf) for name, leaf in field.annotation.model_fields.items()]
-        else:
-            leaves = [(section, field)]
-        for key, leaf in leaves:
-            free = bool(leaf.json_schema_extra == FREE)
-            is_text = str in (leaf.annotation, *get_args(leaf.annotation))
-            yield Setting(key, _in_words(leaf.annotation), leaf.default, leaf.description or "", free, is_text)
-
-
-def _in_words(kind: Any) -> str:
-    """What a setting takes, for people."""
-    if get_origin(kind) is Literal:
-        *first, last = map(str, get_args(kind))
-        return f"{', '.join(first)} or {last}" if first else last
-    if get_origin(kind) is tuple:
-        return f"{len(get_args(kind))} numbers"
-    if isinstance(kind, UnionType) or get_args(kind):
-        return " or ".join(_in_words(one) for one in get_args(kind) if one is not NoneType)
-    return {int: "whole number", float: "number", str: "text", bool: "true or false"}[kind]
-
-
-KEYS = [setting.key for setting in settings()]
-TEXTS = {setting.key: setting.default for setting in settings() if setting.is_text}
+MOST_TOLD = 20  # mistakes
+LONGEST_NAME = 200  # bytes; file systems take 255, and the rest is for what is put around it
 
 
 def load(recipe: Path | None, overrides: list[str] | tuple[str, ...] = ()) -> Run:
@@ -363,7 +29,7 @@ def load(recipe: Path | None, overrides: list[str] | tuple[str, ...] = ()) -> Ru
     tree: dict[str, Any] = {}
     problems: list[str] = []
     if recipe is not None:
-        read = bounded_yaml.read(recipe, "recipe")
+        read = bounded_files.read_yaml(recipe, "recipe")
         tree = {key: value for key, value in read.items() if value is not None}  # all of a section may be commented out
     for item in overrides:
         key, sign, text = item.partition("=")
@@ -391,7 +57,7 @@ def _typed(key: str, text: str) -> Any:
         if text.strip() != "null" and text.strip()[0] not in ("'", '"'):
             return text
     try:
-        return bounded_yaml.parse(text)
+        return bounded_files.parse_yaml(text)
     except yaml.YAMLError:
         return text
 
@@ -412,9 +78,6 @@ def validate(tree: dict[str, Any], problems: list[str] | None = None) -> Run:
         more = [f"and {len(problems) - MOST_TOLD} more"] if len(problems) > MOST_TOLD else []
         raise UserError(f"{count} in the settings: " + "; ".join(problems[:MOST_TOLD] + more) + ".")
     return run
-
-
-MOST_TOLD = 20
 
 
 def combinations(run: Run) -> list[str]:
@@ -448,10 +111,7 @@ def _wrong_names(run: Run) -> Iterator[str]:
             yield f"{key} has a part of more than 255 bytes, which no file system takes"
 
 
-LONGEST_NAME = 200  # file systems take 255 bytes; the rest is for what is put around it
-
-
-def _wrong_ranges(views: Views) -> Iterator[str]:
+def _wrong_ranges(views: ViewSettings) -> Iterator[str]:
     for name in ("global_crops_scale", "local_crops_scale", "ratio", "blur_sigma"):
         low, high = getattr(views, name)
         if not 0 < low <= high:
@@ -480,7 +140,7 @@ def _wrong_sizes(run: Run) -> Iterator[str]:
         yield f"eval.resize={run.eval.resize} is smaller than the crop eval.size={size}"
 
 
-def _wrong_backbone(backbone: Backbone) -> Iterator[str]:
+def _wrong_backbone(backbone: BackboneSettings) -> Iterator[str]:
     """Switches that a backbone cannot take, as far as its name says so."""
     if backbone.embed_dim and backbone.num_heads and backbone.embed_dim % backbone.num_heads:
         yield f"backbone.embed_dim={backbone.embed_dim} does not divide into {backbone.num_heads} heads"

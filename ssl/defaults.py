@@ -5,9 +5,17 @@ from __future__ import annotations
 import math
 from typing import Any, NamedTuple
 
-from nearfar.ssl import config
-from nearfar.ssl.config import Run
 from nearfar.ssl.errors import UserError
+from nearfar.ssl.settings import (
+    DataSettings,
+    EvalSettings,
+    HeadSettings,
+    LossSettings,
+    OptimSettings,
+    Run,
+    TrainSettings,
+    all_settings,
+)
 
 
 class Derived(NamedTuple):
@@ -16,33 +24,33 @@ class Derived(NamedTuple):
     reason: str
 
 
-class ResolvedData(config.Data):
+class ResolvedData(DataSettings):
     workers: int
 
 
-class ResolvedHead(config.Head):
+class ResolvedHead(HeadSettings):
     prototypes: int
     batch_norm: bool
 
 
-class ResolvedLoss(config.Loss):
+class ResolvedLoss(LossSettings):
     teacher_temp: float
     warmup_teacher_temp_epochs: float
 
 
-class ResolvedOptim(config.Optim):
+class ResolvedOptim(OptimSettings):
     lr: float
     warmup_epochs: float
     teacher_momentum: float
     freeze_last_layer_epochs: float
 
 
-class ResolvedTrain(config.Train):
+class ResolvedTrain(TrainSettings):
     world_size: int
     threads: int
 
 
-class ResolvedEval(config.Eval):
+class ResolvedEval(EvalSettings):
     size: int
     resize: int
     knn_every_epochs: float
@@ -130,7 +138,7 @@ def inherit(run: Run, saved: Run) -> Run:
 def differences(old: Run, new: Run) -> list[str]:
     """Dotted `key: old -> new` for every setting that would change the weights of a continued run."""
     found = []
-    for setting in config.settings():
+    for setting in all_settings():
         before, after = _get(old, setting.key), _get(new, setting.key)
         if not setting.free and before != after:
             found.append(f"{setting.key}: {before} -> {after}")

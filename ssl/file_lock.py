@@ -11,8 +11,8 @@ from typing import IO
 _UNSUPPORTED = {errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK, errno.EINVAL}
 
 
-def acquire(file: IO[str], wait: bool = False) -> bool:
-    """Take the lock of an open file; False where its file system has no locks.
+def acquire(file: IO[str] | int, wait: bool = False) -> bool:
+    """Take the lock of an open file or folder (its descriptor); False where its file system has no locks.
 
     Raises:
         BlockingIOError: another process holds it, and `wait` is False.

@@ -10,7 +10,7 @@ import os
 import secrets
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 PARTIAL = ".writing-"  # in front of the names of files and folders that are not whole yet
@@ -18,7 +18,7 @@ PARTIAL = ".writing-"  # in front of the names of files and folders that are not
 
 @contextmanager
 def atomic(path: Path) -> Iterator[Path]:
-    """A name beside `path` to write a file under; at the end it is on the disk, and in the place of `path`.
+    """An empty file beside `path` to write to; at the end it is on the disk, and in the place of `path`.
 
     An error inside leaves `path` as it was, and nothing beside it.
 
@@ -26,6 +26,8 @@ def atomic(path: Path) -> Iterator[Path]:
         OSError: the folder is not there, cannot be written, or is full.
     """
     partial = _beside(path)
+    with suppress(FileNotFoundError):
+        path.lstat()  # a name that no file system takes is refused now, and not after the writing
     try:
         partial.touch(exist_ok=False)
         mode = partial.stat().st_mode  # as umask, or the folder's access list, will have it
@@ -49,6 +51,8 @@ def atomic_folder(path: Path) -> Iterator[Path]:
         OSError: the parent is not there, cannot be written, or is full.
     """
     partial = _beside(path)
+    with suppress(FileNotFoundError):
+        path.lstat()
     try:
         partial.mkdir()
         yield partial
@@ -68,6 +72,13 @@ def write_bytes(path: Path, content: bytes) -> None:
     """All the bytes, or what was there before. Raises OSError as `atomic`."""
     with atomic(path) as partial:
         partial.write_bytes(content)
+
+
+def check_writable(path: Path) -> None:
+    """Raise the OSError with which `atomic` would fail at once. Nothing is left, and `path` stays as it is."""
+    partial = _beside(path)
+    partial.touch(exist_ok=False)
+    partial.unlink()
 
 
 def move(partial: Path, path: Path) -> None:
@@ -111,6 +122,10 @@ def remove_partial(folder: Path) -> None:
             left.unlink(missing_ok=True)
 
 
+def partial_prefix(path: Path) -> str:
+    """How the names begin under which `path` is written. Not with its whole name: a file system takes 255 bytes."""
+    return f"{PARTIAL}{path.name[:50]}-"
+
+
 def _beside(path: Path) -> Path:
-    """Not the whole name: a file system takes 255 bytes."""
-    return path.with_name(f"{PARTIAL}{path.name[:50]}-{secrets.token_hex(4)}")
+    return path.with_name(f"{partial_prefix(path)}{secrets.token_hex(4)}")

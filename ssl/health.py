@@ -57,7 +57,7 @@ def rankme(features: Tensor) -> float:
 
 
 def collapse(metrics: dict[str, float]) -> str | None:
-    """What is wrong with these numbers of `teacher_health`, in plain words with the mend; None when nothing is."""
+    """What is wrong with these numbers of `teacher_health`, and what to do about it; None when nothing is."""
     if metrics["feature_std"] < 0.05:
         return (
             f"Collapse: all images get nearly the same features (std {metrics['feature_std']:.3f}, healthy near 1). "

@@ -13,7 +13,7 @@ from nearfar.ssl.heads.dino import DINOHead
 from nearfar.ssl.losses import DINOLoss, koleo
 
 
-class Step(NamedTuple):
+class Outputs(NamedTuple):
     """One forward pass. Shapes: B images, G = 2 global views, K prototypes, D features."""
 
     loss: Tensor  # scalar, with gradient
@@ -69,7 +69,7 @@ class Learner(nn.Module):
         logits, features = self.student(groups)
         return logits, features
 
-    def forward(self, groups: list[Tensor], teacher_temp: float) -> Step:
+    def forward(self, groups: list[Tensor], teacher_temp: float) -> Outputs:
         """Normalized views, the global group first -> the loss and what the monitors look at."""
         teacher_logits, teacher_features = self.teacher_outputs(groups[0])
         probabilities = self.loss.teacher_probabilities(teacher_logits, teacher_temp)
@@ -79,7 +79,7 @@ class Learner(nn.Module):
         if self.koleo_weight:
             apart = koleo(student_features[: len(groups[0])])
             loss, parts = loss + self.koleo_weight * apart, {"koleo": apart.detach()}
-        return Step(loss, probabilities, teacher_features, parts)
+        return Outputs(loss, probabilities, teacher_features, parts)
 
     def after_backward(self, freeze_last_layer: bool) -> None:
         """To be called between the backward pass and the optimizer's step: the prototypes stay as they are in the

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
 from nearfar.ssl.backbones.token_model import decays
 
 
-def parameter_groups(student: nn.Module) -> list[dict[str, object]]:
+def parameter_groups(student: nn.Module) -> list[dict[str, Any]]:
     """AdamW's two groups: what decays, and what does not."""
     groups: dict[bool, list[nn.Parameter]] = {True: [], False: []}
     for name, parameter in student.named_parameters():

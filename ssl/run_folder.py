@@ -15,9 +15,9 @@ from types import TracebackType
 from typing import IO, Any
 
 from nearfar.ssl import checkpoint, checkpoint_names, config, file_lock, files
-from nearfar.ssl.config import Run
 from nearfar.ssl.defaults import differences
 from nearfar.ssl.errors import UserError
+from nearfar.ssl.settings import Run
 
 TEACHER = "teacher.safetensors"
 _log = logging.getLogger(__name__)

@@ -2,48 +2,25 @@
 
 from __future__ import annotations
 
-import json
-import math
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, field
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
 
-import numpy as np
-import torch
 from rich.console import Console
-from torch import Tensor
 
-from nearfar.ssl import announce, device, distributed, resume
-from nearfar.ssl.backbones import Backbone
-from nearfar.ssl.config import Run
-from nearfar.ssl.data import open_loader
-from nearfar.ssl.data.loaders.base import Batch, Loader, LoaderOptions
+from nearfar.ssl import announce, distributed
+from nearfar.ssl.data.loaders.base import Batch
 from nearfar.ssl.data.sources.base import Source
-from nearfar.ssl.data.transforms.colors import color_views
-from nearfar.ssl.data.transforms.normalize import normalize
-from nearfar.ssl.defaults import Derived, ResolvedRun, resolve
-from nearfar.ssl.device import Compute
 from nearfar.ssl.distributed import ALONE, Ranks
 from nearfar.ssl.errors import UserError
-from nearfar.ssl.health import CollapseWatch, nothing_learned, teacher_health
-from nearfar.ssl.learner import Learner, Step, build_learner, share_batch_norm
-from nearfar.ssl.optim import adamw, clip_gradients, set_rates
-from nearfar.ssl.run_folder import RunFolder, read_metrics
+from nearfar.ssl.health import CollapseWatch, teacher_health
+from nearfar.ssl.run_folder import RunFolder
 from nearfar.ssl.run_log import NoLog, RunLog
-from nearfar.ssl.schedule import Schedule
-
-
-@dataclass(frozen=True)
-class Observers:
-    """What the floors above want to see of a run, on its first rank. None of it may change the run."""
-
-    # First batch, colored views, run folder -> a picture of them (H, W, 3) for TensorBoard, or None.
-    views: Callable[[Batch, list[Tensor], Path], np.ndarray | None] | None = None
-    # Scores of the teacher; None: a stop came first.
-    probe: Callable[[Backbone, ResolvedRun], dict[str, float] | None] | None = None
+from nearfar.ssl.settings import Run
+from nearfar.ssl.train_step import StepResult
+from nearfar.ssl.training import NO_OBSERVERS, Observers, Training, set_up
 
 
 @dataclass(frozen=True)
@@ -58,65 +35,10 @@ class Outcome:
         return self.step >= self.steps
 
 
-class NotFiniteError(Exception):
-    """The loss or the gradient of a step is NaN or infinite. No weight was changed."""
-
-    def __init__(self, loss: float, grad_norm: float) -> None:
-        super().__init__(f"loss {loss}, norm of the gradient {grad_norm}")
-        self.loss, self.grad_norm = loss, grad_norm
-
-
-class Trained(NamedTuple):
-    """What one step says of itself."""
-
-    loss: float  # mean over all ranks, before the update
-    grad_norm: float  # before clipping
-    outputs: Step  # of this rank
-
-
-def train_step(
-    learner: Learner,
-    optimizer: torch.optim.Optimizer,
-    views: list[Tensor],
-    values: dict[str, float],
-    *,
-    clip_grad: float,
-    freeze_last_layer: bool = False,
-    autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
-) -> Trained:
-    """One step of training on all ranks: forward, backward, optimizer, center, teacher.
-
-    Args:
-        optimizer: as `optim.adamw` makes it for the student.
-        views: normalized, grouped by size, the global group first: [(G, B, 3, s, s), ...].
-        values: lr, weight_decay, teacher_momentum and teacher_temp, as `Schedule.at` gives them.
-        clip_grad: largest norm of a tensor's gradient; 0 = off.
-        freeze_last_layer: leave the prototypes as they are.
-
-    Raises:
-        NotFiniteError: on every rank, before anything reaches the weights.
-    """
-    with autocast():
-        outputs = learner(views, values["teacher_temp"])
-    outputs.loss.backward()
-    learner.after_backward(freeze_last_layer)
-    parameters = list(learner.student.parameters())
-    distributed.average_gradients(parameters)
-    grad_norm = float(clip_gradients(parameters, clip_grad))
-    (loss,) = distributed.all_mean_(torch.tensor([float(outputs.loss.detach())], dtype=torch.float64)).tolist()
-    if not math.isfinite(loss + grad_norm):
-        raise NotFiniteError(loss, grad_norm)
-    set_rates(optimizer, values["lr"], values["weight_decay"])
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
-    learner.after_step(values["teacher_momentum"])
-    return Trained(loss, grad_norm, outputs)
-
-
 def pretrain(
     run: Run,
     source: Source,
-    observers: Observers = Observers(),
+    observers: Observers = NO_OBSERVERS,
     should_stop: Callable[[], bool] = lambda: False,
     console: Console | None = None,
     world: Ranks = ALONE,
@@ -147,119 +69,6 @@ def pretrain(
             return Outcome(folder.path, training.step, steps, time.monotonic() - begun)
 
 
-@dataclass
-class Training:
-    """A run that is set up: all that its loop needs."""
-
-    run: ResolvedRun
-    source: Source
-    observers: Observers
-    folder: RunFolder
-    world: Ranks
-    compute: Compute
-    learner: Learner
-    optimizer: torch.optim.Optimizer
-    loader: Loader
-    schedule: Schedule
-    step: int  # steps that are done
-    resumed: bool
-    description: dict[str, Any]  # what a checkpoint says of itself
-    derived: list[Derived]
-    warnings: list[str]
-    log: NoLog = field(default_factory=NoLog)
-    known_bad: set[str] = field(default_factory=set)
-
-    def log_start(self) -> None:
-        lines = announce.start_lines(
-            self.run, self.derived, self.learner, self.schedule.steps, self.compute, self.step, self.source,
-            self.loader.title,
-        )  # fmt: skip
-        for line in [*self.warnings, *lines]:
-            self.log.say(line)
-        self.log.settings(self.description["run"])
-
-    def views(self, batch: Batch) -> list[Tensor]:
-        """The colored views of a batch, on the device and normalized; shown to the observer in the first step."""
-        colored = color_views(batch, self.compute.device)
-        if self.step == 0 and self.observers.views and self.world.first:
-            picture = self.observers.views(batch, colored, self.folder.path)
-            if picture is not None:
-                self.log.picture("views", 0, picture)
-        return [normalize(group) for group in colored]
-
-    def train(self, batch: Batch, values: dict[str, float]) -> Trained:
-        """The next step. Raises UserError where it is not finite."""
-        views = self.views(batch)
-        torch.manual_seed(_step_seed(self.run.train.seed, self.step, self.world.rank))
-        try:
-            trained = train_step(
-                self.learner,
-                self.optimizer,
-                views,
-                values,
-                clip_grad=self.run.optim.clip_grad,
-                freeze_last_layer=self.schedule.prototypes_frozen(self.step),
-                autocast=self.compute.autocast,
-            )
-        except NotFiniteError as error:
-            words = announce.not_finite(
-                self.step, error.loss, error.grad_norm, batch, self.source, self.folder.path
-            )  # fmt: skip
-            raise UserError(words) from error
-        self.step += 1
-        return trained
-
-    def agree(self, should_stop: bool) -> bool:
-        """Does any rank have to stop? Bad images of all ranks are told of on the way."""
-        bad = [item for item in self.loader.bad.items() if item[0] not in self.known_bad]
-        stop, any_bad = distributed.all_mean_(torch.tensor([should_stop, len(bad)], dtype=torch.float64)).tolist()
-        for text in distributed.gathered([json.dumps(item) for item in bad]) if any_bad else ():
-            name, reason = json.loads(text)
-            self.log.say(f"Bad image {name}: {reason}. The next readable image takes its place.")
-            self.known_bad.add(name)
-        return bool(stop)
-
-    def score(self) -> bool:
-        """Score the teacher as it is, once; True on all ranks where a stop came first and leaves that to the next
-        start.
-        """
-        return distributed.from_first(self._score)
-
-    def _score(self) -> bool:
-        if self.observers.probe is None or self.folder.scored(self.step):
-            return False
-        self.learner.teacher.eval()
-        scores = self.observers.probe(self.learner.teacher.backbone, self.run)
-        self.learner.teacher.train()
-        if scores:
-            self.log.record(self.step, {"epoch": self.step / self.loader.steps_per_epoch, **scores})
-            self.log.say(f"step {self.step}: " + ", ".join(f"{k} {v:.1f}" for k, v in scores.items()))
-        return scores is None
-
-    def save(self) -> None:
-        if self.world.first:
-            self.log.sync()
-            resume.save(
-                self.folder, self.step, self.learner, self.optimizer, self.description, self.run.train.keep_last
-            )
-
-    def save_due(self, saved_at: float) -> bool:
-        every = self.run.train.save_every_steps
-        return (
-            self.step == self.schedule.steps
-            or (every is not None and self.step % every == 0)
-            or time.monotonic() - saved_at > 60 * self.run.train.save_every_minutes
-        )
-
-    def verdict(self) -> str | None:
-        """In one sentence, that a finished run learned little; None where nothing says so."""
-        rows = 2 * self.run.train.batch_size // self.world.size
-        most = min(rows, self.learner.teacher.backbone.embed_dim)
-        if not self.world.first:
-            return None
-        return nothing_learned(read_metrics(self.folder.metrics), most, self.run.head.batch_norm)
-
-
 class Meter:
     """Speed since the last line of metrics, and whether the teacher collapses."""
 
@@ -277,7 +86,7 @@ class Meter:
         self.waited += time.monotonic() - asked
         return batch
 
-    def log(self, trained: Trained, values: dict[str, float]) -> None:
+    def log(self, trained: StepResult, values: dict[str, float]) -> None:
         """A line of metrics, the progress, and a collapse that lasts."""
         training, step, outputs = self.training, self.training.step, trained.outputs
         health = teacher_health(outputs.teacher_probabilities, outputs.teacher_features)
@@ -314,7 +123,7 @@ def _loop(training: Training, should_stop: Callable[[], bool]) -> None:
     while training.step < schedule.steps and not stop:
         batch = meter.waiting(batches)
         values = schedule.at(training.step)
-        trained = training.train(batch, values)
+        trained = training.next_step(batch, values)
         stop = training.agree(should_stop())
         if training.step % run.train.log_every_steps == 0 or training.step == schedule.steps:
             meter.log(trained, values)
@@ -326,86 +135,6 @@ def _loop(training: Training, should_stop: Callable[[], bool]) -> None:
             saved_at = time.monotonic()
 
 
-def set_up(run: Run, source: Source, observers: Observers, folder: RunFolder, world: Ranks) -> Training:
-    """Everything as it stands at the step that the run continues from, and its folder made ready for it.
-
-    Raises:
-        UserError: settings, data, folder or checkpoint are wrong. Then nothing in the folder was changed.
-    """
-    resolved, derived = _settings(run, folder, len(source), world)
-    torch.set_num_threads(resolved.train.threads)
-    warnings: list[str] = []
-    saved = resume.latest(folder, world, warnings)
-    learner = build_learner(resolved, weights=saved is None)
-    compute = device.choose(resolved.train.device, resolved.train.precision, learner.teacher.backbone.embed_dim)
-    learner.to(compute.device)
-    if compute.device.type == "cpu":
-        device.keep_freed_memory()
-    loader = loader_of(resolved, source, world, compute.device)
-    if world.size > 1:
-        share_batch_norm(learner)
-    optimizer = adamw(learner.student)
-    step = resume.restore(saved, learner, optimizer, source.fingerprint) if saved else 0
-    description = resume.describe(resolved, learner, source.fingerprint, compute.precision)
-    if saved:
-        warnings += announce.continued_otherwise(saved.state, resolved, compute.precision)
-        warnings += announce.changed_versions(saved.state, description["versions"])
-    if world.first:
-        folder.record(resolved)
-        folder.forget_metrics_after(step)
-        if saved and folder.exported_step() != step:  # killed, or out of space, between the two files of a save
-            resume.export(folder, step, learner, description)
-    return Training(
-        run=resolved,
-        source=source,
-        observers=observers,
-        folder=folder,
-        world=world,
-        compute=compute,
-        learner=learner,
-        optimizer=optimizer,
-        loader=loader,
-        schedule=Schedule(resolved, loader.steps_per_epoch),
-        step=step,
-        resumed=saved is not None,
-        description=description,
-        derived=derived,
-        warnings=warnings,
-    )
-
-
-def _settings(run: Run, folder: RunFolder, images: int, world: Ranks) -> tuple[ResolvedRun, list[Derived]]:
-    """Resolved on the first rank, so that all have the same."""
-
-    def resolved() -> list[Any]:
-        settings, derived = resolve(
-            run,
-            images,
-            world.cores or distributed.available_cores(),
-            world_size=world.size,
-            saved=folder.saved_settings(),
-        )
-        return [settings.model_dump(mode="json"), [list(each) for each in derived]]
-
-    settings, derived = distributed.from_first(resolved)
-    return ResolvedRun.model_validate(settings), [Derived(*each) for each in derived]
-
-
-def loader_of(run: ResolvedRun, source: Source, world: Ranks, place: torch.device) -> Loader:
-    """The loader of one rank of the run, which makes views for the device `place`."""
-    options = LoaderOptions(
-        batch_size=run.train.batch_size // world.size,
-        epochs=run.train.epochs,
-        seed=run.train.seed,
-        workers=run.data.workers,
-        rank=world.rank,
-        world_size=world.size,
-        max_bad_fraction=run.data.max_bad_fraction,
-        min_side=run.data.min_side,
-    )
-    return open_loader(source, run.views, options, loader=run.data.loader, color=run.data.color_on, device=place)
-
-
 @contextmanager
 def _memory_in_words() -> Iterator[None]:
     try:
@@ -414,8 +143,3 @@ def _memory_in_words() -> Iterator[None]:
         if words := announce.out_of_memory(error):
             raise UserError(words) from error
         raise
-
-
-def _step_seed(seed: int, step: int, rank: int = 0) -> int:
-    """Seed of a step's drop-path: no generator state is carried from step to step."""
-    return (seed % 2**20 << 43) + (rank % 2**12 << 31) + step % 2**31

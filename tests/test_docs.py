@@ -18,13 +18,12 @@ import yaml
 
 from nearfar.launch.cli import build_parser
 from nearfar.ssl import config
+from nearfar.ssl.settings import KEYS, Run
 
 ROOT = Path(__file__).resolve().parents[1]
 CODE = ("ssl", "eval", "launch", "bench", "tests", "examples", "docs")
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
-SECTIONS = [
-    name for name, value in config.Run.model_fields.items() if name in {key.split(".")[0] for key in config.KEYS}
-]
+SECTIONS = [name for name, value in Run.model_fields.items() if name in {key.split(".")[0] for key in KEYS}]
 FILE_ENDINGS = {
     "py",
     "md",
@@ -176,7 +175,7 @@ def test_commands_parse(page: str, arguments: list[str], capsys: pytest.CaptureF
     assert code == 0, f"{page}: nearfar {shlex.join(arguments)}\n{capsys.readouterr().err}"
     for setting in getattr(parsed, "settings", None) or []:
         key = setting.partition("=")[0]
-        assert key in config.KEYS, f"{page}: nearfar {shlex.join(arguments)}: there is no setting {key}"
+        assert key in KEYS, f"{page}: nearfar {shlex.join(arguments)}: there is no setting {key}"
 
 
 @pytest.mark.parametrize(("page", "arguments"), command_cases(inline), ids=command_id)
@@ -232,7 +231,7 @@ def test_settings_named_in_a_page_exist(page: Path) -> None:
         f"{section}.{field}"
         for snippet in snippets(page)
         for section, field in re.findall(rf"(?<![\w./-])({sections})\.([a-z]\w*)", snippet)
-        if field not in FILE_ENDINGS and f"{section}.{field}" not in config.KEYS
+        if field not in FILE_ENDINGS and f"{section}.{field}" not in KEYS
     }
     assert not unknown, f"{names(page)}: no such settings: {', '.join(sorted(unknown))}"
 

@@ -16,7 +16,7 @@ from nearfar.ssl.errors import UserError
 from nearfar.ssl.setting_errors import nearest
 
 if TYPE_CHECKING:
-    from nearfar.ssl.config import Run
+    from nearfar.ssl.settings import Run
 
 CLUSTERS = ("auto", "slurm", "local", "debug")
 CONTROLS = ("status", "cancel", "logs", "resubmit")

@@ -36,7 +36,7 @@ import submitit
 from nearfar.launch.slurm import queue, records
 from nearfar.launch.slurm.records import AttemptEnd, Ending, SubmissionRecord
 from nearfar.launch.stop_signals import StopFlag
-from nearfar.ssl import file_lock
+from nearfar.ssl import file_lock, files
 from nearfar.ssl.errors import PeerError, UserError
 
 if TYPE_CHECKING:
@@ -83,7 +83,7 @@ class InfrastructureError(RuntimeError):
     """What a machine or the cluster did, and another attempt may not meet again."""
 
 
-def train(config: str, folder: str) -> None:
+def train_job(config: str, folder: str) -> None:
     """Train the run of `config` (YAML, in settings/ of a submission) in `folder`, as one process of a job.
 
     Ends the process by itself when the job goes on later, or failed. Returns when the run is finished.
@@ -116,7 +116,7 @@ def train(config: str, folder: str) -> None:
         leave_interrupted(run, process, stop, outcome.step, outcome.steps)
 
 
-def evaluate(config: str, folder: str, tasks: list[str]) -> None:
+def evaluation_job(config: str, folder: str, tasks: list[str]) -> None:
     """Score the run in `folder` on its own data.path and data.val, and write its report; one process.
 
     Raises: as `train`; ending-eval.json says it too.
@@ -281,9 +281,7 @@ def rendezvous(folder: Path, process: JobProcess, deadline: float | None = None)
         with socket.socket() as probe:
             probe.bind(("", 0))
             port = probe.getsockname()[1]
-        partial = file.with_suffix(".writing")
-        partial.write_text(f"{_resolvable(process.first_node)} {port} {deadline or 'never'}\n")
-        partial.replace(file)
+        files.write_text(file, f"{_resolvable(process.first_node)} {port} {deadline or 'never'}\n")
     until = time.monotonic() + MEETING
     while file not in (folder.iterdir() if folder.is_dir() else ()):  # a listing is fresh where a look-up may be cached
         if time.monotonic() > until:

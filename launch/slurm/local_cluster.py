@@ -12,8 +12,8 @@ from nearfar.launch.slurm import job, records
 from nearfar.launch.slurm.records import SubmissionRecord
 from nearfar.launch.slurm.resources import Resources, gpu_count
 from nearfar.ssl import config
-from nearfar.ssl.config import Run
 from nearfar.ssl.errors import UserError
+from nearfar.ssl.settings import Run
 
 
 def launch(runs: Sequence[Run], given: dict[str, Any], then: Sequence[str], *, debug: bool, console: Console) -> None:
@@ -24,7 +24,7 @@ def launch(runs: Sequence[Run], given: dict[str, Any], then: Sequence[str], *, d
     Raises:
         UserError: more than one machine is asked for, and as `pretrain`.
     """
-    from nearfar.launch.pretrain import pretrain
+    from nearfar.launch.pretrain import run_pretraining
 
     asked = _of_this_machine(given)
     for run in runs:
@@ -33,7 +33,7 @@ def launch(runs: Sequence[Run], given: dict[str, Any], then: Sequence[str], *, d
             _debug(run, asked, then)
             continue
         before = records.read_ending(run.path)
-        if not pretrain(run, console).finished:
+        if not run_pretraining(run, console).finished:
             return
         if before is None or before.state != "finished":
             step = records.saved_step(run.path)
@@ -85,6 +85,6 @@ def _debug(run: Run, resources: Resources, then: Sequence[str]) -> None:
     settings.write_text(config.to_yaml(run))
     SubmissionRecord(resources=resources, runs=[run.path], then=list(then)).write(submission)
     executor = submitit.DebugExecutor(folder=submission / "log")
-    executor.submit(job.train, str(settings), str(run.path)).results()
+    executor.submit(job.train_job, str(settings), str(run.path)).results()
     if then:
-        executor.submit(job.evaluate, str(settings), str(run.path), list(then)).results()
+        executor.submit(job.evaluation_job, str(settings), str(run.path), list(then)).results()

@@ -24,7 +24,7 @@ import yaml
 from pydantic import BaseModel
 
 from nearfar.launch.slurm.resources import Resources
-from nearfar.ssl import checkpoint_names, file_lock
+from nearfar.ssl import checkpoint_names, file_lock, files
 from nearfar.ssl.errors import UserError
 
 Kind = Literal["train", "eval"]
@@ -339,10 +339,8 @@ def _lines(run: Path) -> list[dict[str, Any]]:
 
 
 def _write(file: Path, content: Any) -> None:
-    partial = file.with_name(f".writing-{file.name}-{os.getpid()}")
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_text(json.dumps(content, indent=1) + "\n")
-        partial.replace(file)
+        files.write_text(file, json.dumps(content, indent=1) + "\n")
     except OSError as error:
         raise UserError(f"{file} could not be written: {error}.") from None

@@ -10,7 +10,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
-from nearfar.ssl import bounded_yaml
+from nearfar.ssl import bounded_files
 from nearfar.ssl.errors import UserError
 from nearfar.ssl.setting_errors import in_words
 
@@ -127,7 +127,7 @@ def load(file: Path | None, given: dict[str, Any]) -> Resources:
     if file is not None and not file.is_file():
         raise UserError(f"There is no site file {file}.")
     file = file or site_file()
-    tree = bounded_yaml.read(file, "site file", "lines such as 'partition: gpu'") if file.is_file() else {}
+    tree = bounded_files.read_yaml(file, "site file", "lines such as 'partition: gpu'") if file.is_file() else {}
     return check({**tree, **given}, f"in {file} or the flags" if tree else "in the flags")
 
 

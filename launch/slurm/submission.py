@@ -17,10 +17,10 @@ from nearfar.launch.slurm.executor import JobOptions
 from nearfar.launch.slurm.records import Ending, Job, SubmissionRecord
 from nearfar.launch.slurm.resources import Resources
 from nearfar.ssl import config
-from nearfar.ssl.config import Run
 from nearfar.ssl.defaults import continued
 from nearfar.ssl.errors import UserError
 from nearfar.ssl.run_folder import RunFolder
+from nearfar.ssl.settings import Run
 
 EVAL_HOURS = 4.0
 
@@ -193,7 +193,7 @@ def refuse_active(folders: Sequence[Path]) -> None:
 
 
 def _submit_training(folder: Path, submission: Submission) -> list[Job]:
-    calls = [partial(job.train, str(_config(folder, run)), str(run.path)) for run in submission.runs]
+    calls = [partial(job.train_job, str(_config(folder, run)), str(run.path)) for run in submission.runs]
     numbers = executor.submit(_training(folder, submission), calls)
     return _record("train", submission.job_name, folder, submission, numbers)
 
@@ -205,7 +205,7 @@ def _submit_evaluation(folder: Path, submission: Submission, training: Sequence[
     """
     made = _evaluation(folder, submission, training[0].job.partition("_")[0])
     tasks = list(submission.then)
-    calls = [partial(job.evaluate, str(_config(folder, run)), str(run.path), tasks) for run in submission.runs]
+    calls = [partial(job.evaluation_job, str(_config(folder, run)), str(run.path), tasks) for run in submission.runs]
     try:
         numbers = executor.submit(made, calls)
     except UserError as error:

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from nearfar.ssl import config
-from nearfar.ssl.config import Run
 from nearfar.ssl.errors import UserError
+from nearfar.ssl.settings import Run
 
 
 def runs(recipe: Path, settings: list[str], sweep: Sequence[str]) -> tuple[Path, list[Run]]:

@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 import timm
 import torch
+from torch import nn
 
 from nearfar.ssl.backbones.adapter import Adapter
 from nearfar.ssl.backbones.published import reaching_for_weights
@@ -25,7 +26,7 @@ OUR_NAME = re.compile(r"vit_(tiny|small|base)_patch(\d+)(_lgp)?(_locat)?(?:_reg(
 log = logging.getLogger(__name__)
 
 
-def create(
+def create(  # noqa: PLR0913 - a network's settings, each by name
     name: str,
     *,
     img_size: int = 224,
@@ -64,25 +65,17 @@ def create(
     if scan != "auto" and not name.startswith("vim_"):
         raise UserError(f"scan={scan} is a setting of Vision Mamba (vim_...), and {name} has no scan; leave it out.")
     grafts = {"lgp": lgp, "levels": levels, "wavelet": wavelet, "gaug": gaug, "prr": prr}
+    others = {"registers": registers, "rope": rope, "pos_size": pos_size}
     if name.startswith("timm/"):
-        for switch, value in {"registers": registers, "rope": rope, "pos_size": pos_size}.items():
-            if value:
-                raise UserError(
-                    f"{switch} is not supported for {name}: timm models can take lgp, gaug and prr; for {switch} "
-                    "choose one of ours (vit_small_patch16, ...) or a timm model that has it."
-                )
+        _refuse_for_timm(name, others)
         backbone = _create_timms(name, img_size, grafts, drop_path, sizes, pretrained)
     elif match := VIM_NAME.fullmatch(name):
-        wished = {"gaug": gaug, "registers": registers, "rope": rope, "pos_size": pos_size, "pretrained": pretrained}
-        for switch, value in wished.items():
-            if value:
-                raise UserError(f"{name} cannot take {switch}: {VIM_LACKS[switch]}")
+        _refuse_for_vim(name, {"gaug": gaug, **others, "pretrained": pretrained})
         backbone = _create_vim(match, img_size, grafts, drop_path, sizes, scan)
     else:
         if pretrained:
             raise UserError(f"{name} has no published weights; leave out pretrained, or take a timm model (timm/NAME).")
-        switches = {**grafts, "registers": registers, "rope": rope, "pos_size": pos_size}
-        backbone = _create_ours(name, img_size, switches, drop_path, sizes)
+        backbone = _create_ours(name, img_size, {**grafts, **others}, drop_path, sizes)
     if weights is not None:
         log.info("%s", load_weights(backbone, weights))
     return backbone
@@ -125,6 +118,12 @@ VIM_LACKS = {
 }
 
 
+def _refuse_for_vim(name: str, switches: dict[str, Any]) -> None:
+    for switch, value in switches.items():
+        if value:
+            raise UserError(f"{name} cannot take {switch}: {VIM_LACKS[switch]}")
+
+
 def _create_vim(
     match: re.Match[str],
     img_size: int,
@@ -150,6 +149,15 @@ def _create_vim(
     return Adapter(model, {"name": name, **arch, "drop_path": drop_path, "num_heads": model.num_heads})
 
 
+def _refuse_for_timm(name: str, switches: dict[str, Any]) -> None:
+    for switch, value in switches.items():
+        if value:
+            raise UserError(
+                f"{switch} is not supported for {name}: timm models can take lgp, gaug and prr; for {switch} "
+                "choose one of ours (vit_small_patch16, ...) or a timm model that has it."
+            )
+
+
 def _create_timms(
     name: str,
     img_size: int,
@@ -158,14 +166,29 @@ def _create_timms(
     sizes: dict[str, int | None],
     pretrained: bool,
 ) -> Backbone:
-    plain = name.removeprefix("timm/")
-    if not timm.is_model(plain):
-        raise UserError(f"timm {timm.__version__} has no model called {plain!r}. {_did_you_mean(name)}")
     asked: dict[str, Any] = {key: value for key, value in sizes.items() if value is not None}
     # What lets a network run at any size, and has no meaning where it does so anyway.
     wished: dict[str, Any] = {"img_size": img_size, "dynamic_img_size": True, "strict_img_size": False}
     (asked if drop_path else wished)["drop_path_rate"] = drop_path
-    model = None
+    model = _timm_model(name, asked, wished, pretrained)
+    if grafts["lgp"]:
+        add_lgp(model, grafts["levels"], grafts["wavelet"], drop_path)
+    if grafts["gaug"]:
+        add_gaug(model)
+    arch = {"name": name, "img_size": img_size, **grafts, "drop_path": drop_path, **asked}
+    arch.pop("drop_path_rate", None)
+    backbone = Adapter(model, arch, prr=grafts["prr"])
+    with torch.no_grad():  # better now than in the first step: does it give tokens at all?
+        backbone.eval()(torch.zeros(1, 3, img_size, img_size))
+    return backbone.train()
+
+
+def _timm_model(name: str, asked: dict[str, Any], wished: dict[str, Any], pretrained: bool) -> nn.Module:
+    """timm's model with all settings that were `asked` for, and those of the `wished` ones that it knows."""
+    plain = name.removeprefix("timm/")
+    if not timm.is_model(plain):
+        raise UserError(f"timm {timm.__version__} has no model called {plain!r}. {_did_you_mean(name)}")
+    wished, model = dict(wished), None
     while model is None:
         try:
             with reaching_for_weights(pretrained):
@@ -188,16 +211,7 @@ def _create_timms(
             raise UserError(f"{name} cannot be made: these settings do not fit it ({reason}).") from error
     if not (hasattr(model, "forward_features") and getattr(model, "feature_info", None)):
         raise UserError(f"{name} does not say what its features are, so it cannot be a backbone here.")
-    if grafts["lgp"]:
-        add_lgp(model, grafts["levels"], grafts["wavelet"], drop_path)
-    if grafts["gaug"]:
-        add_gaug(model)
-    arch = {"name": name, "img_size": img_size, **grafts, "drop_path": drop_path, **asked}
-    arch.pop("drop_path_rate", None)
-    backbone = Adapter(model, arch, prr=grafts["prr"])
-    with torch.no_grad():  # better now than in the first step: does it give tokens at all?
-        backbone.eval()(torch.zeros(1, 3, img_size, img_size))
-    return backbone.train()
+    return model
 
 
 def _did_you_mean(name: str) -> str:

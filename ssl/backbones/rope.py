@@ -39,5 +39,5 @@ def rotate(x: Tensor, sine: Tensor, cosine: Tensor) -> Tensor:
     """Turn the patch tokens of (B, heads, R + h*w, head_dim); the R prefix tokens stay. Returns x's dtype."""
     prefix = x.shape[-2] - sine.shape[-2]
     a, b = x[..., prefix:, 0::2], x[..., prefix:, 1::2]
-    turned = torch.stack([a * cosine - b * sine, b * cosine + a * sine], -1).flatten(-2)
-    return torch.cat([x[..., :prefix, :], turned.to(x.dtype)], -2)
+    rotated = torch.stack([a * cosine - b * sine, b * cosine + a * sine], -1).flatten(-2)
+    return torch.cat([x[..., :prefix, :], rotated.to(x.dtype)], -2)

@@ -82,6 +82,16 @@ def check_size(images: Tensor, patch_size: int) -> None:
         )
 
 
+def check_divides(height: int, width: int, patch_size: int) -> None:
+    """Raise UserError for sides in pixels that are no multiples of the patch size, with the nearest that are."""
+    if height % patch_size or width % patch_size:
+        near = [max(patch_size, round(side / patch_size) * patch_size) for side in (height, width)]
+        raise UserError(
+            f"Images of {height}x{width} pixels (height x width) cannot be cut into patches of "
+            f"{patch_size}x{patch_size}: both sides must be multiples of the patch size. Try {near[0]}x{near[1]}."
+        )
+
+
 def pad_to_multiple(images: Tensor, multiple: int) -> Tensor:
     """Pad (B, C, H, W) with zeros on the right and at the bottom until H and W are multiples of `multiple`."""
     height, width = images.shape[-2:]

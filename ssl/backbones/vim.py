@@ -128,7 +128,7 @@ class VisionMamba(TokenModel):
     2,234,114 to either.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - a network's settings, each by name
         self,
         img_size: int | tuple[int, int] = 224,
         patch_size: int = 16,

@@ -26,7 +26,7 @@ from nearfar.ssl.errors import UserError
 
 WIDTHS = {"tiny": (192, 3), "small": (384, 6), "base": (768, 12)}  # embed_dim, num_heads; depth 12
 
-Turn = tuple[Tensor, Tensor]  # sine and cosine of rotary positions
+Rotation = tuple[Tensor, Tensor]  # sine and cosine of rotary positions
 
 
 class PatchEmbed(nn.Module):
@@ -52,21 +52,21 @@ class Attention(nn.Module):
         self.proj = nn.Linear(dim, dim)
         self.gaug = None if gaug_grid is None else GaugBias(dim // num_heads, gaug_grid)
 
-    def forward(self, x: Tensor, grid: Grid, turn: Turn | None = None) -> Tensor:
+    def forward(self, x: Tensor, grid: Grid, rotation: Rotation | None = None) -> Tensor:
         seen, k, v = self._heads(x)
         q = seen
-        if turn is not None:
-            q, k = rotate(q, *turn), rotate(k, *turn)
+        if rotation is not None:
+            q, k = rotate(q, *rotation), rotate(k, *rotation)
         y = attend(q, k, v) if self.gaug is None else self.gaug.attend(q, k, v, grid, seen)
         out: Tensor = self.proj(y.transpose(1, 2).flatten(2))
         return out
 
-    def weights(self, x: Tensor, grid: Grid, turn: Turn | None = None) -> Tensor:
+    def weights(self, x: Tensor, grid: Grid, rotation: Rotation | None = None) -> Tensor:
         """(B, heads, N, N): the softmax that `forward` applies to the values, in float32."""
         seen, k, _ = self._heads(x)
         q = seen
-        if turn is not None:
-            q, k = rotate(q, *turn), rotate(k, *turn)
+        if rotation is not None:
+            q, k = rotate(q, *rotation), rotate(k, *rotation)
         logits = (q @ k.transpose(-2, -1)).float() * self.scale
         if self.gaug is not None:
             logits = logits + self.gaug(seen, grid)
@@ -99,8 +99,8 @@ class Block(nn.Module):
         self.mlp = Mlp(dim)
         self.drop_path = DropPath(drop_path) if drop_path else nn.Identity()
 
-    def forward(self, x: Tensor, grid: Grid, turn: Turn | None = None) -> Tensor:
-        x = x + self.drop_path(self.attn(self.norm1(x), grid, turn))
+    def forward(self, x: Tensor, grid: Grid, rotation: Rotation | None = None) -> Tensor:
+        x = x + self.drop_path(self.attn(self.norm1(x), grid, rotation))
         x = x + self.drop_path(self.mlp(self.norm2(x)))
         return x
 
@@ -121,7 +121,7 @@ class VisionTransformer(TokenModel):
         global_pool: "token" (CLS), "avg" (patches) or "all" (CLS and patches; the reference head of LGP).
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - a network's settings, each by name
         self,
         img_size: int | tuple[int, int] = 224,
         patch_size: int = 16,
@@ -200,13 +200,13 @@ class VisionTransformer(TokenModel):
 
     def run(self, images: Tensor, keep: Sequence[int] = ()) -> tuple[Tensor, list[Tensor], Grid]:
         x, grid = self.embed(images)
-        turn = None if self.rope is None else self.rope(grid)
+        rotation = None if self.rope is None else self.rope(grid)
         kept = []
         for index, block in enumerate(self.blocks):
             if self.grad_checkpointing and self.training:
-                x = checkpoint(block, x, grid, turn, use_reentrant=False)
+                x = checkpoint(block, x, grid, rotation, use_reentrant=False)
             else:
-                x = block(x, grid, turn)
+                x = block(x, grid, rotation)
             if index in keep:
                 kept.append(x)
         return x, kept, grid
@@ -214,11 +214,11 @@ class VisionTransformer(TokenModel):
     def last_attention(self, images: Tensor) -> Tensor:
         """(B, heads, R+N, R+N): the softmax attention of the last block, float32."""
         x, grid = self.embed(images)
-        turn = None if self.rope is None else self.rope(grid)
+        rotation = None if self.rope is None else self.rope(grid)
         *first, last = self.blocks
         for block in first:
-            x = block(x, grid, turn)
-        weights: Tensor = last.attn.weights(last.norm1(x), grid, turn)  # type: ignore[operator,union-attr]
+            x = block(x, grid, rotation)
+        weights: Tensor = last.attn.weights(last.norm1(x), grid, rotation)  # type: ignore[operator,union-attr]
         return weights
 
     def forward_features(self, x: Tensor) -> Tensor:

@@ -190,20 +190,30 @@ def _renamed(state: State, network: nn.Module, own: State, match: Match) -> Stat
             for kind in ("weight", "bias"):
                 if f"{name}.{kind}" in state:  # the convolution that LGP took the place of
                     state[f"{name}.proj.{kind}"] = state.pop(f"{name}.{kind}")
+    _fit_positions(state, network, own, match)
+    return _converted(state, network, own, match)
+
+
+def _fit_positions(state: State, network: nn.Module, own: State, match: Match) -> None:
+    """Learned positions left out where the network has none, and resampled where its table has another size."""
     positions = state.get("pos_embed")
     if positions is not None and "pos_embed" not in own:
-        turned = any(hasattr(module, "rope") and module.rope is not None for module in network.modules())
-        if turned or any(isinstance(module, LGPPatchEmbed) for module in network.modules()):
+        has_rope = any(hasattr(module, "rope") and module.rope is not None for module in network.modules())
+        if has_rope or any(isinstance(module, LGPPatchEmbed) for module in network.modules()):
             match.dropped.append("pos_embed")
             del state["pos_embed"]
     elif positions is not None and isinstance(network, VisionTransformer):
         # timm's own weights, and DINOv2's with registers: they have a classifier, or no row for CLS
         antialias = "head.weight" in state or math.isqrt(positions.shape[1]) ** 2 == positions.shape[1]
         state["pos_embed"] = _fitted(positions, network, antialias, match)
+
+
+def _converted(state: State, network: nn.Module, own: State, match: Match) -> State:
+    """By timm's own knowledge of other layouts of this model, where the names or shapes are not those it has."""
     convert: Callable[..., State] | None = getattr(sys.modules[type(network).__module__], "checkpoint_filter_fn", None)
     if convert is not None and any(key not in state or state[key].shape != own[key].shape for key in own):
         shapes = {key: tuple(value.shape) for key, value in state.items()}
-        state = convert(state, network)  # timm's own knowledge of other layouts of this model
+        state = convert(state, network)
         match.adapted += [
             f"{key} {shapes[key]} to {tuple(value.shape)}"
             for key, value in state.items()

@@ -22,6 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from nearfar.ssl import files
 from nearfar.ssl.data import libjpeg
 from nearfar.ssl.data.decode import FORMATS, decode, is_upright, size_problem
 from nearfar.ssl.data.sources.base import Source
@@ -105,21 +106,13 @@ def write_beton(
         raise UserError(f"{out} exists already. Remove it, allow overwriting (--force), or choose another name.")
     if not os.path.isdir(out.absolute().parent):
         raise UserError(f"There is no folder {out.parent} to write {out.name} in.")
-    partial = out.with_name(f".{out.name}.writing-{os.getpid()}")
     try:
-        with open(partial, "wb") as file:
-            written = _write(file, source, options, stop_at_bad, workers, progress)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, out)
+        with files.atomic(out) as partial, partial.open("wb") as file:
+            return _write(file, source, options, stop_at_bad, workers, progress)
     except OSError as error:  # a folder that is read-only or full, a name that is too long
         raise UserError(f"{out} cannot be written: {error.strerror or error}.") from error
     except MemoryError as error:
         raise UserError(f"The memory does not suffice to write {out}: allow fewer --workers.") from error
-    finally:
-        with contextlib.suppress(OSError):
-            partial.unlink(missing_ok=True)
-    return written
 
 
 def _write(
@@ -141,7 +134,7 @@ def _write(
         if isinstance(sample, BadImage):
             written.bad.append((sample.name, sample.why))
             if stop_at_bad:
-                raise UserError(f"{sample}. Mend or remove it, or leave bad images out (--on-bad skip).")
+                raise UserError(f"{sample}. Repair or remove it, or leave bad images out (--on-bad skip).")
         else:
             entry = {"name": source.name(i), "index": i, "crc": zlib.crc32(sample.data)}
             blocks = [sample.data, json.dumps(entry).encode() + b"\0", *([sample.mask] if sample.mask else [])]

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from nearfar.ssl.config import Views
+from nearfar.ssl.settings import ViewSettings
 
 _LOW = np.uint64(0xFFFFFFFF)
 _HALF = np.uint64(32)
@@ -72,7 +72,7 @@ class ViewPlan:
             array[k] = getattr(other, name)[0]
 
 
-def plan_views(views: Views, seed: int, epoch: int, index: ArrayLike, size: ArrayLike) -> ViewPlan:
+def plan_views(views: ViewSettings, seed: int, epoch: int, index: ArrayLike, size: ArrayLike) -> ViewPlan:
     """Plan all views of some samples.
 
     index: (n,) sample numbers below 2**32; size: (n, 2) height and width of each upright image. Views 0 and 1 are the
@@ -113,7 +113,7 @@ def _per_view(role: tuple[float, float, float], count: int) -> NDArray[np.float6
 
 
 def _boxes(
-    views: Views, tries: NDArray[np.floating], place: NDArray[np.floating], size: NDArray[np.int64]
+    views: ViewSettings, tries: NDArray[np.floating], place: NDArray[np.floating], size: NDArray[np.int64]
 ) -> NDArray[np.int32]:
     """RandomResizedCrop: (n, V, 10, 2) draws of area and log ratio, (n, V, 2) of the place -> (n, V, 4) boxes."""
     count = place.shape[1]

@@ -13,6 +13,7 @@ import torch
 from nearfar.eval.features import Decoding, Reading, describe, digest, extract, read
 from nearfar.eval.pixels import pixel_features, pixel_grid
 from nearfar.eval.store import FeatureStore
+from nearfar.ssl import files
 from nearfar.ssl.backbones import create
 from nearfar.ssl.backbones.tokens import Backbone, Tokens
 from nearfar.ssl.data.sources.base import ArraySource, Subset
@@ -145,7 +146,7 @@ def test_our_network_gives_its_own_outputs(images):
     [
         ({"size": 16, "layer": "block-4"}, "blocks-N"),
         ({"size": 16, "pooling": "max"}, "cls, mean"),
-        ({"size": (20, 24), "pooling": "grid"}, "16 x 24|24 x 24"),
+        ({"size": (20, 24), "pooling": "grid"}, "16x24"),
         ({"size": (16, 24)}, "square"),
         ({"size": 16, "resize": 8}, "does not fit"),
     ],
@@ -237,7 +238,7 @@ import fcntl, os, pathlib, sys, time
 folder = pathlib.Path(sys.argv[1]); folder.mkdir(); (folder / "features.npy").write_bytes(b"x")
 handle = os.open(folder, os.O_RDONLY); fcntl.flock(handle, fcntl.LOCK_EX); print("locked", flush=True); time.sleep(60)
 """
-    killed, alive = (tmp_path / f".store.writing-{name}" for name in ("killed", "alive"))
+    killed, alive = (tmp_path / f"{files.PARTIAL}store-{name}" for name in ("killed", "alive"))
     processes = [
         subprocess.Popen([sys.executable, "-c", writing, str(path)], stdout=subprocess.PIPE) for path in (killed, alive)
     ]

@@ -43,7 +43,7 @@ def blobs(n, m, dim, classes, seed):
 def test_agrees_with_brute_force(n, dim, classes, seed):
     data = blobs(n, 40, dim, classes, seed)
     ours = knn(*data, ks=(1, 3, 10))
-    assert ours == {k: brute_force(*data, k) for k in sorted({1, 3, min(10, n)})}
+    assert ours == {k: brute_force(*data, k=k) for k in sorted({1, 3, min(10, n)})}
 
 
 def test_agrees_with_scikit_learn_on_digits():

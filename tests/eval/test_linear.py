@@ -10,14 +10,22 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import StandardScaler
 
 from nearfar.eval import linear as module
-from nearfar.eval.linear import WEIGHT_DECAYS, Rows, linear_probe, score, standardize, stratified, train
+from nearfar.eval.linear import (
+    WEIGHT_DECAYS,
+    StandardizedRows,
+    linear_probe,
+    score,
+    standardize,
+    stratified,
+    train_heads,
+)
 from nearfar.ssl.errors import UserError
 
 
 def as_they_are(x):
-    """Rows that are not standardized."""
+    """StandardizedRows that are not standardized."""
     x = torch.as_tensor(x).float()
-    return Rows(x, x.device, torch.zeros(x.shape[1]), torch.ones(x.shape[1]))
+    return StandardizedRows(x, x.device, torch.zeros(x.shape[1]), torch.ones(x.shape[1]))
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +71,7 @@ def test_steps_agree_with_numpy_in_float64(batch_size):
     rng = np.random.default_rng(0)
     x, y = rng.normal(size=(20, 5)), rng.integers(0, 3, 20)
     settings, epochs = [(0.5, 0.0), (3.0, 0.0), (3.0, 0.2)], 2
-    heads = train(
+    heads = train_heads(
         as_they_are(x),
         torch.from_numpy(y),
         torch.arange(20),
@@ -87,8 +95,8 @@ def test_steps_agree_with_numpy_in_float64(batch_size):
 def test_a_diverging_rate_spoils_no_other(digits):
     x, y, rows = as_they_are(digits[0]), torch.from_numpy(digits[1]), torch.arange(1200)
     common = {"classes": 10, "epochs": 3, "batch_size": 256, "seed": 0}
-    together = train(x, y, rows, settings=[(0.001, 0.0), (1e38, 1e-4)], **common)
-    alone = train(x, y, rows, settings=[(0.001, 0.0)], **common)
+    together = train_heads(x, y, rows, settings=[(0.001, 0.0), (1e38, 1e-4)], **common)
+    alone = train_heads(x, y, rows, settings=[(0.001, 0.0)], **common)
     torch.testing.assert_close(together.weight[:1], alone.weight)
     scores = score(together, x, y, rows)
     assert scores["loss"][1] is None
@@ -123,7 +131,7 @@ def test_scores_against_brute_force():
     x, y = torch.from_numpy(rng.normal(size=(50, 4))).float(), torch.from_numpy(rng.integers(0, 9, 50))
     rows = torch.arange(50)
     settings = [(0.1, 0.0), (1.0, 0.0)]
-    heads = train(as_they_are(x), y, rows, classes=9, settings=settings, epochs=2, batch_size=10, seed=0)
+    heads = train_heads(as_they_are(x), y, rows, classes=9, settings=settings, epochs=2, batch_size=10, seed=0)
     got = score(heads, as_they_are(x), y, rows)
     logits = heads(x).detach().double().numpy()
     for i in range(2):

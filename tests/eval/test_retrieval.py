@@ -28,7 +28,7 @@ def scenes(n, seed, h=4, w=5, dim=6, side=(16, 20)):
 
 def brute_force(train_grid, train_masks, test_grid, test_masks, k, temperature):
     """Every labeled training patch in the memory; loops over patches and pixels, float64."""
-    x, labels = [], []
+    vectors, counts = [], []
     size = train_masks.shape[1] // train_grid.shape[1]
     for grid, mask in zip(train_grid.astype(np.float64), train_masks, strict=True):
         for r in range(grid.shape[0]):
@@ -36,9 +36,9 @@ def brute_force(train_grid, train_masks, test_grid, test_masks, k, temperature):
                 pixels = mask[r * size : (r + 1) * size, c * size : (c + 1) * size].ravel()
                 pixels = pixels[pixels != 255]
                 if len(pixels):
-                    x.append(grid[r, c] / np.linalg.norm(grid[r, c]))
-                    labels.append(np.bincount(pixels, minlength=CLASSES) / len(pixels))
-    x, labels = np.array(x), np.array(labels)
+                    vectors.append(grid[r, c] / np.linalg.norm(grid[r, c]))
+                    counts.append(np.bincount(pixels, minlength=CLASSES) / len(pixels))
+    x, labels = np.array(vectors), np.array(counts)
     table = np.zeros((CLASSES, CLASSES), int)
     for grid, mask in zip(test_grid.astype(np.float64), test_masks, strict=True):
         soft = np.zeros((*grid.shape[:2], CLASSES))
@@ -59,7 +59,7 @@ def test_agrees_with_brute_force(monkeypatch):
     monkeypatch.setattr(module, "_IMAGES", 2)
     data = *scenes(6, 1), *scenes(3, 2)
     result = retrieve(*data, classes=CLASSES, memory=10_000, k=7, temperature=0.1)
-    miou, accuracy = brute_force(*data, 7, 0.1)
+    miou, accuracy = brute_force(*data, k=7, temperature=0.1)
     assert result["miou"] == pytest.approx(miou, abs=0.3)  # a pixel that float32 cannot tell apart
     assert result["pixel_accuracy"] == pytest.approx(accuracy, abs=0.2)
     assert result["memory"] == 6 * 20 - 4

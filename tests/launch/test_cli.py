@@ -19,6 +19,7 @@ from PIL import Image
 from nearfar.launch import cli
 from nearfar.ssl import checkpoint, config
 from nearfar.ssl.run_folder import RunFolder, read_metrics
+from nearfar.ssl.settings import all_settings
 
 RECIPE = {
     "data": {"workers": 0},
@@ -134,7 +135,7 @@ def test_no_space_left_is_told_with_the_checkpoint_before_intact(here: Path, cap
         def fails_later(*arguments: object) -> None:
             if next(writes) >= 4:  # two checkpoints, each with its export
                 raise OSError(28, "No space left on device")
-            save_file(*arguments)  # type: ignore[arg-type]
+            save_file(*arguments)
 
         checkpoint.save_file = fails_later  # type: ignore[assignment]
         os._exit(cli.main([*PRETRAIN, "train.save_every_steps=5"]))
@@ -173,7 +174,7 @@ def test_help_lists_every_setting_with_default_and_meaning(
         cli.main(["pretrain", "--help"])
     told = capsys.readouterr().out
     assert caught.value.code == 0
-    for setting in config.settings():
+    for setting in all_settings():
         default = f"  {setting.typed}" if setting.default is None else f"={setting.typed}"
         assert f"  {setting.key}{default}\n" in told
         assert setting.description in " ".join(told.split())

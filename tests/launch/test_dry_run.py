@@ -12,10 +12,10 @@ from rich.console import Console
 
 from nearfar.launch.dry_run import _duration, dry_run
 from nearfar.ssl import config
-from nearfar.ssl.config import Run
 from nearfar.ssl.defaults import resolve
 from nearfar.ssl.errors import UserError
-from nearfar.ssl.train import build_learner
+from nearfar.ssl.learner import build_learner
+from nearfar.ssl.settings import DataSettings, Run
 
 SETTINGS = [
     "name=dry", "data.path=pictures", "data.workers=0", "views.global_crops_size=16", "views.local_crops_size=8",
@@ -67,7 +67,7 @@ def test_what_it_prints_may_be_typed_again(run: Run) -> None:
 
 def test_it_refuses_what_pretrain_would(run: Run) -> None:
     with pytest.raises(UserError, match=r"data\.path is not set"):
-        told(run.model_copy(update={"data": config.Data()}))
+        told(run.model_copy(update={"data": DataSettings()}))
 
 
 @pytest.mark.parametrize(

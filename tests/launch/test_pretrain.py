@@ -19,10 +19,10 @@ from nearfar.launch import pretrain, processes
 from nearfar.launch.pretrain import OnlineKNN
 from nearfar.ssl import config
 from nearfar.ssl.backbones import create
-from nearfar.ssl.config import Run
 from nearfar.ssl.data.sources.base import ArraySource
 from nearfar.ssl.distributed import Ranks
 from nearfar.ssl.errors import EXIT_PEER
+from nearfar.ssl.settings import Run
 
 
 def make(folder: Path, *settings: str) -> Run:
@@ -58,7 +58,7 @@ def test_under_torchrun_no_further_process_is_started(
     monkeypatch.setenv("WORLD_SIZE", str(size))
     monkeypatch.setattr(processes, "started", lambda *_: pytest.fail("torchrun starts what is to run"))
     monkeypatch.setattr(pretrain, "train_rank", lambda run, console, world: seen.append(world))
-    pretrain.pretrain(make(tmp_path), Console(file=StringIO()))
+    pretrain.run_pretraining(make(tmp_path), Console(file=StringIO()))
     assert [world.size for world in seen] == [size]
 
 
@@ -66,9 +66,9 @@ def test_derived_ranks_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     said, worlds = StringIO(), []
     monkeypatch.setattr(processes, "available_cores", lambda: 1)
     monkeypatch.setattr(pretrain, "train_rank", lambda run, console, world: worlds.append(world))
-    pretrain.pretrain(make(tmp_path), Console(file=said, width=200))
+    pretrain.run_pretraining(make(tmp_path), Console(file=said, width=200))
     assert "derived train.world_size = 1  (1 cores" in said.getvalue()
-    pretrain.pretrain(make(tmp_path, "train.world_size=1"), Console(file=said, width=200))
+    pretrain.run_pretraining(make(tmp_path, "train.world_size=1"), Console(file=said, width=200))
     assert said.getvalue().count("derived") == 1 and len(worlds) == 2
 
 

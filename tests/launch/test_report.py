@@ -34,7 +34,7 @@ def make_run(folder: Path, run_name: str, **network: object) -> Path:
     (run.path / "config.yaml").write_text(config.to_yaml(run))
     torch.manual_seed(0)
     about = {"run": run.model_dump(mode="json"), "step": 3}
-    checkpoint.export(run.path / "teacher.safetensors", create(img_size=16, **network), about)  # type: ignore[arg-type]
+    checkpoint.export(run.path / "teacher.safetensors", create(img_size=16, **network), about)
     return run.path
 
 

@@ -61,9 +61,9 @@ def test_the_seed_decides_everything() -> None:
 
 def test_the_global_generator_is_left_alone() -> None:
     np.random.seed(3)
-    before = np.random.get_state()[1].copy()  # type: ignore[index,union-attr]
+    before = np.random.get_state()[1].copy()
     make_scenes(10, 0)
-    assert np.array_equal(before, np.random.get_state()[1])  # type: ignore[index]
+    assert np.array_equal(before, np.random.get_state()[1])
 
 
 def test_train_and_val_share_no_scan_and_every_class_has_both() -> None:

@@ -43,7 +43,8 @@ def network(seed: int) -> Backbone:
     return create("vit_tiny_patch4", img_size=16, embed_dim=24, depth=1, num_heads=2)
 
 
-TRAIN, VAL = Data("/data/train", scenes(60, 0)), Data("/data/val", scenes(20, 1))
+TRAIN_SCENES, VAL_SCENES = scenes(60, 0), scenes(20, 1)
+TRAIN, VAL = Data("/data/train", TRAIN_SCENES), Data("/data/val", VAL_SCENES)
 
 
 @pytest.fixture
@@ -111,7 +112,8 @@ def test_all_scores_what_the_images_allow_and_says_first_what_is_left_out(
 ) -> None:
     """Class folders ended with "no masks" after everything was computed, and CamVid the other way round."""
     plain = [
-        Data(data.path, ArraySource(data.source.images, **{kind: getattr(data.source, kind)})) for data in (TRAIN, VAL)
+        Data(data.path, ArraySource(known.images, **{kind: getattr(known, kind)}))
+        for data, known in ((TRAIN, TRAIN_SCENES), (VAL, VAL_SCENES))
     ]
     one = subject(tmp_path)
     options = ScoreOptions(protocol=protocol_of(one, steps=3))
@@ -180,8 +182,7 @@ def test_images_left_out_and_masks_of_another_size_are_told(tmp_path: Path, said
             assert mask is not None
             return np.ascontiguousarray(mask[:, :8] if i == 3 else mask[::2, ::2])
 
-    whole = VAL.source
-    val = Data("/data/half", Damaged(whole.images, masks=whole.masks))
+    val = Data("/data/half", Damaged(VAL_SCENES.images, masks=VAL_SCENES.masks))
     one = subject(tmp_path)
     options = ScoreOptions(protocol=protocol_of(one, steps=2))
     score(one, TRAIN, val, tasks=["segment"], options=options, console=Console(file=said, width=300))

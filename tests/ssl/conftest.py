@@ -14,10 +14,10 @@ from rich.console import Console
 
 import nearfar.ssl.backbones  # noqa: F401  tests import timm and torchvision: its guard must come before them
 from nearfar.ssl import config
-from nearfar.ssl.config import Run
 from nearfar.ssl.data import libjpeg, open_source
 from nearfar.ssl.data.beton_writer import write_beton
 from nearfar.ssl.data.sources.base import ArraySource
+from nearfar.ssl.settings import Run
 
 TINY = [
     "name=tiny", "views.global_crops_size=32", "views.local_crops_size=16", "views.local_crops_number=2",

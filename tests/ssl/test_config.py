@@ -1,4 +1,4 @@
-"""Settings: every mistake told at once with the mend, defaults that follow the data, one file that holds it all."""
+"""Settings: all mistakes told at once, with what to do; defaults that follow the data; one file that holds it all."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ import pytest
 import yaml
 
 from nearfar.ssl import config, defaults
-from nearfar.ssl.config import Run
 from nearfar.ssl.defaults import local_ranks, resolve
 from nearfar.ssl.errors import UserError
+from nearfar.ssl.settings import NEVER_DERIVED, Run, all_settings
 
 
 def mistakes(*overrides: str, recipe: Path | None = None) -> str:
@@ -210,7 +210,7 @@ def test_ranges_may_be_typed_with_any_brackets_or_none(typed: str, tmp_path: Pat
 
 
 def test_every_default_is_accepted_as_help_prints_it() -> None:
-    shown = [f"{setting.key}={setting.typed}" for setting in config.settings() if setting.default is not None]
+    shown = [f"{setting.key}={setting.typed}" for setting in all_settings() if setting.default is not None]
     assert len(shown) > 50
     assert config.load(None, shown) == Run()
 
@@ -305,9 +305,9 @@ def test_a_short_run_has_shorter_warm_ups_and_a_faster_teacher() -> None:
 def test_nothing_is_left_open_and_every_derived_value_is_told_with_its_reason() -> None:
     before = config.load(None)
     run, told = resolve(before, 50_000)
-    open_before = {s.key for s in config.settings() if s.default is None}
-    open_after = {s.key for s in config.settings() if defaults._get(run, s.key) is None}
-    assert open_after == config.NEVER_DERIVED
+    open_before = {s.key for s in all_settings() if s.default is None}
+    open_after = {s.key for s in all_settings() if defaults._get(run, s.key) is None}
+    assert open_after == NEVER_DERIVED
     assert {d.key for d in told} == open_before - open_after
     assert all(d.reason and defaults._get(run, d.key) == d.value for d in told)
     assert resolve(run, 50_000) == (run, [])
@@ -362,7 +362,7 @@ def test_inherit_keeps_what_was_derived_and_lets_what_is_written_win() -> None:
 
 def test_differences_name_every_setting_that_changes_weights_and_no_free_one() -> None:
     saved, _ = resolve(config.load(None), 2_000)
-    free = {s.key for s in config.settings() if s.free}
+    free = {s.key for s in all_settings() if s.free}
     assert free == {
         "folder",
         "data.path",
@@ -402,7 +402,7 @@ def test_differences_name_every_setting_that_changes_weights_and_no_free_one() -
 
 
 def test_every_setting_has_a_meaning_and_a_readable_type() -> None:
-    found = list(config.settings())
+    found = list(all_settings())
     assert len({s.key for s in found}) == len(found) > 60
     for setting in found:
         assert setting.description and setting.type

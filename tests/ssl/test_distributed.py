@@ -22,10 +22,10 @@ import yaml
 from PIL import Image
 
 from nearfar.ssl import checkpoint, config, distributed
-from nearfar.ssl.config import Run
 from nearfar.ssl.data.views import epoch_order
 from nearfar.ssl.distributed import Ranks, available_cores, from_environment
 from nearfar.ssl.run_folder import read_metrics
+from nearfar.ssl.settings import Run
 
 Make = Callable[..., Run]
 CLOCK = {"img_per_s", "data_wait", "time"}

@@ -20,8 +20,8 @@ from timm.models.swin_transformer_v2 import SwinTransformerV2
 from torch import nn
 
 from nearfar.ssl import train
-from nearfar.ssl.config import Run
 from nearfar.ssl.data.sources.base import ArraySource
+from nearfar.ssl.settings import Run
 
 Make = Callable[..., Run]
 

@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from scipy.stats import entropy as scipy_entropy
 from torch import Tensor
 
-from nearfar.ssl import config
 from nearfar.ssl.health import CollapseWatch, collapse, feature_std, nothing_learned, rankme, teacher_health
+from nearfar.ssl.settings import all_settings
 
 HEALTHY = {"entropy": 0.6, "kl": 1.0, "feature_std": 0.9, "rankme": 30.0, "prototypes_used": 0.7}
 FLAT = {**HEALTHY, "entropy": 0.995}
@@ -100,7 +100,7 @@ def test_each_collapse_is_told_with_its_mend(changed: dict[str, float], words: l
 
 
 def test_the_words_name_settings_that_exist() -> None:
-    keys = {setting.key for setting in config.settings()}
+    keys = {setting.key for setting in all_settings()}
     for changed in ({"entropy": 0.99}, {"kl": 0.0}, {"feature_std": 0.0}):
         named = set(re.findall(r"(?:head|loss|optim)\.\w+", collapse({**HEALTHY, **changed}) or ""))
         assert named and named <= keys

@@ -123,7 +123,8 @@ def test_batch_norm_statistics_of_the_teacher_are_its_own() -> None:
     learner = tiny("head.batch_norm=true")
     norm = learner.teacher.head.mlp[1]
     assert isinstance(norm, nn.BatchNorm1d)
-    views, rows = groups(), {}
+    views = groups()
+    rows: dict[str, torch.Tensor] = {}
     learner.teacher.head.mlp[0].register_forward_hook(lambda _, __, out: rows.update(x=out.detach()))
     learner(views, 0.04)
     torch.testing.assert_close(norm.running_mean, 0.1 * rows["x"].mean(0))

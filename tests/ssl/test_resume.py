@@ -18,10 +18,10 @@ from rich.console import Console
 from safetensors.torch import load_file
 
 from nearfar.ssl import checkpoint, train
-from nearfar.ssl.config import Run
 from nearfar.ssl.data.sources.base import ArraySource
 from nearfar.ssl.errors import UserError
 from nearfar.ssl.run_folder import RunFolder, read_metrics
+from nearfar.ssl.settings import Run
 
 Make = Callable[..., Run]
 CLOCK = {"img_per_s", "data_wait", "time"}

@@ -12,21 +12,22 @@ from nearfar.ssl import config
 from nearfar.ssl.defaults import Derived, ResolvedRun, resolve
 from nearfar.ssl.errors import UserError
 from nearfar.ssl.run_folder import RunFolder, read_metrics
+from nearfar.ssl.settings import Run
 
 
-def run(*overrides: str) -> config.Run:
+def run(*overrides: str) -> Run:
     return config.load(None, ["name=r", *overrides])
 
 
-def settle(folder: RunFolder, asked: config.Run, images: int) -> tuple[ResolvedRun, list[Derived]]:
+def resolved_for(folder: RunFolder, asked: Run, images: int) -> tuple[ResolvedRun, list[Derived]]:
     """As the trainer does."""
     return resolve(asked, images, 4, saved=folder.saved_settings())
 
 
-def begin(path: Path, *overrides: str) -> config.Run:
+def begin(path: Path, *overrides: str) -> ResolvedRun:
     """A run that has a checkpoint."""
     with RunFolder(path) as folder:
-        resolved, _ = settle(folder, run(*overrides), 2_000)
+        resolved, _ = resolved_for(folder, run(*overrides), 2_000)
         folder.record(resolved)
         (folder.checkpoints / "step-000000001").mkdir(parents=True)
     return resolved
@@ -95,7 +96,7 @@ def test_a_place_that_cannot_be_written(tmp_path: Path) -> None:
 
 def test_the_resolved_config_is_saved_and_found_again(tmp_path: Path) -> None:
     with RunFolder(tmp_path / "r") as folder:
-        resolved, told = settle(folder, run("train.threads=3"), 2_000)
+        resolved, told = resolved_for(folder, run("train.threads=3"), 2_000)
         assert not (tmp_path / "r" / "config.yaml").exists()  # not before the start is accepted
         folder.record(resolved)
     assert told and resolved.head.prototypes == 128
@@ -105,14 +106,14 @@ def test_the_resolved_config_is_saved_and_found_again(tmp_path: Path) -> None:
 def test_a_continued_run_keeps_what_was_derived(tmp_path: Path) -> None:
     first = begin(tmp_path / "r", "train.threads=3")
     with RunFolder(tmp_path / "r") as folder:
-        again, told = settle(folder, run(), 2_000_000)  # even where more would be derived now
+        again, told = resolved_for(folder, run(), 2_000_000)  # even where more would be derived now
     assert again == first and told == []
 
 
 def test_free_settings_may_change_and_are_saved(tmp_path: Path) -> None:
     begin(tmp_path / "r", "train.log_every_steps=10")
     with RunFolder(tmp_path / "r") as folder:
-        again, _ = settle(folder, run("train.log_every_steps=3", "data.workers=5"), 2_000)
+        again, _ = resolved_for(folder, run("train.log_every_steps=3", "data.workers=5"), 2_000)
         folder.record(again)
     assert again.train.log_every_steps == 3 and again.data.workers == 5
     assert ResolvedRun.of(config.load(tmp_path / "r" / "config.yaml")) == again
@@ -122,7 +123,7 @@ def test_other_settings_are_refused_by_name_and_the_config_stays(tmp_path: Path)
     first = begin(tmp_path / "r")
     with RunFolder(tmp_path / "r") as folder:
         with pytest.raises(UserError) as caught:
-            settle(folder, run("optim.clip_grad=1", "train.epochs=7"), 2_000)
+            resolved_for(folder, run("optim.clip_grad=1", "train.epochs=7"), 2_000)
         for part in ("optim.clip_grad: 3.0 -> 1.0", "train.epochs: 100 -> 7", "choose another name="):
             assert part in str(caught.value)
     assert ResolvedRun.of(config.load(tmp_path / "r" / "config.yaml")) == first
@@ -130,18 +131,18 @@ def test_other_settings_are_refused_by_name_and_the_config_stays(tmp_path: Path)
 
 def test_a_start_that_failed_before_its_first_checkpoint_may_be_corrected(tmp_path: Path) -> None:
     with RunFolder(tmp_path / "r") as folder:
-        folder.record(settle(folder, run("backbone.name=vit_smal_patch16"), 2_000)[0])
+        folder.record(resolved_for(folder, run("backbone.name=vit_smal_patch16"), 2_000)[0])
     with RunFolder(tmp_path / "r") as folder:
-        again, told = settle(folder, run("backbone.name=vit_small_patch16"), 2_000_000)
+        again, told = resolved_for(folder, run("backbone.name=vit_small_patch16"), 2_000_000)
     assert again.backbone.name == "vit_small_patch16" and told and again.head.prototypes == 65536
 
 
 def test_weights_alone_are_protected_from_other_settings(tmp_path: Path) -> None:
     with RunFolder(tmp_path / "r") as folder:
-        folder.record(settle(folder, run(), 2_000)[0])
+        folder.record(resolved_for(folder, run(), 2_000)[0])
         (tmp_path / "r" / "teacher.safetensors").write_text("weights of months")
         with pytest.raises(UserError, match="other settings"):
-            settle(folder, run("optim.clip_grad=1"), 2_000)
+            resolved_for(folder, run("optim.clip_grad=1"), 2_000)
 
 
 def test_a_config_that_this_version_does_not_know_is_told(tmp_path: Path) -> None:
@@ -149,7 +150,7 @@ def test_a_config_that_this_version_does_not_know_is_told(tmp_path: Path) -> Non
     with (tmp_path / "r" / "config.yaml").open("a") as file:
         file.write("future: {setting: 1}\n")
     with RunFolder(tmp_path / "r") as folder, pytest.raises(UserError, match="does not fit this version"):
-        settle(folder, run(), 2_000)
+        resolved_for(folder, run(), 2_000)
 
 
 # Metrics
@@ -187,9 +188,9 @@ def test_without_its_config_a_run_is_compared_with_its_checkpoint(tmp_path: Path
     first = trained(tmp_path / "r", "optim.clip_grad=2")
     (tmp_path / "r" / "config.yaml").unlink()
     with RunFolder(tmp_path / "r") as folder:
-        assert settle(folder, run("optim.clip_grad=2"), 2_000_000) == (first, [])
+        assert resolved_for(folder, run("optim.clip_grad=2"), 2_000_000) == (first, [])
         with pytest.raises(UserError, match=r"optim.clip_grad: 2.0 -> 3.0"):
-            settle(folder, run(), 2_000)
+            resolved_for(folder, run(), 2_000)
 
 
 def test_a_config_that_was_edited_is_refused(tmp_path: Path) -> None:
@@ -197,7 +198,7 @@ def test_a_config_that_was_edited_is_refused(tmp_path: Path) -> None:
     file = tmp_path / "r" / "config.yaml"
     file.write_text(file.read_text().replace("clip_grad: 3.0", "clip_grad: 1.0"))
     with RunFolder(tmp_path / "r") as folder, pytest.raises(UserError, match=r"was changed.*clip_grad: 3.0 -> 1.0"):
-        settle(folder, run("optim.clip_grad=1"), 2_000)
+        resolved_for(folder, run("optim.clip_grad=1"), 2_000)
 
 
 def test_a_name_longer_than_names_can_be_is_told(tmp_path: Path) -> None:

@@ -17,14 +17,14 @@ import torch.nn.functional as F
 from rich.console import Console
 from torch import Tensor, nn
 
-from nearfar.ssl import checkpoint, learner, train
+from nearfar.ssl import checkpoint, learner, train, training
 from nearfar.ssl.backbones import Backbone, Tokens
-from nearfar.ssl.config import Run
 from nearfar.ssl.data.loaders.base import Batch
 from nearfar.ssl.data.sources.base import ArraySource
 from nearfar.ssl.defaults import ResolvedRun, resolve
 from nearfar.ssl.errors import UserError
 from nearfar.ssl.run_folder import read_metrics
+from nearfar.ssl.settings import Run
 
 Make = Callable[..., Run]
 Weights = dict[str, Tensor]
@@ -119,12 +119,12 @@ class Oracle:
                 norm = float(gradient.norm())
                 self.clipped.append(norm > CLIP)
                 g = gradient * min(1.0, CLIP / (norm + 1e-6))
-                m, v, k = self.moments[name]
-                m, v, k = 0.9 * m + 0.1 * g, 0.999 * v + 0.001 * g * g, k + 1
-                self.moments[name] = m, v, k
+                m, u, k = self.moments[name]
+                m, u, k = 0.9 * m + 0.1 * g, 0.999 * u + 0.001 * g * g, k + 1
+                self.moments[name] = m, u, k
                 w = self.student[name].detach()
                 decay = 0.0 if w.ndim == 1 else wd
-                w = w * (1 - lr * decay) - lr * (m / (1 - 0.9**k)) / ((v / (1 - 0.999**k)).sqrt() + 1e-8)
+                w = w * (1 - lr * decay) - lr * (m / (1 - 0.9**k)) / ((u / (1 - 0.999**k)).sqrt() + 1e-8)
                 self.student[name] = w
             self.center = 0.9 * self.center + 0.1 * q.mean((0, 1))
             for name, w in self.student.items():
@@ -168,7 +168,7 @@ def test_golden_steps(
         seen.append([view for group in groups for view in group])
         return groups
 
-    monkeypatch.setattr(train, "color_views", uncolored)
+    monkeypatch.setattr(training, "color_views", uncolored)
     monkeypatch.setattr(learner, "create", lambda name, **_: TwoLayers())
     start = {name: p.detach().clone() for name, p in learner.build_learner(_resolved(run)).student.named_parameters()}
     outcome = train.pretrain(run, images, should_stop=lambda: len(seen) == 4, console=quiet)
@@ -291,10 +291,10 @@ def test_a_finished_run_does_nothing_again(tiny: Make, images: ArraySource, quie
 
 
 def test_the_seed_of_a_step_differs_from_step_to_step_and_from_run_to_run() -> None:
-    seeds = {train._step_seed(seed, step, rank) for seed in range(5) for step in range(50) for rank in range(3)}
+    seeds = {training._step_seed(seed, step, rank) for seed in range(5) for step in range(50) for rank in range(3)}
     assert len(seeds) == 750
-    assert 0 <= train._step_seed(2**40, 2**40, 2**20) < 2**63
-    torch.manual_seed(train._step_seed(2**20 - 1, 2**31 - 1, 2**12 - 1))
+    assert 0 <= training._step_seed(2**40, 2**40, 2**20) < 2**63
+    torch.manual_seed(training._step_seed(2**20 - 1, 2**31 - 1, 2**12 - 1))
 
 
 # What goes wrong
@@ -305,7 +305,7 @@ def test_a_loss_that_is_not_finite_stops_before_it_reaches_the_weights(
 ) -> None:
     clean, run = tiny(folder="clean"), tiny("train.save_every_steps=3")
     train.pretrain(clean, images, console=quiet)
-    color_views, seen = train.color_views, []
+    color_views, seen = training.color_views, []
 
     def poisoned(batch: Batch, *rest: Any) -> list[Tensor]:
         groups = color_views(batch, *rest)
@@ -315,7 +315,7 @@ def test_a_loss_that_is_not_finite_stops_before_it_reaches_the_weights(
         return groups
 
     with monkeypatch.context() as patch:
-        patch.setattr(train, "color_views", poisoned)
+        patch.setattr(training, "color_views", poisoned)
         with pytest.raises(UserError) as caught:
             train.pretrain(run, images, console=quiet)
     message = str(caught.value)
@@ -324,7 +324,7 @@ def test_a_loss_that_is_not_finite_stops_before_it_reaches_the_weights(
     saved = checkpoint.latest(run.path / "checkpoints")
     assert saved is not None and saved.state["step"] == 6
     assert all(torch.isfinite(tensor).all() for tensor in saved.tensors.values())
-    assert train.pretrain(run, images, console=quiet).finished  # the cause is mended
+    assert train.pretrain(run, images, console=quiet).finished  # the cause is gone
     one, two = (checkpoint.latest(r.path / "checkpoints") for r in (clean, run))
     assert one is not None and two is not None
     assert all(torch.equal(one.tensors[name], two.tensors[name]) for name in one.tensors)
@@ -346,8 +346,8 @@ def test_a_run_that_blows_up_says_so_and_saves_no_weights_that_are_not_finite(
 def test_a_first_step_that_is_not_finite_claims_no_checkpoint(
     tiny: Make, images: ArraySource, quiet: Console, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    color_views = train.color_views
-    monkeypatch.setattr(train, "color_views", lambda *a: [group * float("nan") for group in color_views(*a)])
+    color_views = training.color_views
+    monkeypatch.setattr(training, "color_views", lambda *a: [group * float("nan") for group in color_views(*a)])
     with pytest.raises(UserError, match=r"There is no checkpoint in .* yet: the same command starts afresh"):
         train.pretrain(tiny(), images, console=quiet)
 
@@ -355,7 +355,7 @@ def test_a_first_step_that_is_not_finite_claims_no_checkpoint(
 def test_memory_that_does_not_suffice_is_a_sentence(
     tiny: Make, images: ArraySource, quiet: Console, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(train, "color_views", lambda *_: torch.empty(2**60))
+    monkeypatch.setattr(training, "color_views", lambda *_: torch.empty(2**60))
     with pytest.raises(UserError, match=r"memory does not suffice.*train\.batch_size"):
         train.pretrain(tiny(), images, console=quiet)
 
@@ -366,7 +366,7 @@ def test_other_runtime_errors_stay_what_they_are(
     def broken(*_: object) -> None:
         raise RuntimeError("a bug")
 
-    monkeypatch.setattr(train, "color_views", broken)
+    monkeypatch.setattr(training, "color_views", broken)
     with pytest.raises(RuntimeError, match="a bug"):
         train.pretrain(tiny(), images, console=quiet)
 

@@ -10,11 +10,11 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from nearfar.ssl.config import Views
 from nearfar.ssl.data.decode import size_problem
 from nearfar.ssl.data.sources.base import Source
 from nearfar.ssl.data.views import ViewPlan, epoch_order
 from nearfar.ssl.errors import BadImage, UserError
+from nearfar.ssl.settings import ViewSettings
 
 
 @dataclass
@@ -87,7 +87,7 @@ class Loader(ABC):
 
     title: ClassVar[str]  # what the run's first lines call it
 
-    def __init__(self, source: Source, views: Views, options: LoaderOptions) -> None:
+    def __init__(self, source: Source, views: ViewSettings, options: LoaderOptions) -> None:
         self.source, self.views, self.options = source, views, options
         whole_batch = options.batch_size * options.world_size
         self.steps_per_epoch = len(source) // whole_batch
@@ -187,7 +187,7 @@ class Loader(ABC):
                 f"{len(self.bad)} of the {seen} images read so far cannot be used, more than "
                 f"data.max_bad_fraction = {self.options.max_bad_fraction} allows. "
                 f"{'Some of them' if len(self.bad) > 5 else 'They are'}: {some}. "
-                "Allow a larger share, or mend or remove them (a run that has saved a checkpoint keeps its images: "
+                "Allow a larger share, or repair or remove them (a run that has saved a checkpoint keeps its images: "
                 "then choose another name=)."
             )
         return batch

@@ -4,18 +4,18 @@ from typing import Literal
 
 import torch
 
-from nearfar.ssl.config import Views
 from nearfar.ssl.data import libjpeg
 from nearfar.ssl.data.loaders.base import Loader, LoaderOptions
 from nearfar.ssl.data.loaders.pillow import PillowLoader
 from nearfar.ssl.data.sources.base import Source
 from nearfar.ssl.data.sources.beton import BetonSource
 from nearfar.ssl.errors import UserError
+from nearfar.ssl.settings import ViewSettings
 
 
 def open_loader(
     source: Source,
-    views: Views,
+    views: ViewSettings,
     options: LoaderOptions,
     *,
     loader: Literal["auto", "ffcv", "folder", "device"] = "auto",

@@ -5,12 +5,12 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import torch
 
-from nearfar.ssl.config import Views
 from nearfar.ssl.data.loaders.base import Batch, Loader, LoaderOptions, Task
 from nearfar.ssl.data.sources.base import Source
 from nearfar.ssl.data.transforms.device_crops import render
 from nearfar.ssl.data.views import plan_views
 from nearfar.ssl.errors import BadImage, UserError
+from nearfar.ssl.settings import ViewSettings
 
 
 class DeviceLoader(Loader):
@@ -23,7 +23,7 @@ class DeviceLoader(Loader):
     title = "device loader"
 
     def __init__(
-        self, source: Source, views: Views, options: LoaderOptions, *, device: torch.device, share: float = 0.5
+        self, source: Source, views: ViewSettings, options: LoaderOptions, *, device: torch.device, share: float = 0.5
     ) -> None:
         super().__init__(source, views, options)
         self.device = device

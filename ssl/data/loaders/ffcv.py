@@ -22,12 +22,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from nearfar.ssl.config import Views
 from nearfar.ssl.data import libjpeg
 from nearfar.ssl.data.loaders.base import Batch, Loader, LoaderOptions, Task
 from nearfar.ssl.data.sources.beton import BetonSource
 from nearfar.ssl.data.views import plan_views
 from nearfar.ssl.errors import BadImage
+from nearfar.ssl.settings import ViewSettings
 
 if TYPE_CHECKING:
     from nearfar.ssl.data.transforms.compiled_crops import Scratch
@@ -43,7 +43,9 @@ class FFCVLoader(Loader):
 
     title = "ffcv loader"
 
-    def __init__(self, source: BetonSource, views: Views, options: LoaderOptions, *, colored: bool = False) -> None:
+    def __init__(
+        self, source: BetonSource, views: ViewSettings, options: LoaderOptions, *, colored: bool = False
+    ) -> None:
         libjpeg.require("The ffcv loader")
         super().__init__(source, views, options)
         self.beton, self.colored = source, colored

@@ -4,8 +4,7 @@ A source knows how many images there are and reads one of them as an upright 8-b
 makes a file unreadable is told as `BadImage`.
 """
 
-import hashlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from functools import cached_property
 from typing import Protocol
 
@@ -13,6 +12,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from PIL import Image
 
+from nearfar.ssl import digests
 from nearfar.ssl.errors import UserError
 
 
@@ -49,14 +49,6 @@ class Source(Protocol):
 def passed_over(source: Source) -> list[str]:
     """Names of the files beside the images that were passed over for their type; empty for sources of other kinds."""
     return list(getattr(source, "passed_over", []))
-
-
-def digest(parts: Iterable[bytes | str]) -> str:
-    whole = hashlib.sha256()
-    for part in parts:
-        part = part.encode("utf-8", "surrogateescape") if isinstance(part, str) else part
-        whole.update(len(part).to_bytes(8, "little") + part)
-    return whole.hexdigest()[:32]
 
 
 def array_parts(*arrays: NDArray | None) -> Iterator[bytes]:
@@ -134,7 +126,7 @@ class ArraySource:
 
     @cached_property
     def fingerprint(self) -> str:
-        return digest(array_parts(self.images, self.labels, self.masks))
+        return digests.fingerprint(array_parts(self.images, self.labels, self.masks))
 
 
 class Subset:
@@ -162,4 +154,4 @@ class Subset:
 
     @cached_property
     def fingerprint(self) -> str:
-        return digest([self.source.fingerprint, self.index.tobytes()])
+        return digests.fingerprint([self.source.fingerprint, self.index.tobytes()])

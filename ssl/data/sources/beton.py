@@ -8,13 +8,13 @@ fields `image` (JPEG bytes or raw pixels), `label`, `mask` (PNG bytes, one chann
 in the source, CRC-32 of the image's bytes), and a JSON block about the whole, to which the descriptor of `name` points.
 """
 
-import hashlib
 import json
 import os
 import weakref
 import zlib
 from functools import cached_property
 from io import BytesIO
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from nearfar.ssl import digests
 from nearfar.ssl.data import libjpeg
 from nearfar.ssl.data.decode import FORMATS, decode
 from nearfar.ssl.errors import BadImage, UserError, printable
@@ -106,7 +107,7 @@ class BetonSource:
         record = np.dtype([(name, RECORD[kind]) for name, kind in self.fields.items()], align=True)
         self.records = part(HEADER.itemsize + fields.nbytes, record, count, "the list of images")
         begin = HEADER.itemsize + fields.nbytes
-        self._records_digest = hashlib.sha256(file[begin : begin + self.records.nbytes].tobytes()).digest()
+        self._records_digest = bytes.fromhex(digests.of_bytes([file[begin : begin + self.records.nbytes].tobytes()]))
         self.table = int(self.header["table"])
         part(self.table, ALLOCATION, 1, "the table of contents")
         table = file[self.table : len(file) - (len(file) - self.table) % ALLOCATION.itemsize].view(ALLOCATION)
@@ -251,9 +252,6 @@ class BetonSource:
     @cached_property
     def fingerprint(self) -> str:
         """What the writer saw of all bytes; for files of other writers sizes and places, and some of the bytes."""
-        digest = hashlib.sha256(str(self.about.get("digest")).encode())
-        digest.update(self._records_digest)
-        if "digest" not in self.about:
-            for i in range(0, len(self), max(1, len(self) // 100)):
-                digest.update(self.stored(i))
-        return digest.hexdigest()[:32]
+        some = () if "digest" in self.about else range(0, len(self), max(1, len(self) // 100))
+        known = [str(self.about.get("digest")).encode(), self._records_digest]
+        return digests.of_bytes(chain(known, (self.stored(i) for i in some)))[:32]

@@ -9,8 +9,9 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from PIL import Image
 
+from nearfar.ssl import digests
 from nearfar.ssl.data.decode import FORMATS, SUFFIXES, decode_path, read_path
-from nearfar.ssl.data.sources.base import array_parts, class_numbers, digest
+from nearfar.ssl.data.sources.base import array_parts, class_numbers
 from nearfar.ssl.errors import BadImage, UserError, printable
 
 _NO_CLASSES = {"train", "training", "val", "valid", "validation", "test", "images", "masks"}
@@ -69,7 +70,7 @@ class PathSource:
         """All names and labels, and the sizes of at most a thousand files (all would take minutes on a cluster)."""
         some = range(0, len(self), max(1, len(self) // 1000))
         sizes = [os.path.getsize(self.path(i)) if os.path.isfile(self.path(i)) else -1 for i in some]
-        return digest(["\n".join(self.names), str(sizes), *array_parts(self.labels)])
+        return digests.fingerprint(["\n".join(self.names), str(sizes), *array_parts(self.labels)])
 
 
 class FolderSource(PathSource):

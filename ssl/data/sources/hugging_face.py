@@ -10,8 +10,9 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from nearfar.ssl import digests
 from nearfar.ssl.data.decode import decode, upright
-from nearfar.ssl.data.sources.base import class_numbers, digest
+from nearfar.ssl.data.sources.base import class_numbers
 from nearfar.ssl.errors import BadImage, UserError, printable
 
 
@@ -78,7 +79,7 @@ class HuggingFaceSource:
     def fingerprint(self) -> str:
         labels = b"" if self.labels is None else self.labels.tobytes()
         some = [self.encoded(i) or self.read(i).tobytes() for i in range(0, len(self), max(1, len(self) // 100))]
-        return digest([str(len(self)).encode(), labels, *some])
+        return digests.fingerprint([str(len(self)).encode(), labels, *some])
 
 
 def _as_bytes(dataset: Any, column: str) -> Any:

@@ -11,8 +11,9 @@ from numpy.lib import format as npy
 from numpy.typing import ArrayLike, NDArray
 from PIL import Image
 
+from nearfar.ssl import digests
 from nearfar.ssl.data.decode import decode
-from nearfar.ssl.data.sources.base import ArraySource, Source, array_parts, class_numbers, digest
+from nearfar.ssl.data.sources.base import ArraySource, Source, array_parts, class_numbers
 from nearfar.ssl.errors import UserError, printable
 
 
@@ -63,7 +64,7 @@ class NpzSource:
 
     @cached_property
     def fingerprint(self) -> str:
-        return digest(array_parts(self.jpeg, self.offset, self.labels))
+        return digests.fingerprint(array_parts(self.jpeg, self.offset, self.labels))
 
 
 _ARRAYS = ("jpeg", "offset", "label", "images", "mask")

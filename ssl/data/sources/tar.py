@@ -13,8 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from nearfar.ssl import digests
 from nearfar.ssl.data.decode import SUFFIXES, decode
-from nearfar.ssl.data.sources.base import digest
 from nearfar.ssl.errors import BadImage, UserError, printable
 
 _TEXTS = {"cls", "txt", "json"}  # beside an image, and not for pretraining
@@ -87,7 +87,7 @@ class TarSource:
     @cached_property
     def fingerprint(self) -> str:
         labels = b"" if self.labels is None else self.labels.tobytes()
-        return digest(["\n".join(self._names), self._places.tobytes(), labels])
+        return digests.fingerprint(["\n".join(self._names), self._places.tobytes(), labels])
 
 
 def _members(shard: str) -> Iterator[tuple[str, int, int]]:

@@ -34,7 +34,7 @@ class Scratch(NamedTuple):
     pixels: NDArray[np.uint64]  # the decoded image: H rows of pitch(W) bytes
     columns: NDArray[np.uint64]  # transposed: 3 W rows (x, channel) of H bytes
     once: NDArray[np.uint64]  # a crop after its first pass
-    turned: NDArray[np.uint64]  # that, transposed for the second
+    transposed: NDArray[np.uint64]  # that, transposed for the second
     first: NDArray[np.int32]  # of each pixel of a view: the first source pixel with a weight
     taps: NDArray[np.int32]  # and how many have one
     weights: NDArray[np.int32]
@@ -60,7 +60,7 @@ def make_scratch(height: int, width: int, side: int) -> Scratch:
         pixels=np.empty(padded(height) * pitch(width) // 8, np.uint64),
         columns=np.empty(pitch(width) * padded(height) // 8, np.uint64),
         once=np.empty(3 * padded(side) * long // 8, np.uint64),
-        turned=np.empty((3 * long + 3 + padded(side)) * padded(side) // 8, np.uint64),
+        transposed=np.empty((3 * long + 3 + padded(side)) * padded(side) // 8, np.uint64),
         first=np.empty(side, np.int32),
         taps=np.empty(side, np.int32),
         weights=np.empty(4 * long + 16 * side, np.int32),
@@ -184,11 +184,11 @@ def _sum_rows(
 
 @njit(nogil=True)
 def _horizontal_first(s: tuple, height: int, box: NDArray, flip: bool, size: int, out: NDArray, place: int) -> None:
-    """One view into out[place:], planar (3, size, size): `once` is 3 x (size of x, h of y), `turned` one channel."""
+    """One view into out[place:], planar (3, size, size); `once` is 3 x (size of x, h of y), `transposed` a channel."""
     top, left, h, w = box[0], box[1], box[2], box[3]
     tall, long, side = (height + 7) // 8 * 8, (h + 7) // 8 * 8, (size + 7) // 8 * 8
-    _, columns_, once_, turned_, first, taps, weights, exact, sums, _ = s
-    columns, once, turned = columns_.view(np.uint8), once_.view(np.uint8), turned_.view(np.uint8)
+    _, columns_, once_, transposed_, first, taps, weights, exact, sums, _ = s
+    columns, once, transposed = columns_.view(np.uint8), once_.view(np.uint8), transposed_.view(np.uint8)
     stride = bicubic_weights(w, size, first, taps, weights, exact)
     for c in range(3):
         for i in range(size):
@@ -199,10 +199,10 @@ def _horizontal_first(s: tuple, height: int, box: NDArray, flip: bool, size: int
             )  # fmt: skip
     stride = bicubic_weights(h, size, first, taps, weights, exact)
     for c in range(3):
-        transpose_bytes(once_[c * side * long // 8 :], size, long // 8, turned_)
+        transpose_bytes(once_[c * side * long // 8 :], size, long // 8, transposed_)
         for i in range(size):
             _sum_rows(
-                turned, 0, side, h - 1, first[i], taps[i],
+                transposed, 0, side, h - 1, first[i], taps[i],
                 weights[i * stride :], size, sums, out, place + (c * size + i) * size,
             )  # fmt: skip
 
@@ -212,24 +212,24 @@ def _vertical_first(s: tuple, width: int, box: NDArray, flip: bool, size: int, o
     """As `_horizontal_first`, where the first pass is over the rows of the image as it is: `once` is (size, w, 3)."""
     top, left, h, w = box[0], box[1], box[2], box[3]
     wide, long, side = (3 * width + 7) // 8 * 8, (3 * w + 7) // 8 * 8, (size + 7) // 8 * 8
-    pixels_, _, once_, turned_, first, taps, weights, exact, sums, _ = s
-    pixels, once, turned = pixels_.view(np.uint8), once_.view(np.uint8), turned_.view(np.uint8)
+    pixels_, _, once_, transposed_, first, taps, weights, exact, sums, _ = s
+    pixels, once, transposed = pixels_.view(np.uint8), once_.view(np.uint8), transposed_.view(np.uint8)
     stride = bicubic_weights(h, size, first, taps, weights, exact)
     for i in range(size):
         _sum_rows(
             pixels, top * wide + 3 * left, wide, h - 1, first[i], taps[i],
             weights[i * stride :], 3 * w, sums, once, i * long,
         )  # fmt: skip
-    transpose_bytes(once_, size, long // 8, turned_)  # (w, 3, size)
+    transpose_bytes(once_, size, long // 8, transposed_)  # (w, 3, size)
     stride = bicubic_weights(w, size, first, taps, weights, exact)
     for c in range(3):
         for i in range(size):
             x = size - 1 - i if flip else i
             _sum_rows(
-                turned, c * side, 3 * side, w - 1, first[i], taps[i],
+                transposed, c * side, 3 * side, w - 1, first[i], taps[i],
                 weights[i * stride :], size, sums, once, x * side,
             )  # fmt: skip
-        last = turned_[3 * side * (w + 1) // 8 :]  # beyond what is still needed
+        last = transposed_[3 * side * (w + 1) // 8 :]  # beyond what is still needed
         transpose_bytes(once_, size, side // 8, last)
         plane = last.view(np.uint8)
         for y in range(size):

@@ -326,8 +326,9 @@ def test_debug_does_in_this_process_what_a_job_does(mine: Path, capsys: pytest.C
 
 @pytest.mark.slow
 def test_local_runs_processes_of_this_machine_one_run_after_the_other(
-    mine: Path, capsys: pytest.CaptureFixture[str]
+    mine: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
     words = ["launch", "mine.yaml", "--cpu", "--tasks-per-node", "2", "--cluster", "local"]
     assert cli.main([*words, "--nodes", "2"]) == 2
     assert "--nodes needs --cluster slurm" in " ".join(capsys.readouterr().err.split())

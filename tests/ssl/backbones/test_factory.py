@@ -159,14 +159,14 @@ def test_maps_keep_their_orientation() -> None:
     images[..., 64:, 32:] = 3.0  # last row, second column at stride 32
     for name in ("resnet18", "mambaout_femto"):
         backbone = create(f"timm/{name}", img_size=96).eval()
-        raw = backbone.model.forward_features(images)  # type: ignore[operator,union-attr]
+        raw = backbone.model.forward_features(images)
         expected = raw if name == "resnet18" else raw.permute(0, 3, 1, 2)
         found = backbone(images)
         assert found.grid == (3, 2)
         if name == "resnet18":
             torch.testing.assert_close(found.map(), expected)
         else:
-            torch.testing.assert_close(found.map(), backbone.final_norm(raw).permute(0, 3, 1, 2))  # type: ignore[operator]
+            torch.testing.assert_close(found.map(), backbone.final_norm(raw).permute(0, 3, 1, 2))
 
 
 def test_attention_of_timms_vit_equals_ours() -> None:
@@ -221,7 +221,7 @@ def test_a_trial_of_a_size_leaves_no_trace() -> None:
     backbone = create("timm/resnet18", img_size=64, drop_path=0.1)
     before = {key: value.clone() for key, value in backbone.state_dict().items()}
     seed = torch.get_rng_state()
-    backbone._fit(torch.randn(2, 3, 96, 96).mul_(0))  # type: ignore[operator]
+    backbone._fit(torch.randn(2, 3, 96, 96).mul_(0))
     assert all(torch.equal(value, backbone.state_dict()[key]) for key, value in before.items())
     assert all(module.training for module in backbone.modules())
     torch.set_rng_state(seed)

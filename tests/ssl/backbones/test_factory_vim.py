@@ -13,10 +13,10 @@ from rich.console import Console
 
 from nearfar.ssl import checkpoint, config, train
 from nearfar.ssl.backbones import create
-from nearfar.ssl.config import Run
 from nearfar.ssl.data.sources.base import ArraySource
 from nearfar.ssl.errors import UserError
 from nearfar.ssl.run_folder import read_metrics
+from nearfar.ssl.settings import Run
 
 
 @pytest.mark.parametrize(

@@ -114,8 +114,8 @@ def test_windowed_attention_equals_the_written_out_one(prefix: int) -> None:
 def test_the_gpus_score_is_the_bias_with_its_gradients(prefix: int) -> None:
     """What FlexAttention adds to each logit, evaluated at every place, against the bias written out."""
     rows, columns = tables((3, 4), prefix + 12)[3:]
-    padded = [torch.nn.functional.pad(table, (0, 0, prefix, 0)) for table in (rows, columns)]
-    add = window_score(*padded, prefix)
+    padded_rows, padded_columns = (torch.nn.functional.pad(table, (0, 0, prefix, 0)) for table in (rows, columns))
+    add = window_score(padded_rows, padded_columns, prefix)
     places = [torch.arange(n) for n in (2, 3, prefix + 12, prefix + 12)]
     grid = torch.meshgrid(*places, indexing="ij")
     found = add(torch.zeros(2, 3, prefix + 12, prefix + 12, dtype=torch.float64), *grid)
@@ -133,8 +133,8 @@ def test_flex_attention_agrees_with_the_explicit_path() -> None:
 
     leaves = [x.detach().float() for x in tables((3, 4), 14)]
     q, k, v, rows, columns = leaves
-    padded = [torch.nn.functional.pad(table, (0, 0, 2, 0)) for table in (rows, columns)]
-    found = flex_attention(q, k, v, score_mod=window_score(*padded, 2))
+    padded_rows, padded_columns = (torch.nn.functional.pad(table, (0, 0, 2, 0)) for table in (rows, columns))
+    found = flex_attention(q, k, v, score_mod=window_score(padded_rows, padded_columns, 2))
     torch.testing.assert_close(found, attend_in_windows(*leaves), rtol=1e-5, atol=1e-5)
 
 

@@ -148,7 +148,7 @@ def test_bands_are_permuted_within_the_context_only(wavelet: str) -> None:
 
 def test_wavelet_and_levels_reach_the_embedding() -> None:
     embed = create("vit_tiny_patch16", img_size=32, depth=1, lgp=True, wavelet="db2", levels=3).model.patch_embed
-    assert (embed.levels, embed.folds, len(embed.filters[0])) == (3, False, 4)  # type: ignore[union-attr]
+    assert (embed.levels, embed.folds, len(embed.filters[0])) == (3, False, 4)
     assert (
         VisionTransformer(img_size=28, patch_size=14, depth=1, lgp=True, levels=2)(torch.randn(1, 3, 28, 28))
         .isfinite()

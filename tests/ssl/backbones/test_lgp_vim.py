@@ -37,7 +37,7 @@ def test_equals_the_unfolded_computation_with_gradients(patch: int, size: tuple[
         embed.weights.copy_(torch.tensor([0.7, -1.3]))
 
     def mix(x: Tensor, layers: nn.Module) -> Tensor:
-        depthwise, pointwise = layers[0], layers[1]  # type: ignore[index]
+        depthwise, pointwise = layers[0], layers[1]
         x = F.conv2d(x, depthwise.weight, depthwise.bias, padding=1, groups=dim)
         return F.conv2d(x, pointwise.weight, pointwise.bias)
 

@@ -137,7 +137,7 @@ def test_no_kernel_is_taken_silently_nor_left_out_silently(monkeypatch: pytest.M
     assert choose_scan("auto", "cpu") == choose_scan("torch", "cpu") == choose_scan("torch", "cuda") == "torch"
     for kernel in ("triton", "mamba"):
         with pytest.raises(UserError, match=rf"scan={kernel} .*cannot run on the device 'cpu'.*scan=torch"):
-            selective_scan(*inputs(1, 2, 2, 2), scan=kernel)  # type: ignore[arg-type]
+            selective_scan(*inputs(1, 2, 2, 2), scan=kernel)
     for missing in ("_mamba_missing", "_triton_missing"):
         monkeypatch.setattr(scan, missing, lambda: "ImportError: no such thing")
     assert choose_scan("auto", "cuda") == "torch"

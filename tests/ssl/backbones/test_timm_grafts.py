@@ -117,7 +117,7 @@ def test_bias_is_added_to_the_logits_from_unrotated_queries(kind: str) -> None:
 def test_windows_add_to_relative_positions_and_mask() -> None:
     """One shifted Swin window attention, written out."""
     model = add_gaug(network("swin"))
-    attn: Any = model.layers[0].blocks[1].attn  # type: ignore[index,union-attr]
+    attn: Any = model.layers[0].blocks[1].attn
     x, mask = torch.randn(8, 16, 24), torch.where(torch.rand(4, 16, 16) > 0.8, -100.0, 0.0)
     q, k, v = attn.qkv(x).reshape(8, 16, 3, 2, 12).permute(2, 0, 3, 1, 4)
     logits = q @ k.transpose(2, 3) / 12**0.5 + attn._get_rel_pos_bias() + attn.gaug(q, (4, 4))
@@ -198,13 +198,11 @@ def test_no_positions_are_left(kind: str) -> None:
     """With LGP and no CLS in the mean, shuffling tokens behind the stem changes nothing but their order."""
     model = add_lgp(network(kind))
     images, order = torch.randn(1, 3, 32, 32), torch.randperm(16)
-    before = model.forward_features(images)  # type: ignore[operator]
-    model.patch_embed.register_forward_hook(  # type: ignore[union-attr]
-        lambda _, __, y: y.flatten(1, 2)[:, order].unflatten(1, (4, 4))
-    )
-    after, first = model.forward_features(images), model.num_prefix_tokens  # type: ignore[operator]
-    torch.testing.assert_close(after[:, :first], before[:, :first], rtol=1e-4, atol=1e-4)  # type: ignore[misc]
-    torch.testing.assert_close(after[:, first:], before[:, first:][:, order], rtol=1e-4, atol=1e-4)  # type: ignore[misc]
+    before = model.forward_features(images)
+    model.patch_embed.register_forward_hook(lambda _, __, y: y.flatten(1, 2)[:, order].unflatten(1, (4, 4)))
+    after, first = model.forward_features(images), model.num_prefix_tokens
+    torch.testing.assert_close(after[:, :first], before[:, :first], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(after[:, first:], before[:, first:][:, order], rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("kind", ["vit", "gap", "eva", "swin"])
@@ -231,7 +229,7 @@ def test_prr_equals_timms_pooling() -> None:
     ours = timm.models.VisionTransformer(**options, global_pool="avg").eval()
     ours.load_state_dict(theirs.state_dict())
     images = torch.randn(2, 3, 32, 32)
-    pooled = add_prr(ours).forward_features(images)  # type: ignore[operator]
+    pooled = add_prr(ours).forward_features(images)
     wanted = theirs.forward_head(theirs.forward_features(images), pre_logits=True)
     pool: Any = theirs.attn_pool
     mine = pooled[:, 0] if pool.pool == "token" else pooled.mean(1)
@@ -256,9 +254,9 @@ def test_checkpointing_changes_no_gradient_and_tells_shapes_apart() -> None:
     images = [torch.randn(2, 3, 32, 32), torch.randn(2, 3, 16, 16)]
     found = []
     for enable in (False, True):
-        model.set_grad_checkpointing(enable)  # type: ignore[operator]
+        model.set_grad_checkpointing(enable)
         model.zero_grad()
-        sum(model(x).square().sum() for x in images).backward()  # type: ignore[union-attr]
+        sum(model(x).square().sum() for x in images).backward()
         found.append([p.grad.clone() for p in model.parameters() if p.grad is not None])
     for a, b in zip(*found, strict=True):
         torch.testing.assert_close(a, b)

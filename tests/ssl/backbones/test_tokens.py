@@ -8,6 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nearfar.ssl.backbones import Tokens, pad_to_multiple
+from nearfar.ssl.backbones.tokens import check_divides
+from nearfar.ssl.errors import UserError
 
 
 def test_cls_is_the_first_prefix_token_or_the_mean() -> None:
@@ -40,3 +42,9 @@ def test_padding_is_said_once_for_each_size(caplog: pytest.LogCaptureFixture) ->
             pad_to_multiple(torch.ones(1, 3, side, side), 16)
     assert [record.getMessage().split(" ")[2] for record in caplog.records] == ["101x101", "103x103"]
     assert "112x112" in caplog.records[0].getMessage()
+
+
+def test_sides_that_patches_do_not_divide_are_told_with_the_nearest_that_they_do() -> None:
+    check_divides(16, 24, 8)
+    with pytest.raises(UserError, match=r"20x3 pixels .* patches of 8x8.* Try 16x8\.$"):
+        check_divides(20, 3, 8)

@@ -121,7 +121,7 @@ def test_gaug_is_added_to_the_logits_and_prr_comes_last() -> None:
 
 def test_gaug_bias_leaves_prefix_alone_and_adapts_to_the_grid() -> None:
     model = VisionTransformer(**SMALL, gaug=True, registers=2)
-    bias = model.blocks[0].attn.gaug(torch.randn(1, 3, 3 + 16, 16), (4, 4))  # type: ignore[operator,union-attr]
+    bias = model.blocks[0].attn.gaug(torch.randn(1, 3, 3 + 16, 16), (4, 4))
     assert bias[..., :3, :].abs().sum() == bias[..., :3].abs().sum() == 0
     assert (bias[..., 3:, 3:] > 0).all()
 
@@ -130,9 +130,9 @@ def test_lgp_has_no_positions_and_mean_head() -> None:
     model = randomized(VisionTransformer(**SMALL, lgp=True, registers=2, num_classes=5))
     assert "pos_embed" not in model.state_dict()
     images = torch.randn(2, 3, 32, 32)
-    tokens = model.forward_features(images)  # type: ignore[operator]
+    tokens = model.forward_features(images)
     mean = torch.cat([tokens[:, :1], tokens[:, 3:]], 1).mean(1)
-    torch.testing.assert_close(model(images), model.head(mean))  # type: ignore[operator]
+    torch.testing.assert_close(model(images), model.head(mean))
 
 
 def test_encoder_without_positions_does_not_see_the_order_of_tokens() -> None:

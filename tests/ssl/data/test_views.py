@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 from scipy.stats import chisquare, ks_2samp
 
 import nearfar.ssl.backbones  # noqa: F401  makes torchvision importable everywhere
-from nearfar.ssl.config import Views
 from nearfar.ssl.data.views import epoch_order, philox, plan_views
+from nearfar.ssl.settings import ViewSettings
 
 FIELDS = ("box", "flip", "jitter", "factors", "order", "gray", "sigma", "solarize")
 
@@ -38,7 +38,7 @@ def test_philox_of_many_counters_is_that_of_each():
 
 
 def plan(n=4000, size=(375, 500), seed=0, epoch=0, **settings):
-    return plan_views(Views(**settings), seed, epoch, np.arange(n), np.full((n, 2), size))
+    return plan_views(ViewSettings(**settings), seed, epoch, np.arange(n), np.full((n, 2), size))
 
 
 def same(one, two):
@@ -48,7 +48,7 @@ def same(one, two):
 @settings(max_examples=25, deadline=None)
 @given(st.integers(0, 2**63), st.integers(0, 1000), st.lists(st.integers(0, 2**32 - 1), min_size=1, max_size=6))
 def test_a_view_depends_on_nothing_but_seed_epoch_sample_and_view(seed, epoch, index):
-    views = Views(local_crops_number=3)
+    views = ViewSettings(local_crops_number=3)
     size = [(20 + i % 300, 30 + i % 200) for i in index]
     together = plan_views(views, seed, epoch, index, size)
     for k in range(len(index)):
@@ -103,7 +103,7 @@ def test_no_fitting_try_gives_the_central_crop_of_torchvision(size):
     from torchvision.transforms import RandomResizedCrop
 
     expected = RandomResizedCrop.get_params(torch.empty(3, *size), (5.0, 6.0), (3 / 4, 4 / 3))  # larger than the image
-    views = Views.model_construct(**{**Views().model_dump(), "global_crops_scale": (5.0, 6.0)})
+    views = ViewSettings.model_construct(**{**ViewSettings().model_dump(), "global_crops_scale": (5.0, 6.0)})
     box = plan_views(views, 0, 0, [3], [size]).box[0, 0]
     assert tuple(box) == expected
 

@@ -13,15 +13,15 @@ import psutil
 import pytest
 import torch
 
-from nearfar.ssl.config import Views
 from nearfar.ssl.data.loaders.base import LoaderOptions
 from nearfar.ssl.data.loaders.pillow import PillowLoader
 from nearfar.ssl.data.sources.base import ArraySource
 from nearfar.ssl.data.transforms.crops import render
 from nearfar.ssl.data.views import epoch_order, plan_views
 from nearfar.ssl.errors import BadImage, UserError
+from nearfar.ssl.settings import ViewSettings
 
-VIEWS = Views(global_crops_size=24, local_crops_size=16, local_crops_number=3)
+VIEWS = ViewSettings(global_crops_size=24, local_crops_size=16, local_crops_number=3)
 
 
 def noise(n=50, height=20, width=26, seed=0):
@@ -75,7 +75,7 @@ def test_what_a_batch_is():
     assert batch.index.tolist() == epoch_order(3, 0, 50)[:8].tolist()
     assert batch.label.tolist() == (batch.index % 7).tolist()
     assert batch.plan.flip.shape == (8, 5)
-    only_global = next(iter(loader(ArraySource(noise()), Views(global_crops_size=24, local_crops_number=0))))
+    only_global = next(iter(loader(ArraySource(noise()), ViewSettings(global_crops_size=24, local_crops_number=0))))
     assert len(only_global.groups) == 1
     assert only_global.label is None
 
@@ -150,7 +150,10 @@ class Counting(ArraySource):
 def test_an_image_is_decoded_once_however_many_views(workers, local_count):
     data = Counting(50)
     run = loader(
-        data, Views(global_crops_size=8, local_crops_size=8, local_crops_number=local_count), epochs=1, workers=workers
+        data,
+        ViewSettings(global_crops_size=8, local_crops_size=8, local_crops_number=local_count),
+        epochs=1,
+        workers=workers,
     )
     assert len(list(run)) == 6
     assert run.decoded == data.reads.value == 48
@@ -193,9 +196,12 @@ def test_some_bad_images_do_not_end_it():
 def test_a_share_of_bad_images_is_a_share_of_those_seen():
     data = Broken(400, range(0, 400, 10))  # 10 %
     with pytest.raises(UserError, match=r"20 of the|21 of the"):
-        list(loader(data, Views(global_crops_size=8, local_crops_number=0), max_bad_fraction=0.05))
+        list(loader(data, ViewSettings(global_crops_size=8, local_crops_number=0), max_bad_fraction=0.05))
     assert (
-        len(list(loader(data, Views(global_crops_size=8, local_crops_number=0), max_bad_fraction=0.15, epochs=1))) == 50
+        len(
+            list(loader(data, ViewSettings(global_crops_size=8, local_crops_number=0), max_bad_fraction=0.15, epochs=1))
+        )
+        == 50
     )
 
 
@@ -263,13 +269,13 @@ def test_a_program_that_ends_in_the_middle_ends():
     """With the stream still open: workers that ignore SIGTERM must not keep the interpreter waiting."""
     program = textwrap.dedent("""
         import numpy as np
-        from nearfar.ssl.config import Views
+        from nearfar.ssl.settings import ViewSettings
         from nearfar.ssl.data.loaders.base import LoaderOptions
         from nearfar.ssl.data.loaders.pillow import PillowLoader
         from nearfar.ssl.data.sources.base import ArraySource
         data = ArraySource(np.zeros((50, 20, 20, 3), np.uint8))
         options = LoaderOptions(batch_size=8, epochs=100, workers=2)
-        loader = PillowLoader(data, Views(global_crops_size=8, local_crops_number=0), options)
+        loader = PillowLoader(data, ViewSettings(global_crops_size=8, local_crops_number=0), options)
         stream = iter(loader)
         next(stream)
         print("over")

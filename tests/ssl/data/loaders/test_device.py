@@ -4,15 +4,15 @@ import numpy as np
 import pytest
 import torch
 
-from nearfar.ssl.config import Views
 from nearfar.ssl.data.loaders.base import LoaderOptions
 from nearfar.ssl.data.loaders.device import DeviceLoader
 from nearfar.ssl.data.loaders.pillow import PillowLoader
 from nearfar.ssl.data.sources.base import ArraySource, Subset
 from nearfar.ssl.data.sources.files import FolderSource
 from nearfar.ssl.errors import BadImage, UserError
+from nearfar.ssl.settings import ViewSettings
 
-VIEWS = Views(global_crops_size=32, local_crops_size=16, local_crops_number=4)
+VIEWS = ViewSettings(global_crops_size=32, local_crops_size=16, local_crops_number=4)
 OPTIONS = {"batch_size": 8, "epochs": 2, "seed": 3}
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 

@@ -12,7 +12,6 @@ import pytest
 import torch
 from PIL import Image
 
-from nearfar.ssl.config import Views
 from nearfar.ssl.data import libjpeg
 from nearfar.ssl.data.beton_writer import BetonOptions, write_beton
 from nearfar.ssl.data.loaders.base import LoaderOptions
@@ -25,6 +24,7 @@ from nearfar.ssl.data.sources.files import FolderSource
 from nearfar.ssl.data.transforms.colors import color, color_of
 from nearfar.ssl.data.views import plan_views
 from nearfar.ssl.errors import UserError
+from nearfar.ssl.settings import ViewSettings
 
 pytest.importorskip("numba")
 pytestmark = [
@@ -32,7 +32,7 @@ pytestmark = [
     pytest.mark.usefixtures("time_limit"),
 ]
 
-VIEWS = Views(global_crops_size=48, local_crops_size=24, local_crops_number=8)
+VIEWS = ViewSettings(global_crops_size=48, local_crops_size=24, local_crops_number=8)
 OPTIONS = {"batch_size": 8, "epochs": 2, "seed": 3}
 PLAN = ("box", "flip", "jitter", "factors", "order", "gray", "sigma", "solarize")
 
@@ -143,14 +143,14 @@ def test_pixels_kept_raw_and_arrays_without_labels(tmp_path):
     raw = BetonSource(tmp_path / "raw.beton")
     assert raw.raw(0)
     assert_same(ffcv(raw), pillow(ArraySource(images)))
-    only_global = Views(global_crops_size=30, local_crops_number=0)
+    only_global = ViewSettings(global_crops_size=30, local_crops_number=0)
     assert_same(ffcv(raw, only_global), pillow(ArraySource(images), only_global))
 
 
 def test_views_larger_than_the_images(tmp_path):
     images = np.random.default_rng(0).integers(0, 256, (8, 9, 12, 3), np.uint8)
     write_beton(ArraySource(images), tmp_path / "small.beton")
-    views = Views(global_crops_size=64, local_crops_size=32, local_crops_number=1)
+    views = ViewSettings(global_crops_size=64, local_crops_size=32, local_crops_number=1)
     assert_same(ffcv(BetonSource(tmp_path / "small.beton"), views), pillow(ArraySource(images), views))
 
 

@@ -167,7 +167,7 @@ def test_bad_images_are_listed_and_left_out_or_stop_the_writing(tmp_path, time_l
     assert [beton.name(i) for i in range(len(beton))] == ["0.jpg", "2.jpg", "5.jpg"]
     assert json.loads(beton._read(1, *beton.records["name"][1].tolist())[:-1])["index"] == 2
     (tmp_path / "out.beton").unlink()
-    with pytest.raises(UserError, match=r"1\.jpg: not an image of a known format\. Mend or remove it"):
+    with pytest.raises(UserError, match=r"1\.jpg: not an image of a known format\. Repair or remove it"):
         written(FolderSource(root), tmp_path, stop_at_bad=True)
     assert os.listdir(tmp_path) == ["in"]  # nothing half-written is left
     for i in (0, 2, 5):

@@ -7,7 +7,6 @@ import pytest
 import torch
 from PIL import Image
 
-from nearfar.ssl.config import Views
 from nearfar.ssl.data import open_source
 from nearfar.ssl.data.loaders.base import LoaderOptions
 from nearfar.ssl.data.loaders.pillow import PillowLoader
@@ -15,8 +14,9 @@ from nearfar.ssl.data.sources.base import ArraySource, passed_over
 from nearfar.ssl.data.sources.files import FolderSource
 from nearfar.ssl.data.sources.tar import TarSource
 from nearfar.ssl.errors import BadImage, UserError
+from nearfar.ssl.settings import ViewSettings
 
-VIEWS = Views(global_crops_size=16, local_crops_size=8, local_crops_number=2)
+VIEWS = ViewSettings(global_crops_size=16, local_crops_size=8, local_crops_number=2)
 
 
 def png(pixels, **options):

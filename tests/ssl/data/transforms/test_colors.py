@@ -7,10 +7,10 @@ from PIL import Image, ImageOps
 from scipy.ndimage import gaussian_filter1d
 
 import nearfar.ssl.backbones  # noqa: F401  makes torchvision importable everywhere
-from nearfar.ssl.config import Views
 from nearfar.ssl.data.transforms import colors
 from nearfar.ssl.data.transforms.colors import Color, blur, color, color_of, gray, shift_hue
 from nearfar.ssl.data.views import plan_views
+from nearfar.ssl.settings import ViewSettings
 
 
 def pictures(n=12, size=20, seed=0):
@@ -55,7 +55,7 @@ def expected(image, plan, k):
 @settings(max_examples=15, deadline=None)
 @given(st.integers(0, 2**32), st.sampled_from([16, 21, 32]))
 def test_a_planned_batch_equals_torchvision_one_image_at_a_time(seed, size):
-    views = Views(local_crops_number=1, solarize_prob=(0.5, 0.2, 0.5), hue=0.5, blur_prob=(0.5, 0.5, 0.5))
+    views = ViewSettings(local_crops_number=1, solarize_prob=(0.5, 0.2, 0.5), hue=0.5, blur_prob=(0.5, 0.5, 0.5))
     plan = plan_views(views, seed, 0, np.arange(12), np.full((12, 2), size))
     for view in range(3):
         parameters, images = color_of(plan, slice(view, view + 1)), pictures(12, size, seed % 1000)
@@ -152,7 +152,7 @@ def test_order_of_operations_matters_and_is_kept():
 
 
 def test_working_in_parts_changes_nothing(monkeypatch):
-    views = Views(local_crops_number=0)
+    views = ViewSettings(local_crops_number=0)
     plan = color_of(plan_views(views, 0, 0, np.arange(12), np.full((12, 2), 20)), slice(0, 1))
     whole = color(pictures(), plan)
     monkeypatch.setattr(colors, "_CACHE", 5 * 4 * 3 * 20 * 20)  # 5 + 5 + 2 images
@@ -160,7 +160,7 @@ def test_working_in_parts_changes_nothing(monkeypatch):
 
 
 def test_parameters_of_a_group_run_view_by_view():
-    plan = plan_views(Views(local_crops_number=3), 0, 0, np.arange(4), np.full((4, 2), 20))
+    plan = plan_views(ViewSettings(local_crops_number=3), 0, 0, np.arange(4), np.full((4, 2), 20))
     group = color_of(plan, slice(2, 5))
     assert group.sigma.tolist() == [plan.sigma[n, v] for v in range(2, 5) for n in range(4)]
     assert torch.equal(group.factors[4 * 1 + 2], torch.from_numpy(plan.factors[2, 3]))
@@ -175,7 +175,7 @@ def test_one_pixel_no_images_and_gray():
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
 def test_the_gpu_gives_the_same():
-    plan = plan_views(Views(), 0, 0, np.arange(12), np.full((12, 2), 20))
+    plan = plan_views(ViewSettings(), 0, 0, np.arange(12), np.full((12, 2), 20))
     for view in range(3):
         group = color_of(plan, slice(view, view + 1))
         group = Color(**{**group.__dict__, "solarize": torch.zeros(12) > 0})

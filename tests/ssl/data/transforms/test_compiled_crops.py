@@ -25,7 +25,7 @@ def views_of(pixels, box, flip, size):
     """Views of one image, (3, s, s) each, geometry only."""
     height, width = pixels.shape[:2]
     scratch = make_scratch(height, width, int(max(size)))
-    for buffer in (scratch.pixels, scratch.columns, scratch.once, scratch.turned):
+    for buffer in (scratch.pixels, scratch.columns, scratch.once, scratch.transposed):
         buffer[:] = np.random.default_rng(0).integers(0, 2**63, len(buffer))  # what a reused scratch may hold
     rows = scratch.pixels.view(np.uint8)[: height * pitch(width)].reshape(height, pitch(width))
     rows[:, : 3 * width] = pixels.reshape(height, -1)

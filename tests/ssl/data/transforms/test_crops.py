@@ -5,11 +5,11 @@ from hypothesis import strategies as st
 from PIL import Image
 
 import nearfar.ssl.backbones  # noqa: F401  makes torchvision importable everywhere
-from nearfar.ssl.config import Views
 from nearfar.ssl.data.transforms.crops import render
 from nearfar.ssl.data.views import plan_views
+from nearfar.ssl.settings import ViewSettings
 
-VIEWS = Views(global_crops_size=24, local_crops_size=16, local_crops_number=3)
+VIEWS = ViewSettings(global_crops_size=24, local_crops_size=16, local_crops_number=3)
 
 
 def noise(n=50, height=20, width=26, seed=0):

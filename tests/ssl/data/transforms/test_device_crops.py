@@ -4,13 +4,13 @@ import numpy as np
 import pytest
 import torch
 
-from nearfar.ssl.config import Views
 from nearfar.ssl.data.sources.base import ArraySource
 from nearfar.ssl.data.transforms import crops
 from nearfar.ssl.data.transforms.device_crops import render, weights
 from nearfar.ssl.data.views import plan_views
+from nearfar.ssl.settings import ViewSettings
 
-VIEWS = Views(global_crops_size=32, local_crops_size=16, local_crops_number=4)
+VIEWS = ViewSettings(global_crops_size=32, local_crops_size=16, local_crops_number=4)
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 
 

@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 import torch
 
-from nearfar.ssl.config import Views
 from nearfar.ssl.data.transforms.colors import Color, color, color_of
 from nearfar.ssl.data.views import plan_views
+from nearfar.ssl.settings import ViewSettings
 
 RADIUS = 6  # of the widest blur, sigma 2
 SIZES = [
@@ -58,7 +58,9 @@ for capability in (80, 90, 100):
 
 def planned(n: int, size: int, seed: int) -> tuple[torch.Tensor, Color]:
     """n images and the colors of their second global view, with every operation likely."""
-    views = Views(color_jitter_prob=0.8, grayscale_prob=0.3, blur_prob=(0.5, 0.5, 0.5), solarize_prob=(0.3, 0.3, 0.3))
+    views = ViewSettings(
+        color_jitter_prob=0.8, grayscale_prob=0.3, blur_prob=(0.5, 0.5, 0.5), solarize_prob=(0.3, 0.3, 0.3)
+    )
     plan = plan_views(views, seed, 0, np.arange(n), np.full((n, 2), size))
     generator = torch.Generator().manual_seed(seed)
     images = torch.randint(0, 256, (n, 3, size, size), dtype=torch.uint8, generator=generator)

@@ -1,4 +1,4 @@
-"""YAML that a user wrote, read within bounds: a hostile or damaged file costs a sentence, and not memory or a stack."""
+"""Text that anyone may have written, read within bounds: a hostile or damaged file costs a sentence, not memory."""
 
 from __future__ import annotations
 
@@ -45,7 +45,14 @@ _Loader.yaml_implicit_resolvers = {  # a run may be called 2026-11-21
 }
 
 
-def parse(text: str) -> Any:
+def read_text(path: Path, most_bytes: int) -> str:
+    """The text of a file. Raises OSError, and ValueError where it is longer than `most_bytes` or not UTF-8."""
+    if path.stat().st_size > most_bytes:
+        raise ValueError(f"it is longer than {most_bytes // 2**20} MiB")
+    return path.read_text(encoding="utf-8")
+
+
+def parse_yaml(text: str) -> Any:
     """What a YAML text holds.
 
     Raises:
@@ -62,7 +69,7 @@ def parse(text: str) -> Any:
         loader.dispose()
 
 
-def read(path: Path, what: str, holding: str = "sections such as 'data:' and 'train:'") -> dict[Any, Any]:
+def read_yaml(path: Path, what: str, holding: str = "sections such as 'data:' and 'train:'") -> dict[Any, Any]:
     """The sections of a YAML file; nothing for an empty one.
 
     what: what the file is to the user, such as "recipe". holding: what belongs in it.
@@ -73,7 +80,7 @@ def read(path: Path, what: str, holding: str = "sections such as 'data:' and 'tr
     try:
         with path.open("rb") as file:
             raw = file.read(MOST_BYTES + 1)
-        tree = parse(raw.decode("utf-8-sig"))
+        tree = parse_yaml(raw.decode("utf-8-sig"))
     except FileNotFoundError:
         raise UserError(f"There is no {what} {path}.") from None
     except UnicodeDecodeError as error:

@@ -1,0 +1,347 @@
+"""What a run is: its settings, each with its type, its bounds and what it does. `config` reads them from a recipe.
+
+A setting whose default is `None` is derived by `defaults.resolve` from the number of images and the length of the
+run, with the reason beside it; whatever the user writes wins.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from types import NoneType, UnionType
+from typing import Annotated, Any, Literal, NamedTuple, get_args, get_origin
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, JsonValue
+
+# Settings marked so may differ when a run is continued: they do not change a single weight.
+FREE: dict[str, JsonValue] = {"resume": "free"}
+
+
+def _numbers(value: Any) -> Any:
+    """Numbers separated by commas, in whatever brackets: 0.4,1.0 and (0.4, 1.0) are [0.4, 1.0]."""
+    if not isinstance(value, str):
+        return value
+    return [part.strip() for part in value.strip().removeprefix("(").removesuffix(")").strip("[] ").split(",")]
+
+
+Share = Annotated[tuple[float, float], BeforeValidator(_numbers)]  # a range: lowest, highest
+ViewProbs = Annotated[tuple[float, float, float], BeforeValidator(_numbers)]  # first global, second global, local views
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False, coerce_numbers_to_str=True
+    )
+
+
+class DataSettings(Section):
+    path: str = Field(
+        "",
+        description="training images: class folders, a flat folder, a .txt list, an .npz, a .beton or .tar shards",
+        json_schema_extra=FREE,  # what is in it may not change: checkpoints hold its fingerprint
+    )
+    val: str | None = Field(
+        None,
+        description="labeled images, for the k-NN score during training and for `nearfar eval`",
+        json_schema_extra=FREE,
+    )
+    workers: int | None = Field(
+        None,
+        ge=0,
+        description="processes of each rank (ffcv: threads) that decode and crop images; default: cores - 1, at most 8",
+        json_schema_extra=FREE,
+    )
+    loader: Literal["auto", "ffcv", "folder", "device"] = Field(
+        "auto",
+        description="what makes the views: folder = Pillow; ffcv = compiled loops over a .beton file; device = the "
+        "training device, with all images in its memory; auto = ffcv for a .beton, else folder",
+    )
+    color_on: Literal["device", "loader"] = Field(
+        "device",
+        description="where colors are changed: on the training device, or in the ffcv loader (rounded to 8 bits)",
+    )
+    max_bad_fraction: float = Field(
+        0.01,
+        ge=0,
+        le=1,
+        description="the run stops when more than this share of the images cannot be used, and at least 20 of them "
+        "(or a quarter of fewer than 80); 0: at the first",
+        json_schema_extra=FREE,
+    )
+    min_side: int = Field(
+        8, ge=1, description="an image with a shorter side than this, in pixels, counts as unreadable"
+    )
+
+
+class ViewSettings(Section):
+    global_crops_size: int = Field(224, ge=4, description="side of the two global views, in pixels")
+    global_crops_scale: Share = Field(
+        (0.4, 1.0), description="smallest and largest share of the image's area that a global view covers"
+    )
+    local_crops_size: int = Field(96, ge=4, description="side of a local view, in pixels")
+    local_crops_scale: Share = Field(
+        (0.05, 0.4), description="smallest and largest share of the image's area that a local view covers"
+    )
+    local_crops_number: int = Field(8, ge=0, description="number of local views of each image")
+    ratio: Share = Field((3 / 4, 4 / 3), description="smallest and largest aspect ratio of a crop, width / height")
+    hflip_prob: float = Field(0.5, ge=0, le=1, description="probability that a view is flipped left to right")
+    color_jitter_prob: float = Field(
+        0.8, ge=0, le=1, description="probability that brightness, contrast, saturation and hue are changed"
+    )
+    brightness: float = Field(
+        0.4, ge=0, le=1, description="color jitter: the brightness factor lies within 1 plus or minus this"
+    )
+    contrast: float = Field(
+        0.4, ge=0, le=1, description="color jitter: the contrast factor lies within 1 plus or minus this"
+    )
+    saturation: float = Field(
+        0.2, ge=0, le=1, description="color jitter: the saturation factor lies within 1 plus or minus this"
+    )
+    hue: float = Field(
+        0.1,
+        ge=0,
+        le=0.5,
+        description="color jitter: the hue is shifted by at most this share of the color circle, either way",
+    )
+    grayscale_prob: float = Field(0.2, ge=0, le=1, description="probability that a view loses its colors")
+    blur_prob: ViewProbs = Field(
+        (1.0, 0.1, 0.5), description="probability of blur, for the first global, the second global and the local views"
+    )
+    blur_sigma: Share = Field(
+        (0.1, 2.0), description="smallest and largest standard deviation of the blur, in pixels of the view"
+    )
+    solarize_prob: ViewProbs = Field(
+        (0.0, 0.2, 0.0),
+        description="probability of solarizing, for the first global, the second global and the local views",
+    )
+    solarize_threshold: int = Field(
+        128, ge=0, le=256, description="solarizing inverts every color value from this one up (0 to 255)"
+    )
+
+
+class BackboneSettings(Section):
+    name: str = Field(
+        "vit_small_patch16",
+        description="vit_ or vim_, tiny, small or base, and _patch16 (or another size); timm/NAME for timm's models",
+    )
+    lgp: bool = Field(
+        False, description="LGP: patches embedded by a local and a wavelet-packet branch, without position embedding"
+    )
+    wavelet: str = Field(
+        "haar",
+        description="LGP's wavelet: haar stays within each patch; db2, db4, sym4 and so on reach into the next one",
+    )
+    levels: int | Literal["auto"] = Field("auto", description="depth of LGP's wavelet packet; auto = log2(patch size)")
+    gaug: bool = Field(False, description="GAug: a Gaussian around each patch is added to the attention logits")
+    prr: bool = Field(False, description="PRR: parameter-free refinement of the patch tokens after the last norm")
+    registers: int = Field(0, ge=0, description="number of register tokens")
+    rope: bool = Field(False, description="axial rotary positions in place of learned ones")
+    drop_path: float = Field(
+        0.1, ge=0, lt=1, description="stochastic depth: highest probability that a block of the student is skipped"
+    )
+    patch_size: int | None = Field(None, ge=1, description="patch size in pixels, in place of the one in the name")
+    embed_dim: int | None = Field(
+        None, ge=1, description="width of the tokens, in place of the one that the name stands for"
+    )
+    depth: int | None = Field(None, ge=1, description="number of blocks, in place of the one that the name stands for")
+    num_heads: int | None = Field(
+        None, ge=1, description="number of attention heads, in place of the one that the name stands for"
+    )
+    pos_size: int | None = Field(
+        None, ge=1, description="image size the learned positions are for, in pixels; 224 for DINO's public weights"
+    )
+    pretrained: bool = Field(
+        False,
+        description="start from the weights that timm publishes (timm/NAME only; needs the internet, or its cache)",
+    )
+    scan: Literal["auto", "torch", "triton", "mamba"] = Field(
+        "auto", description="what computes Vision Mamba's recurrence; auto = triton on a GPU, torch elsewhere"
+    )
+    weights: str | None = Field(
+        None,
+        description="weights to start from: a run's folder, a checkpoint, an exported file, or a .pth of DINO or timm",
+    )
+
+
+class HeadSettings(Section):
+    prototypes: int | None = Field(
+        None, ge=2, description="number of prototypes K, the outputs of the head; default: by the number of images"
+    )
+    hidden_dim: int = Field(2048, ge=1, description="width of the two hidden layers")
+    bottleneck_dim: int = Field(256, ge=1, description="width of the normalized layer before the prototypes")
+    batch_norm: bool | None = Field(
+        None, description="batch norm in the hidden layers; default: true below 100,000 images"
+    )
+    pooling: Literal["cls", "mean"] = Field(
+        "cls", description="what the head and the scores read: the CLS token, or the mean over the patches"
+    )
+
+
+class LossSettings(Section):
+    student_temp: float = Field(0.1, gt=0, description="temperature of the student's softmax")
+    teacher_temp: float | None = Field(None, gt=0, description="temperature of the teacher's softmax after warm-up")
+    warmup_teacher_temp: float = Field(
+        0.04, gt=0, description="temperature of the teacher's softmax at the start of the warm-up"
+    )
+    warmup_teacher_temp_epochs: float | None = Field(
+        None, ge=0, description="epochs in which the teacher's temperature warms up"
+    )
+    centering: Literal["centering", "sinkhorn_knopp"] = Field(
+        "centering",
+        description="what keeps the teacher from collapsing: a running center (DINO) or Sinkhorn-Knopp (DINOv2)",
+    )
+    center_momentum: float = Field(0.9, ge=0, lt=1, description="momentum of the running center")
+    koleo_weight: float = Field(
+        0.0, ge=0, description="weight of the KoLeo loss on the features of the global views; 0.1 in DINOv2, 0 = off"
+    )
+
+
+class OptimSettings(Section):
+    lr: float | None = Field(None, gt=0, description="highest learning rate; default: 5e-4 x batch size / 256")
+    min_lr: float = Field(1e-6, ge=0, description="learning rate at the end of the run")
+    warmup_epochs: float | None = Field(
+        None, ge=0, description="epochs in which the learning rate rises to its highest"
+    )
+    weight_decay: float = Field(
+        0.04, ge=0, description="weight decay at the start of the run (biases and other 1-D tensors have none)"
+    )
+    weight_decay_end: float = Field(0.4, ge=0, description="weight decay at the end of the run, along a cosine")
+    clip_grad: float = Field(3.0, ge=0, description="largest gradient norm of each tensor, as in DINO; 0 = no limit")
+    teacher_momentum: float | None = Field(
+        None, ge=0, le=1, description="momentum of the teacher at the start of the run; it rises to 1 along a cosine"
+    )
+    freeze_last_layer_epochs: float | None = Field(
+        None, ge=0, description="epochs at the start in which the prototypes do not learn"
+    )
+
+
+class TrainSettings(Section):
+    epochs: int = Field(100, ge=1, description="passes over the training images")
+    batch_size: int = Field(64, ge=2, description="images in each step, over all processes")
+    world_size: int | None = Field(
+        None,
+        ge=1,
+        description="processes that share each batch; default: by the cores on a CPU, 1 on a GPU, as started by SLURM",
+        json_schema_extra=FREE,  # sums in another order: the same run up to rounding, and said so when it is continued
+    )
+    seed: int = Field(0, ge=0, description="seed of the weights, the order of the images, the views and drop-path")
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="where to train")
+    precision: Literal["auto", "bf16", "fp32"] = Field(
+        "auto", description="numbers used in the forward pass; auto = bf16 where the hardware multiplies it, else fp32"
+    )
+    threads: int | None = Field(
+        None,
+        ge=1,
+        description="threads of each process on a CPU; a part of the run, since the rounding of sums depends on it",
+    )
+    log_every_steps: int = Field(10, ge=1, description="steps between two lines of metrics", json_schema_extra=FREE)
+    save_every_minutes: float = Field(5.0, gt=0, description="minutes between two checkpoints", json_schema_extra=FREE)
+    save_every_steps: int | None = Field(
+        None,
+        ge=1,
+        description="steps between two checkpoints, besides those by save_every_minutes",
+        json_schema_extra=FREE,
+    )
+    keep_last: int = Field(2, ge=1, description="number of checkpoints that are kept", json_schema_extra=FREE)
+
+
+class EvalSettings(Section):
+    size: int | None = Field(
+        None,
+        ge=4,
+        description="side of an image for the scores, in pixels; default: that of the global views",
+        json_schema_extra=FREE,
+    )
+    resize: int | None = Field(
+        None,
+        ge=4,
+        description="shorter side to which an image is resized before its center is cut out; default: eval.size",
+        json_schema_extra=FREE,
+    )
+    knn_every_epochs: float | None = Field(
+        None,
+        ge=0,
+        description="epochs (1.5, say) between two k-NN scores during training; 0 = off",
+        json_schema_extra=FREE,
+    )
+    knn_max_images: int = Field(
+        5000,
+        ge=1,
+        description="most training images that the k-NN score during training looks at, and most images that it scores",
+        json_schema_extra=FREE,
+    )
+
+
+class Run(Section):
+    """One pretraining run, whole. `config.yaml` in its folder holds it with every derived value filled in."""
+
+    name: str = Field("", description="name of the run's folder; default: the recipe's name")
+    folder: str = Field("runs", description="where run folders are", json_schema_extra=FREE)
+    data: DataSettings = DataSettings()
+    views: ViewSettings = ViewSettings()
+    backbone: BackboneSettings = BackboneSettings()
+    head: HeadSettings = HeadSettings()
+    loss: LossSettings = LossSettings()
+    optim: OptimSettings = OptimSettings()
+    train: TrainSettings = TrainSettings()
+    eval: EvalSettings = EvalSettings()
+
+    @property
+    def path(self) -> Path:
+        return Path(self.folder) / self.name
+
+
+class Setting(NamedTuple):
+    """A leaf of `Run`, as `--help` and the comparison of two runs see it."""
+
+    key: str
+    type: str  # in words
+    default: Any
+    description: str
+    free: bool
+    is_text: bool  # what is typed for it is taken as it is, and not read as YAML
+
+    @property
+    def typed(self) -> str:
+        """The default as it may be typed behind `key=`; `(derived)` or `(not set)` where there is none."""
+        if self.default is None:
+            return "(not set)" if self.key in NEVER_DERIVED else "(derived)"
+        if isinstance(self.default, tuple):
+            return ",".join(f"{x:g}" if float(f"{x:g}") == x else repr(x) for x in self.default)
+        return str(self.default).lower() if isinstance(self.default, bool) else str(self.default)
+
+
+# Settings without a default that stay so: nothing about the run says what they should be.
+NEVER_DERIVED = frozenset(
+    ["data.val", "train.save_every_steps"]
+    + [f"backbone.{name}" for name in ("patch_size", "embed_dim", "depth", "num_heads", "pos_size", "weights")]
+)
+
+
+def all_settings() -> Iterator[Setting]:
+    """Every setting with its dotted key, in the order of the recipe."""
+    for section, field in Run.model_fields.items():
+        if isinstance(field.annotation, type) and issubclass(field.annotation, Section):
+            leaves = [(f"{section}.{name}", leaf) for name, leaf in field.annotation.model_fields.items()]
+        else:
+            leaves = [(section, field)]
+        for key, leaf in leaves:
+            free = bool(leaf.json_schema_extra == FREE)
+            is_text = str in (leaf.annotation, *get_args(leaf.annotation))
+            yield Setting(key, _in_words(leaf.annotation), leaf.default, leaf.description or "", free, is_text)
+
+
+def _in_words(kind: Any) -> str:
+    """What a setting takes, for people."""
+    if get_origin(kind) is Literal:
+        *first, last = map(str, get_args(kind))
+        return f"{', '.join(first)} or {last}" if first else last
+    if get_origin(kind) is tuple:
+        return f"{len(get_args(kind))} numbers"
+    if isinstance(kind, UnionType) or get_args(kind):
+        return " or ".join(_in_words(one) for one in get_args(kind) if one is not NoneType)
+    return {int: "whole number", float: "number", str: "text", bool: "true or false"}[kind]
+
+
+KEYS = [setting.key for setting in all_settings()]
+TEXTS = {setting.key: setting.default for setting in all_settings() if setting.is_text}
