@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import math
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -29,11 +29,12 @@ from nearfar.ssl.device import Compute
 from nearfar.ssl.distributed import ALONE, Ranks
 from nearfar.ssl.errors import UserError
 from nearfar.ssl.health import CollapseWatch, nothing_learned, teacher_health
-from nearfar.ssl.learner import Learner, Step, build_learner, share_batch_norm
-from nearfar.ssl.optim import adamw, clip_gradients, set_rates
+from nearfar.ssl.learner import Learner, build_learner, share_batch_norm
+from nearfar.ssl.optim import adamw
 from nearfar.ssl.run_folder import RunFolder, read_metrics
 from nearfar.ssl.run_log import NoLog, RunLog
 from nearfar.ssl.schedule import Schedule
+from nearfar.ssl.step import Stepper, Trained
 
 
 @dataclass(frozen=True)
@@ -58,61 +59,6 @@ class Outcome:
         return self.step >= self.steps
 
 
-class NotFiniteError(Exception):
-    """The loss or the gradient of a step is NaN or infinite. No weight was changed."""
-
-    def __init__(self, loss: float, grad_norm: float) -> None:
-        super().__init__(f"loss {loss}, norm of the gradient {grad_norm}")
-        self.loss, self.grad_norm = loss, grad_norm
-
-
-class Trained(NamedTuple):
-    """What one step says of itself."""
-
-    loss: float  # mean over all ranks, before the update
-    grad_norm: float  # before clipping
-    outputs: Step  # of this rank
-
-
-def train_step(
-    learner: Learner,
-    optimizer: torch.optim.Optimizer,
-    views: list[Tensor],
-    values: dict[str, float],
-    *,
-    clip_grad: float,
-    freeze_last_layer: bool = False,
-    autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
-) -> Trained:
-    """One step of training on all ranks: forward, backward, optimizer, center, teacher.
-
-    Args:
-        optimizer: as `optim.adamw` makes it for the student.
-        views: normalized, grouped by size, the global group first: [(G, B, 3, s, s), ...].
-        values: lr, weight_decay, teacher_momentum and teacher_temp, as `Schedule.at` gives them.
-        clip_grad: largest norm of a tensor's gradient; 0 = off.
-        freeze_last_layer: leave the prototypes as they are.
-
-    Raises:
-        NotFiniteError: on every rank, before anything reaches the weights.
-    """
-    with autocast():
-        outputs = learner(views, values["teacher_temp"])
-    outputs.loss.backward()
-    learner.after_backward(freeze_last_layer)
-    parameters = list(learner.student.parameters())
-    distributed.average_gradients(parameters)
-    grad_norm = float(clip_gradients(parameters, clip_grad))
-    (loss,) = distributed.all_mean_(torch.tensor([float(outputs.loss.detach())], dtype=torch.float64)).tolist()
-    if not math.isfinite(loss + grad_norm):
-        raise NotFiniteError(loss, grad_norm)
-    set_rates(optimizer, values["lr"], values["weight_decay"])
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
-    learner.after_step(values["teacher_momentum"])
-    return Trained(loss, grad_norm, outputs)
-
-
 def pretrain(
     run: Run,
     source: Source,
@@ -123,7 +69,8 @@ def pretrain(
 ) -> Outcome:
     """Train `run` on `source` in its folder, from where it stands to its end, as one of the ranks of `world`.
 
-    `should_stop` is asked in every step; True on any rank saves a checkpoint after that step and returns. Continuing is
+    `should_stop` is asked in every step; True on any rank saves a checkpoint after that step, or on a GPU after the next
+    one, and returns. Continuing is
     bit-exact on a CPU in float32 on as many ranks: weights, optimizer and center come from the checkpoint, everything
     else is a function of the step.
 
@@ -169,6 +116,13 @@ class Training:
     warnings: list[str]
     log: NoLog = field(default_factory=NoLog)
     known_bad: set[str] = field(default_factory=set)
+    unread: deque[tuple[Batch, int, Trained]] = field(default_factory=deque)  # steps that nobody has asked about yet
+    steps_behind: int = 0  # how many of them may stay so between two lines of metrics
+
+    def __post_init__(self) -> None:
+        self.stepper = Stepper(self.learner, self.optimizer, self.run.optim.clip_grad, self.compute.autocast)
+        if self.compute.device.type != "cpu":  # there, asking about the step just started would wait for it
+            self.steps_behind = 1
 
     def log_start(self) -> None:
         lines = announce.start_lines(
@@ -188,37 +142,45 @@ class Training:
                 self.log.picture("views", 0, picture)
         return [normalize(group) for group in colored]
 
-    def train(self, batch: Batch, values: dict[str, float]) -> Trained:
-        """The next step. Raises UserError where it is not finite."""
+    def train(self, batch: Batch, values: dict[str, float], should_stop: Callable[[], bool]) -> Trained:
+        """Start the next step; `settle` tells what came of it."""
         views = self.views(batch)
         torch.manual_seed(_step_seed(self.run.train.seed, self.step, self.world.rank))
-        try:
-            trained = train_step(
-                self.learner,
-                self.optimizer,
-                views,
-                values,
-                clip_grad=self.run.optim.clip_grad,
-                freeze_last_layer=self.schedule.prototypes_frozen(self.step),
-                autocast=self.compute.autocast,
-            )
-        except NotFiniteError as error:
-            words = announce.not_finite(
-                self.step, error.loss, error.grad_norm, batch, self.source, self.folder.path
-            )  # fmt: skip
-            raise UserError(words) from error
+        trained = self.stepper(
+            views,
+            values,
+            freeze_last_layer=self.schedule.prototypes_frozen(self.step),
+            votes=lambda: (float(should_stop()), float(len(self.new_bad()))),
+        )
+        self.unread.append((batch, self.step, trained))
         self.step += 1
         return trained
 
-    def agree(self, should_stop: bool) -> bool:
-        """Does any rank have to stop? Bad images of all ranks are told of on the way."""
-        bad = [item for item in self.loader.bad.items() if item[0] not in self.known_bad]
-        stop, any_bad = distributed.all_mean_(torch.tensor([should_stop, len(bad)], dtype=torch.float64)).tolist()
-        for text in distributed.gathered([json.dumps(item) for item in bad]) if any_bad else ():
-            name, reason = json.loads(text)
-            self.log.say(f"Bad image {name}: {reason}. The next readable image takes its place.")
-            self.known_bad.add(name)
-        return bool(stop)
+    def new_bad(self) -> list[tuple[str, str]]:
+        """Name and reason of each bad image of this rank that was not told of yet."""
+        return [item for item in self.loader.bad.items() if item[0] not in self.known_bad]
+
+    def settle(self, behind: int = 0) -> bool:
+        """Ask about all steps but the latest `behind`, the same on all ranks. Does any rank have to stop?
+
+        Raises:
+            UserError: a step was not finite. Neither it nor any step after it has changed a weight.
+        """
+        stop = False
+        while len(self.unread) > (0 if stop else behind):
+            batch, step, trained = self.unread.popleft()
+            numbers = trained.report.read()
+            if not numbers.finite:
+                raise UserError(
+                    announce.not_finite(step, numbers.loss, numbers.grad_norm, batch, self.source, self.folder.path)
+                )
+            stop_vote, any_bad = numbers.votes
+            stop = stop or stop_vote > 0
+            for text in distributed.gathered([json.dumps(item) for item in self.new_bad()]) if any_bad else ():
+                name, reason = json.loads(text)
+                self.log.say(f"Bad image {name}: {reason}. The next readable image takes its place.")
+                self.known_bad.add(name)
+        return stop
 
     def score(self) -> bool:
         """Score the teacher as it is, once; True on all ranks where a stop came first and leaves that to the next
@@ -238,7 +200,8 @@ class Training:
         return scores is None
 
     def save(self) -> None:
-        if self.world.first:
+        """Write a checkpoint, on the first rank, unless a step that `settle` has yet to ask about was not finite."""
+        if self.world.first and all(trained.report.read().finite for _, _, trained in self.unread):
             self.log.sync()
             resume.save(
                 self.folder, self.step, self.learner, self.optimizer, self.description, self.run.train.keep_last
@@ -279,6 +242,7 @@ class Meter:
     def log(self, trained: Trained, values: dict[str, float]) -> None:
         """A line of metrics, the progress, and a collapse that lasts."""
         training, step, outputs = self.training, self.training.step, trained.outputs
+        numbers = trained.report.read()
         health = teacher_health(outputs.teacher_probabilities, outputs.teacher_features)
         health = distributed.mean_of(health | {name: float(part) for name, part in outputs.parts.items()})
         seconds = max(1e-9, time.monotonic() - self.since)
@@ -287,11 +251,11 @@ class Meter:
             "data_wait": self.waited / seconds,
             "time": time.time(),
         }
-        measured = {"loss": trained.loss, "grad_norm": trained.grad_norm, **values, **health}
+        measured = {"loss": numbers.loss, "grad_norm": numbers.grad_norm, **values, **health}
         training.log.record(step, {"epoch": step / training.loader.steps_per_epoch, **measured, **speed})
         training.log.progress(
             step,
-            f"loss {trained.loss:.3f}  {speed['img_per_s']:.0f} img/s  "
+            f"loss {numbers.loss:.3f}  {speed['img_per_s']:.0f} img/s  "
             f"waits {100 * speed['data_wait']:.0f} %  entropy {health['entropy']:.2f}",
         )
         if message := self.watch.update(step, health):
@@ -313,9 +277,10 @@ def _loop(training: Training, should_stop: Callable[[], bool]) -> None:
     while training.step < schedule.steps and not stop:
         batch = meter.waiting(batches)
         values = schedule.at(training.step)
-        trained = training.train(batch, values)
-        stop = training.agree(should_stop())
-        if training.step % run.train.log_every_steps == 0 or training.step == schedule.steps:
+        trained = training.train(batch, values, should_stop)
+        logs = training.step % run.train.log_every_steps == 0 or training.step == schedule.steps
+        stop = training.settle(0 if logs or schedule.scores_due(training.step) else training.steps_behind)
+        if logs:
             meter.log(trained, values)
         if schedule.scores_due(training.step) and not stop:
             stop = training.score()

@@ -127,6 +127,7 @@ LEARNERS = """
     import torch
     from nearfar.ssl import config, distributed
     from nearfar.ssl.defaults import resolve
+    from nearfar.ssl.gradients import GradientMean
     from nearfar.ssl.learner import build_learner
 
     torch.set_num_threads(1)
@@ -136,6 +137,8 @@ LEARNERS = """
         for settings in json.loads(sys.argv[1]):
             learner = build_learner(resolve(config.load(None, settings), 2000)[0]).double()
             optimizer = torch.optim.SGD(learner.student.parameters(), lr=0.1)  # Adam scales up rounding
+            gradients = GradientMean(learner.student.parameters(), 1000)  # in many buckets
+            assert len(gradients.buckets) > 5
             losses = []
             for step in range(3):
                 generator = torch.Generator().manual_seed(step)
@@ -143,12 +146,13 @@ LEARNERS = """
                 groups = [torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes]
                 mine = slice(8 // world.size * world.rank, 8 // world.size * (world.rank + 1))
                 out = learner([group[:, mine] for group in groups], 0.04)
+                gradients.begin()
                 out.loss.backward()
-                distributed.average_gradients(list(learner.student.parameters()))
+                (loss,) = gradients.finish(out.loss.detach()[None])
                 optimizer.step()
                 optimizer.zero_grad()
                 learner.after_step(0.9)
-                losses.append(float(distributed.all_mean_(out.loss.detach())))
+                losses.append(float(loss))
             state = {k: v.double().flatten().tolist() for k, v in learner.state_dict().items()}
             results.append([losses, state])
     if world.first:

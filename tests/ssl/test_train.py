@@ -163,7 +163,7 @@ def test_golden_steps(
     )
     seen: list[list[Tensor]] = []
 
-    def uncolored(batch: Batch, _: int, __: torch.device) -> list[Tensor]:
+    def uncolored(batch: Batch, _: torch.device) -> list[Tensor]:
         groups = [group.double() / 255 for group in batch.groups]
         seen.append([view for group in groups for view in group])
         return groups
