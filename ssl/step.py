@@ -74,7 +74,9 @@ class Stepper:
         self.learner, self.optimizer, self.clip_grad, self.autocast = learner, optimizer, clip_grad, autocast
         self.parameters = list(learner.student.parameters())
         self.gradients = GradientMean(self.parameters)
-        self.not_finite = torch.zeros((), dtype=torch.float32, device=self.parameters[0].device)  # 1 from the first such step on
+        self.not_finite = torch.zeros(
+            (), dtype=torch.float32, device=self.parameters[0].device
+        )  # 1 from the first such step on
 
     def __call__(
         self,

@@ -69,10 +69,9 @@ def pretrain(
 ) -> Outcome:
     """Train `run` on `source` in its folder, from where it stands to its end, as one of the ranks of `world`.
 
-    `should_stop` is asked in every step; True on any rank saves a checkpoint after that step, or on a GPU after the next
-    one, and returns. Continuing is
-    bit-exact on a CPU in float32 on as many ranks: weights, optimizer and center come from the checkpoint, everything
-    else is a function of the step.
+    `should_stop` is asked in every step; True on any rank saves a checkpoint after that step, or on a GPU after the
+    next one, and returns. Continuing is bit-exact on a CPU in float32 on as many ranks: weights, optimizer and center
+    come from the checkpoint, everything else is a function of the step.
 
     Raises:
         UserError: settings, data, folder, disk, memory or checkpoint are wrong, or the loss is no longer finite.

@@ -20,8 +20,8 @@ Make = Callable[..., Run]
 VALUES = {"lr": 1e-3, "weight_decay": 0.04, "teacher_momentum": 0.9, "teacher_temp": 0.04}
 # A GPU answers these only when all that was asked of it before is done.
 WAITS = {
-    "aten::_local_scalar_dense", "aten::is_nonzero", "aten::nonzero", "aten::equal", "aten::_unique2", "aten::masked_select",
-    "aten::unique_consecutive", "aten::bincount", "aten::_linalg_svd", "aten::linalg_lstsq",
+    "aten::_local_scalar_dense", "aten::is_nonzero", "aten::nonzero", "aten::equal", "aten::masked_select",
+    "aten::_unique2", "aten::unique_consecutive", "aten::bincount", "aten::_linalg_svd", "aten::linalg_lstsq",
 }  # fmt: skip
 
 
@@ -149,5 +149,3 @@ def test_frozen_prototypes_have_no_gradient_and_stay(tiny: Make) -> None:
     assert torch.equal(prototypes, before) and prototypes not in stepper.optimizer.state
     stepper(views, VALUES)
     assert not torch.equal(prototypes, before)
-
-
