@@ -11,6 +11,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any
 
+import nearfar.ssl.backbones  # noqa: F401  # isort: skip  (mends torchvision, which timm imports)
 import timm
 import torch
 import torch.distributed as dist

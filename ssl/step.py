@@ -54,9 +54,9 @@ class Trained(NamedTuple):
 class Stepper:
     """Forward, backward, optimizer, center, teacher: once a call.
 
-    A step whose loss or gradient is not finite is found on the device and leaves weights, moments, teacher and center as
-    they are; so do all steps after it, because the host hears of it only when it reads the report. (Running statistics
-    of batch norm are written by the forward pass and are not taken back: a run ends there and saves nothing.)
+    A step whose loss or gradient is not finite is found on the device and leaves weights, moments, teacher and center
+    as they are; so do all steps after it, because the host hears of it only when it reads the report. (Running
+    statistics of batch norm are written by the forward pass and not taken back: a run ends there and saves nothing.)
     """
 
     def __init__(
