@@ -87,7 +87,9 @@ def dry_run(run: Run, console: Console) -> None:
 
 def measure(learner: Learner, loader: Loader, schedule: Schedule, run: ResolvedRun, compute: Compute) -> Measured:
     """Train `learner` for a few steps, as one of the run's ranks would."""
-    stepper = Stepper(learner, adamw(learner.student), run.optim.clip_grad, compute.autocast)
+    stepper = Stepper(
+        learner, adamw(learner.student), run.optim.clip_grad, compute.autocast, run.train.accumulate_steps
+    )
     loader.seek(0, 0)
     values = schedule.at(0)
     took: list[float] = []

@@ -223,6 +223,12 @@ class Optim(Settings):
 class Train(Settings):
     epochs: int = Field(100, ge=1, description="passes over the training images")
     batch_size: int = Field(64, ge=2, description="images in each step, over all processes")
+    accumulate_steps: int = Field(
+        1,
+        ge=1,
+        description="parts that each process takes its share of a step in, for less memory: the gradient is that of "
+        "the whole, but batch norm, Sinkhorn-Knopp and KoLeo see one part at a time",
+    )
     world_size: int | None = Field(
         None,
         ge=1,
@@ -422,6 +428,11 @@ def combinations(run: Run) -> list[str]:
     if run.train.batch_size % (run.train.world_size or 1):
         found.append(
             f"train.batch_size={run.train.batch_size} does not divide into train.world_size={run.train.world_size}"
+        )
+    elif run.train.batch_size // (run.train.world_size or 1) % run.train.accumulate_steps:
+        found.append(
+            f"the {run.train.batch_size // (run.train.world_size or 1)} images of a step in each process do not divide "
+            f"into train.accumulate_steps={run.train.accumulate_steps}"
         )
     for key, epochs in (
         ("optim.warmup_epochs", run.optim.warmup_epochs),

@@ -65,13 +65,18 @@ class Stepper:
         optimizer: torch.optim.Optimizer,
         clip_grad: float,
         autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
+        accumulate_steps: int = 1,
     ) -> None:
         """
         Args:
             optimizer: as `optim.adamw` makes it for the student.
             clip_grad: largest norm of a tensor's gradient; 0 = off.
+            accumulate_steps: parts in which the images of a step pass, one after the other. Loss, gradient and
+                center are those of the whole; batch norm, Sinkhorn-Knopp and KoLeo see one part (of all ranks) at a
+                time.
         """
         self.learner, self.optimizer, self.clip_grad, self.autocast = learner, optimizer, clip_grad, autocast
+        self.accumulate_steps = accumulate_steps
         self.parameters = list(learner.student.parameters())
         self.gradients = GradientMean(self.parameters)
         self.not_finite = torch.zeros(
@@ -95,11 +100,8 @@ class Stepper:
         """
         learner = self.learner
         learner.freeze_prototypes(freeze_last_layer)
-        with self.autocast():
-            outputs = learner(views, values["teacher_temp"])
-        self.gradients.begin()
-        outputs.loss.backward()
-        loss = outputs.loss.detach().to(self.parameters[0].dtype)
+        outputs = self._passes(views, values["teacher_temp"])
+        loss = outputs.loss.to(self.parameters[0].dtype)
         means = self.gradients.finish(torch.stack([loss, *(torch.full_like(loss, vote) for vote in votes())]))
         grad_norm = clip_gradients(self.parameters, self.clip_grad)
         finite = torch.isfinite(means[0] + grad_norm)
@@ -111,3 +113,26 @@ class Stepper:
         learner.after_step(values["teacher_momentum"], self.not_finite)
         numbers = torch.cat([torch.stack([means[0], grad_norm, self.not_finite.to(means.dtype)]), means[1:]])
         return Trained(Report(numbers), outputs)
+
+    def _passes(self, views: list[Tensor], teacher_temp: float) -> Step:
+        """Forward and backward, part by part; the gradients leave in the last one."""
+        parts = list(zip(*(group.chunk(self.accumulate_steps, 1) for group in views), strict=True))
+        done = []
+        for number, part in enumerate(parts, 1):
+            with self.autocast():
+                outputs = self.learner(list(part), teacher_temp)
+            if number == len(parts):
+                self.gradients.begin()
+            (outputs.loss / len(parts) if len(parts) > 1 else outputs.loss).backward()
+            done.append(outputs._replace(loss=outputs.loss.detach()))
+        return _joined(done) if len(done) > 1 else done[0]
+
+
+def _joined(parts: list[Step]) -> Step:
+    """What the whole would have said: means, and the images of all parts in order."""
+    return Step(
+        loss=torch.stack([part.loss for part in parts]).mean(),
+        teacher_probabilities=torch.cat([part.teacher_probabilities for part in parts], 1),
+        teacher_features=torch.cat([part.teacher_features for part in parts], 1),
+        parts={name: torch.stack([part.parts[name] for part in parts]).mean() for name in parts[0].parts},
+    )

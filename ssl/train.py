@@ -119,7 +119,13 @@ class Training:
     steps_behind: int = 0  # how many of them may stay so between two lines of metrics
 
     def __post_init__(self) -> None:
-        self.stepper = Stepper(self.learner, self.optimizer, self.run.optim.clip_grad, self.compute.autocast)
+        self.stepper = Stepper(
+            self.learner,
+            self.optimizer,
+            self.run.optim.clip_grad,
+            self.compute.autocast,
+            self.run.train.accumulate_steps,
+        )
         if self.compute.device.type != "cpu":  # there, asking about the step just started would wait for it
             self.steps_behind = 1
 

@@ -245,6 +245,39 @@ def test_stopped_on_one_rank_and_continued_ends_with_the_same_bits(recipe: Calla
     assert bits(whole) == bits(parts)
 
 
+LATE = """
+    import sys
+    import numpy as np
+    from nearfar.ssl import config, distributed, train
+    from nearfar.ssl.data.sources.base import ArraySource
+
+    world, asked, set_up = distributed.from_environment(), [], train.set_up
+
+    def behind(*parts):
+        training = set_up(*parts)
+        training.steps_behind = 1
+        return training
+
+    def stop():
+        asked.append(0)
+        return world.rank == 1 and len(asked) == 3
+
+    train.set_up = behind
+    images = ArraySource(np.random.default_rng(0).integers(0, 256, (48, 32, 32, 3), np.uint8))
+    print(train.pretrain(config.load(sys.argv[1]), images, should_stop=stop, world=world).step)
+"""
+
+
+def test_ranks_that_hear_of_a_stop_a_step_late_stop_together(recipe: Callable[..., Path], tmp_path: Path) -> None:
+    """As on GPUs. The first rank saves after every step, for which it looks at steps that the others have not."""
+    script = tmp_path / "late.py"
+    script.write_text(textwrap.dedent(LATE))
+    file = recipe("train.log_every_steps=100", "train.save_every_minutes=1e-9")
+    assert finish(together(2, str(script), str(file))) == ["4\n", "4\n"]
+    saved = checkpoint.latest(config.load(file).path / "checkpoints")
+    assert saved is not None and saved.state["step"] == 4
+
+
 def test_another_number_of_ranks_continues_and_says_so(recipe: Callable[..., Path]) -> None:
     file = recipe()
     processes = together(2, *RANK, str(file))

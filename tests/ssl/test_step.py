@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from nearfar.ssl.config import Run
 from nearfar.ssl.defaults import resolve
+from nearfar.ssl.errors import UserError
 from nearfar.ssl.learner import Learner, build_learner
 from nearfar.ssl.optim import adamw
 from nearfar.ssl.step import Stepper
@@ -47,13 +48,13 @@ class Watch(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def made(tiny: Make, *settings: str) -> tuple[Learner, Stepper, list[Tensor]]:
+def made(tiny: Make, *settings: str, parts: int = 1) -> tuple[Learner, Stepper, list[Tensor]]:
     run = resolve(tiny("train.batch_size=4", *settings), 40)[0]
     learner = build_learner(run)
     generator = torch.Generator().manual_seed(0)
     sizes = ((2, 32), (run.views.local_crops_number, 16))
     views = [torch.randn((views, 4, 3, side, side), generator=generator) for views, side in sizes]
-    return learner, Stepper(learner, adamw(learner.student), run.optim.clip_grad), views
+    return learner, Stepper(learner, adamw(learner.student), run.optim.clip_grad, accumulate_steps=parts), views
 
 
 @pytest.mark.parametrize(
@@ -149,3 +150,31 @@ def test_frozen_prototypes_have_no_gradient_and_stay(tiny: Make) -> None:
     assert torch.equal(prototypes, before) and prototypes not in stepper.optimizer.state
     stepper(views, VALUES)
     assert not torch.equal(prototypes, before)
+
+
+@pytest.mark.parametrize("parts", [2, 4])
+def test_a_step_in_parts_equals_the_whole_in_float64(tiny: Make, parts: int) -> None:
+    """Loss, norm of the gradient, outputs, every gradient that AdamW was given (its first moment), center, teacher."""
+    settings = ["head.batch_norm=false", "backbone.drop_path=0", "backbone.lgp=true", "backbone.gaug=true"]
+    found = []
+    for number in (1, parts):
+        learner, _, views = made(tiny, *settings)
+        learner.double()
+        stepper = Stepper(learner, adamw(learner.student), 0.0, accumulate_steps=number)
+        calls = []
+        learner.student.register_forward_hook(lambda _, args, __, calls=calls: calls.append(args[0][0].shape[1]))
+        trained = stepper([group.double() for group in views], VALUES)
+        assert calls == [4 // number] * number
+        numbers, moments = trained.report.read(), [s["exp_avg"] for s in stepper.optimizer.state.values()]
+        scalars = torch.tensor([numbers.loss, numbers.grad_norm], dtype=torch.float64)
+        found.append([scalars, *trained.outputs[1:3], *moments, learner.loss.center, *learner.teacher.parameters()])
+    for whole, ours in zip(*found, strict=True):
+        torch.testing.assert_close(ours, whole, rtol=1e-6, atol=1e-9)
+    assert len(found[0]) > 50 and float(found[0][0][1]) > 0
+
+
+def test_parts_that_do_not_divide_a_step_are_refused(tiny: Make) -> None:
+    with pytest.raises(UserError, match=r"the 8 images of a step in each process.*train\.accumulate_steps=3"):
+        tiny("train.accumulate_steps=3")
+    with pytest.raises(UserError, match=r"The 4 images of a step in each of 2 ranks.*accumulate_steps=8"):
+        resolve(tiny("train.accumulate_steps=8"), 40, world_size=2)
