@@ -100,8 +100,8 @@ def out_of_memory(error: BaseException) -> str | None:
         return None
     return (
         f"The memory does not suffice ({text[:200] or 'MemoryError'}). Try train.accumulate_steps=2, a smaller "
-        "train.batch_size, fewer views.local_crops_number, smaller head.prototypes or a smaller backbone.name; checkpoints that were written "
-        "are intact."
+        "train.batch_size, fewer views.local_crops_number, smaller head.prototypes or a smaller backbone.name; "
+        "checkpoints that were written are intact."
     )
 
 
