@@ -11,8 +11,10 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any
 
+import nearfar.ssl.backbones  # noqa: F401  # isort: skip  (mends torchvision, which timm imports)
 import timm
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -66,7 +68,11 @@ class Loss(nn.Module):
                     total = total + torch.sum(-probabilities * F.log_softmax(logits, dim=-1), dim=-1).mean()
                     terms += 1
         with torch.no_grad():
-            self.center = self.center * 0.9 + teacher.mean(0, keepdim=True) * 0.1
+            center = teacher.sum(0, keepdim=True)
+            if dist.is_initialized():
+                dist.all_reduce(center)
+            center = center / (len(teacher) * (dist.get_world_size() if dist.is_initialized() else 1))
+            self.center = self.center * 0.9 + center * 0.1
         return total / terms
 
 
@@ -91,6 +97,7 @@ def dino_step(
     student, teacher = _network(model, prototypes, 0.1).to(device), _network(model, prototypes, 0.0).to(device)
     teacher.load_state_dict(student.state_dict())
     teacher.requires_grad_(False)
+    trained: nn.Module = nn.parallel.DistributedDataParallel(student) if dist.is_initialized() else student
     decay = [p for n, p in student.named_parameters() if p.requires_grad and p.ndim > 1 and not n.endswith(".bias")]
     rest = [p for n, p in student.named_parameters() if p.requires_grad and (p.ndim <= 1 or n.endswith(".bias"))]
     optimizer = torch.optim.AdamW([{"params": decay}, {"params": rest, "weight_decay": 0.0}], lr=1e-6)
@@ -100,7 +107,7 @@ def dino_step(
         criterion = losses.setdefault(len(views), Loss(prototypes, len(views)).to(device))
         with autocast():
             teacher_output = teacher(views[:2])
-            student_output = student(views)
+            student_output = trained(views)
             loss = criterion(student_output, teacher_output, 0.04)
         value = loss.item()
         optimizer.zero_grad()

@@ -7,7 +7,7 @@ import statistics
 import sys
 import time
 from collections.abc import Generator
-from contextlib import closing, suppress
+from contextlib import closing
 from typing import NamedTuple, cast
 
 import torch
@@ -31,7 +31,7 @@ from nearfar.ssl.optim import adamw
 from nearfar.ssl.run_folder import RunFolder
 from nearfar.ssl.schedule import Schedule
 from nearfar.ssl.settings import Run, all_settings
-from nearfar.ssl.train_step import NotFiniteError, train_step
+from nearfar.ssl.step import Stepper
 from nearfar.ssl.training import loader_of
 
 FEWEST_STEPS, MOST_STEPS, LONGEST = 3, 12, 15.0  # of what is measured: steps, and seconds for more than the fewest
@@ -88,7 +88,9 @@ def dry_run(run: Run, console: Console) -> None:
 
 def measure(learner: Learner, loader: Loader, schedule: Schedule, run: ResolvedRun, compute: Compute) -> Measured:
     """Train `learner` for a few steps, as one of the run's ranks would."""
-    optimizer = adamw(learner.student)
+    stepper = Stepper(
+        learner, adamw(learner.student), run.optim.clip_grad, compute.autocast, run.train.accumulate_steps
+    )
     loader.seek(0, 0)
     values = schedule.at(0)
     took: list[float] = []
@@ -98,8 +100,7 @@ def measure(learner: Learner, loader: Loader, schedule: Schedule, run: ResolvedR
         for batch in batches:
             waits.append(time.monotonic() - asked)
             views = [normalize(group) for group in color_views(batch, compute.device)]
-            with suppress(NotFiniteError):  # it costs as much
-                train_step(learner, optimizer, views, values, clip_grad=run.optim.clip_grad, autocast=compute.autocast)
+            stepper(views, values).report.read()  # one that is not finite costs as much
             took.append(time.monotonic() - asked)
             asked = time.monotonic()
             if len(took) > MOST_STEPS or (len(took) > FEWEST_STEPS and asked - begun - took[0] > LONGEST):

@@ -107,9 +107,9 @@ def out_of_memory(error: BaseException) -> str | None:
     if not isinstance(error, MemoryError | torch.OutOfMemoryError) and "can't allocate memory" not in text:
         return None
     return (
-        f"The memory does not suffice ({text[:200] or 'MemoryError'}). Try a smaller train.batch_size, fewer "
-        "views.local_crops_number, smaller head.prototypes or a smaller backbone.name; checkpoints that were written "
-        "are intact."
+        f"The memory does not suffice ({text[:200] or 'MemoryError'}). Try train.accumulate_steps=2, a smaller "
+        "train.batch_size, fewer views.local_crops_number, smaller head.prototypes or a smaller backbone.name; "
+        "checkpoints that were written are intact."
     )
 
 

@@ -87,6 +87,11 @@ def combinations(run: Run) -> list[str]:
         found.append(
             f"train.batch_size={run.train.batch_size} does not divide into train.world_size={run.train.world_size}"
         )
+    elif run.train.batch_size // (run.train.world_size or 1) % run.train.accumulate_steps:
+        found.append(
+            f"the {run.train.batch_size // (run.train.world_size or 1)} images of a step in each process do not divide "
+            f"into train.accumulate_steps={run.train.accumulate_steps}"
+        )
     for key, epochs in (
         ("optim.warmup_epochs", run.optim.warmup_epochs),
         ("loss.warmup_teacher_temp_epochs", run.loss.warmup_teacher_temp_epochs),

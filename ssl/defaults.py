@@ -102,6 +102,11 @@ def on_ranks(run: Run, world_size: int) -> Run:
     """The run on as many ranks as there are."""
     if run.train.batch_size % world_size:
         raise UserError(f"train.batch_size={run.train.batch_size} does not divide into {world_size} ranks.")
+    if run.train.batch_size // world_size % run.train.accumulate_steps:
+        raise UserError(
+            f"The {run.train.batch_size // world_size} images of a step in each of {world_size} ranks do not divide "
+            f"into train.accumulate_steps={run.train.accumulate_steps}."
+        )
     if run.train.world_size not in (None, world_size):
         raise UserError(
             f"train.world_size={run.train.world_size}, but {world_size} processes were started. `nearfar pretrain` "
@@ -161,7 +166,7 @@ def world_size(run: Run, saved: Run | None, cores: int, gpu: bool) -> Derived:
     elif run.train.device != "cpu" and gpu:
         count, reason = 1, "with a GPU; torchrun or `nearfar launch` start one for each"
     else:
-        count = local_ranks(run.train.batch_size, cores)
+        count = local_ranks(run.train.batch_size // run.train.accumulate_steps, cores)
         reason = f"{cores} cores, and equal slices of at least 16 of {run.train.batch_size} images"
     return Derived("train.world_size", count, reason)
 

@@ -1,9 +1,7 @@
 """Several processes as one run: which of them this is, and the few things they say to each other.
 
 Every process ("rank") holds the whole student, teacher and optimizer, and takes its slice of each batch. All sums below
-are over all ranks, and are nothing in a process that runs alone. Gradients go through one plain all-reduce of a flat
-buffer: DistributedDataParallel regroups its buckets after the first step, so that a continued run would add in another
-order than the uninterrupted one.
+are over all ranks, and are nothing in a process that runs alone. The gradients' mean is in gradients.py.
 """
 
 from __future__ import annotations
@@ -20,7 +18,7 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
 from nearfar.ssl.errors import PeerError, UserError
 
@@ -198,13 +196,27 @@ def all_sum(tensor: Tensor) -> Tensor:
     return out
 
 
+class _Concatenate(torch.autograd.Function):
+    """All-gather. Its gradient is added over all ranks: every rank's loss depends on every rank's rows."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor) -> Tensor:
+        ctx.rows = len(rows)
+        parts = [torch.empty_like(rows, memory_format=torch.contiguous_format) for _ in range(count())]
+        dist.all_gather(parts, rows.contiguous())
+        return torch.cat(parts)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return all_sum_(grad.contiguous().clone()).narrow(0, dist.get_rank() * ctx.rows, ctx.rows)
+
+
 def concatenated(rows: Tensor) -> tuple[Tensor, int]:
     """Rows (N, ...) of all ranks one behind the other, with gradients, and where one's own begin; N is alike on all."""
     if count() == 1:
         return rows, 0
-    first, others = dist.get_rank() * len(rows), (count() - 1) * len(rows)
-    empty = rows.new_zeros(others, *rows.shape[1:])
-    return all_sum(torch.cat([empty[:first], rows, empty[first:]])), first
+    everyone: Tensor = _Concatenate.apply(rows)
+    return everyone, dist.get_rank() * len(rows)
 
 
 def all_logsumexp(rows: Tensor) -> Tensor:
@@ -249,14 +261,3 @@ def gathered(texts: list[str]) -> list[str]:
     dist.all_gather(parts, torch.cat([mine, mine.new_zeros(longest - len(mine))]))
     lists = (json.loads(part[: int(size)].numpy().tobytes()) for part, size in zip(parts, sizes, strict=True))
     return [text for each in lists for text in each]
-
-
-@torch.no_grad()
-def average_gradients(parameters: list[nn.Parameter]) -> None:
-    """Each gradient becomes its mean over all ranks."""
-    if count() == 1:
-        return
-    gradients = [p.grad for p in parameters if p.grad is not None]
-    flat = all_mean_(torch.cat([g.flatten() for g in gradients]))
-    parts = flat.split([g.numel() for g in gradients])
-    torch._foreach_copy_(gradients, [part.view_as(g) for part, g in zip(parts, gradients, strict=True)])

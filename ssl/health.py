@@ -30,11 +30,14 @@ def teacher_health(probabilities: Tensor, features: Tensor) -> dict[str, float]:
     entropy = -(rows * log_rows).sum(-1).mean()
     mean = rows.mean(0)
     entropy_of_mean = -(mean * mean.clamp_min(1e-12).log()).sum()
-    used = rows.argmax(-1).unique().numel() / min(prototypes, rows.shape[0])
+    winners = rows.argmax(-1)
+    # The device is waited for here, once; what is left is small and goes on without it.
+    entropy, entropy_of_mean = torch.stack([entropy, entropy_of_mean]).cpu().unbind()
+    features = features.cpu()
     return {
         "entropy": float(entropy) / math.log(prototypes),
         "kl": float(entropy_of_mean - entropy),  # the mean of KL(row || mean) is the gap between the entropies
-        "prototypes_used": used,
+        "prototypes_used": winners.cpu().unique().numel() / min(prototypes, rows.shape[0]),
         "feature_std": feature_std(features),
         "rankme": rankme(features),
     }

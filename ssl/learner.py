@@ -81,24 +81,31 @@ class Learner(nn.Module):
             loss, parts = loss + self.koleo_weight * apart, {"koleo": apart.detach()}
         return Outputs(loss, probabilities, teacher_features, parts)
 
-    def after_backward(self, freeze_last_layer: bool) -> None:
-        """To be called between the backward pass and the optimizer's step: the prototypes stay as they are in the
-        first epochs (DINO, appendix A).
+    def freeze_prototypes(self, frozen: bool) -> None:
+        """To be called before the forward pass: in the first epochs the prototypes stay as they are (DINO, appendix A)
+        and no gradient is computed for them.
         """
-        if freeze_last_layer:
-            self.student.head.prototypes.grad = None
+        self.student.head.prototypes.requires_grad_(not frozen)
 
-    def after_step(self, momentum: float) -> None:
-        """To be called after the optimizer's step: center and teacher follow the passes before it."""
-        self.loss.update_center()
-        self.update_teacher(momentum)
+    def after_step(self, momentum: float, not_finite: Tensor | None = None) -> None:
+        """To be called after the optimizer's step: center and teacher follow the passes before it.
+
+        not_finite: float32 scalar on the learner's device; where it is 1, nothing changes.
+        """
+        self.loss.update_center(not_finite)
+        self.update_teacher(momentum, not_finite)
 
     @torch.no_grad()
-    def update_teacher(self, momentum: float) -> None:
-        """theta_teacher <- momentum * theta_teacher + (1 - momentum) * theta_student."""
+    def update_teacher(self, momentum: float, not_finite: Tensor | None = None) -> None:
+        """theta_teacher <- momentum * theta_teacher + (1 - momentum) * theta_student, unless `not_finite` is 1."""
         teacher: list[Tensor] = list(self.teacher.parameters())
         student: list[Tensor] = list(self.student.parameters())
-        torch._foreach_lerp_(teacher, student, weight=1 - momentum)
+        # A step of gradient descent on |teacher - student|^2 / 2 from decay (teacher) and gradient (-student): the one
+        # kernel of torch's that takes all tensors in a few launches and is called off by a flag on the device.
+        torch._fused_sgd_(
+            teacher, student, [], weight_decay=1.0, momentum=0.0, lr=1 - momentum, dampening=0.0, nesterov=False,
+            maximize=True, is_first_step=False, grad_scale=None, found_inf=not_finite,
+        )  # fmt: skip
 
 
 def build_learner(run: ResolvedRun, weights: bool = True) -> Learner:

@@ -137,10 +137,14 @@ class DINOLoss(nn.Module):
         self._passes += 1
 
     @torch.no_grad()
-    def update_center(self) -> None:
-        """Move the center towards the mean, over all ranks, of the logits noted since the last call; after the loss."""
+    def update_center(self, not_finite: Tensor | None = None) -> None:
+        """Move the center towards the mean, over all ranks, of the logits noted since the last call; after the loss.
+
+        not_finite: scalar on the center's device; where it is 1, the center stays.
+        """
         if self._noted is None:
             return
         mean = distributed.all_mean_(self._noted / self._passes)
-        self.center.lerp_(mean, 1 - self.center_momentum)
+        moved = self.center.lerp(mean, 1 - self.center_momentum)
+        self.center.copy_(moved if not_finite is None else torch.where(not_finite > 0, self.center, moved))
         self._noted, self._passes = None, 0

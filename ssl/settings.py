@@ -218,6 +218,12 @@ class OptimSettings(Section):
 class TrainSettings(Section):
     epochs: int = Field(100, ge=1, description="passes over the training images")
     batch_size: int = Field(64, ge=2, description="images in each step, over all processes")
+    accumulate_steps: int = Field(
+        1,
+        ge=1,
+        description="parts that each process takes its share of a step in, for less memory: the gradient is that of "
+        "the whole, but batch norm, Sinkhorn-Knopp and KoLeo see one part at a time",
+    )
     world_size: int | None = Field(
         None,
         ge=1,

@@ -19,7 +19,7 @@ from nearfar.ssl.health import CollapseWatch, teacher_health
 from nearfar.ssl.run_folder import RunFolder
 from nearfar.ssl.run_log import NoLog, RunLog
 from nearfar.ssl.settings import Run
-from nearfar.ssl.train_step import StepResult
+from nearfar.ssl.step import StepResult
 from nearfar.ssl.training import NO_OBSERVERS, Observers, Training, set_up
 
 
@@ -45,9 +45,9 @@ def pretrain(
 ) -> Outcome:
     """Train `run` on `source` in its folder, from where it stands to its end, as one of the ranks of `world`.
 
-    `should_stop` is asked in every step; True on any rank saves a checkpoint after that step and returns. Continuing is
-    bit-exact on a CPU in float32 on as many ranks: weights, optimizer and center come from the checkpoint, everything
-    else is a function of the step.
+    `should_stop` is asked in every step; True on any rank saves a checkpoint after that step, or on a GPU after the
+    next one, and returns. Continuing is bit-exact on a CPU in float32 on as many ranks: weights, optimizer and center
+    come from the checkpoint, everything else is a function of the step.
 
     Raises:
         UserError: settings, data, folder, disk, memory or checkpoint are wrong, or the loss is no longer finite.
@@ -89,6 +89,7 @@ class Meter:
     def log(self, trained: StepResult, values: dict[str, float]) -> None:
         """A line of metrics, the progress, and a collapse that lasts."""
         training, step, outputs = self.training, self.training.step, trained.outputs
+        numbers = trained.report.read()
         health = teacher_health(outputs.teacher_probabilities, outputs.teacher_features)
         health = distributed.mean_of(health | {name: float(part) for name, part in outputs.parts.items()})
         seconds = max(1e-9, time.monotonic() - self.since)
@@ -97,11 +98,11 @@ class Meter:
             "data_wait": self.waited / seconds,
             "time": time.time(),
         }
-        measured = {"loss": trained.loss, "grad_norm": trained.grad_norm, **values, **health}
+        measured = {"loss": numbers.loss, "grad_norm": numbers.grad_norm, **values, **health}
         training.log.record(step, {"epoch": step / training.loader.steps_per_epoch, **measured, **speed})
         training.log.progress(
             step,
-            f"loss {trained.loss:.3f}  {speed['img_per_s']:.0f} img/s  "
+            f"loss {numbers.loss:.3f}  {speed['img_per_s']:.0f} img/s  "
             f"waits {100 * speed['data_wait']:.0f} %  entropy {health['entropy']:.2f}",
         )
         if message := self.watch.update(step, health):
@@ -123,9 +124,10 @@ def _loop(training: Training, should_stop: Callable[[], bool]) -> None:
     while training.step < schedule.steps and not stop:
         batch = meter.waiting(batches)
         values = schedule.at(training.step)
-        trained = training.next_step(batch, values)
-        stop = training.agree(should_stop())
-        if training.step % run.train.log_every_steps == 0 or training.step == schedule.steps:
+        trained = training.next_step(batch, values, should_stop)
+        logs = training.step % run.train.log_every_steps == 0 or training.step == schedule.steps
+        stop = training.finish_steps(0 if logs or schedule.scores_due(training.step) else training.steps_behind)
+        if logs:
             meter.log(trained, values)
         if schedule.scores_due(training.step) and not stop:
             stop = training.score()

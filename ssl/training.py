@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -31,7 +32,7 @@ from nearfar.ssl.run_folder import RunFolder, read_metrics
 from nearfar.ssl.run_log import NoLog
 from nearfar.ssl.schedule import Schedule
 from nearfar.ssl.settings import Run
-from nearfar.ssl.train_step import NotFiniteError, StepResult, train_step
+from nearfar.ssl.step import Stepper, StepResult
 
 
 @dataclass(frozen=True)
@@ -68,6 +69,19 @@ class Training:
     warnings: list[str]
     log: NoLog = field(default_factory=NoLog)
     known_bad: set[str] = field(default_factory=set)
+    unread: deque[tuple[Batch, int, StepResult]] = field(default_factory=deque)  # steps nobody has asked about yet
+    steps_behind: int = 0  # how many of them may stay so between two lines of metrics
+
+    def __post_init__(self) -> None:
+        self.stepper = Stepper(
+            self.learner,
+            self.optimizer,
+            self.run.optim.clip_grad,
+            self.compute.autocast,
+            self.run.train.accumulate_steps,
+        )
+        if self.compute.device.type != "cpu":  # there, asking about the step just started would wait for it
+            self.steps_behind = 1
 
     def log_start(self) -> None:
         lines = announce.start_lines(
@@ -87,37 +101,45 @@ class Training:
                 self.log.picture("views", 0, picture)
         return [normalize(group) for group in colored]
 
-    def next_step(self, batch: Batch, values: dict[str, float]) -> StepResult:
-        """The next step. Raises UserError where it is not finite."""
+    def next_step(self, batch: Batch, values: dict[str, float], should_stop: Callable[[], bool]) -> StepResult:
+        """Start the next step; `finish_steps` tells what came of it."""
         views = self.views(batch)
         torch.manual_seed(_step_seed(self.run.train.seed, self.step, self.world.rank))
-        try:
-            trained = train_step(
-                self.learner,
-                self.optimizer,
-                views,
-                values,
-                clip_grad=self.run.optim.clip_grad,
-                freeze_last_layer=self.schedule.prototypes_frozen(self.step),
-                autocast=self.compute.autocast,
-            )
-        except NotFiniteError as error:
-            words = announce.not_finite(
-                self.step, error.loss, error.grad_norm, batch, self.source, self.folder.path
-            )  # fmt: skip
-            raise UserError(words) from error
+        result = self.stepper(
+            views,
+            values,
+            freeze_last_layer=self.schedule.prototypes_frozen(self.step),
+            votes=lambda: (float(should_stop()), float(len(self.new_bad()))),
+        )
+        self.unread.append((batch, self.step, result))
         self.step += 1
-        return trained
+        return result
 
-    def agree(self, should_stop: bool) -> bool:
-        """Does any rank have to stop? Bad images of all ranks are told of on the way."""
-        bad = [item for item in self.loader.bad.items() if item[0] not in self.known_bad]
-        stop, any_bad = distributed.all_mean_(torch.tensor([should_stop, len(bad)], dtype=torch.float64)).tolist()
-        for text in distributed.gathered([json.dumps(item) for item in bad]) if any_bad else ():
-            name, reason = json.loads(text)
-            self.log.say(f"Bad image {name}: {reason}. The next readable image takes its place.")
-            self.known_bad.add(name)
-        return bool(stop)
+    def new_bad(self) -> list[tuple[str, str]]:
+        """Name and reason of each bad image of this rank that was not told of yet."""
+        return [item for item in self.loader.bad.items() if item[0] not in self.known_bad]
+
+    def finish_steps(self, behind: int = 0) -> bool:
+        """Ask about all steps but the latest `behind`, the same on all ranks. Does any rank have to stop?
+
+        Raises:
+            UserError: a step was not finite. Neither it nor any step after it has changed a weight.
+        """
+        stop = False
+        while len(self.unread) > (0 if stop else behind):
+            batch, step, result = self.unread.popleft()
+            numbers = result.report.read()
+            if not numbers.finite:
+                raise UserError(
+                    announce.not_finite(step, numbers.loss, numbers.grad_norm, batch, self.source, self.folder.path)
+                )
+            stop_vote, any_bad = numbers.votes
+            stop = stop or stop_vote > 0
+            for text in distributed.gathered([json.dumps(item) for item in self.new_bad()]) if any_bad else ():
+                name, reason = json.loads(text)
+                self.log.say(f"Bad image {name}: {reason}. The next readable image takes its place.")
+                self.known_bad.add(name)
+        return stop
 
     def score(self) -> bool:
         """Score the teacher as it is, once; True on all ranks where a stop came first and leaves that to the next
@@ -137,7 +159,8 @@ class Training:
         return scores is None
 
     def save(self) -> None:
-        if self.world.first:
+        """Write a checkpoint, on the first rank, unless a step that is still to be asked about was not finite."""
+        if self.world.first and all(result.report.read().finite for _, _, result in self.unread):
             self.log.sync()
             resume.save(
                 self.folder, self.step, self.learner, self.optimizer, self.description, self.run.train.keep_last

@@ -127,6 +127,7 @@ LEARNERS = """
     import torch
     from nearfar.ssl import config, distributed
     from nearfar.ssl.defaults import resolve
+    from nearfar.ssl.gradients import GradientMean
     from nearfar.ssl.learner import build_learner
 
     torch.set_num_threads(1)
@@ -136,6 +137,8 @@ LEARNERS = """
         for settings in json.loads(sys.argv[1]):
             learner = build_learner(resolve(config.load(None, settings), 2000)[0]).double()
             optimizer = torch.optim.SGD(learner.student.parameters(), lr=0.1)  # Adam scales up rounding
+            gradients = GradientMean(learner.student.parameters(), 1000)  # in many buckets
+            assert len(gradients.buckets) > 5
             losses = []
             for step in range(3):
                 generator = torch.Generator().manual_seed(step)
@@ -143,12 +146,13 @@ LEARNERS = """
                 groups = [torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes]
                 mine = slice(8 // world.size * world.rank, 8 // world.size * (world.rank + 1))
                 out = learner([group[:, mine] for group in groups], 0.04)
+                gradients.begin()
                 out.loss.backward()
-                distributed.average_gradients(list(learner.student.parameters()))
+                (loss,) = gradients.finish(out.loss.detach()[None])
                 optimizer.step()
                 optimizer.zero_grad()
                 learner.after_step(0.9)
-                losses.append(float(distributed.all_mean_(out.loss.detach())))
+                losses.append(float(loss))
             state = {k: v.double().flatten().tolist() for k, v in learner.state_dict().items()}
             results.append([losses, state])
     if world.first:
@@ -239,6 +243,40 @@ def test_stopped_on_one_rank_and_continued_ends_with_the_same_bits(recipe: Calla
     assert stopped is not None and 5 <= stopped.state["step"] < 16 and stopped.state["world_size"] == size
     finish(together(size, *RANK, str(parts)))
     assert bits(whole) == bits(parts)
+
+
+LATE = """
+    import sys
+    from pathlib import Path
+    import numpy as np
+    from nearfar.ssl import config, distributed, train
+    from nearfar.ssl.data.sources.base import ArraySource
+
+    world, asked, set_up = distributed.from_environment(), [], train.set_up
+
+    def behind(*parts):
+        training = set_up(*parts)
+        training.steps_behind = 1
+        return training
+
+    def stop():
+        asked.append(0)
+        return world.rank == 1 and len(asked) == 3
+
+    train.set_up = behind
+    images = ArraySource(np.random.default_rng(0).integers(0, 256, (48, 32, 32, 3), np.uint8))
+    print(train.pretrain(config.load(Path(sys.argv[1])), images, should_stop=stop, world=world).step)
+"""
+
+
+def test_ranks_that_hear_of_a_stop_a_step_late_stop_together(recipe: Callable[..., Path], tmp_path: Path) -> None:
+    """As on GPUs. The first rank saves after every step, for which it looks at steps that the others have not."""
+    script = tmp_path / "late.py"
+    script.write_text(textwrap.dedent(LATE))
+    file = recipe("train.log_every_steps=100", "train.save_every_minutes=1e-9", "eval.knn_every_epochs=0")
+    assert [said.split()[-1] for said in finish(together(2, str(script), str(file)))] == ["4", "4"]
+    saved = checkpoint.latest(config.load(file).path / "checkpoints")
+    assert saved is not None and saved.state["step"] == 4
 
 
 def test_another_number_of_ranks_continues_and_says_so(recipe: Callable[..., Path]) -> None:

@@ -330,6 +330,64 @@ def test_a_loss_that_is_not_finite_stops_before_it_reaches_the_weights(
     assert all(torch.equal(one.tensors[name], two.tensors[name]) for name in one.tensors)
 
 
+@pytest.fixture
+def a_step_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs ask about a step after they have started the next one, as they do on a GPU."""
+    set_up = train.set_up
+
+    def behind(*parts: Any) -> train.Training:
+        made = set_up(*parts)
+        assert made.steps_behind == 0  # of a CPU
+        made.steps_behind = 1
+        return made
+
+    monkeypatch.setattr(train, "set_up", behind)
+
+
+@pytest.mark.usefixtures("a_step_behind")
+@pytest.mark.parametrize("batch_norm", [False, True])
+def test_a_step_that_is_asked_about_late_is_still_the_one_that_is_named(
+    tiny: Make, images: ArraySource, quiet: Console, monkeypatch: pytest.MonkeyPatch, batch_norm: bool
+) -> None:
+    """With a checkpoint due after every step: none holds what followed the bad one."""
+    settings = ["train.log_every_steps=100", "train.save_every_minutes=1e-9", f"head.batch_norm={batch_norm}"]
+    clean, run = tiny(*settings, folder="clean"), tiny(*settings, "train.keep_last=99")
+    train.pretrain(clean, images, console=quiet)
+    color_views, seen = training.color_views, []
+
+    def poisoned(batch: Batch, *rest: Any) -> list[Tensor]:
+        groups = color_views(batch, *rest)
+        seen.append(batch)
+        if len(seen) == 8:
+            groups[1][0, 2, 0, 3, 3] = float("nan")
+        return groups
+
+    with monkeypatch.context() as patch:
+        patch.setattr(training, "color_views", poisoned)
+        with pytest.raises(UserError, match="At step 7 the loss is nan") as caught:
+            train.pretrain(run, images, console=quiet)
+    assert len(seen) == 9 and all(images.name(int(index)) in str(caught.value) for index in seen[7].index[:4])
+    saved = checkpoint.latest(run.path / "checkpoints")
+    assert saved is not None and saved.state["step"] == 7
+    assert train.pretrain(run, images, console=quiet).finished
+    one, two = (checkpoint.latest(r.path / "checkpoints") for r in (clean, run))
+    assert one is not None and two is not None
+    assert all(torch.equal(one.tensors[name], two.tensors[name]) for name in one.tensors)
+
+
+@pytest.mark.usefixtures("a_step_behind")
+def test_a_stop_that_is_heard_late_saves_all_that_was_done(tiny: Make, images: ArraySource, quiet: Console) -> None:
+    run, whole = tiny("train.log_every_steps=100"), tiny("train.log_every_steps=100", folder="whole")
+    outcome = train.pretrain(run, images, should_stop=lambda: True, console=quiet)
+    saved = checkpoint.latest(run.path / "checkpoints")
+    assert saved is not None and saved.state["step"] == outcome.step == 2
+    train.pretrain(run, images, console=quiet)
+    train.pretrain(whole, images, console=quiet)
+    one, two = (checkpoint.latest(r.path / "checkpoints") for r in (run, whole))
+    assert one is not None and two is not None
+    assert all(torch.equal(one.tensors[name], two.tensors[name]) for name in one.tensors)
+
+
 def test_a_run_that_blows_up_says_so_and_saves_no_weights_that_are_not_finite(
     tiny: Make, images: ArraySource, quiet: Console
 ) -> None:

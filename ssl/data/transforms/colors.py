@@ -1,9 +1,11 @@
 """The color half of a view, on a batch, on its device: jitter, gray, blur, solarize (docs/methods.md section 5).
 
 Each operation equals torchvision.transforms.functional on float images, with one factor per sample. Samples are grouped
-by what they need, so that an operation costs nothing where it is not due.
+by what they need, so that an operation costs nothing where it is not due. On a GPU, which would wait for that and for
+every launch, Triton's kernels do the same (triton_colors.py) where Triton is installed, as it is with torch for CUDA.
 """
 
+import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -59,12 +61,32 @@ def color_views(batch: Batch, device: torch.device) -> list[Tensor]:
     groups = [group.to(device, non_blocking=True) for group in batch.groups]
     if batch.colored:
         return [group / 255 for group in groups]
+    by_kernels = device.type == "cuda" and importlib.util.find_spec("triton") is not None
     colored, first = [], 0
     for group in groups:
         plan = color_of(batch.plan, slice(first, first + len(group)))
-        colored.append(color(group.flatten(0, 1), plan).unflatten(0, group.shape[:2]))
+        images = group.flatten(0, 1)
+        colored.append((color_by_kernels if by_kernels else color)(images, plan).unflatten(0, group.shape[:2]))
         first += len(group)
     return colored
+
+
+def pack(plan: Color) -> Tensor:
+    """The color parameters of N images as one float32 array (N, 12): the columns that triton_colors.py reads."""
+    flags = [plan.jitter, plan.gray, plan.sigma, plan.solarize]
+    return torch.cat([plan.factors.float(), plan.order.float(), *(flag.float()[:, None] for flag in flags)], 1)
+
+
+def color_by_kernels(images: Tensor, plan: Color) -> Tensor:
+    """As `color`, by Triton's kernels on a GPU. The host waits for nothing: the plan crosses over in one piece."""
+    from nearfar.ssl.data.transforms.triton_colors import color_batch
+
+    packed = pack(plan)
+    if images.is_cuda:
+        packed = packed.pin_memory().to(images.device, non_blocking=True)
+    reach = int(torch.ceil(3 * plan.sigma.max())) if len(plan.sigma) else 0
+    radius = -(-reach // 3) * 3  # a kernel is compiled for each: a wider one gives the same numbers
+    return color_batch(images.contiguous(), packed, radius, plan.solarize_threshold)
 
 
 def color(images: Tensor, plan: Color) -> Tensor:

@@ -17,9 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from nearfar.ssl.data.transforms.colors import Color
-
-# Columns of a packed plan. Triton reads globals only as constexpr.
+# Columns of a plan packed by `colors.pack`. Triton reads globals only as constexpr.
 _FACTORS = tl.constexpr(0)  # brightness, contrast, saturation, hue
 _ORDER = tl.constexpr(4)
 _JITTER = tl.constexpr(8)
@@ -31,20 +29,14 @@ _CONTRAST = tl.constexpr(1)
 _BLOCK = 1024
 
 
-def pack(plan: Color) -> Tensor:
-    """The color parameters of N images as one float32 array (N, 12), on the CPU."""
-    flags = [plan.jitter, plan.gray, plan.sigma, plan.solarize]
-    return torch.cat([plan.factors.float(), plan.order.float(), *(flag.float()[:, None] for flag in flags)], 1)
-
-
-def color_batch(images: Tensor, packed: Tensor, radius: int, threshold: int = 128) -> Tensor:
+def color_batch(images: Tensor, packed: Tensor, radius: int, threshold: int) -> Tensor:
     """uint8 (N, 3, H, W) -> float32 (N, 3, H, W) in [0, 1], as `colors.color` with the plan that was packed.
 
     Args:
         images: contiguous, on the GPU.
-        packed: (N, 12) of `pack`, on the same device.
-        radius: pixels that the widest possible blur reaches, ceil(3 sigma), whether or not this batch has it.
-        threshold: the gray level (0..255) from which solarizing inverts.
+        packed: (N, 12) of `colors.pack`, on the same device.
+        radius: pixels that the widest blur reaches, ceil(3 sigma), or more.
+        threshold: the gray level (0..256) from which solarizing inverts.
     """
     n, _, height, width = images.shape
     pixels = height * width

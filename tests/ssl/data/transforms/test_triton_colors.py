@@ -12,11 +12,11 @@ import numpy as np
 import pytest
 import torch
 
-from nearfar.ssl.data.transforms.colors import Color, color, color_of
+from nearfar.ssl.data.transforms.colors import Color, color, color_of, pack
 from nearfar.ssl.data.views import plan_views
 from nearfar.ssl.settings import ViewSettings
 
-RADIUS = 6  # of the widest blur, sigma 2
+THRESHOLD = 100
 SIZES = [
     (24, 32, 0),
     (12, 37, 1),
@@ -28,9 +28,9 @@ pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reas
 # The interpreter is chosen when Triton is imported, so it has a process of its own.
 PROGRAM = """
 import sys, torch
-from nearfar.ssl.data.transforms.triton_colors import color_batch
+from nearfar.ssl.data.transforms.colors import Color, color_by_kernels
 cases = torch.load(sys.argv[1], weights_only=True)
-torch.save([color_batch(images, packed, 6) for images, packed in cases], sys.argv[2])
+torch.save([color_by_kernels(images, Color(**plan)) for images, plan in cases], sys.argv[2])
 """
 
 # What a kernel costs a GPU is compiled ahead of time, for which no GPU is needed.
@@ -59,7 +59,11 @@ for capability in (80, 90, 100):
 def planned(n: int, size: int, seed: int) -> tuple[torch.Tensor, Color]:
     """n images and the colors of their second global view, with every operation likely."""
     views = ViewSettings(
-        color_jitter_prob=0.8, grayscale_prob=0.3, blur_prob=(0.5, 0.5, 0.5), solarize_prob=(0.3, 0.3, 0.3)
+        solarize_threshold=THRESHOLD,
+        color_jitter_prob=0.8,
+        grayscale_prob=0.3,
+        blur_prob=(0.5, 0.5, 0.5),
+        solarize_prob=(0.3, 0.3, 0.3),
     )
     plan = plan_views(views, seed, 0, np.arange(n), np.full((n, 2), size))
     generator = torch.Generator().manual_seed(seed)
@@ -75,7 +79,7 @@ def packed(plan: Color) -> torch.Tensor:
 
 def test_every_sample_is_colored_as_on_a_cpu(tmp_path: Path) -> None:
     cases = [planned(*case) for case in SIZES]
-    torch.save([(images, packed(plan)) for images, plan in cases], tmp_path / "cases")
+    torch.save([(images, vars(plan)) for images, plan in cases], tmp_path / "cases")
     environment = os.environ | {"TRITON_INTERPRET": "1"}
     done = subprocess.run(
         [sys.executable, "-c", PROGRAM, str(tmp_path / "cases"), str(tmp_path / "colored")],
@@ -85,14 +89,12 @@ def test_every_sample_is_colored_as_on_a_cpu(tmp_path: Path) -> None:
     for (images, plan), ours in zip(cases, torch.load(tmp_path / "colored", weights_only=True), strict=True):
         # Solarizing turns on a threshold: a value within rounding of it may fall on either side.
         plain = color(images, Color(**{**plan.__dict__, "solarize": torch.zeros(len(images)) > 0}))
-        near = (plain - 128 / 255).abs() < 1e-5
+        near = (plain - THRESHOLD / 255).abs() < 1e-5
         torch.testing.assert_close(ours[~near], color(images, plan)[~near], rtol=0, atol=2e-5)
         assert near.float().mean() < 0.01
 
 
 def test_packing_writes_the_columns_that_the_kernels_read() -> None:
-    from nearfar.ssl.data.transforms.triton_colors import pack
-
     _, plan = planned(9, 16, 3)
     assert torch.equal(pack(plan), packed(plan))
 

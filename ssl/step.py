@@ -1,0 +1,138 @@
+"""One step of training on all ranks, which the host starts and does not wait for."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from nearfar.ssl.gradients import GradientMean
+from nearfar.ssl.learner import Learner, Outputs
+from nearfar.ssl.optim import clip_gradients, set_rates
+
+
+class Numbers(NamedTuple):
+    """What a step came to, on every rank the same."""
+
+    loss: float  # mean over all ranks, before the update
+    grad_norm: float  # before clipping
+    finite: bool  # False: this step, or one before it, was not finite and changed nothing
+    votes: tuple[float, ...]  # each the mean of what the ranks put in
+
+
+class Report:
+    """A step's numbers on their way to the host. Reading them waits for that step, and for none after it."""
+
+    def __init__(self, numbers: Tensor) -> None:
+        """`numbers`: loss, norm of the gradient, 1 where not finite, and the votes."""
+        self._numbers, self._arrived = numbers, None
+        if numbers.device.type == "cuda":
+            self._numbers = torch.empty(numbers.shape, dtype=numbers.dtype, pin_memory=True)
+            self._numbers.copy_(numbers, non_blocking=True)
+            self._arrived = torch.cuda.Event()
+            self._arrived.record()
+
+    def read(self) -> Numbers:
+        if self._arrived is not None:
+            self._arrived.synchronize()
+        loss, grad_norm, not_finite, *votes = self._numbers.tolist()
+        # The flag is compared with 0, and the numbers looked at again, since nothing may pass that is not a number.
+        return Numbers(loss, grad_norm, not_finite == 0 and math.isfinite(loss + grad_norm), tuple(votes))
+
+
+class StepResult(NamedTuple):
+    """What one step says of itself."""
+
+    report: Report
+    outputs: Outputs  # of this rank
+
+
+class Stepper:
+    """Forward, backward, optimizer, center, teacher: once a call.
+
+    A step whose loss or gradient is not finite is found on the device and leaves weights, moments, teacher and center
+    as they are; so do all steps after it, because the host hears of it only when it reads the report. (Running
+    statistics of batch norm are written by the forward pass and not taken back: a run ends there and saves nothing.)
+    """
+
+    def __init__(
+        self,
+        learner: Learner,
+        optimizer: torch.optim.Optimizer,
+        clip_grad: float,
+        autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
+        accumulate_steps: int = 1,
+    ) -> None:
+        """
+        Args:
+            optimizer: as `optim.adamw` makes it for the student.
+            clip_grad: largest norm of a tensor's gradient; 0 = off.
+            accumulate_steps: parts in which the images of a step pass, one after the other. Loss, gradient and
+                center are those of the whole; batch norm, Sinkhorn-Knopp and KoLeo see one part (of all ranks) at a
+                time.
+        """
+        self.learner, self.optimizer, self.clip_grad, self.autocast = learner, optimizer, clip_grad, autocast
+        self.accumulate_steps = accumulate_steps
+        self.parameters = list(learner.student.parameters())
+        self.gradients = GradientMean(self.parameters)
+        self.not_finite = torch.zeros(
+            (), dtype=torch.float32, device=self.parameters[0].device
+        )  # 1 from the first such step on
+
+    def __call__(
+        self,
+        views: list[Tensor],
+        values: dict[str, float],
+        *,
+        freeze_last_layer: bool = False,
+        votes: Callable[[], Sequence[float]] = tuple,
+    ) -> StepResult:
+        """
+        Args:
+            views: normalized, grouped by size, the global group first: [(G, B, 3, s, s), ...].
+            values: lr, weight_decay, teacher_momentum and teacher_temp, as `Schedule.at` gives them.
+            freeze_last_layer: leave the prototypes as they are.
+            votes: what this rank tells the others, asked after the backward pass; as many numbers on every rank.
+        """
+        learner = self.learner
+        learner.freeze_prototypes(freeze_last_layer)
+        outputs = self._passes(views, values["teacher_temp"])
+        loss = outputs.loss.to(self.parameters[0].dtype)
+        means = self.gradients.finish(torch.stack([loss, *(torch.full_like(loss, vote) for vote in votes())]))
+        grad_norm = clip_gradients(self.parameters, self.clip_grad)
+        finite = torch.isfinite(means[0] + grad_norm)
+        self.not_finite = torch.maximum(self.not_finite, 1 - finite.float())
+        set_rates(self.optimizer, values["lr"], values["weight_decay"])
+        self.optimizer.found_inf = self.not_finite  # type: ignore[attr-defined]  # as torch's GradScaler hands it over
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        learner.after_step(values["teacher_momentum"], self.not_finite)
+        numbers = torch.cat([torch.stack([means[0], grad_norm, self.not_finite.to(means.dtype)]), means[1:]])
+        return StepResult(Report(numbers), outputs)
+
+    def _passes(self, views: list[Tensor], teacher_temp: float) -> Outputs:
+        """Forward and backward, part by part; the gradients leave in the last one."""
+        parts = list(zip(*(group.chunk(self.accumulate_steps, 1) for group in views), strict=True))
+        done = []
+        for number, part in enumerate(parts, 1):
+            with self.autocast():
+                outputs = self.learner(list(part), teacher_temp)
+            if number == len(parts):
+                self.gradients.begin()
+            (outputs.loss / len(parts) if len(parts) > 1 else outputs.loss).backward()
+            done.append(outputs._replace(loss=outputs.loss.detach()))
+        return _joined(done) if len(done) > 1 else done[0]
+
+
+def _joined(parts: list[Outputs]) -> Outputs:
+    """What the whole would have said: means, and the images of all parts in order."""
+    return Outputs(
+        loss=torch.stack([part.loss for part in parts]).mean(),
+        teacher_probabilities=torch.cat([part.teacher_probabilities for part in parts], 1),
+        teacher_features=torch.cat([part.teacher_features for part in parts], 1),
+        parts={name: torch.stack([part.parts[name] for part in parts]).mean() for name in parts[0].parts},
+    )

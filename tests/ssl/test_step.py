@@ -1,0 +1,180 @@
+"""A step of training: nothing in it waits for the device, and one that is not finite changes nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from nearfar.ssl.config import Run
+from nearfar.ssl.defaults import resolve
+from nearfar.ssl.errors import UserError
+from nearfar.ssl.learner import Learner, build_learner
+from nearfar.ssl.optim import adamw
+from nearfar.ssl.step import Stepper
+
+Make = Callable[..., Run]
+VALUES = {"lr": 1e-3, "weight_decay": 0.04, "teacher_momentum": 0.9, "teacher_temp": 0.04}
+# A GPU answers these only when all that was asked of it before is done.
+WAITS = {
+    "aten::_local_scalar_dense", "aten::is_nonzero", "aten::nonzero", "aten::equal", "aten::masked_select",
+    "aten::_unique2", "aten::unique_consecutive", "aten::bincount", "aten::_linalg_svd", "aten::linalg_lstsq",
+}  # fmt: skip
+
+
+class Watch(TorchDispatchMode):
+    """Counts the operations that a GPU would have to be waited for, and those that bring numbers to another device."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.waits: list[str] = []
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func._schema.name
+        self.count += 1
+        mask = any(
+            isinstance(index, Tensor) and index.dtype == torch.bool
+            for index in (args[1] if name in ("aten::index", "aten::index_put_") else ())
+        )
+        moved = name == "aten::_to_copy" and (kwargs or {}).get("device") is not None
+        fresh = name == "aten::lift_fresh"  # torch.tensor([...]): on a GPU a copy that the host waits for
+        if name in WAITS or mask or moved or fresh:
+            self.waits.append(name)
+        return func(*args, **(kwargs or {}))
+
+
+def made(tiny: Make, *settings: str, parts: int = 1) -> tuple[Learner, Stepper, list[Tensor]]:
+    run = resolve(tiny("train.batch_size=4", *settings), 40)[0]
+    learner = build_learner(run)
+    generator = torch.Generator().manual_seed(0)
+    sizes = ((2, 32), (run.views.local_crops_number, 16))
+    views = [torch.randn((views, 4, 3, side, side), generator=generator) for views, side in sizes]
+    return learner, Stepper(learner, adamw(learner.student), run.optim.clip_grad, accumulate_steps=parts), views
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        ["head.batch_norm=false"],
+        ["backbone.lgp=true", "backbone.gaug=true", "backbone.prr=true", "backbone.drop_path=0.2"],
+        ["loss.centering=sinkhorn_knopp", "loss.koleo_weight=0.1"],
+    ],
+    ids=["plain", "ideas", "sinkhorn and koleo"],
+)
+@pytest.mark.parametrize("frozen", [False, True])
+def test_no_operation_of_a_step_has_to_be_waited_for(tiny: Make, settings: list[str], frozen: bool) -> None:
+    _, stepper, views = made(tiny, *settings)
+    stepper(views, VALUES)  # the optimizer makes its moments in the first step
+    with Watch() as watch:
+        trained = stepper(views, VALUES, freeze_last_layer=frozen, votes=lambda: (0.0, 1.0))
+    assert watch.waits == [] and watch.count > 200
+    numbers = trained.report.read()
+    assert numbers.finite and numbers.votes == (0, 1) and numbers.grad_norm > 0
+
+
+def test_the_watch_sees_what_has_to_be_waited_for() -> None:
+    x = torch.ones(3)
+    waiting: list[Callable[[], object]] = [
+        lambda: float(x[0]), lambda: x.nonzero(), lambda: x[x > 0], lambda: x.unique(), lambda: bool(x.any()),
+        lambda: torch.tensor([1.0]), lambda: x.to("meta"),
+    ]  # fmt: skip
+    for operation in waiting:
+        with Watch() as watch:
+            operation()
+        assert watch.waits, operation
+
+
+def everything(learner: Learner, stepper: Stepper) -> dict[str, Tensor]:
+    found = {name: tensor.clone() for name, tensor in learner.state_dict().items()}
+    for number, state in enumerate(stepper.optimizer.state.values()):
+        found |= {f"{number} {name}": tensor.clone() for name, tensor in state.items()}
+    return found
+
+
+@pytest.fixture
+def poison() -> Iterator[Callable[[Stepper], None]]:
+    """Makes a single gradient not finite, while the loss stays a number."""
+    handles = []
+
+    def hook(stepper: Stepper) -> None:
+        handles.append(stepper.parameters[3].register_hook(lambda grad: grad * float("inf")))
+
+    yield hook
+    for handle in handles:
+        handle.remove()
+
+
+@pytest.mark.parametrize("where", ["views", "gradient"])
+def test_a_step_that_is_not_finite_and_those_after_it_change_nothing(
+    tiny: Make, poison: Callable[[Stepper], None], where: str
+) -> None:
+    learner, stepper, views = made(tiny, "head.batch_norm=false", "backbone.drop_path=0")
+    assert stepper(views, VALUES).report.read().finite
+    before = everything(learner, stepper)
+    bad = [views[0].clone(), views[1]]
+    if where == "views":
+        bad[0][0, 1, 0, 3, 3] = float("nan")
+    else:
+        poison(stepper)
+    first, second = stepper(bad, VALUES).report, stepper(views, VALUES).report
+    numbers = first.read()
+    assert not numbers.finite and (numbers.loss == numbers.loss) == (where == "gradient")
+    assert not second.read().finite
+    after = everything(learner, stepper)
+    assert before.keys() == after.keys() and len(before) > 100
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_a_finite_step_changes_every_weight_and_moment(tiny: Make) -> None:
+    """What the test above would not see if nothing ever moved."""
+    learner, stepper, views = made(tiny, "head.batch_norm=false", "backbone.drop_path=0")
+    stepper(views, VALUES)
+    before = everything(learner, stepper)
+    stepper(views, VALUES)
+    after = everything(learner, stepper)
+    still = {name for name in before if torch.equal(before[name], after[name])}
+    learned = {f"{who}.{name}" for who in ("student", "teacher") for name, _ in learner.student.named_parameters()}
+    assert not still & learned and not {name for name in still if name[0].isdigit()}
+
+
+def test_frozen_prototypes_have_no_gradient_and_stay(tiny: Make) -> None:
+    learner, stepper, views = made(tiny)
+    prototypes = learner.student.head.prototypes
+    before = prototypes.detach().clone()
+    stepper(views, VALUES, freeze_last_layer=True)
+    assert torch.equal(prototypes, before) and prototypes not in stepper.optimizer.state
+    stepper(views, VALUES)
+    assert not torch.equal(prototypes, before)
+
+
+@pytest.mark.parametrize("parts", [2, 4])
+def test_a_step_in_parts_equals_the_whole_in_float64(tiny: Make, parts: int) -> None:
+    """Loss, norm of the gradient, outputs, every gradient that AdamW was given (its first moment), center, teacher."""
+    settings = ["head.batch_norm=false", "backbone.drop_path=0", "backbone.lgp=true", "backbone.gaug=true"]
+    found = []
+    for number in (1, parts):
+        learner, _, views = made(tiny, *settings)
+        learner.double()
+        stepper = Stepper(learner, adamw(learner.student), 0.0, accumulate_steps=number)
+        calls: list[int] = []
+        learner.student.register_forward_hook(lambda _, args, __, calls=calls: calls.append(args[0][0].shape[1]))
+        trained = stepper([group.double() for group in views], VALUES)
+        assert calls == [4 // number] * number
+        numbers, moments = trained.report.read(), [s["exp_avg"] for s in stepper.optimizer.state.values()]
+        scalars = torch.tensor([numbers.loss, numbers.grad_norm], dtype=torch.float64)
+        found.append([scalars, *trained.outputs[1:3], *moments, learner.loss.center, *learner.teacher.parameters()])
+    for whole, ours in zip(*found, strict=True):
+        torch.testing.assert_close(ours, whole, rtol=1e-6, atol=1e-9)
+    assert len(found[0]) > 50 and float(found[0][0][1]) > 0
+
+
+def test_parts_that_do_not_divide_a_step_are_refused(tiny: Make) -> None:
+    with pytest.raises(UserError, match=r"the 8 images of a step in each process.*train\.accumulate_steps=3"):
+        tiny("train.accumulate_steps=3")
+    with pytest.raises(UserError, match=r"The 4 images of a step in each of 2 ranks.*accumulate_steps=8"):
+        resolve(tiny("train.accumulate_steps=8"), 40, world_size=2)
