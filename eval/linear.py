@@ -78,8 +78,8 @@ def linear_probe(
     docs/methods.md section 5: SGD, momentum .9, cosine to 0. Every rate of `lrs` (per 256 samples; scaled by
     batch_size / 256) with every weight decay of `decays` (`WEIGHT_DECAYS` is a good range) is trained in one pass,
     scored after the last epoch on a stratified `holdout` share of the *training* set. Instead of one array, both sides
-    may give several, by name (layers, poolings): each is swept alike. The best (`best_setting`) is trained afresh on the
-    whole training set; only that one meets the test set. Features are standardized per dimension with training
+    may give several, by name (layers, poolings): each is swept alike. The best (`best_setting`) is trained afresh on
+    the whole training set; only that one meets the test set. Features are standardized per dimension with training
     statistics: an affine map, so the classifier stays linear, and one range of rates fits every backbone. They are
     read batch by batch, in place: memory-mapped ones need not fit in memory. Same seed, same answer. device: where
     the heads are trained, by default where the features are.

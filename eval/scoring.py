@@ -6,7 +6,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from nearfar.eval.features import DEFAULT_DECODING, Decoding, Features, Reading, Size, extract
+from nearfar.eval.features import DEFAULT_DECODING, Features, Reading, Size, extract
+from nearfar.eval.images import Decoding
 from nearfar.eval.knn import KS, knn
 from nearfar.eval.linear import linear_probe
 from nearfar.eval.pixels import pixel_features, pixel_grid

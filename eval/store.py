@@ -12,7 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from nearfar.eval.features import DEFAULT_DECODING, Decoding, Features, Reading, Rows, describe, stream
+from nearfar.eval.features import DEFAULT_DECODING, Features, Reading, Rows, describe, stream
+from nearfar.eval.images import Decoding
 from nearfar.ssl.backbones.tokens import Backbone
 from nearfar.ssl.data.sources.base import Source
 from nearfar.ssl.errors import UserError

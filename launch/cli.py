@@ -152,7 +152,7 @@ def run_pretrain(arguments: argparse.Namespace) -> None:
 
 
 def run_features(arguments: argparse.Namespace) -> None:
-    from nearfar.eval.features import Decoding
+    from nearfar.eval.images import Decoding
     from nearfar.eval.store import FeatureStore
     from nearfar.launch.progress import progress, summed
     from nearfar.launch.score import Subject, protocol_of
@@ -171,7 +171,7 @@ def run_features(arguments: argparse.Namespace) -> None:
 
 
 def run_eval(arguments: argparse.Namespace) -> None:
-    from nearfar.eval.features import Decoding
+    from nearfar.eval.images import Decoding
     from nearfar.launch.report import report_run
     from nearfar.launch.score import ScoreOptions, Subject, protocol_of, score, score_features, sources
 

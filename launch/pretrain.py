@@ -10,7 +10,8 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from nearfar.eval.features import Decoding, Reading, extract
+from nearfar.eval.features import Reading, extract
+from nearfar.eval.images import Decoding
 from nearfar.eval.knn import knn
 from nearfar.eval.pictures import contact_sheet
 from nearfar.launch import processes

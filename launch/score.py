@@ -16,7 +16,8 @@ from rich.console import Console
 from rich.table import Table
 
 from nearfar.eval import results
-from nearfar.eval.features import Decoding, Reading, digest
+from nearfar.eval.features import Reading, digest
+from nearfar.eval.images import Decoding
 from nearfar.eval.results import SUBJECTS, TITLES, DataName, Score
 from nearfar.eval.run_files import flat, read_mapping, read_numbers
 from nearfar.eval.scoring import Protocol, TaskScore, evaluate, evaluate_pixels, knn_score, linear_score, segment_score

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 import torch
 
-from nearfar.eval.features import Decoding, Reading, describe, digest, extract, read
+from nearfar.eval.features import Reading, describe, digest, extract, read
+from nearfar.eval.images import Decoding
 from nearfar.eval.pixels import pixel_features, pixel_grid
 from nearfar.eval.store import FeatureStore
 from nearfar.ssl.backbones import create
