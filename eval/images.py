@@ -156,7 +156,7 @@ class _Images(Dataset):
 
 
 class _CompiledImages(_Images):
-    """`_Images` by libjpeg-turbo and compiled loops; what is not a plain, clean JPEG is Pillow's to read or to refuse."""
+    """`_Images` by libjpeg-turbo and compiled loops; what is no plain, clean JPEG is Pillow's to read or to refuse."""
 
     def __init__(self, source: Source, view: View) -> None:
         super().__init__(source, view)

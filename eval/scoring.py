@@ -5,11 +5,14 @@ from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
+from torch import Tensor
 
+from nearfar.eval.arrays import check_labeled
 from nearfar.eval.features import DEFAULT_DECODING, Features, Reading, Size, extract
 from nearfar.eval.images import Decoding
-from nearfar.eval.knn import KS, knn
-from nearfar.eval.linear import linear_probe
+from nearfar.eval.knn import KS, accuracy, classify, confusion, per_class
+from nearfar.eval.linear import WEIGHT_DECAYS, linear_probe
 from nearfar.eval.pixels import pixel_features, pixel_grid
 from nearfar.eval.segmentation import ProbeTraining, segment_probe
 from nearfar.eval.tasks import TASKS, label_numbers, mask_classes
@@ -19,6 +22,7 @@ from nearfar.ssl.errors import BadImage, UserError
 
 HEADLINE_K = 20  # fixed beforehand: choosing the best k by its score would look at the test set
 PIXEL_SIDE = 16
+_MOST_IN_A_TABLE = 50  # classes whose confusions are kept as a table; of more, the most frequent ones are named
 
 
 @dataclass(frozen=True)
@@ -62,7 +66,7 @@ class Protocol:
     def training(self, task: str) -> dict[str, Any]:
         """What trains the head of a task; nothing does for k-NN."""
         if task == "linear":
-            return {"epochs": self.epochs, "seed": self.seed}
+            return {"epochs": self.epochs, "decays": list(WEIGHT_DECAYS), "seed": self.seed}
         return {"head": self.head, "steps": self.steps, "seed": self.seed} if task == "segment" else {}
 
 
@@ -84,10 +88,13 @@ def evaluate(
 ) -> Iterator[TaskScore]:
     """Scores of frozen features on (training, test) images, one task after the other; see `nearfar.eval.tasks.plan`.
 
+    Features, neighbors and heads are computed on the device that the backbone is on.
+
     classes: of the masks; None counts them. A task's features are made when its turn comes, and shared by k-NN and
     linear probe where they read the same. Raises UserError as `describe` and the evaluators do.
     """
     train, test = data
+    device = next(backbone.parameters()).device
     chosen = set(tasks)
     pooled: dict[str, tuple[Features, Features]] = {}
     for task in ("knn", "linear"):
@@ -96,7 +103,10 @@ def evaluate(
         if (layer := protocol.layer(task)) not in pooled:
             reading = replace(protocol.pooled, layer=layer)
             pooled[layer] = extract(backbone, train, reading, decoding), extract(backbone, test, reading, decoding)
-        yield knn_score(*pooled[layer]) if task == "knn" else linear_score(*pooled[layer], protocol)
+        if task == "knn":
+            yield knn_score(*pooled[layer], device=device)
+        else:
+            yield linear_score(*pooled[layer], protocol, device=device)
     pooled.clear()
     if "segment" in chosen:
         height, width = _sides(protocol.grid_size or native_grid(train, backbone.patch_size))
@@ -108,7 +118,7 @@ def evaluate(
             decoding, batch_size=max(1, min(decoding.batch_size, decoding.batch_size * crop // (height * width)))
         )
         grids = extract(backbone, train, reading, fewer), extract(backbone, test, reading, fewer)
-        yield segment_score(*grids, protocol, classes)
+        yield segment_score(*grids, protocol, classes, device=device)
 
 
 def evaluate_pixels(
@@ -117,47 +127,93 @@ def evaluate_pixels(
     tasks: Iterable[str] = TASKS,
     classes: int | None = None,
     patch: int = 16,
+    device: torch.device | str = "cpu",
 ) -> Iterator[TaskScore]:
     """`evaluate` of raw pixels: thumbnails for k-NN and linear probe, patches for segmentation."""
     chosen = set(tasks)
     if "knn" in chosen or "linear" in chosen:
         thumbnails = pixel_features(data[0], PIXEL_SIDE), pixel_features(data[1], PIXEL_SIDE)
         if "knn" in chosen:
-            yield knn_score(*thumbnails)
+            yield knn_score(*thumbnails, device=device)
         if "linear" in chosen:
-            yield linear_score(*thumbnails, protocol)
+            yield linear_score(*thumbnails, protocol, device=device)
     if "segment" in chosen:
         size = protocol.grid_size or native_grid(data[0], patch)
         grids = pixel_grid(data[0], size, patch), pixel_grid(data[1], size, patch)
-        yield segment_score(*grids, protocol, classes)
+        yield segment_score(*grids, protocol, classes, device=device)
 
 
-def knn_score(train: Features, test: Features, ks: Iterable[int] = KS) -> TaskScore:
-    """The headline at k = 20, and every k in the detail; k beyond the training set is cut to its size, and said so."""
+def knn_score(
+    train: Features, test: Features, ks: Iterable[int] = KS, *, device: torch.device | str = "cpu"
+) -> TaskScore:
+    """The headline at k = 20; every k, top-5 and confusions in the detail.
+
+    k beyond the training set is cut to its size, and said so. A set that is scored on itself leaves each image out of
+    its own neighbors (else the nearest one is the image itself), and that is said too.
+    """
     ks = sorted({*ks, HEADLINE_K})
-    y, truth = labels_of(train, test)
-    top1 = knn(train.x, y, test.x, truth, ks)
-    headline = min(HEADLINE_K, len(train.x))
-    detail: dict[str, Any] = {"k": headline, "top1": {str(k): score for k, score in top1.items()}}
-    if ks[-1] > len(train.x):
-        detail["capped"] = f"k is at most {len(train.x)}, the number of training images"
-    return TaskScore("knn", top1[headline], {**detail, "features": _origin(train, test)})
+    y, labels = labels_of(train, test)
+    itself = _same_images(train, test)
+    n, truth = len(train.x) - itself, check_labeled(test.x, labels, "test set of the k-NN")
+    ranked = classify(train.x, y, None if itself else test.x, ks, device=device)
+    headline = min(HEADLINE_K, n)
+    detail: dict[str, Any] = {"k": headline, "top1": {str(k): accuracy(ranked[k], truth) for k in ranked}}
+    if len(np.unique(y)) > 5:
+        detail["top5"] = {str(k): accuracy(ranked[k], truth, top=5) for k in ranked}
+    if itself:
+        detail["leave_one_out"] = True
+    if ks[-1] > n:
+        detail["capped"] = f"k is at most {n}, the number of training images" + (" but one" if itself else "")
+    detail |= _mistakes(ranked[headline][:, 0], truth, train.manifest.get("classes"))
+    return TaskScore("knn", detail["top1"][str(headline)], {**detail, "features": _origin(train, test)})
 
 
-def linear_score(train: Features, test: Features, protocol: Protocol) -> TaskScore:
+def _mistakes(predicted: Tensor, truth: Tensor, names: list[str] | None) -> dict[str, Any]:
+    """Percent right for each class, the confusions as a table where that is small, and the ten most frequent ones."""
+    classes = 1 + int(torch.maximum(predicted.max(), truth.max()))
+    table = confusion(predicted, truth, classes)
+    wrong = table - torch.diag(table.diag())
+    count, place = wrong.flatten().topk(min(10, wrong.numel()))
+    known = names if names is not None and len(names) >= classes else list(map(str, range(classes)))
+    most = [
+        {"class": known[at // classes], "taken_for": known[at % classes], "images": images}
+        for images, at in zip(count.tolist(), place.tolist(), strict=True)
+        if images
+    ]
+    found: dict[str, Any] = {"per_class": per_class(predicted, truth, classes), "most_confused": most}
+    return found | ({"confusion": table.tolist()} if classes <= _MOST_IN_A_TABLE else {})
+
+
+def _same_images(train: Features, test: Features) -> bool:
+    given = train.manifest.get("dataset")
+    return given is not None and given == test.manifest.get("dataset") and np.array_equal(train.index, test.index)
+
+
+def linear_score(
+    train: Features, test: Features, protocol: Protocol, *, device: torch.device | str = "cpu"
+) -> TaskScore:
     y, truth = labels_of(train, test)
-    result = linear_probe(train.x, y, test.x, truth, epochs=protocol.epochs, seed=protocol.seed)
+    result = linear_probe(
+        train.x, y, test.x, truth, epochs=protocol.epochs, decays=WEIGHT_DECAYS, seed=protocol.seed, device=device
+    )
     return TaskScore("linear", result["top1"], {**result, "features": _origin(train, test)})
 
 
-def segment_score(train: Features, test: Features, protocol: Protocol, classes: int | None = None) -> TaskScore:
+def segment_score(
+    train: Features,
+    test: Features,
+    protocol: Protocol,
+    classes: int | None = None,
+    *,
+    device: torch.device | str = "cpu",
+) -> TaskScore:
     """classes: None counts those of the masks, and refuses what is no class number."""
     sets = (train.x, train.mask_list()), (test.x, test.mask_list())
     if classes is None:
         named = [f"{which} image {i}" for which, x in (("training", train), ("test", test)) for i in x.index]
         classes = mask_classes(zip(named, [*sets[0][1], *sets[1][1]], strict=True))
     training = ProbeTraining(head=protocol.head, steps=protocol.steps, seed=protocol.seed)
-    result = segment_probe(*sets, classes, training)
+    result = segment_probe(*sets, classes, training, device=device)
     detail = {**result, "head": protocol.head, "classes": classes, "features": _origin(train, test)}
     return TaskScore("segment", result["miou"], detail)
 

@@ -22,14 +22,16 @@ class Compute(NamedTuple):
     precision: str  # in words
 
 
-def choose(device: str, precision: str, width: int) -> Compute:
+def choose(device: str, precision: str, width: int, asked: str = "train.device=") -> Compute:
     """Resolve `train.device` and `train.precision` on this machine, for a backbone of `width`.
+
+    asked: how the user names a device, before its name.
 
     Raises:
         UserError: an explicit wish that the hardware cannot meet.
     """
     if device == "cuda" and not torch.cuda.is_available():
-        raise UserError("train.device=cuda, but torch sees no CUDA device here. Use train.device=cpu or auto.")
+        raise UserError(f"{asked}cuda, but torch sees no CUDA device here. Use {asked}cpu or auto.")
     place = torch.device("cuda" if device != "cpu" and torch.cuda.is_available() else "cpu")
     able = has_bf16(place)
     if precision == "bf16" and not able:
