@@ -7,7 +7,7 @@ together with its label and mask, and named in the manifest.
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -202,7 +202,7 @@ def stream(
     if decoding.shared and distributed.count() > 1:
         sharing.announce(manifest, decoding.batch_size, start)
         own = _computed(backbone, source, manifest, decoding, numbers[:: distributed.count()])
-        found = sharing.in_order(own, len(numbers))
+        found: Iterator[tuple[Batch, np.ndarray | None]] = sharing.in_order(own, len(numbers))
     else:
         found = own = _computed(backbone, source, manifest, decoding, numbers)
     try:
@@ -239,7 +239,7 @@ def _numbers(source: Source, batch_size: int, start: int) -> list[range]:
 
 def _computed(
     backbone: Backbone, source: Source, manifest: dict[str, Any], decoding: Decoding, numbers: Sequence[range]
-) -> Iterator[tuple[Batch, np.ndarray | None]]:
+) -> Generator[tuple[Batch, np.ndarray | None], None, None]:
     """What this process computes of `stream`."""
     forward = Forward(backbone, manifest)
     view = View(tuple(manifest["size"]), manifest["resize"], whole=manifest["pooling"] == "grid")

@@ -97,7 +97,7 @@ def batches(
         return
     yield from DataLoader(
         _Images(source, view),
-        batch_sampler=numbers,
+        batch_sampler=[list(rows) for rows in numbers],
         num_workers=workers,
         collate_fn=_collate,
         worker_init_fn=_quiet_worker,
@@ -207,7 +207,8 @@ class _JPEGReader:
         window = view.window(height, width)
         needed = (height, width, max(window.new_height, window.new_width))
         if any(a > b for a, b in zip(needed, self.largest, strict=True)):
-            self.largest = tuple(map(max, needed, self.largest))
+            a, b = needed, self.largest
+            self.largest = (max(a[0], b[0]), max(a[1], b[1]), max(a[2], b[2]))
             self.scratch = make_eval_scratch(*self.largest)
         pixels: NDArray[np.uint8] = self.scratch.pixels.view(np.uint8)
         self.decoder.decode(data, pixels, height, width, pitch(width))

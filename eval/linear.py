@@ -17,6 +17,7 @@ from nearfar.ssl.heads.linear import LinearHeads
 LEARNING_RATES = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0)
 WEIGHT_DECAYS = (0.0, 1e-5, 1e-4)
 _ROWS = 4096  # rows read at once where a whole set is gone through
+_RESIDENT = 4 * 2**30  # bytes of features that are copied to a GPU as a whole, so that no batch of them is waited for
 
 
 class Rows:
@@ -56,6 +57,8 @@ def standardize(x: Array, device: torch.device, what: str) -> Rows:
         mean += shift * share
     std = (square / n).sqrt()
     std = torch.where(std > 1e-6 * std.max(), std, 1.0)
+    if device.type != "cpu" and x.nbytes <= _RESIDENT:
+        x = torch.as_tensor(np.array(x) if isinstance(x, np.ndarray) else x).to(device)
     return Rows(x, device, mean.float().to(device), std.reciprocal().float().to(device))
 
 

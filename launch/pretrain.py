@@ -16,7 +16,7 @@ from nearfar.eval.knn import knn
 from nearfar.eval.pictures import contact_sheet
 from nearfar.launch import processes
 from nearfar.launch.stop_signals import StopFlag
-from nearfar.ssl import train
+from nearfar.ssl import device, train
 from nearfar.ssl.backbones import Backbone
 from nearfar.ssl.config import Run
 from nearfar.ssl.data import open_source
@@ -100,13 +100,15 @@ class OnlineKNN:
                 raise _StoppedError
 
         def read(source: Source) -> tuple[np.ndarray, np.ndarray]:
-            reading = Reading(run.eval.size, run.eval.resize, pooling=run.head.pooling)
+            reading = Reading(run.eval.size, run.eval.resize, pooling=run.head.pooling, amp=compute.bf16)
             features = extract(backbone, source, reading, Decoding(workers=run.data.workers, progress=go_on))
             assert features.labels is not None
             return features.x, features.labels
 
+        compute = device.choose(run.train.device, run.train.precision, backbone.embed_dim)
+        place = next(backbone.parameters()).device
         try:
-            (score,) = knn(*read(self.memory), *read(self.val), ks=(20,)).values()
+            (score,) = knn(*read(self.memory), *read(self.val), ks=(20,), device=place).values()
         except _StoppedError:
             return None
         return {"knn_top1": score}
