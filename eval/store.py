@@ -1,19 +1,18 @@
 """Features on disk: written once as the backbone makes them, memory-mapped by every evaluator afterwards."""
 
 import contextlib
-import fcntl
 import json
 import os
 import shutil
-import socket
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
-from nearfar.eval.features import DEFAULT_DECODING, Features, Reading, Rows, describe, stream
+from nearfar.eval.features import DEFAULT_DECODING, Features, Reading, describe, stream
 from nearfar.eval.images import Decoding
+from nearfar.eval.partial_store import Progress, partial_folder
 from nearfar.ssl.backbones.tokens import Backbone
 from nearfar.ssl.data.sources.base import Source
 from nearfar.ssl.errors import UserError
@@ -25,6 +24,7 @@ _KINDS = {  # what each array of a store may hold: kinds of dtype, and dimension
     "masks": ("u", (3,)),
     "mask_size": ("iu", (2,)),
 }
+_KEPT_EVERY = 1024  # images between two points from which a killed process could be gone on from
 _LONGEST_MANIFEST = 256 * 2**20  # bytes; it names every unreadable image
 
 
@@ -40,8 +40,9 @@ class FeatureStore:
 
         A store made from the same weights, data and reading is opened; any other store in `folder` is
         replaced, and a folder that is no feature store is left alone (UserError). The folder appears complete
-        or not at all; what a killed process left of an earlier attempt is removed. Raises UserError also where the
-        disk refuses, before anything is computed if it does so at once.
+        or not at all. What a killed process left of the same work (weights, data, reading, batch size, kind of device,
+        torch) is gone on from, to the same bits; of other work, it is removed. Raises UserError also where the disk
+        refuses, before anything is computed if it does so at once.
         """
         manifest = describe(backbone, source, reading)
         try:
@@ -53,7 +54,9 @@ class FeatureStore:
                     )
                 with contextlib.suppress(UserError):  # a damaged store is as good as none: it is made again
                     return FeatureStore.open(folder, manifest)
-            with _partial_folder(folder) as partial:
+            making = {**manifest, "batch_size": decoding.batch_size, "torch": torch.__version__}
+            making["device"] = next(backbone.parameters()).device.type
+            with partial_folder(folder, making) as partial:
                 features = _fill(partial, backbone, source, manifest, decoding)
                 _save(partial, features)
                 del features  # releases the memory map before its file moves
@@ -127,74 +130,22 @@ def _misshapen(name: str, array: np.ndarray, shape: tuple[int, ...]) -> str | No
     return None
 
 
-@contextlib.contextmanager
-def _partial_folder(final: Path) -> Iterator[Path]:
-    """A folder beside `final` to fill and rename; removed if that does not happen.
-
-    Its writer holds a lock on it, so that the next one can tell a folder that was left by a killed process from one
-    that is being written, and removes the former.
-    """
-    final.parent.mkdir(parents=True, exist_ok=True)
-    prefix = f".{final.name}.writing-"
-    for left in final.parent.glob(f"{_literally(prefix)}*"):
-        handle = _lock(left)
-        if handle is not None:
-            shutil.rmtree(left, ignore_errors=True)
-            os.close(handle)
-    partial = final.parent / f"{prefix}{socket.gethostname()}-{os.getpid()}"
-    partial.mkdir()  # with the rights that the umask leaves: colleagues read features
-    handle = _lock(partial)
-    try:
-        yield partial
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
-    finally:
-        if handle is not None:
-            os.close(handle)
-
-
-def _lock(folder: Path) -> int | None:
-    """A handle that holds the lock of a folder until it is closed; None where another process holds it, or where the
-    file system has no locks."""
-    try:
-        handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    except OSError:
-        return None
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        os.close(handle)
-        return None
-    return handle
-
-
-def _literally(name: str) -> str:
-    """A name as a pattern of glob that matches nothing else."""
-    return "".join(f"[{letter}]" if letter in "*?[" else letter for letter in name)
-
-
 def _fill(folder: Path, backbone: Backbone, source: Source, manifest: dict[str, Any], decoding: Decoding) -> Features:
-    """Features written to folder/features.npy as they are made."""
-    file, rows = folder / "features.npy", Rows()
-    x: np.ndarray | None = None
-    done = 0
-    for batch, part in stream(backbone, source, manifest, decoding):
-        rows.add(batch)
+    """Features written to folder/features.npy as they are made, from where the folder stands."""
+    progress = Progress(folder, source, masks=manifest["pooling"] == "grid")
+    images, kept = progress.images, progress.images
+    if images and decoding.progress:
+        decoding.progress(images)
+    for batch, part in stream(backbone, source, manifest, decoding, start=images):
+        progress.rows.add(batch)
         if part is not None:
-            if x is None:
-                x = np.lib.format.open_memmap(file, "w+", np.float32, (len(source), *part.shape[1:]))
-            x[done : done + len(part)] = part
-            done += len(part)
-    if x is not None and done < len(source):  # unreadable images leave rows over: write it once more
-        short = np.lib.format.open_memmap(folder / "short.npy", "w+", np.float32, (done, *x.shape[1:]))
-        for start in range(0, done, 4096):
-            short[start : start + 4096] = x[start : min(start + 4096, done)]
-        (folder / "short.npy").replace(file)
-        x = short
-    if isinstance(x, np.memmap):
-        x.flush()
-    return rows.features(np.empty(0) if x is None else x, source, manifest)
+            progress.add(part)
+        images += len(batch.index) + len(batch.bad)
+        if images - kept >= _KEPT_EVERY:
+            progress.keep(images)
+            kept = images
+    x = progress.whole()
+    return progress.rows.features(np.empty(0) if x is None else x, source, manifest)
 
 
 def _save(folder: Path, features: Features) -> None:
