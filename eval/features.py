@@ -8,7 +8,7 @@ together with its label and mask, and named in the manifest.
 import hashlib
 import json
 from collections.abc import Generator, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -296,7 +296,7 @@ class Forward:
     @torch.inference_mode()
     def on_device(self, images: Tensor) -> Tensor:
         """uint8 (B, 3, H, W) -> float32 features, both on the backbone's device."""
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
+        with torch.autocast(self.device.type, torch.bfloat16) if self.bf16 else nullcontext():
             return read(self.backbone, (images.float() / 255 - self.mean) / self.std, self.layer, self.pooling).float()
 
 
