@@ -101,9 +101,7 @@ def joined(ranks: Ranks, timeout: timedelta = COLLECTIVE_TIMEOUT) -> Iterator[No
     try:
         store = _store(ranks)
         backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
-        dist.init_process_group(
-            backend, store=store, rank=ranks.rank, world_size=ranks.size, timeout=timeout
-        )
+        dist.init_process_group(backend, store=store, rank=ranks.rank, world_size=ranks.size, timeout=timeout)
     except (RuntimeError, ValueError) as error:
         raise PeerError(f"Rank {ranks.rank} did not meet the other {ranks.size - 1}: {_short(error)}") from error
     me = f"Rank {ranks.rank} on {socket.gethostname()}"
