@@ -178,13 +178,15 @@ def extract(backbone: Backbone, source: Source, reading: Reading, decoding: Deco
     read.
     """
     manifest = describe(backbone, source, reading)
-    parts: list[np.ndarray] = []
-    rows = Rows()
-    for batch, x in stream(backbone, source, manifest, decoding):
+    x, done, rows = np.empty(0, np.float32), 0, Rows()
+    for batch, part in stream(backbone, source, manifest, decoding):
         rows.add(batch)
-        if x is not None:
-            parts.append(x)
-    return rows.features(np.concatenate(parts) if parts else np.empty(0), source, manifest)
+        if part is not None:
+            if not done:
+                x = np.empty((len(source), *part.shape[1:]), np.float32)
+            x[done : done + len(part)] = part
+            done += len(part)
+    return rows.features(x[:done], source, manifest)
 
 
 # Batches -> features ----------------------------------------------------------------------------------------
@@ -264,10 +266,11 @@ class OnItsWay(NamedTuple):
     copied: torch.cuda.Event | None
 
     def arrived(self) -> np.ndarray:
-        if self.copied is not None:
-            self.copied.synchronize()
         array: np.ndarray = self.features.numpy()
-        return array
+        if self.copied is None:
+            return array
+        self.copied.synchronize()
+        return array.copy()  # whoever keeps it keeps no pinned memory
 
 
 class Forward:

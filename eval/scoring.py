@@ -1,6 +1,6 @@
 """Evaluators end to end: a backbone and two sources in, percentages out, each as soon as it is there."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -29,13 +29,14 @@ _MOST_IN_A_TABLE = 50  # classes whose confusions are kept as a table; of more, 
 class Protocol:
     """What is read of an image, and how the heads on top are trained.
 
-    pooled: for k-NN and linear probe. linear_layer: where the probe should read another layer, such as "blocks-4".
-    grid_size, grid_layer: of whole images, for segmentation; the size is by default that of the first training image in
-    whole patches. epochs: of the linear probe. head, steps: of the segmentation probe. seed: of both.
+    pooled: for k-NN and linear probe. linear_layers: where the probe should read others, such as "blocks-4"; of
+    several, held-out training images decide. grid_size, grid_layer: of whole images, for segmentation; the size is by
+    default that of the first training image in whole patches. epochs: of the linear probe. head, steps: of the
+    segmentation probe. seed: of both.
     """
 
     pooled: Reading
-    linear_layer: str | None = None
+    linear_layers: tuple[str, ...] = ()
     grid_size: Size | None = None
     grid_layer: str = "last-block"
     epochs: int = 100
@@ -43,10 +44,10 @@ class Protocol:
     steps: int | None = None
     seed: int = 0
 
-    def layer(self, task: str) -> str:
+    def layers(self, task: str) -> tuple[str, ...]:
         if task == "segment":
-            return self.grid_layer
-        return self.linear_layer or self.pooled.layer if task == "linear" else self.pooled.layer
+            return (self.grid_layer,)
+        return self.linear_layers or (self.pooled.layer,) if task == "linear" else (self.pooled.layer,)
 
     def decides(self, task: str) -> dict[str, Any]:
         """What the score of a task depends on, besides weights and images; JSON-able."""
@@ -55,7 +56,7 @@ class Protocol:
             size = list(self.grid_size) if isinstance(self.grid_size, tuple) else self.grid_size
             return {"layer": self.grid_layer, "size": size, "compute": compute, **self.training(task)}
         pooled = {"size": self.pooled.size, "resize": self.pooled.resize, "pooling": self.pooled.pooling}
-        return {"layer": self.layer(task), **pooled, "compute": compute, **self.training(task)}
+        return {"layer": ",".join(self.layers(task)), **pooled, "compute": compute, **self.training(task)}
 
     def decides_of_pixels(self, task: str, patch: int) -> dict[str, Any]:
         """As `decides`, for raw pixels."""
@@ -100,14 +101,15 @@ def evaluate(
     for task in ("knn", "linear"):
         if task not in chosen:
             continue
-        if (layer := protocol.layer(task)) not in pooled:
-            reading = replace(protocol.pooled, layer=layer)
-            pooled[layer] = extract(backbone, train, reading, decoding), extract(backbone, test, reading, decoding)
+        for layer in protocol.layers(task):
+            if layer not in pooled:
+                reading = replace(protocol.pooled, layer=layer)
+                pooled[layer] = extract(backbone, train, reading, decoding), extract(backbone, test, reading, decoding)
+        pairs = {layer: pooled[layer] for layer in protocol.layers(task)}
         if task == "knn":
-            yield knn_score(*pooled[layer], device=device)
+            yield knn_score(*pairs[protocol.pooled.layer], device=device)
         else:
-            yield linear_score(*pooled[layer], protocol, device=device)
-    pooled.clear()
+            yield linear_score(pairs, protocol, device=device)
     if "segment" in chosen:
         height, width = _sides(protocol.grid_size or native_grid(train, backbone.patch_size))
         reading = Reading((height, width), layer=protocol.grid_layer, pooling="grid", amp=protocol.pooled.amp)
@@ -136,7 +138,7 @@ def evaluate_pixels(
         if "knn" in chosen:
             yield knn_score(*thumbnails, device=device)
         if "linear" in chosen:
-            yield linear_score(*thumbnails, protocol, device=device)
+            yield linear_score({"pixels": thumbnails}, protocol, device=device)
     if "segment" in chosen:
         size = protocol.grid_size or native_grid(data[0], patch)
         grids = pixel_grid(data[0], size, patch), pixel_grid(data[1], size, patch)
@@ -190,13 +192,18 @@ def _same_images(train: Features, test: Features) -> bool:
 
 
 def linear_score(
-    train: Features, test: Features, protocol: Protocol, *, device: torch.device | str = "cpu"
+    pairs: Mapping[str, tuple[Features, Features]], protocol: Protocol, *, device: torch.device | str = "cpu"
 ) -> TaskScore:
-    y, truth = labels_of(train, test)
-    result = linear_probe(
-        train.x, y, test.x, truth, epochs=protocol.epochs, decays=WEIGHT_DECAYS, seed=protocol.seed, device=device
-    )
-    return TaskScore("linear", result["top1"], {**result, "features": _origin(train, test)})
+    """pairs: (training, test) features by layer, of the same images; which layer is taken is in the detail."""
+    first = next(iter(pairs.values()))
+    y, truth = labels_of(*first)
+    common: dict[str, Any] = {"epochs": protocol.epochs, "decays": WEIGHT_DECAYS, "seed": protocol.seed}
+    if len(pairs) == 1:
+        result = linear_probe(first[0].x, y, first[1].x, truth, **common, device=device)
+        return TaskScore("linear", result["top1"], {**result, "features": _origin(*first)})
+    train, test = ({layer: pair[side].x for layer, pair in pairs.items()} for side in (0, 1))
+    result = linear_probe(train, y, test, truth, **common, device=device)
+    return TaskScore("linear", result["top1"], {**result, "features": _origin(*pairs[result["chosen"]])})
 
 
 def segment_score(

@@ -12,7 +12,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
@@ -210,8 +210,11 @@ def _eval_model(arguments: argparse.Namespace, tasks: tuple[str, ...] | None) ->
 
     subject = Subject.of(arguments.model)
     train, val = sources(subject.run, arguments.train, arguments.val)
-    given = {"size": arguments.size, "resize": arguments.resize, "head": arguments.head}
-    given["grid_layer" if arguments.what == "segment" else "layer"] = arguments.layer
+    given: dict[str, Any] = {"size": arguments.size, "resize": arguments.resize, "head": arguments.head}
+    if arguments.what == "linear" and arguments.layer:
+        given["linear_layers"] = tuple(arguments.layer.split(","))
+    else:
+        given["grid_layer" if arguments.what == "segment" else "layer"] = arguments.layer
     given["grid_size"] = tuple(arguments.grid_size) if arguments.grid_size else None
     compute = compute_for(subject.backbone, arguments.device)
 
@@ -356,7 +359,9 @@ def _add_reading(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--size", type=int, help="side of the image in pixels (default: eval.size of the run)")
     parser.add_argument("--resize", type=int, help="shorter side before the center crop (default: eval.resize)")
     parser.add_argument(
-        "--layer", help="final, last-block or blocks-N (default: final; last-block for segmentation, as LocAt reads it)"
+        "--layer",
+        help="final, last-block or blocks-N (default: final; last-block for segmentation, as LocAt reads it); for "
+        "`eval linear` several with commas between, of which held-out training images choose one",
     )
     parser.add_argument(
         "--device",

@@ -338,7 +338,11 @@ def score_features(
             if task == "segment":
                 one = segment_score(*pair, protocol, device=device)
             else:
-                one = knn_score(*pair, device=device) if task == "knn" else linear_score(*pair, protocol, device=device)
+                one = (
+                    knn_score(*pair, device=device)
+                    if task == "knn"
+                    else linear_score({str(manifest["layer"]): pair}, protocol, device=device)
+                )
         except UserError as error:
             failures.append(str(error))
             continue

@@ -38,7 +38,7 @@ def setting():
 
 def test_scores_are_those_of_the_evaluators_on_the_features(setting):
     model, train, test = setting
-    protocol = Protocol(Reading(16), linear_layer="blocks-2", epochs=5, steps=20)
+    protocol = Protocol(Reading(16), linear_layers=("blocks-2",), epochs=5, steps=20)
     got = {score.task: score for score in evaluate(model, (train, test), protocol)}
     a, b = extract(model, train, Reading(16)), extract(model, test, Reading(16))
     assert got["knn"].percent == knn(a.x, a.labels, b.x, b.labels, (20,))[20]
@@ -142,3 +142,15 @@ def test_many_classes_are_not_a_table():
     x = np.eye(60)[y]
     detail = knn_score(made(x, y, "a"), made(x, y, "b"), (1,)).detail
     assert "confusion" not in detail and len(detail["per_class"]) == 60
+
+
+def test_the_layer_of_the_linear_probe_is_chosen_among_several(setting):
+    model, train, test = setting
+    protocol = Protocol(Reading(16), linear_layers=("final", "blocks-2"), epochs=5)
+    (score,) = evaluate(model, (train, test), protocol, ("linear",))
+    assert protocol.decides("linear")["layer"] == "final,blocks-2"
+    assert {row["chosen"] for row in score.detail["holdout"]} == {"final", "blocks-2"}
+    assert score.detail["features"]["layer"] == score.detail["chosen"]
+    alone = Protocol(Reading(16), linear_layers=(score.detail["chosen"],), epochs=5)
+    (again,) = evaluate(model, (train, test), alone, ("linear",))
+    assert again.percent == score.percent
