@@ -55,7 +55,7 @@ def demo(seed: int, settings: list[str], console: Console) -> None:
     subject = subject.on(compute_for(subject.backbone, run.train.device, "train.device="))
     train, val = sources(run, None, None)
     # Tokens of 8x8 pixels of a digit must know the rest of it: read after PRR, with a head that can combine channels.
-    protocol = protocol_of(subject, amp=False, grid_layer="final", head="mlp", steps=800)
+    protocol = protocol_of(subject, grid_layer="final", head="mlp", steps=800)
     score(subject, train, val, options=ScoreOptions(baselines=True, protocol=protocol), console=console)
     report = report_run(outcome.folder, subject)
     console.print(f"Report: {report}   Curves: tensorboard --logdir {outcome.folder}", highlight=False, soft_wrap=True)
