@@ -6,23 +6,22 @@ together with its label and mask, and named in the manifest.
 """
 
 import json
-import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Generator, Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
 
-from nearfar.ssl import digests
+from nearfar.eval import sharing
+from nearfar.eval.images import DecodedBatch, Decoding, View, batches, default_workers
+from nearfar.ssl import digests, distributed
 from nearfar.ssl.backbones.tokens import Backbone, Tokens, check_divides
 from nearfar.ssl.data.sources.base import Source
-from nearfar.ssl.data.transforms.eval_view import eval_view
-from nearfar.ssl.data.transforms.normalize import normalize_pixels
-from nearfar.ssl.errors import BadImage, UserError
+from nearfar.ssl.data.transforms.normalize import MEAN, STD
+from nearfar.ssl.errors import UserError
 
 POOLINGS = ("cls", "mean", "cls+mean", "grid")
 IGNORE = 255
@@ -42,16 +41,6 @@ class Reading:
     layer: str = "final"
     pooling: str = "cls"
     amp: bool = False
-
-
-@dataclass(frozen=True)
-class Decoding:
-    """How images are read, which changes no feature: images a batch, processes (0: this one), and who is told how many
-    images each batch had."""
-
-    batch_size: int = 64
-    workers: int = 0
-    progress: Callable[[int], object] | None = None
 
 
 DEFAULT_DECODING = Decoding()
@@ -180,112 +169,137 @@ def extract(backbone: Backbone, source: Source, reading: Reading, decoding: Deco
     read.
     """
     manifest = describe(backbone, source, reading)
-    parts: list[np.ndarray] = []
-    rows = ReadRows()
-    for batch, x in stream(backbone, source, manifest, decoding):
+    x, done, rows = np.empty(0, np.float32), 0, ReadRows()
+    for batch, part in stream(backbone, source, manifest, decoding):
         rows.add(batch)
-        if x is not None:
-            parts.append(x)
-    return rows.features(np.concatenate(parts) if parts else np.empty(0), source, manifest)
+        if part is not None:
+            if not done:
+                x = np.empty((len(source), *part.shape[1:]), np.float32)
+            x[done : done + len(part)] = part
+            done += len(part)
+    return rows.features(x[:done], source, manifest)
 
 
-# Images -> batches ------------------------------------------------------------------------------------------
-
-
-def fitting_mask(source: Source, i: int, image: Image.Image) -> tuple[np.ndarray | None, str | None]:
-    """The mask of image i, at any resolution, and in words where that is not the image's.
-
-    Raises BadImage where its shape is another (say turned by 90 degrees).
-    """
-    mask = source.mask(i)
-    if mask is None or mask.shape[::-1] == image.size:
-        return mask, None
-    (height, width), (image_width, image_height) = mask.shape, image.size
-    if abs(height * image_width - width * image_height) > max(height * image_width, width * image_height) / 20:
-        why = f"its mask of {width} x {height} does not fit an image of {image_width} x {image_height}"
-        raise BadImage(source.name(i), why)
-    return mask, f"{source.name(i)}: {image_width} x {image_height}, its mask {width} x {height}"
-
-
-@dataclass(frozen=True)
-class DecodedBatch:
-    images: Tensor | None  # uint8 (B, 3, H, W); None when no image of the batch could be read
-    index: list[int]
-    masks: list[np.ndarray | None]
-    bad: list[tuple[str, str]]
-    rescaled: list[str]  # masks of another resolution than their image, in words
-
-
-class _Images(Dataset):
-    """What the workers run: one image (and its mask) at evaluation size, or the reason why there is none."""
-
-    def __init__(self, source: Source, size: tuple[int, int], resize: int | None, whole: bool) -> None:
-        self.source, self.size, self.resize, self.whole = source, size, resize, whole
-
-    def __len__(self) -> int:
-        return len(self.source)
-
-    def __getitem__(self, i: int) -> DecodedBatch:
-        try:
-            image = self.source.read(i)
-            mask, rescaled = fitting_mask(self.source, i, image) if self.whole else (None, None)
-        except BadImage as error:
-            return DecodedBatch(None, [], [], [(error.name, error.why)], [])
-        height, width = self.size
-        if self.whole:
-            if image.size != (width, height):
-                image = image.resize((width, height), Image.Resampling.BICUBIC)
-            pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)
-        else:
-            pixels = torch.as_tensor(eval_view(image, height, self.resize))
-        return DecodedBatch(pixels.contiguous(), [i], [mask], [], [rescaled] if rescaled else [])
-
-
-def _collate(items: list[DecodedBatch]) -> DecodedBatch:
-    images = [item.images for item in items if item.images is not None]
-    return DecodedBatch(
-        torch.stack(images) if images else None,
-        [i for item in items for i in item.index],
-        [mask for item in items for mask in item.masks],
-        [bad for item in items for bad in item.bad],
-        [words for item in items for words in item.rescaled],
-    )
-
-
-def _quiet_worker(_: int) -> None:
-    # signals are the main process's business: it stops its workers when it leaves
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2):
-        signal.signal(number, signal.SIG_IGN)
+# Batches -> features ----------------------------------------------------------------------------------------
 
 
 def stream(
-    backbone: Backbone, source: Source, manifest: dict[str, Any], decoding: Decoding
+    backbone: Backbone, source: Source, manifest: dict[str, Any], decoding: Decoding, start: int = 0
 ) -> Iterator[tuple[DecodedBatch, np.ndarray | None]]:
-    """(what was read, float32 features of it or None) batch by batch, in source order."""
-    height, width = manifest["size"]
-    loader = DataLoader(
-        _Images(source, (height, width), manifest["resize"], whole=manifest["pooling"] == "grid"),
-        batch_size=decoding.batch_size,
-        num_workers=decoding.workers,
-        collate_fn=_collate,
-        worker_init_fn=_quiet_worker,
-        generator=torch.Generator(),  # else the loader draws from, and so changes, the global random state
-    )
-    device = next(backbone.parameters()).device
-    amp = torch.autocast(device.type, torch.bfloat16, enabled=manifest["compute"] == "bfloat16")
+    """(what was read, float32 features of it or None) batch by batch, in source order, from image `start` on.
+
+    A batch is computed while the one before is on its way to the host. With `decoding.shared`, all ranks of the job
+    compute, and the first one, which calls this, is given all batches.
+    """
+    numbers = _numbers(source, decoding.batch_size, start)
+    if decoding.shared and distributed.count() > 1:
+        sharing.announce(manifest, decoding.batch_size, start)
+        own = _computed(backbone, source, manifest, decoding, numbers[:: distributed.count()])
+        found: Iterator[tuple[DecodedBatch, np.ndarray | None]] = sharing.in_order(own, len(numbers))
+    else:
+        found = own = _computed(backbone, source, manifest, decoding, numbers)
+    try:
+        for batch, x in found:
+            yield batch, x
+            if decoding.progress:
+                decoding.progress(len(batch.index) + len(batch.bad))
+    finally:
+        own.close()  # its threads or processes, and the backbone's mode
+
+
+def lend(backbones: Iterable[Backbone], sources: Iterable[Source], decoding: Decoding) -> None:
+    """Compute this rank's share of every extraction that the first rank does with `Decoding.shared`, until that one
+    calls `nearfar.eval.sharing.dismiss`.
+
+    Raises:
+        UserError: the first rank has other weights or images than these.
+        PeerError, from `nearfar.ssl.distributed.joined`: it has ended.
+    """
+    by_digest = {digest(backbone): backbone for backbone in backbones}
+    by_fingerprint = {source.fingerprint: source for source in sources}
+    while (job := sharing.announced()) is not None:
+        manifest = job["manifest"]
+        backbone = sharing.find("weights", manifest["checkpoint"], by_digest)
+        source = sharing.find("images", manifest["dataset"], by_fingerprint)
+        numbers = _numbers(source, job["batch_size"], job["start"])[distributed.rank() :: distributed.count()]
+        sharing.send(_computed(backbone, source, manifest, decoding, numbers))
+
+
+def _numbers(source: Source, batch_size: int, start: int) -> list[range]:
+    n = len(source)
+    return [range(first, min(first + batch_size, n)) for first in range(start, n, batch_size)]
+
+
+def _computed(
+    backbone: Backbone, source: Source, manifest: dict[str, Any], decoding: Decoding, numbers: Sequence[range]
+) -> Generator[tuple[DecodedBatch, np.ndarray | None], None, None]:
+    """What this process computes of `stream`."""
+    forward = Forward(backbone, manifest)
+    view = View(tuple(manifest["size"]), manifest["resize"], whole=manifest["pooling"] == "grid")
+    workers = decoding.workers
+    if workers is None:
+        workers = default_workers(forward.device, len(numbers))
+    before: tuple[DecodedBatch, OnItsWay | None] | None = None
+    with _eval_mode(backbone):
+        for batch in batches(source, view, numbers, workers=workers, pinned=forward.device.type == "cuda"):
+            now = batch, None if batch.images is None else forward(batch.images)
+            if before:
+                yield before[0], before[1] and before[1].arrived()
+            before = now
+        if before:
+            yield before[0], before[1] and before[1].arrived()
+
+
+class OnItsWay(NamedTuple):
+    """Features in host memory that a GPU may still be writing."""
+
+    features: Tensor
+    copied: torch.cuda.Event | None
+
+    def arrived(self) -> np.ndarray:
+        array: np.ndarray = self.features.numpy()
+        if self.copied is None:
+            return array
+        self.copied.synchronize()
+        return array.copy()  # whoever keeps it keeps no pinned memory
+
+
+class Forward:
+    """Images -> features on the backbone's device. Nothing is waited for there: neither what goes in, which lies in
+    pinned memory, nor what comes out."""
+
+    def __init__(self, backbone: Backbone, manifest: dict[str, Any]) -> None:
+        self.backbone, self.layer, self.pooling = backbone, manifest["layer"], manifest["pooling"]
+        self.device = next(backbone.parameters()).device
+        self.bf16 = manifest["compute"] == "bfloat16"
+        # made once: from the host for every batch, each would be waited for
+        self.mean, self.std = (torch.tensor(c, device=self.device)[:, None, None] for c in (MEAN, STD))
+
+    @torch.inference_mode()
+    def __call__(self, images: Tensor) -> OnItsWay:
+        """uint8 (B, 3, H, W) on the host -> float32 features."""
+        x = self.on_device(images.to(self.device, non_blocking=True))
+        if self.device.type != "cuda":
+            return OnItsWay(x.cpu(), None)
+        host = torch.empty(x.shape, dtype=x.dtype, pin_memory=True)
+        host.copy_(x, non_blocking=True)
+        copied = torch.cuda.Event()
+        copied.record()
+        return OnItsWay(host, copied)
+
+    @torch.inference_mode()
+    def on_device(self, images: Tensor) -> Tensor:
+        """uint8 (B, 3, H, W) -> float32 features, both on the backbone's device."""
+        with torch.autocast(self.device.type, torch.bfloat16) if self.bf16 else nullcontext():
+            return read(self.backbone, (images.float() / 255 - self.mean) / self.std, self.layer, self.pooling).float()
+
+
+@contextmanager
+def _eval_mode(backbone: nn.Module) -> Iterator[None]:
     training = [module for module in backbone.modules() if module.training]
     backbone.eval()
     try:
-        for batch in loader:
-            if batch.images is None:
-                yield batch, None
-            else:
-                with torch.inference_mode(), amp:
-                    images = normalize_pixels(batch.images.to(device))
-                    x = read(backbone, images, manifest["layer"], manifest["pooling"])
-                yield batch, x.float().cpu().numpy()
-            if decoding.progress:
-                decoding.progress(len(batch.index) + len(batch.bad))
+        yield
     finally:
         for module in training:
             module.training = True

@@ -17,6 +17,7 @@ from nearfar.ssl.heads.linear import LinearHeads
 LEARNING_RATES = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0)
 WEIGHT_DECAYS = (0.0, 1e-5, 1e-4)
 _ROWS = 4096  # rows read at once where a whole set is gone through
+_RESIDENT = 4 * 2**30  # bytes of features that are copied to a GPU as a whole, so that no batch of them is waited for
 
 
 class StandardizedRows:
@@ -56,6 +57,8 @@ def standardize(x: Array, device: torch.device, what: str) -> StandardizedRows:
         mean += shift * share
     std = (square / n).sqrt()
     std = torch.where(std > 1e-6 * std.max(), std, 1.0)
+    if device.type != "cpu" and x.nbytes <= _RESIDENT:
+        x = torch.as_tensor(np.array(x) if isinstance(x, np.ndarray) else x).to(device)
     return StandardizedRows(x, device, mean.float().to(device), std.reciprocal().float().to(device))
 
 
@@ -78,13 +81,13 @@ def linear_probe(  # noqa: PLR0913 - four arrays, and the protocol by name
     docs/methods.md section 5: SGD, momentum .9, cosine to 0. Every rate of `lrs` (per 256 samples; scaled by
     batch_size / 256) with every weight decay of `decays` (`WEIGHT_DECAYS` is a good range) is trained in one pass,
     scored after the last epoch on a stratified `holdout` share of the *training* set. Instead of one array, both sides
-    may give several, by name (layers, poolings): each is swept alike. The best (ties: lower loss) is trained afresh on
+    may give several, by name (layers, poolings): each is swept alike. The best (`best_setting`) is trained afresh on
     the whole training set; only that one meets the test set. Features are standardized per dimension with training
     statistics: an affine map, so the classifier stays linear, and one range of rates fits every backbone. They are
     read batch by batch, in place: memory-mapped ones need not fit in memory. Same seed, same answer. device: where
     the heads are trained, by default where the features are.
 
-    Returns top1, [top5], lr, decay, [features: the name of the chosen ones], holdout (a row {[features], lr, decay,
+    Returns top1, [top5], lr, decay, [chosen: the name of the features taken], holdout (a row {[chosen], lr, decay,
     top1, loss} for each), epochs, train, test, classes. Raises UserError for unusable arrays, a single class, labels
     with gaps, a training set too small to hold anything out, or when every rate diverges.
     """
@@ -100,19 +103,18 @@ def linear_probe(  # noqa: PLR0913 - four arrays, and the protocol by name
     place = torch.device(device) if device is not None else _device(first_train)
     common: dict[str, Any] = {"classes": classes, "epochs": epochs, "batch_size": batch_size, "seed": seed}
     inputs, curve = _sweep(pairs, y, held, place, list(product(lrs, decays)), common)
-    finite = [row for row in curve if row["loss"] is not None]
-    if not finite:
+    best = best_setting(curve, int(held.sum()))
+    if best is None:
         raise UserError(f"Linear probe: training diverged at every rate of {list(lrs)}; give smaller ones.")
-    best = max(finite, key=lambda row: (row["top1"], -row["loss"]))
 
-    chosen, test = inputs[best["features"]], pairs[best["features"]][1]
+    chosen, test = inputs[best["chosen"]], pairs[best["chosen"]][1]
     check_labeled(test, truth, "test set of the linear probe")
     queries = StandardizedRows(test, place, chosen.mean, chosen.scale)
     heads = train_heads(chosen, y, torch.arange(len(y)), settings=[(best["lr"], best["decay"])], **common)
     scores = score(heads, queries, truth, torch.arange(len(truth)), what="test set of the linear probe")
     if not named:
-        curve = [{key: value for key, value in row.items() if key != "features"} for row in curve]
-    choice = {key: best[key] for key in (("features", "lr", "decay") if named else ("lr", "decay"))}
+        curve = [{key: value for key, value in row.items() if key != "chosen"} for row in curve]
+    choice = {key: best[key] for key in (("chosen", "lr", "decay") if named else ("lr", "decay"))}
     tops = {key: values[0] for key, values in scores.items() if key.startswith("top")}
     sizes = {"epochs": epochs, "train": len(y), "test": len(truth), "classes": classes}
     return {**tops, **choice, "holdout": curve, **sizes}
@@ -135,8 +137,24 @@ def _sweep(
         inputs[name] = standardize(features, place, what)
         sweep = score(train_heads(inputs[name], y, kept, settings=settings, **common), inputs[name], y, left)
         for (lr, decay), top1, loss in zip(settings, sweep["top1"], sweep["loss"], strict=True):
-            curve.append({"features": name, "lr": lr, "decay": decay, "top1": top1, "loss": loss})
+            curve.append({"chosen": name, "lr": lr, "decay": decay, "top1": top1, "loss": loss})
     return inputs, curve
+
+
+def best_setting(curve: Sequence[dict[str, Any]], images: int) -> dict[str, Any] | None:
+    """The row of lowest loss among those whose top1 on `images` held-out ones is within two standard errors of the top.
+
+    Of 90 held-out images one is worth 1.1 points: the highest accuracy alone took rates of an underfitted classifier
+    (3.2 points below logistic regression on 900 digits), where the loss tells them apart. On many images the error is
+    small and accuracy decides. After the rule of one standard error, Breiman et al. 1984, section 3.4. Rows without a
+    finite loss are not considered; None where there is no other.
+    """
+    finite = [row for row in curve if row["loss"] is not None]
+    if not finite:
+        return None
+    top = max(row["top1"] for row in finite)
+    error = math.sqrt(top * (100.0 - top) / images)  # of a binomial share, in percent
+    return min((row for row in finite if row["top1"] >= top - 2 * error), key=lambda row: (row["loss"], -row["top1"]))
 
 
 def _pairs(train_x: Any, test_x: Any) -> dict[str, tuple[Array, Array]]:
@@ -197,6 +215,7 @@ def train_heads(
     # SGD is linear in the gradient, so scaling a head's gradient by its rate is the same as giving it that rate.
     rate = torch.tensor([lr for lr, _ in settings], device=x.device) * (batch_size / 256)
     decay = (rate * torch.tensor([decay for _, decay in settings], device=x.device))[:, None, None]
+    decays = any(decay for _, decay in settings)
     generator = torch.Generator().manual_seed(seed)
     y = y.to(x.device)
     for _ in range(epochs):
@@ -205,7 +224,7 @@ def train_heads(
             loss = (rate * losses(heads(x.read(batch)), y[batch.to(y.device)])).sum()
             optimizer.zero_grad()
             loss.backward()
-            if heads.weight.grad is not None and bool(decay.any()):
+            if heads.weight.grad is not None and decays:
                 heads.weight.grad.addcmul_(decay, heads.weight.detach())
             optimizer.step()
             schedule.step()

@@ -11,7 +11,8 @@ import numpy as np
 import torch
 from PIL import Image
 
-from nearfar.eval.features import Features, ReadRows, Size, fitting_mask
+from nearfar.eval.features import Features, ReadRows, Size
+from nearfar.eval.images import fitting_mask
 from nearfar.ssl.backbones.tokens import check_divides
 from nearfar.ssl.data.sources.base import Source
 from nearfar.ssl.data.transforms.normalize import normalize_pixels
@@ -47,7 +48,7 @@ def _of_pixels(
     for i in range(len(source)):
         try:
             image = source.read(i)
-            mask, rescaled = fitting_mask(source, i, image) if masks else (None, None)
+            mask, rescaled = fitting_mask(source, i, (image.height, image.width)) if masks else (None, None)
         except BadImage as error:
             rows.bad[error.name] = error.why
             continue

@@ -1,14 +1,18 @@
 """Evaluators end to end: a backbone and two sources in, percentages out, each as soon as it is there."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
+from torch import Tensor
 
-from nearfar.eval.features import DEFAULT_DECODING, Decoding, Features, Reading, Size, extract
-from nearfar.eval.knn import KS, knn
-from nearfar.eval.linear import linear_probe
+from nearfar.eval.arrays import check_labeled
+from nearfar.eval.features import DEFAULT_DECODING, Features, Reading, Size, extract
+from nearfar.eval.images import Decoding
+from nearfar.eval.knn import KS, accuracy, classify, confusion, per_class
+from nearfar.eval.linear import WEIGHT_DECAYS, linear_probe
 from nearfar.eval.pixels import pixel_features, pixel_grid
 from nearfar.eval.segmentation import ProbeTraining, segment_probe
 from nearfar.eval.tasks import TASKS, label_numbers, mask_classes
@@ -18,19 +22,21 @@ from nearfar.ssl.errors import BadImage, UserError
 
 HEADLINE_K = 20  # fixed beforehand: choosing the best k by its score would look at the test set
 PIXEL_SIDE = 16
+_MOST_IN_A_TABLE = 50  # classes whose confusions are kept as a table; of more, the most frequent ones are named
 
 
 @dataclass(frozen=True)
 class Protocol:
     """What is read of an image, and how the heads on top are trained.
 
-    pooled: for k-NN and linear probe. linear_layer: where the probe should read another layer, such as "blocks-4".
-    grid_size, grid_layer: of whole images, for segmentation; the size is by default that of the first training image in
-    whole patches. epochs: of the linear probe. head, steps: of the segmentation probe. seed: of both.
+    pooled: for k-NN and linear probe. linear_layers: where the probe should read others, such as "blocks-4"; of
+    several, held-out training images decide. grid_size, grid_layer: of whole images, for segmentation; the size is by
+    default that of the first training image in whole patches. epochs: of the linear probe. head, steps: of the
+    segmentation probe. seed: of both.
     """
 
     pooled: Reading
-    linear_layer: str | None = None
+    linear_layers: tuple[str, ...] = ()
     grid_size: Size | None = None
     grid_layer: str = "last-block"
     epochs: int = 100
@@ -38,10 +44,10 @@ class Protocol:
     steps: int | None = None
     seed: int = 0
 
-    def layer(self, task: str) -> str:
+    def layers(self, task: str) -> tuple[str, ...]:
         if task == "segment":
-            return self.grid_layer
-        return self.linear_layer or self.pooled.layer if task == "linear" else self.pooled.layer
+            return (self.grid_layer,)
+        return self.linear_layers or (self.pooled.layer,) if task == "linear" else (self.pooled.layer,)
 
     def decides(self, task: str) -> dict[str, Any]:
         """What the score of a task depends on, besides weights and images; JSON-able."""
@@ -50,7 +56,7 @@ class Protocol:
             size = list(self.grid_size) if isinstance(self.grid_size, tuple) else self.grid_size
             return {"layer": self.grid_layer, "size": size, "compute": compute, **self.training(task)}
         pooled = {"size": self.pooled.size, "resize": self.pooled.resize, "pooling": self.pooled.pooling}
-        return {"layer": self.layer(task), **pooled, "compute": compute, **self.training(task)}
+        return {"layer": ",".join(self.layers(task)), **pooled, "compute": compute, **self.training(task)}
 
     def decides_of_pixels(self, task: str, patch: int) -> dict[str, Any]:
         """As `decides`, for raw pixels."""
@@ -61,7 +67,7 @@ class Protocol:
     def training(self, task: str) -> dict[str, Any]:
         """What trains the head of a task; nothing does for k-NN."""
         if task == "linear":
-            return {"epochs": self.epochs, "seed": self.seed}
+            return {"epochs": self.epochs, "decays": list(WEIGHT_DECAYS), "seed": self.seed}
         return {"head": self.head, "steps": self.steps, "seed": self.seed} if task == "segment" else {}
 
 
@@ -83,20 +89,27 @@ def evaluate(
 ) -> Iterator[TaskScore]:
     """Scores of frozen features on (training, test) images, one task after the other; see `nearfar.eval.tasks.plan`.
 
+    Features, neighbors and heads are computed on the device that the backbone is on.
+
     classes: of the masks; None counts them. A task's features are made when its turn comes, and shared by k-NN and
     linear probe where they read the same. Raises UserError as `describe` and the evaluators do.
     """
     train, test = data
+    device = next(backbone.parameters()).device
     chosen = set(tasks)
     pooled: dict[str, tuple[Features, Features]] = {}
     for task in ("knn", "linear"):
         if task not in chosen:
             continue
-        if (layer := protocol.layer(task)) not in pooled:
-            reading = replace(protocol.pooled, layer=layer)
-            pooled[layer] = extract(backbone, train, reading, decoding), extract(backbone, test, reading, decoding)
-        yield knn_score(*pooled[layer]) if task == "knn" else linear_score(*pooled[layer], protocol)
-    pooled.clear()
+        for layer in protocol.layers(task):
+            if layer not in pooled:
+                reading = replace(protocol.pooled, layer=layer)
+                pooled[layer] = extract(backbone, train, reading, decoding), extract(backbone, test, reading, decoding)
+        pairs = {layer: pooled[layer] for layer in protocol.layers(task)}
+        if task == "knn":
+            yield knn_score(*pairs[protocol.pooled.layer], device=device)
+        else:
+            yield linear_score(pairs, protocol, device=device)
     if "segment" in chosen:
         height, width = _sides(protocol.grid_size or native_grid(train, backbone.patch_size))
         reading = Reading((height, width), layer=protocol.grid_layer, pooling="grid", amp=protocol.pooled.amp)
@@ -107,7 +120,7 @@ def evaluate(
             decoding, batch_size=max(1, min(decoding.batch_size, decoding.batch_size * crop // (height * width)))
         )
         grids = extract(backbone, train, reading, fewer), extract(backbone, test, reading, fewer)
-        yield segment_score(*grids, protocol, classes)
+        yield segment_score(*grids, protocol, classes, device=device)
 
 
 def evaluate_pixels(
@@ -116,47 +129,98 @@ def evaluate_pixels(
     tasks: Iterable[str] = TASKS,
     classes: int | None = None,
     patch: int = 16,
+    device: torch.device | str = "cpu",
 ) -> Iterator[TaskScore]:
     """`evaluate` of raw pixels: thumbnails for k-NN and linear probe, patches for segmentation."""
     chosen = set(tasks)
     if "knn" in chosen or "linear" in chosen:
         thumbnails = pixel_features(data[0], PIXEL_SIDE), pixel_features(data[1], PIXEL_SIDE)
         if "knn" in chosen:
-            yield knn_score(*thumbnails)
+            yield knn_score(*thumbnails, device=device)
         if "linear" in chosen:
-            yield linear_score(*thumbnails, protocol)
+            yield linear_score({"pixels": thumbnails}, protocol, device=device)
     if "segment" in chosen:
         size = protocol.grid_size or native_grid(data[0], patch)
         grids = pixel_grid(data[0], size, patch), pixel_grid(data[1], size, patch)
-        yield segment_score(*grids, protocol, classes)
+        yield segment_score(*grids, protocol, classes, device=device)
 
 
-def knn_score(train: Features, test: Features, ks: Iterable[int] = KS) -> TaskScore:
-    """The headline at k = 20, and every k in the detail; k beyond the training set is cut to its size, and said so."""
+def knn_score(
+    train: Features, test: Features, ks: Iterable[int] = KS, *, device: torch.device | str = "cpu"
+) -> TaskScore:
+    """The headline at k = 20; every k, top-5 and confusions in the detail.
+
+    k beyond the training set is cut to its size, and said so. A set that is scored on itself leaves each image out of
+    its own neighbors (else the nearest one is the image itself), and that is said too.
+    """
     ks = sorted({*ks, HEADLINE_K})
-    y, truth = labels_of(train, test)
-    top1 = knn(train.x, y, test.x, truth, ks)
-    headline = min(HEADLINE_K, len(train.x))
-    detail: dict[str, Any] = {"k": headline, "top1": {str(k): score for k, score in top1.items()}}
-    if ks[-1] > len(train.x):
-        detail["capped"] = f"k is at most {len(train.x)}, the number of training images"
-    return TaskScore("knn", top1[headline], {**detail, "features": _origin(train, test)})
+    y, labels = labels_of(train, test)
+    itself = _same_images(train, test)
+    n, truth = len(train.x) - itself, check_labeled(test.x, labels, "test set of the k-NN")
+    ranked = classify(train.x, y, None if itself else test.x, ks, device=device)
+    headline = min(HEADLINE_K, n)
+    detail: dict[str, Any] = {"k": headline, "top1": {str(k): accuracy(ranked[k], truth) for k in ranked}}
+    if len(np.unique(y)) > 5:
+        detail["top5"] = {str(k): accuracy(ranked[k], truth, top=5) for k in ranked}
+    if itself:
+        detail["leave_one_out"] = True
+    if ks[-1] > n:
+        detail["capped"] = f"k is at most {n}, the number of training images" + (" but one" if itself else "")
+    detail |= _mistakes(ranked[headline][:, 0], truth, train.manifest.get("classes"))
+    return TaskScore("knn", detail["top1"][str(headline)], {**detail, "features": _origin(train, test)})
 
 
-def linear_score(train: Features, test: Features, protocol: Protocol) -> TaskScore:
-    y, truth = labels_of(train, test)
-    result = linear_probe(train.x, y, test.x, truth, epochs=protocol.epochs, seed=protocol.seed)
-    return TaskScore("linear", result["top1"], {**result, "features": _origin(train, test)})
+def _mistakes(predicted: Tensor, truth: Tensor, names: list[str] | None) -> dict[str, Any]:
+    """Percent right for each class, the confusions as a table where that is small, and the ten most frequent ones."""
+    classes = 1 + int(torch.maximum(predicted.max(), truth.max()))
+    table = confusion(predicted, truth, classes)
+    wrong = table - torch.diag(table.diag())
+    count, place = wrong.flatten().topk(min(10, wrong.numel()))
+    known = names if names is not None and len(names) >= classes else list(map(str, range(classes)))
+    most = [
+        {"class": known[at // classes], "taken_for": known[at % classes], "images": images}
+        for images, at in zip(count.tolist(), place.tolist(), strict=True)
+        if images
+    ]
+    found: dict[str, Any] = {"per_class": per_class(predicted, truth, classes), "most_confused": most}
+    return found | ({"confusion": table.tolist()} if classes <= _MOST_IN_A_TABLE else {})
 
 
-def segment_score(train: Features, test: Features, protocol: Protocol, classes: int | None = None) -> TaskScore:
+def _same_images(train: Features, test: Features) -> bool:
+    given = train.manifest.get("dataset")
+    return given is not None and given == test.manifest.get("dataset") and np.array_equal(train.index, test.index)
+
+
+def linear_score(
+    pairs: Mapping[str, tuple[Features, Features]], protocol: Protocol, *, device: torch.device | str = "cpu"
+) -> TaskScore:
+    """pairs: (training, test) features by layer, of the same images; which layer is taken is in the detail."""
+    first = next(iter(pairs.values()))
+    y, truth = labels_of(*first)
+    common: dict[str, Any] = {"epochs": protocol.epochs, "decays": WEIGHT_DECAYS, "seed": protocol.seed}
+    if len(pairs) == 1:
+        result = linear_probe(first[0].x, y, first[1].x, truth, **common, device=device)
+        return TaskScore("linear", result["top1"], {**result, "features": _origin(*first)})
+    train, test = ({layer: pair[side].x for layer, pair in pairs.items()} for side in (0, 1))
+    result = linear_probe(train, y, test, truth, **common, device=device)
+    return TaskScore("linear", result["top1"], {**result, "features": _origin(*pairs[result["chosen"]])})
+
+
+def segment_score(
+    train: Features,
+    test: Features,
+    protocol: Protocol,
+    classes: int | None = None,
+    *,
+    device: torch.device | str = "cpu",
+) -> TaskScore:
     """classes: None counts those of the masks, and refuses what is no class number."""
     sets = (train.x, train.mask_list()), (test.x, test.mask_list())
     if classes is None:
         named = [f"{which} image {i}" for which, x in (("training", train), ("test", test)) for i in x.index]
         classes = mask_classes(zip(named, [*sets[0][1], *sets[1][1]], strict=True))
     training = ProbeTraining(head=protocol.head, steps=protocol.steps, seed=protocol.seed)
-    result = segment_probe(*sets, classes, training)
+    result = segment_probe(*sets, classes, training, device=device)
     detail = {**result, "head": protocol.head, "classes": classes, "features": _origin(train, test)}
     return TaskScore("segment", result["miou"], detail)
 

@@ -37,7 +37,7 @@ class ProbeTraining:
 
 
 class GridStatistics(NamedTuple):
-    """Mean and standard deviation of each channel of the training grids, (D,) each."""
+    """Mean and standard deviation of each channel of the training grids, (D,) each, where the head is trained."""
 
     mean: Tensor
     std: Tensor
@@ -48,6 +48,8 @@ def segment_probe(
     test_set: tuple[np.ndarray, Masks],
     classes: int,
     training: ProbeTraining = ProbeTraining(),
+    *,
+    device: torch.device | str = "cpu",
 ) -> dict[str, Any]:
     """mIoU in percent of a "linear" or "mlp" head trained on frozen patch grids.
 
@@ -55,7 +57,8 @@ def segment_probe(
     one linear cycle up to `lr`, cross-entropy on bilinearly upsampled logits, `ignore` pixels left out. Training
     compares at `detail` times the grid (or the mask's size where that is smaller; masks by nearest neighbor), which
     costs a fraction of full size; the score is always taken at each mask's own size. Features are standardized per
-    channel with training statistics: with the linear head this stays a linear map. Same seed, same answer.
+    channel with training statistics: with the linear head this stays a linear map. Same seed, same answer on the same
+    device. The head is trained on `device`; grids stay where they are, and a batch of them is on the device at a time.
 
     Returns miou, pixel_accuracy, per_class (None for a class in neither prediction nor truth; such classes are
     not in the mean), steps, train, test. Raises UserError for unusable arrays.
@@ -68,12 +71,12 @@ def segment_probe(
             f"{training.steps_taken} and {training.batch_size}."
         )
     (train_grid, train_masks), (test_grid, test_masks) = train_set, test_set
-    statistics = _statistics(train_grid)
+    statistics = _statistics(train_grid, torch.device(device))
     model = train_head(train_grid, train_masks, statistics, classes, training)
     table = np.zeros((classes, classes), dtype=np.int64)
     for i in range(len(test_grid)):
         logits = predict(model, _map(test_grid[i : i + 1], statistics), test_masks[i].shape)
-        predicted = logits.max(1).indices[0].numpy()  # ten times as fast as argmax
+        predicted = logits.max(1).indices[0].cpu().numpy()  # ten times as fast as argmax
         table += confusion(predicted, test_masks[i], classes, training.ignore)
     return {**scores(table), "steps": training.steps_taken, "train": len(train_grid), "test": len(test_grid)}
 
@@ -81,7 +84,7 @@ def segment_probe(
 def train_head(
     grid: np.ndarray, masks: Masks, statistics: GridStatistics, classes: int, training: ProbeTraining
 ) -> SegmentationHead:
-    """The head trained on grids (n, h, w, D) and their masks; see `segment_probe`."""
+    """The head trained on grids (n, h, w, D) and their masks, on the device of `statistics`; see `segment_probe`."""
     n, h, w, dim = grid.shape
     size = (min(h * training.detail, masks[0].shape[0]), min(w * training.detail, masks[0].shape[1]))
     targets = torch.from_numpy(np.stack([nearest(mask, size) for mask in masks]))
@@ -89,6 +92,7 @@ def train_head(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(training.seed)
         model = SegmentationHead(dim, classes, training.head)
+    model.to(statistics.mean.device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=training.lr, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, training.lr, total_steps=steps, anneal_strategy="linear", cycle_momentum=False
@@ -96,7 +100,7 @@ def train_head(
     generator = torch.Generator().manual_seed(training.seed)
     for rows in _batches(n, training.batch_size, steps, generator):
         logits = model(_map(grid[rows.numpy()], statistics), size)
-        target = targets[rows].long()
+        target = targets[rows].to(logits.device, non_blocking=True).long()
         # a batch may hold nothing but ignored pixels: its mean would be 0/0
         counted = (target != training.ignore).sum().clamp(min=1)
         loss = F.cross_entropy(logits, target, ignore_index=training.ignore, reduction="sum") / counted
@@ -160,19 +164,20 @@ def _check(grid: np.ndarray, masks: Masks, classes: int, ignore: int, what: str)
         raise UserError(f"The {what} has features that are not finite; the backbone has most likely diverged.")
 
 
-def _statistics(grid: np.ndarray) -> GridStatistics:
+def _statistics(grid: np.ndarray, device: torch.device) -> GridStatistics:
     """Summed image by image in float64."""
     count = grid.shape[0] * grid.shape[1] * grid.shape[2]
     mean = sum(np.asarray(row, np.float64).sum((0, 1)) for row in grid) / count
     square = sum((np.asarray(row, np.float64) - mean).__pow__(2).sum((0, 1)) for row in grid) / count
     std = np.sqrt(square)
     std[std <= 1e-6 * std.max()] = 1.0  # a channel that never changes stays at 0
-    return GridStatistics(torch.from_numpy(mean).float(), torch.from_numpy(std).float())
+    return GridStatistics(torch.from_numpy(mean).float().to(device), torch.from_numpy(std).float().to(device))
 
 
 def _map(grid: np.ndarray, statistics: GridStatistics) -> Tensor:
     """Grids (B, h, w, D) -> standardized feature maps (B, D, h, w)."""
-    return torch.from_numpy(np.array(grid, np.float32)).sub_(statistics.mean).div_(statistics.std).permute(0, 3, 1, 2)
+    part = torch.from_numpy(np.array(grid, np.float32)).to(statistics.mean.device, non_blocking=True)
+    return part.sub_(statistics.mean).div_(statistics.std).permute(0, 3, 1, 2)
 
 
 def _batches(n: int, batch_size: int, steps: int, generator: torch.Generator) -> list[Tensor]:

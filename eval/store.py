@@ -1,18 +1,17 @@
 """Features on disk: written once as the backbone makes them, memory-mapped by every evaluator afterwards."""
 
 import contextlib
-import glob
 import json
-import os
-import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
-from nearfar.eval.features import DEFAULT_DECODING, Decoding, Features, Reading, ReadRows, describe, stream
-from nearfar.ssl import bounded_files, file_lock, files
+from nearfar.eval.features import DEFAULT_DECODING, Features, Reading, describe, stream
+from nearfar.eval.images import Decoding
+from nearfar.eval.partial_store import Progress, partial_folder
+from nearfar.ssl import bounded_files
 from nearfar.ssl.backbones.tokens import Backbone
 from nearfar.ssl.data.sources.base import Source
 from nearfar.ssl.errors import UserError
@@ -24,7 +23,8 @@ _KINDS = {  # what each array of a store may hold: kinds of dtype, and dimension
     "masks": ("u", (3,)),
     "mask_size": ("iu", (2,)),
 }
-_MOST_BYTES = 256 * 2**20  # of a manifest, which names every unreadable image
+_KEPT_EVERY = 1024  # images between two points from which a killed process could be gone on from
+_MOST_BYTES = 256 * 2**20  # bytes; it names every unreadable image
 
 
 class FeatureStore:
@@ -39,8 +39,9 @@ class FeatureStore:
 
         A store made from the same weights, data and reading is opened; any other store in `folder` is
         replaced, and a folder that is no feature store is left alone (UserError). The folder appears complete
-        or not at all; what a killed process left of an earlier attempt is removed. Raises UserError also where the
-        disk refuses, before anything is computed if it does so at once.
+        or not at all. What a killed process left of the same work (weights, data, reading, batch size, kind of device,
+        torch) is gone on from, to the same bits; of other work, it is removed. Raises UserError also where the disk
+        refuses, before anything is computed if it does so at once.
         """
         manifest = describe(backbone, source, reading)
         try:
@@ -52,7 +53,9 @@ class FeatureStore:
                     )
                 with contextlib.suppress(UserError):  # a damaged store is as good as none: it is made again
                     return FeatureStore.open(folder, manifest)
-            with _partial_folder(folder) as partial:
+            making = {**manifest, "batch_size": decoding.batch_size, "torch": torch.__version__}
+            making["device"] = next(backbone.parameters()).device.type
+            with partial_folder(folder, making) as partial:
                 features = _fill(partial, backbone, source, manifest, decoding)
                 _save(partial, features)
                 del features  # releases the memory map before its file moves
@@ -126,63 +129,22 @@ def _misshapen(name: str, array: np.ndarray, shape: tuple[int, ...]) -> str | No
     return None
 
 
-@contextlib.contextmanager
-def _partial_folder(final: Path) -> Iterator[Path]:
-    """`files.atomic_folder`, and away with what a killed process left of an earlier attempt.
-
-    The writer holds a lock on it, so that the next one can tell a folder that was left by a killed process from one
-    that is being written, and removes the former.
-    """
-    final.parent.mkdir(parents=True, exist_ok=True)
-    for left in final.parent.glob(f"{glob.escape(files.partial_prefix(final))}*"):
-        handle = _lock(left)
-        if handle is not None:
-            shutil.rmtree(left, ignore_errors=True)
-            os.close(handle)
-    # The stack comes first, so that the lock is given back only when the folder has its name.
-    with contextlib.ExitStack() as stack, files.atomic_folder(final) as partial:
-        if (handle := _lock(partial)) is not None:
-            stack.callback(os.close, handle)
-        yield partial
-
-
-def _lock(folder: Path) -> int | None:
-    """A handle that holds the lock of a folder until it is closed; None where another process holds it, or where the
-    file system has no locks."""
-    try:
-        handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    except OSError:
-        return None
-    try:
-        if file_lock.acquire(handle):
-            return handle
-    except OSError:
-        pass
-    os.close(handle)
-    return None
-
-
 def _fill(folder: Path, backbone: Backbone, source: Source, manifest: dict[str, Any], decoding: Decoding) -> Features:
-    """Features written to folder/features.npy as they are made."""
-    file, rows = folder / "features.npy", ReadRows()
-    x: np.ndarray | None = None
-    done = 0
-    for batch, part in stream(backbone, source, manifest, decoding):
-        rows.add(batch)
+    """Features written to folder/features.npy as they are made, from where the folder stands."""
+    progress = Progress(folder, source, masks=manifest["pooling"] == "grid")
+    images, kept = progress.images, progress.images
+    if images and decoding.progress:
+        decoding.progress(images)
+    for batch, part in stream(backbone, source, manifest, decoding, start=images):
+        progress.rows.add(batch)
         if part is not None:
-            if x is None:
-                x = np.lib.format.open_memmap(file, "w+", np.float32, (len(source), *part.shape[1:]))
-            x[done : done + len(part)] = part
-            done += len(part)
-    if x is not None and done < len(source):  # unreadable images leave rows over: write it once more
-        short = np.lib.format.open_memmap(folder / "short.npy", "w+", np.float32, (done, *x.shape[1:]))
-        for start in range(0, done, 4096):
-            short[start : start + 4096] = x[start : min(start + 4096, done)]
-        (folder / "short.npy").replace(file)
-        x = short
-    if isinstance(x, np.memmap):
-        x.flush()
-    return rows.features(np.empty(0) if x is None else x, source, manifest)
+            progress.add(part)
+        images += len(batch.index) + len(batch.bad)
+        if images - kept >= _KEPT_EVERY:
+            progress.keep(images)
+            kept = images
+    x = progress.whole()
+    return progress.rows.features(np.empty(0) if x is None else x, source, manifest)
 
 
 def _save(folder: Path, features: Features) -> None:

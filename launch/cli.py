@@ -10,7 +10,9 @@ import contextlib
 import logging
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
@@ -27,6 +29,9 @@ from nearfar.launch.recipes import bundled, find_recipe
 from nearfar.launch.slurm.cli import add_launch
 from nearfar.launch.streams import outliving_their_reader
 from nearfar.ssl.errors import EXIT_PEER, EXIT_USER, PeerError, UserError
+
+if TYPE_CHECKING:
+    from nearfar.ssl.backbones import Backbone
 
 EXIT_BUG = 1
 
@@ -152,61 +157,89 @@ def run_pretrain(arguments: argparse.Namespace) -> None:
 
 
 def run_features(arguments: argparse.Namespace) -> None:
-    from nearfar.eval.features import Decoding
+    from nearfar.eval.images import Decoding
     from nearfar.eval.store import FeatureStore
+    from nearfar.launch.computing import by_all_ranks, compute_for
     from nearfar.launch.progress import progress, summed
     from nearfar.launch.score import Subject, protocol_of
     from nearfar.ssl.data import open_source
 
     subject, source = Subject.of(arguments.model), open_source(arguments.data)
     size, resize, layer, pooling = (getattr(arguments, name) for name in ("size", "resize", "layer", "pooling"))
-    reading = protocol_of(subject, size=size, resize=resize, layer=layer, pooling=pooling).pooled
-    with progress(len(source), f"Reading {arguments.data}", Console()) as tell:
-        decoding = Decoding(workers=arguments.workers, progress=summed(tell))
-        features = FeatureStore.write(arguments.out, subject.backbone, source, reading, decoding)
-    bad = features.manifest["bad"]
-    print(f"{arguments.out}: {features.x.shape} {features.x.dtype}, {len(bad)} unreadable images")
-    for name, why in list(bad.items())[:3]:
-        _note(f"Left out: {name}: {why}")
+    compute = compute_for(subject.backbone, arguments.device)
+
+    def write(decoding: Decoding) -> None:
+        placed = subject.on(compute)
+        reading = protocol_of(placed, size=size, resize=resize, layer=layer, pooling=pooling).pooled
+        with progress(len(source), f"Reading {arguments.data}", Console()) as tell:
+            decoding = replace(decoding, progress=summed(tell))
+            features = FeatureStore.write(arguments.out, placed.backbone, source, reading, decoding)
+        bad = features.manifest["bad"]
+        print(f"{arguments.out}: {features.x.shape} {features.x.dtype}, {len(bad)} unreadable images")
+        for name, why in list(bad.items())[:3]:
+            _note(f"Left out: {name}: {why}")
+
+    by_all_ranks(write, lambda: [subject.on(compute).backbone], [source], Decoding(workers=arguments.workers))
 
 
 def run_eval(arguments: argparse.Namespace) -> None:
-    from nearfar.eval.features import Decoding
     from nearfar.eval.store import is_store
-    from nearfar.launch.report import report_run
-    from nearfar.launch.score import ScoreOptions, Subject, protocol_of, score, score_features, sources
 
     tasks = None if arguments.what == "all" else (arguments.what,)
     if is_store(arguments.model):
-        if not arguments.val:
-            raise UserError(f"{arguments.model} holds features to learn from: name those to score with --val.")
-        score_features(
-            arguments.model, Path(arguments.val), tasks=tasks, head=arguments.head, file=arguments.out,
-            console=Console(),
-        )  # fmt: skip
-        return
+        _eval_features(arguments, tasks)
+    else:
+        _eval_model(arguments, tasks)
+
+
+def _eval_features(arguments: argparse.Namespace, tasks: tuple[str, ...] | None) -> None:
+    from nearfar.launch.score import score_features
+    from nearfar.ssl.device import choose
+
+    if not arguments.val:
+        raise UserError(f"{arguments.model} holds features to learn from: name those to score with --val.")
+    score_features(
+        arguments.model, Path(arguments.val), tasks=tasks, head=arguments.head, file=arguments.out, console=Console(),
+        device=choose(arguments.device, "fp32", 0, "--device ").device,
+    )  # fmt: skip
+
+
+def _eval_model(arguments: argparse.Namespace, tasks: tuple[str, ...] | None) -> None:
+    from nearfar.eval.images import Decoding
+    from nearfar.launch.computing import by_all_ranks, compute_for
+    from nearfar.launch.report import report_run
+    from nearfar.launch.score import ScoreOptions, Subject, protocol_of, score, sources, untrained
+
     subject = Subject.of(arguments.model)
     train, val = sources(subject.run, arguments.train, arguments.val)
-    given = {"size": arguments.size, "resize": arguments.resize, "head": arguments.head}
-    given["grid_layer" if arguments.what == "segment" else "layer"] = arguments.layer
+    given: dict[str, Any] = {"size": arguments.size, "resize": arguments.resize, "head": arguments.head}
+    if arguments.what == "linear" and arguments.layer:
+        given["linear_layers"] = tuple(arguments.layer.split(","))
+    else:
+        given["grid_layer" if arguments.what == "segment" else "layer"] = arguments.layer
     given["grid_size"] = tuple(arguments.grid_size) if arguments.grid_size else None
-    options = ScoreOptions(
-        arguments.baselines,
-        arguments.out,
-        protocol_of(subject, **given),
-        arguments.classes,
-        Decoding(workers=arguments.workers),
-    )
-    reported = subject.is_run and not arguments.out
-    try:
-        score(subject, train, val, tasks=tasks, options=options, console=Console())
-    except UserError:
+    compute = compute_for(subject.backbone, arguments.device)
+
+    def score_it(decoding: Decoding) -> None:
+        placed = subject.on(compute)
+        protocol = protocol_of(placed, **given)
+        options = ScoreOptions(arguments.baselines, arguments.out, protocol, arguments.classes, decoding)
+        reported = placed.is_run and not arguments.out
+        try:
+            score(placed, train, val, tasks=tasks, options=options, console=Console())
+        except UserError:
+            if reported:
+                with contextlib.suppress(UserError):  # of the scores that there are; what went wrong first is told
+                    report_run(placed.folder, placed)
+            raise
         if reported:
-            with contextlib.suppress(UserError):  # of the scores that there are; what went wrong first is told
-                report_run(subject.folder, subject)
-        raise
-    if reported:
-        report_run(subject.folder, subject)
+            report_run(placed.folder, placed)
+
+    def backbones() -> list[Backbone]:
+        placed = subject.on(compute)
+        return [placed.backbone, *([untrained(placed)] if arguments.baselines else [])]
+
+    by_all_ranks(score_it, backbones, [train.source, val.source], Decoding(workers=arguments.workers))
 
 
 def run_export(arguments: argparse.Namespace) -> None:
@@ -333,9 +366,21 @@ def _add_reading(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--size", type=int, help="side of the image in pixels (default: eval.size of the run)")
     parser.add_argument("--resize", type=int, help="shorter side before the center crop (default: eval.resize)")
     parser.add_argument(
-        "--layer", help="final, last-block or blocks-N (default: final; last-block for segmentation, as LocAt reads it)"
+        "--layer",
+        help="final, last-block or blocks-N (default: final; last-block for segmentation, as LocAt reads it); for "
+        "`eval linear` several with commas between, of which held-out training images choose one",
     )
-    parser.add_argument("--workers", type=int, default=0, help="decoding processes (default 0: in this one)")
+    parser.add_argument(
+        "--device",
+        choices=["auto", "cpu", "cuda"],
+        default="auto",
+        help="where to compute (default: a GPU if any)",
+    )
+    parser.add_argument(
+        "--workers",
+        type=int,
+        help="threads or processes that decode, 0: none beside this one (default: by cores and device)",
+    )
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 from rich.console import Console
 
+from nearfar.launch.computing import compute_for
 from nearfar.launch.pretrain import run_pretraining
 from nearfar.launch.recipes import find_recipe
 from nearfar.launch.report import report_run
@@ -51,6 +52,7 @@ def demo(seed: int, settings: list[str], console: Console) -> None:
     if not outcome.finished:
         return
     subject = Subject.of(outcome.folder)
+    subject = subject.on(compute_for(subject.backbone, run.train.device, "train.device="))
     train, val = sources(run, None, None)
     # Tokens of 8x8 pixels of a digit must know the rest of it: read after PRR, with a head that can combine channels.
     protocol = protocol_of(subject, grid_layer="final", head="mlp", steps=800)

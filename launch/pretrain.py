@@ -10,12 +10,13 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from nearfar.eval.features import Decoding, Reading, extract
+from nearfar.eval.features import Reading, extract
+from nearfar.eval.images import Decoding
 from nearfar.eval.knn import knn
 from nearfar.eval.pictures import contact_sheet, save
 from nearfar.launch import processes
 from nearfar.launch.stop_signals import StopFlag
-from nearfar.ssl import train
+from nearfar.ssl import device, train
 from nearfar.ssl.backbones import Backbone
 from nearfar.ssl.data import open_source
 from nearfar.ssl.data.loaders.base import Batch
@@ -99,13 +100,15 @@ class OnlineKNN:
                 raise _StoppedError
 
         def read(source: Source) -> tuple[np.ndarray, np.ndarray]:
-            reading = Reading(run.eval.size, run.eval.resize, pooling=run.head.pooling)
+            reading = Reading(run.eval.size, run.eval.resize, pooling=run.head.pooling, amp=compute.bf16)
             features = extract(backbone, source, reading, Decoding(workers=run.data.workers, progress=go_on))
             assert features.labels is not None
             return features.x, features.labels
 
+        compute = device.choose(run.train.device, run.train.precision, backbone.embed_dim)
+        place = next(backbone.parameters()).device
         try:
-            (score,) = knn(*read(self.memory), *read(self.val), ks=(20,)).values()
+            (score,) = knn(*read(self.memory), *read(self.val), ks=(20,), device=place).values()
         except _StoppedError:
             return None
         return {"knn_top1": score}

@@ -16,7 +16,8 @@ from rich.console import Console
 from rich.table import Table
 
 from nearfar.eval import results
-from nearfar.eval.features import Decoding, Reading, digest
+from nearfar.eval.features import Reading, digest
+from nearfar.eval.images import Decoding
 from nearfar.eval.results import SUBJECTS, TITLES, DataName, Score
 from nearfar.eval.run_files import flat, read_numbers, read_settings
 from nearfar.eval.scoring import Protocol, TaskScore, evaluate, evaluate_pixels, knn_score, linear_score, segment_score
@@ -27,6 +28,7 @@ from nearfar.ssl import checkpoint, config, digests
 from nearfar.ssl.backbones import Backbone
 from nearfar.ssl.data import open_source
 from nearfar.ssl.defaults import ResolvedRun
+from nearfar.ssl.device import Compute
 from nearfar.ssl.errors import UserError
 from nearfar.ssl.learner import build_learner
 from nearfar.ssl.settings import Run
@@ -39,6 +41,15 @@ class Subject(NamedTuple):
     run: Run
     folder: Path
     step: int | None = None
+    amp: bool = False  # bfloat16 autocast where features are read
+
+    def on(self, compute: Compute) -> Subject:
+        """These weights on a device, read in the precision that is good there."""
+        return self._replace(backbone=self.backbone.to(compute.device), amp=compute.bf16)
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.backbone.parameters()).device
 
     @property
     def image_size(self) -> int:
@@ -100,7 +111,7 @@ def protocol_of(subject: Subject, **given: Any) -> Protocol:
         given.pop("resize", resize),
         given.pop("layer", "final"),
         given.pop("pooling", subject.run.head.pooling),
-        given.pop("amp", False),
+        given.pop("amp", subject.amp),
     )
     return Protocol(pooled, **given)
 
@@ -146,8 +157,9 @@ class _Work:
     def _scores(self, tasks: list[str]) -> Iterable[TaskScore]:
         data = self.train.source, self.val.source
         if self.name == "pixels":
-            return evaluate_pixels(data, self.protocol, tuple(tasks), self.classes, self.subject.backbone.patch_size)
-        backbone = self.subject.backbone if self.name == "trained" else untrained(self.subject.run)
+            patch, device = self.subject.backbone.patch_size, self.subject.device
+            return evaluate_pixels(data, self.protocol, tuple(tasks), self.classes, patch, device)
+        backbone = self.subject.backbone if self.name == "trained" else untrained(self.subject)
         return evaluate(backbone, data, self.protocol, tuple(tasks), self.classes, self.decoding)
 
 
@@ -220,7 +232,8 @@ def _compute(work: list[_Work], known: set[str], planned: Plan, console: Console
     doing = "; ".join(f"{SUBJECTS[each.name]}: {', '.join(TITLES[task] for task in each.tasks)}" for each in due)
     if not console.is_terminal:
         console.print(f"Scoring {doing} ...", highlight=False, soft_wrap=True)
-    processes = min(len(due), torch.get_num_threads())
+    alone = all(each.subject.device.type == "cpu" and not each.decoding.shared for each in due)
+    processes = min(len(due), torch.get_num_threads()) if alone else 1
     with console.status(f"Scoring {doing} ..."):
         if processes < 2:
             found = [each() for each in due]
@@ -303,7 +316,14 @@ def remarks(found: Iterable[Score]) -> Iterable[str]:
 
 
 def score_features(
-    train: Path, val: Path, *, tasks: Iterable[str] | None, head: str, file: Path | None, console: Console
+    train: Path,
+    val: Path,
+    *,
+    tasks: Iterable[str] | None,
+    head: str,
+    file: Path | None,
+    console: Console,
+    device: torch.device | str = "cpu",
 ) -> list[Score]:
     """Score two folders that `nearfar features` wrote, without running the network again, and print the table.
 
@@ -337,9 +357,13 @@ def score_features(
     for task in chosen:
         try:
             if task == "segment":
-                one = segment_score(*pair, protocol)
+                one = segment_score(*pair, protocol, device=device)
             else:
-                one = knn_score(*pair) if task == "knn" else linear_score(*pair, protocol)
+                one = (
+                    knn_score(*pair, device=device)
+                    if task == "knn"
+                    else linear_score({str(manifest["layer"]): pair}, protocol, device=device)
+                )
         except UserError as error:
             failures.append(str(error))
             continue
@@ -359,9 +383,10 @@ def score_features(
     return found
 
 
-def untrained(run: Run) -> Backbone:
-    """The backbone as it was at step 0 of the run."""
-    return build_learner(ResolvedRun.of(run)).teacher.backbone.eval().requires_grad_(False)
+def untrained(subject: Subject) -> Backbone:
+    """The backbone as it was at step 0 of the run, where the trained one is."""
+    learner = build_learner(ResolvedRun.of(subject.run))
+    return learner.teacher.backbone.eval().requires_grad_(False).to(subject.device)
 
 
 def table(found: Iterable[Score]) -> Table:

@@ -14,6 +14,7 @@ from nearfar.ssl.errors import UserError
 
 # Below this width, casting eats what bf16 matrix products save on a CPU (a ViT of width 96 still gains 1.65x).
 NARROW = 64
+BF16 = "bf16 autocast"
 
 
 class Compute(NamedTuple):
@@ -21,22 +22,28 @@ class Compute(NamedTuple):
     autocast: Callable[[], AbstractContextManager[Any]]  # a fresh context for every forward pass
     precision: str  # in words
 
+    @property
+    def bf16(self) -> bool:
+        return self.precision == BF16
 
-def choose(device: str, precision: str, width: int) -> Compute:
+
+def choose(device: str, precision: str, width: int, asked: str = "train.device=") -> Compute:
     """Resolve `train.device` and `train.precision` on this machine, for a backbone of `width`.
+
+    asked: how the user names a device, before its name.
 
     Raises:
         UserError: an explicit wish that the hardware cannot meet.
     """
     if device == "cuda" and not torch.cuda.is_available():
-        raise UserError("train.device=cuda, but torch sees no CUDA device here. Use train.device=cpu or auto.")
+        raise UserError(f"{asked}cuda, but torch sees no CUDA device here. Use {asked}cpu or auto.")
     place = torch.device("cuda" if device != "cpu" and torch.cuda.is_available() else "cpu")
     able = has_bf16(place)
     if precision == "bf16" and not able:
         raise UserError(f"train.precision=bf16, but this {place.type} does not multiply bf16. Use fp32 or auto.")
     worth_it = place.type == "cuda" or width >= NARROW
     if precision == "bf16" or (precision == "auto" and able and worth_it):
-        return Compute(place, lambda: torch.autocast(place.type, torch.bfloat16), "bf16 autocast")
+        return Compute(place, lambda: torch.autocast(place.type, torch.bfloat16), BF16)
     return Compute(place, nullcontext, "float32")
 
 

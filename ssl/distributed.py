@@ -82,12 +82,12 @@ def _first_host(nodes: str) -> str:
 
 
 @contextmanager
-def joined(ranks: Ranks) -> Iterator[None]:
-    """Within it the ranks of a run can hear each other.
+def joined(ranks: Ranks, timeout: timedelta = COLLECTIVE_TIMEOUT) -> Iterator[None]:
+    """Within it the ranks of a run can hear each other; timeout: how long one may keep the others waiting.
 
     Raises:
         PeerError: another rank ended first. Where connections break with the process, that is told at once, otherwise
-            after `COLLECTIVE_TIMEOUT`.
+            after `timeout`.
         UserError: another rank ended first, and of a mistake of the user's.
     """
     if ranks.size == 1:
@@ -99,9 +99,7 @@ def joined(ranks: Ranks) -> Iterator[None]:
     try:
         store = _store(ranks)
         backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
-        dist.init_process_group(
-            backend, store=store, rank=ranks.rank, world_size=ranks.size, timeout=COLLECTIVE_TIMEOUT
-        )
+        dist.init_process_group(backend, store=store, rank=ranks.rank, world_size=ranks.size, timeout=timeout)
     except (RuntimeError, ValueError) as error:
         raise PeerError(f"Rank {ranks.rank} did not meet the other {ranks.size - 1}: {_short(error)}") from error
     me = f"Rank {ranks.rank} on {socket.gethostname()}"
@@ -164,6 +162,11 @@ def _short(error: BaseException) -> str:
 def count() -> int:
     """Ranks that are joined now."""
     return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def rank() -> int:
+    """Which of the joined ranks this is."""
+    return dist.get_rank() if dist.is_initialized() else 0
 
 
 def all_sum_(tensor: Tensor) -> Tensor:

@@ -359,9 +359,12 @@ def score(run: Path, tasks: list[str]) -> None:
     from rich.console import Console
 
     from nearfar.eval.report import write_report
+    from nearfar.launch.computing import compute_for
     from nearfar.launch.score import Subject, score, sources
 
     subject = Subject.of(run)
+    device = subject.run.train.device  # of the job: the GPU that it reserves
+    subject = subject.on(compute_for(subject.backbone, device, "train.device="))
     train, val = sources(subject.run, None, None)
     score(subject, train, val, tasks=tasks, console=Console())
     write_report(run)

@@ -9,14 +9,17 @@ import sys
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from nearfar.eval.features import Decoding, Reading, describe, digest, extract, read
+from nearfar.eval.features import Forward, Reading, describe, digest, extract, read, stream
+from nearfar.eval.images import Decoding
 from nearfar.eval.pixels import pixel_features, pixel_grid
 from nearfar.eval.store import FeatureStore
 from nearfar.ssl import files
 from nearfar.ssl.backbones import create
 from nearfar.ssl.backbones.tokens import Backbone, Tokens
 from nearfar.ssl.data.sources.base import ArraySource, Subset
+from nearfar.ssl.data.transforms.normalize import normalize_pixels
 from nearfar.ssl.errors import BadImage, UserError
 
 MEAN, STD = np.array([0.485, 0.456, 0.406]), np.array([0.229, 0.224, 0.225])
@@ -351,3 +354,71 @@ def test_pixel_grid_holds_each_patch(source, images):
     want = (images[2, 8:16, 16:24] / 255 - MEAN) / STD
     np.testing.assert_allclose(grid.x[1, 1, 2], want.reshape(-1), atol=1e-5)
     assert [mask[0, 0] for mask in grid.mask_list()] == GOOD
+
+
+# Nothing is waited for --------------------------------------------------------------------------------------
+
+
+class Log(TorchDispatchMode):
+    """The operators that run, and which of their inputs and outputs are on which device."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.names.append(function.overloadpacket.__name__)
+        return function(*args, **(kwargs or {}))
+
+
+WAITS = {"_local_scalar_dense", "item", "nonzero", "masked_select", "unique", "_unique2", "equal", "is_nonzero"}
+
+
+@pytest.mark.parametrize("layer", ["final", "blocks-2"])
+@pytest.mark.parametrize("pooling", ["cls+mean", "grid"])
+def test_nothing_but_the_features_leaves_the_device_in_the_loop(images, layer, pooling):
+    model = create("vit_tiny_patch8_lgp_locat", img_size=16, embed_dim=24, depth=2, num_heads=2).eval()
+    source = ArraySource(images[:, :16, :16])
+    reading = Reading(16, layer=layer, pooling=pooling)
+    manifest = describe(model, source, reading)
+    batches = stream(model, source, manifest, Decoding(2, 0))
+    next(batches)  # set-up, and a batch ahead
+    with Log() as log:
+        next(batches)
+    assert "linear" in log.names
+    assert not WAITS & set(log.names)
+
+
+@pytest.mark.parametrize("name", ["vit_tiny_patch8", "vim_tiny_patch8"])
+def test_all_that_is_computed_is_on_the_backbones_device(images, name):
+    """On the meta device, which refuses to meet tensors of another one."""
+    model = create(name, img_size=16, embed_dim=24, depth=2).eval()
+    reading = Reading(16, layer="blocks-2", pooling="cls+mean")
+    manifest = describe(model, ArraySource(images), reading)
+    pixels = torch.from_numpy(images[:, :16, :16]).permute(0, 3, 1, 2)
+    want = Forward(model, manifest).on_device(pixels)
+    forward = Forward(model.to("meta"), manifest)
+    with Log() as log:
+        x = forward.on_device(pixels.to(forward.device))
+    assert (x.device.type, x.dtype, x.shape) == ("meta", torch.float32, want.shape)
+    assert not WAITS & set(log.names)
+
+
+def test_pixels_are_normalized_as_for_training(images):
+    model = Averages()
+    forward = Forward(model, describe(model, ArraySource(images), Reading(16, layer="last-block", pooling="mean")))
+    model.eval()
+    pixels = torch.from_numpy(images).permute(0, 3, 1, 2)
+    torch.testing.assert_close(
+        forward(pixels).arrived(), read(model, normalize_pixels(pixels), "last-block", "mean").detach().numpy(),
+        rtol=0, atol=0,
+    )  # fmt: skip
+
+
+def test_bf16_is_said_in_the_manifest_and_changes_little(source):
+    torch.manual_seed(0)
+    model = create("vit_tiny_patch8", img_size=16, embed_dim=64, depth=2, num_heads=2)
+    a, b = (extract(model, source, Reading(16, amp=amp)) for amp in (False, True))
+    assert (a.manifest["compute"], b.manifest["compute"]) == ("float32", "bfloat16")
+    assert 0 < np.abs(a.x - b.x).max() < 0.05
+    assert b.x.dtype == np.float32

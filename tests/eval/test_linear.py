@@ -13,12 +13,14 @@ from nearfar.eval import linear as module
 from nearfar.eval.linear import (
     WEIGHT_DECAYS,
     StandardizedRows,
+    best_setting,
     linear_probe,
     score,
     standardize,
     stratified,
     train_heads,
 )
+from nearfar.eval.logistic import logistic_probe
 from nearfar.ssl.errors import UserError
 
 
@@ -44,6 +46,29 @@ def test_accuracy_of_logistic_regression_on_digits(digits):
     assert result["top1"] == pytest.approx(100 * judge.score(scale.transform(b), yb), abs=1.5)
     assert result["top5"] >= result["top1"]
     assert (result["train"], result["test"], result["classes"]) == (1200, 597, 10)
+
+
+@pytest.mark.parametrize("split", range(3))
+def test_within_1_5_points_of_logistic_regression_by_lbfgs_on_few_images(split):
+    # 90 images are held out: by accuracy alone, the rate of split 0 was one whose classifier scored 93.1 for 96.3
+    x, y = load_digits(return_X_y=True)
+    order = np.random.default_rng(split).permutation(len(x))
+    x, y = x[order], y[order]
+    judge = logistic_probe(x[:900], y[:900], x[900:], y[900:])
+    result = linear_probe(x[:900], y[:900], x[900:], y[900:], epochs=40)
+    assert result["top1"] == pytest.approx(judge["top1"], abs=1.5)
+
+
+def test_the_loss_decides_between_accuracies_that_few_images_cannot_tell_apart():
+    rows = [
+        {"top1": 96.0, "loss": 0.4},
+        {"top1": 95.0, "loss": 0.1},
+        {"top1": 80.0, "loss": 0.05},  # 14 errors beyond the best, of 90
+        {"top1": 99.0, "loss": None},
+    ]
+    assert best_setting(rows, 90) is rows[1]
+    assert best_setting(rows, 100_000) is rows[0]
+    assert best_setting(rows[3:], 90) is None
 
 
 def sgd_in_numpy(x, y, classes, settings, batches):
@@ -109,8 +134,7 @@ def test_rate_is_chosen_without_the_test_set(digits):
     other = linear_probe(a, ya, b[:50][::-1].copy(), (yb[:50] + 3) % 10, epochs=5)
     assert one["lr"] == other["lr"]
     assert one["holdout"] == other["holdout"]
-    best = max(one["holdout"], key=lambda row: (row["top1"], -row["loss"]))
-    assert one["lr"] == best["lr"]
+    assert one["lr"] == best_setting(one["holdout"], 120)["lr"]
 
 
 def test_same_seed_same_answer_and_no_global_state(digits):
@@ -148,9 +172,9 @@ def test_features_and_decay_are_chosen_on_held_out_training_data(digits):
     noise = np.random.default_rng(0).normal(size=a.shape)
     train_x, test_x = {"noise": noise, "pixels": a}, {"noise": b, "pixels": b}  # only the training set tells
     result = linear_probe(train_x, ya, test_x, yb, epochs=5, lrs=(0.1, 1.0), decays=WEIGHT_DECAYS)
-    assert result["features"] == "pixels"
+    assert result["chosen"] == "pixels"
     assert len(result["holdout"]) == 2 * 2 * 3
-    best = max(result["holdout"], key=lambda row: (row["top1"], -row["loss"]))
+    best = best_setting(result["holdout"], 120)
     assert (result["lr"], result["decay"]) == (best["lr"], best["decay"])
     alone = linear_probe(a, ya, b, yb, epochs=5, lrs=(best["lr"],), decays=(best["decay"],))
     assert alone["top1"] == result["top1"]

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from nearfar.eval.features import Features, Reading, extract
-from nearfar.eval.knn import knn
+from nearfar.eval.knn import knn, leave_one_out
 from nearfar.eval.linear import linear_probe
 from nearfar.eval.scoring import Protocol, evaluate, evaluate_pixels, knn_score, native_grid, segment_score
 from nearfar.eval.segmentation import ProbeTraining, segment_probe
@@ -38,7 +38,7 @@ def setting():
 
 def test_scores_are_those_of_the_evaluators_on_the_features(setting):
     model, train, test = setting
-    protocol = Protocol(Reading(16), linear_layer="blocks-2", epochs=5, steps=20)
+    protocol = Protocol(Reading(16), linear_layers=("blocks-2",), epochs=5, steps=20)
     got = {score.task: score for score in evaluate(model, (train, test), protocol)}
     a, b = extract(model, train, Reading(16)), extract(model, test, Reading(16))
     assert got["knn"].percent == knn(a.x, a.labels, b.x, b.labels, (20,))[20]
@@ -102,3 +102,55 @@ def test_a_stray_class_is_refused_before_the_head_is_trained(setting):
     stray = ArraySource(test.images, test.labels, masks)
     with pytest.raises(UserError, match=r"test image 3 has class 200.*--classes 201"):
         list(evaluate(model, (train, stray), Protocol(Reading(16), steps=2), ("segment",)))
+
+
+def made(x: np.ndarray, labels: np.ndarray, dataset: str, classes: list[str] | None = None) -> Features:
+    manifest = {"dataset": dataset, "classes": classes, "bad": {}}
+    return Features(x.astype(np.float32), np.arange(len(x)), labels, manifest=manifest)
+
+
+def test_images_scored_on_themselves_are_left_out_of_their_neighbors():
+    rng = np.random.default_rng(0)
+    x, y = rng.normal(size=(60, 8)), rng.integers(0, 3, 60)  # nothing to learn: 100 % would be each finding itself
+    same = made(x, y, "a")
+    score = knn_score(same, same, (1, 100))
+    assert score.percent < 60 and score.detail["leave_one_out"]
+    assert score.detail["top1"] == {str(k): top1 for k, top1 in leave_one_out(x, y, (1, 20, 100)).items()}
+    assert "59" in score.detail["capped"]
+    other = knn_score(same, made(x, y, "b"), (1, 100))
+    assert other.detail["top1"]["1"] == 100.0 and "leave_one_out" not in other.detail
+
+
+def test_what_is_taken_for_what_is_said():
+    rng = np.random.default_rng(0)
+    centers = np.eye(7)
+    y, truth = np.arange(140) % 7, np.arange(70) % 7
+    seen = np.where(truth == 5, 2, truth)  # fives look like twos
+    x, queries = centers[y] + rng.normal(size=(140, 7)) / 50, centers[seen] + rng.normal(size=(70, 7)) / 50
+    names = [f"class {i}" for i in range(7)]
+    detail = knn_score(made(x, y, "a", names), made(queries, truth, "b", names)).detail
+    table = np.array(detail["confusion"])
+    assert table.sum() == 70 and table[5, 2] == 10 and np.trace(table) == 60
+    assert detail["most_confused"] == [{"class": "class 5", "taken_for": "class 2", "images": 10}]
+    assert detail["per_class"] == [0.0 if i == 5 else 100.0 for i in range(7)]
+    assert detail["top5"]["20"] >= detail["top1"]["20"] == pytest.approx(100 * 6 / 7)
+    json.dumps(detail)
+
+
+def test_many_classes_are_not_a_table():
+    y = np.arange(120) % 60
+    x = np.eye(60)[y]
+    detail = knn_score(made(x, y, "a"), made(x, y, "b"), (1,)).detail
+    assert "confusion" not in detail and len(detail["per_class"]) == 60
+
+
+def test_the_layer_of_the_linear_probe_is_chosen_among_several(setting):
+    model, train, test = setting
+    protocol = Protocol(Reading(16), linear_layers=("final", "blocks-2"), epochs=5)
+    (score,) = evaluate(model, (train, test), protocol, ("linear",))
+    assert protocol.decides("linear")["layer"] == "final,blocks-2"
+    assert {row["chosen"] for row in score.detail["holdout"]} == {"final", "blocks-2"}
+    assert score.detail["features"]["layer"] == score.detail["chosen"]
+    alone = Protocol(Reading(16), linear_layers=(score.detail["chosen"],), epochs=5)
+    (again,) = evaluate(model, (train, test), alone, ("linear",))
+    assert again.percent == score.percent

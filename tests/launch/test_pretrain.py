@@ -122,3 +122,13 @@ def test_a_stop_ends_the_online_score(tmp_path: Path) -> None:
     stopping = OnlineKNN(images, images, 300, lambda: bool(asked.append(1)) or len(asked) == 2)
     assert stopping(backbone, run) is None and len(asked) == 2
     assert OnlineKNN(images, images, 300)(backbone, run) == {"knn_top1": pytest.approx(100 / 3, abs=70)}
+
+
+def test_the_online_score_is_computed_where_the_teacher_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    images = ArraySource(np.zeros((60, 16, 16, 3), np.uint8), labels=np.arange(60) % 3)
+    backbone = create("vit_tiny_patch4", img_size=16, embed_dim=12, depth=1, num_heads=2)
+    run = make(tmp_path, "eval.size=16", "eval.resize=16", "data.workers=0")
+    seen = []
+    monkeypatch.setattr("nearfar.launch.pretrain.knn", lambda *_, ks, device: seen.append(device) or {20: 50.0})
+    assert OnlineKNN(images, images, 60)(backbone, run) == {"knn_top1": 50.0}
+    assert seen == [next(backbone.parameters()).device]

@@ -155,6 +155,7 @@ def test_where_no_score_can_be_written_nothing_is_computed(
 def test_the_end_says_what_the_scores_mean_and_what_to_do_next(tmp_path: Path, said: StringIO) -> None:
     tiny = ["backbone.name=vit_tiny_patch4", "backbone.embed_dim=24", "backbone.depth=1", "backbone.num_heads=2"]
     one = subject(tmp_path, 0, *tiny, "head.prototypes=16", "head.batch_norm=false", "head.hidden_dim=8")
+    one = one._replace(run=resolve(one.run, 60)[0])  # as a run is written down
     (tmp_path / "config.yaml").write_text(config.to_yaml(one.run))
     (tmp_path / "metrics.jsonl").write_text('{"step": 10, "loss": 3.0, "rankme": 2.5, "feature_std": 0.1}\n')
     score(one, TRAIN, VAL, tasks=["knn"], options=ScoreOptions(True), console=Console(file=said, width=200))

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from nearfar.ssl.config import Run
 from nearfar.ssl.defaults import resolve
 from nearfar.ssl.errors import UserError
 from nearfar.ssl.learner import Learner, build_learner
 from nearfar.ssl.optim import adamw
+from nearfar.ssl.settings import Run
 from nearfar.ssl.step import Stepper
 
 Make = Callable[..., Run]
