@@ -4,7 +4,7 @@
     python bench/scaling.py --gpus 16 --node-gpus 4 --network 12.5 --loader 300 --gpu-flops 300e12
     python bench/scaling.py --measure                # loader and checkpoint, on this machine, in about a minute
 
-Nothing printed without --measure was measured on GPUs: it is arithmetic, and as good as its inputs.
+Nothing printed without --measure was measured on GPUs: it is arithmetic, and only as good as its inputs.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class Cluster:
     # the machines
     node_gpus: int = 8
     gpu_flops: float = 790e12  # bf16 matrix products, an H200
-    utilisation: float = 0.3  # share of it that a training step reaches: assumed
+    utilization: float = 0.3  # share of it that a training step reaches: assumed
     nvlink: float = 300e9  # bytes that a GPU sends a second to others of its node
     network: float = 50e9  # bytes that a node sends a second to other nodes (400 Gbit/s)
     latency: float = 30e-6  # of a collective over the network
@@ -62,7 +62,7 @@ class Needs:
     images_a_second: float  # of all GPUs, with communication
     hours: float
     step: float  # compute alone
-    gradients: float  # all-reduce of the gradients
+    gradients: float  # all-reduce of the gradients, as if none of it were hidden by the backward pass
     center: float  # all-reduce of the teacher's center
     waiting: float  # for the slowest GPU
     efficiency: float
@@ -83,7 +83,7 @@ def needs(cluster: Cluster, gpus: int) -> Needs:
     steps = cluster.epochs * cluster.images / batch
     flops = 6 * cluster.student_tokens * cluster.backbone + 2 * cluster.teacher_tokens * cluster.backbone
     flops += (6 * 10 + 2 * 2) * cluster.head  # once a view: ten of the student, two of the teacher
-    step = cluster.per_gpu * flops / (cluster.gpu_flops * cluster.utilisation)
+    step = cluster.per_gpu * flops / (cluster.gpu_flops * cluster.utilization)
     gradients = all_reduce(4 * (cluster.backbone + cluster.head), gpus, nodes, cluster)
     center = all_reduce(4 * cluster.prototypes, gpus, nodes, cluster)
     waiting = cluster.jitter * step * math.sqrt(2 * math.log(gpus)) if gpus > 1 else 0.0
@@ -118,7 +118,7 @@ def needs(cluster: Cluster, gpus: int) -> Needs:
 
 
 def all_reduce(size: float, gpus: int, nodes: int, cluster: Cluster) -> float:
-    """Seconds of a ring all-reduce of `size` bytes: within the nodes, then between them; nothing overlaps with it."""
+    """Seconds of a ring all-reduce of `size` bytes: within the nodes, then between them; as if nothing overlapped with it."""
     if gpus == 1:
         return 0.0
     inside = min(gpus, cluster.node_gpus)
@@ -191,7 +191,7 @@ def measure() -> dict[str, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--gpus", type=int, nargs="+", default=GPUS)
-    parser.add_argument("--measure", action="store_true", help="loader and checkpoint on this machine, first")
+    parser.add_argument("--measure", action="store_true", help="measure loader and checkpoint on this machine first")
     for name, field in Cluster.__dataclass_fields__.items():
         parser.add_argument(f"--{name.replace('_', '-')}", type=type(field.default), help=f"default {field.default:g}")
     arguments = parser.parse_args()

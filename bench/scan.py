@@ -27,7 +27,7 @@ from nearfar.ssl.errors import UserError
 
 
 def plain(x: Tensor, dt: Tensor, a: Tensor, b: Tensor, c: Tensor, d: Tensor) -> Tensor:
-    decay, drive = _discretised(x, dt, a, b)
+    decay, drive = _discretized(x, dt, a, b)
     state, out = torch.zeros_like(decay[:, :, 0]), []
     for t in range(x.shape[1]):
         state = decay[:, :, t] * state + drive[:, :, t]
@@ -36,7 +36,7 @@ def plain(x: Tensor, dt: Tensor, a: Tensor, b: Tensor, c: Tensor, d: Tensor) -> 
 
 
 def unbind(x: Tensor, dt: Tensor, a: Tensor, b: Tensor, c: Tensor, d: Tensor) -> Tensor:
-    decay, drive = _discretised(x, dt, a, b)
+    decay, drive = _discretized(x, dt, a, b)
     state, out = torch.zeros_like(decay[:, :, 0]), []
     for step, push, read in zip(decay.unbind(2), drive.unbind(2), c.unbind(1), strict=True):
         state = step * state + push
@@ -44,7 +44,7 @@ def unbind(x: Tensor, dt: Tensor, a: Tensor, b: Tensor, c: Tensor, d: Tensor) ->
     return torch.stack(out, 1) + x * d
 
 
-def _discretised(x: Tensor, dt: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+def _discretized(x: Tensor, dt: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     """(batch, D, L, N) each."""
     decay = torch.exp(torch.einsum("bld,dn->bdln", dt, a))
     return decay, torch.einsum("bld,bln,bld->bdln", dt, b, x)

@@ -20,7 +20,7 @@ def test_by_hand() -> None:
     """Round numbers: 10 parameters, 1 token, 100 FLOP/s, two nodes of two GPUs."""
     cluster = scaling.Cluster(
         images=800, epochs=2, per_gpu=4, backbone=10, head=0, prototypes=0, student_tokens=1, teacher_tokens=1,
-        image_bytes=5, node_gpus=2, gpu_flops=100, utilisation=0.8, nvlink=40, network=10, latency=0.5,
+        image_bytes=5, node_gpus=2, gpu_flops=100, utilization=0.8, nvlink=40, network=10, latency=0.5,
         node_mtbf=2000, restart=10, jitter=0, loader=0.1, disk=16,
     )  # fmt: skip
     found = scaling.needs(cluster, 4)
