@@ -118,7 +118,7 @@ def needs(cluster: Cluster, gpus: int) -> Needs:
 
 
 def all_reduce(size: float, gpus: int, nodes: int, cluster: Cluster) -> float:
-    """Seconds of a ring all-reduce of `size` bytes: within the nodes, then between them; as if nothing overlapped with it."""
+    """Seconds of a ring all-reduce of `size` bytes within, then between the nodes, overlapping with nothing."""
     if gpus == 1:
         return 0.0
     inside = min(gpus, cluster.node_gpus)

@@ -43,7 +43,7 @@ IDEAS = {"LGP": ("lgp",), "LGP + GAug + PRR": ("lgp", "gaug", "prr")}
 NAMES = ["dino", "plain", *IDEAS, "Vim"]
 
 
-class Asked(NamedTuple):
+class StepOptions(NamedTuple):
     model: str
     batch: int  # of a rank
     crops: tuple[int, int]  # sides
@@ -54,20 +54,20 @@ class Asked(NamedTuple):
     threads: int
 
 
-class Found(NamedTuple):
+class Measurement(NamedTuple):
     name: str
     seconds: list[float]  # of a step, round by round
     gflop: float  # of the products in a step of a rank
     peak_memory: float  # bytes; nan where it was not measured
 
 
-def views_of(asked: Asked, place: torch.device) -> list[Tensor]:
+def views_of(asked: StepOptions, place: torch.device) -> list[Tensor]:
     generator = torch.Generator().manual_seed(0)
     sizes = ((2, asked.crops[0]), (asked.local_crops, asked.crops[1]))
     return [torch.randn((v, asked.batch, 3, s, s), generator=generator).to(place) for v, s in sizes if v]
 
 
-def settings_of(name: str, asked: Asked) -> list[str]:
+def settings_of(name: str, asked: StepOptions) -> list[str]:
     model = asked.model.replace("vit_", "vim_") if name == "Vim" else asked.model
     return [
         f"backbone.name={model}", f"head.prototypes={asked.prototypes}", "head.batch_norm=false",
@@ -77,7 +77,7 @@ def settings_of(name: str, asked: Asked) -> list[str]:
     ]  # fmt: skip
 
 
-def step_of(name: str, asked: Asked, compute: Compute) -> Callable[[], float]:
+def step_of(name: str, asked: StepOptions, compute: Compute) -> Callable[[], float]:
     """A function that takes one step and returns its loss."""
     views = views_of(asked, compute.device)
     if name == "dino":
@@ -93,7 +93,7 @@ def step_of(name: str, asked: Asked, compute: Compute) -> Callable[[], float]:
     return lambda: stepper(views, VALUES, votes=lambda: (0.0, 0.0)).report.read().loss
 
 
-def chosen(asked: Asked) -> Compute:
+def choose_compute(asked: StepOptions) -> Compute:
     torch.set_num_threads(asked.threads)
     compute = device.choose(asked.device, asked.precision, 10**6)
     if compute.device.type == "cpu":
@@ -101,7 +101,7 @@ def chosen(asked: Asked) -> Compute:
     return compute
 
 
-def products(name: str, asked: Asked) -> float:
+def products(name: str, asked: StepOptions) -> float:
     """GFLOP of the matrix products and convolutions in a step, counted on a CPU in float32 by attention written out."""
     compute = Compute(torch.device("cpu"), nullcontext, "float32")
     one = asked._replace(batch=2, prototypes=64)
@@ -130,9 +130,9 @@ def peak_flops(compute: Compute) -> float:
     return 2 * n**3 / best
 
 
-def alone(name: str, asked: Asked, answers: Any) -> None:
+def peak_alone(name: str, asked: StepOptions, answers: Any) -> None:
     """Peak resident memory of a process that takes two steps and nothing else."""
-    step = step_of(name, asked, chosen(asked))
+    step = step_of(name, asked, choose_compute(asked))
     for _ in range(2):
         step()
     answers.put(resident())
@@ -148,17 +148,19 @@ def resident() -> int:
     return 1024 * int(line.split()[1])
 
 
-def peak_memory(name: str, asked: Asked) -> float:
+def peak_memory(name: str, asked: StepOptions) -> float:
     context = multiprocessing.get_context("spawn")
     answers = context.Queue()
-    process = context.Process(target=alone, args=(name, asked, answers))
+    process = context.Process(target=peak_alone, args=(name, asked, answers))
     process.start()
     found = float(answers.get(timeout=3600))
     process.join()
     return found
 
 
-def measure(names: list[str], asked: Asked, compute: Compute, rounds: int, steps: int, memory: bool) -> list[Found]:
+def measure(
+    names: list[str], asked: StepOptions, compute: Compute, rounds: int, steps: int, memory: bool
+) -> list[Measurement]:
     """Steps that take turns: `steps` of each a round, after two that do not count."""
     cuda = compute.device.type == "cuda"
     taking: dict[str, Callable[[], float]] = {}
@@ -182,10 +184,10 @@ def measure(names: list[str], asked: Asked, compute: Compute, rounds: int, steps
     taking.clear()
     if memory and not cuda and distributed.count() == 1:
         peaks = {name: peak_memory(name, asked) for name in names}
-    return [Found(name, seconds[name], products(name, asked), peaks[name]) for name in names]
+    return [Measurement(name, seconds[name], products(name, asked), peaks[name]) for name in names]
 
 
-def rows(found: list[Found], batch: int, peak: float) -> list[dict[str, Any]]:
+def rows(found: list[Measurement], batch: int, peak: float) -> list[dict[str, Any]]:
     """What is reported of each step; ratios against the first, round by round. `batch`: of all ranks."""
     table = []
     for each in found:
@@ -241,13 +243,13 @@ def arguments() -> argparse.Namespace:
 
 def main() -> None:
     options = arguments()
-    asked = Asked(
+    asked = StepOptions(
         options.model, options.batch, tuple(options.crops), options.local_crops, options.prototypes, options.device,
         options.precision, options.threads,
     )  # fmt: skip
     ranks = distributed.from_environment()
     with distributed.joined(ranks):
-        compute = chosen(asked)
+        compute = choose_compute(asked)
         peak = peak_flops(compute)
         steps = options.steps or (10 if compute.device.type == "cuda" else 1)
         found = measure(options.only, asked, compute, options.rounds, steps, not options.no_memory)

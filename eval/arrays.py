@@ -12,20 +12,6 @@ from nearfar.ssl.errors import UserError
 Array: TypeAlias = np.ndarray | Tensor
 
 
-def labeled(x: Array, y: Array, what: str) -> tuple[Tensor, Tensor]:
-    """Features (n, D) and labels (n,) as float32 and int64 tensors, on the device the features are on.
-
-    Raises UserError, naming `what`, for no rows, unequal lengths, non-finite features or negative labels.
-    """
-    labels = check_labeled(x, y, what)
-    if isinstance(x, np.ndarray) and not x.flags.writeable:
-        x = np.array(x)  # a memory map: read it once, torch wants memory it may write to
-    features = torch.as_tensor(x).to(torch.float32)
-    if not bool(torch.isfinite(features).all()):
-        refuse_broken(features, what)
-    return features, labels.to(features.device)
-
-
 def check_labeled(x: Array, y: Array | None, what: str) -> Tensor:
     """Labels (n,) of features (n, D) as an int64 tensor on the CPU; the features themselves are not read.
 

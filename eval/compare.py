@@ -25,8 +25,8 @@ from nearfar.ssl.settings import all_settings
 ONLINE = "* online, during training: fewer images, so not to be compared with the others"
 _ONLINE_TASK = {"knn": "knn_top1"}
 # Settings that change no result say nothing here, other than on which images a run trained and was scored.
-_SILENT = {"name", "folder"} | {s.key for s in all_settings() if s.free} - {"data.path", "data.val"}
-_VAGUE = {"name", "path", "val", "size"}
+_NOT_COMPARED = {"name", "folder"} | {s.key for s in all_settings() if s.free} - {"data.path", "data.val"}
+_AMBIGUOUS = {"name", "path", "val", "size"}
 _STYLE = (
     "body{font:16px/1.5 system-ui,-apple-system,'Segoe UI',Roboto,'DejaVu Sans',sans-serif;margin:2.5rem auto;"
     "max-width:66rem;padding:0 1.5rem;color:#1d2430}h1{overflow-wrap:anywhere;font-size:1.9rem;font-weight:650}"
@@ -38,8 +38,8 @@ _STYLE = (
 )
 
 
-Data = tuple[str, str]  # what was learned from and what was scored: `Score.data`
-Scores = dict[str, dict[Data, Score]]  # of each task, the newest last
+DataPair = tuple[str, str]  # what was learned from and what was scored: `Score.data`
+Scores = dict[str, dict[DataPair, Score]]  # of each task, the newest last
 
 
 class Row(NamedTuple):
@@ -52,7 +52,7 @@ class Row(NamedTuple):
     loss: float | None
     step: int | None
     settings: dict[str, str]
-    data: dict[str, Data]
+    data: dict[str, DataPair]
 
     def score(self, task: str) -> str:
         if task not in self.scores:
@@ -103,7 +103,7 @@ def compare(runs: Sequence[Path]) -> Comparison:
     keys = [
         key
         for key in dict.fromkeys(key for tree in settings for key in tree)
-        if key not in _SILENT and len({json.dumps(tree.get(key), default=str) for tree in settings}) > 1
+        if key not in _NOT_COMPARED and len({json.dumps(tree.get(key), default=str) for tree in settings}) > 1
     ]
     held = [_scores(run, notes) for run in runs]
     shared = _shared_data(held)
@@ -205,7 +205,7 @@ def _scores(run: Path, notes: list[str]) -> Scores:
     return found
 
 
-def _shared_data(held: Sequence[Scores]) -> dict[str, Data]:
+def _shared_data(held: Sequence[Scores]) -> dict[str, DataPair]:
     """For each task the images that most runs were scored on; of several such, the newest of the last run."""
     shared = {}
     for task in TITLES:
@@ -215,7 +215,7 @@ def _shared_data(held: Sequence[Scores]) -> dict[str, Data]:
     return shared
 
 
-def _chosen(scores: Scores, shared: Mapping[str, Data]) -> dict[str, Score]:
+def _chosen(scores: Scores, shared: Mapping[str, DataPair]) -> dict[str, Score]:
     """One score a task."""
     return {task: by_data.get(shared[task]) or list(by_data.values())[-1] for task, by_data in scores.items()}
 
@@ -247,7 +247,7 @@ def _text(value: object) -> str:
 def _short(keys: Sequence[str]) -> dict[str, str]:
     """The last part of each key where that says which is meant: `lr` for optim.lr, but not `name` for backbone.name."""
     ends = Counter(key.rpartition(".")[2] for key in keys)
-    return {key: end if ends[end := key.rpartition(".")[2]] == 1 and end not in _VAGUE else key for key in keys}
+    return {key: end if ends[end := key.rpartition(".")[2]] == 1 and end not in _AMBIGUOUS else key for key in keys}
 
 
 def _printable(text: str) -> str:

@@ -123,7 +123,7 @@ def digest(backbone: nn.Module) -> str:
 def describe(backbone: Backbone, source: Source, reading: Reading) -> dict[str, Any]:
     """What decides the values of a feature: equal descriptions mean equal features. JSON-able.
 
-    Raises UserError for an unknown layer or pooling and for a size that the request cannot take.
+    Raises UserError for an unknown layer or pooling and for a size that does not fit the network or the pooling.
     """
     height, width = _checked_size(backbone, reading)
     grid = reading.pooling == "grid"
@@ -145,7 +145,7 @@ def describe(backbone: Backbone, source: Source, reading: Reading) -> dict[str, 
 
 
 def _checked_size(backbone: Backbone, reading: Reading) -> tuple[int, int]:
-    """Height and width of a reading that this network can do."""
+    """Height and width of a reading, checked against what this network can take."""
     if reading.layer not in ("final", "last-block"):
         _count(reading.layer)
     if reading.pooling not in POOLINGS:
@@ -188,8 +188,8 @@ def stream(
 ) -> Iterator[tuple[DecodedBatch, np.ndarray | None]]:
     """(what was read, float32 features of it or None) batch by batch, in source order, from image `start` on.
 
-    A batch is computed while the one before is on its way to the host. With `decoding.shared`, all ranks of the job
-    compute, and the first one, which calls this, is given all batches.
+    A batch is computed while the features of the one before are copied to the host. With `decoding.shared`, all ranks
+    of the job compute, and the first one, which calls this, receives all batches.
     """
     numbers = _numbers(source, decoding.batch_size, start)
     if decoding.shared and distributed.count() > 1:
@@ -207,7 +207,7 @@ def stream(
         own.close()  # its threads or processes, and the backbone's mode
 
 
-def lend(backbones: Iterable[Backbone], sources: Iterable[Source], decoding: Decoding) -> None:
+def compute_share(backbones: Iterable[Backbone], sources: Iterable[Source], decoding: Decoding) -> None:
     """Compute this rank's share of every extraction that the first rank does with `Decoding.shared`, until that one
     calls `nearfar.eval.sharing.dismiss`.
 
@@ -239,53 +239,52 @@ def _computed(
     workers = decoding.workers
     if workers is None:
         workers = default_workers(forward.device, len(numbers))
-    before: tuple[DecodedBatch, OnItsWay | None] | None = None
+    before: tuple[DecodedBatch, PendingFeatures | None] | None = None
     with _eval_mode(backbone):
         for batch in batches(source, view, numbers, workers=workers, pinned=forward.device.type == "cuda"):
             now = batch, None if batch.images is None else forward(batch.images)
             if before:
-                yield before[0], before[1] and before[1].arrived()
+                yield before[0], before[1] and before[1].wait()
             before = now
         if before:
-            yield before[0], before[1] and before[1].arrived()
+            yield before[0], before[1] and before[1].wait()
 
 
-class OnItsWay(NamedTuple):
+class PendingFeatures(NamedTuple):
     """Features in host memory that a GPU may still be writing."""
 
     features: Tensor
     copied: torch.cuda.Event | None
 
-    def arrived(self) -> np.ndarray:
+    def wait(self) -> np.ndarray:
         array: np.ndarray = self.features.numpy()
         if self.copied is None:
             return array
         self.copied.synchronize()
-        return array.copy()  # whoever keeps it keeps no pinned memory
+        return array.copy()  # so that the pinned memory can be reused
 
 
 class Forward:
-    """Images -> features on the backbone's device. Nothing is waited for there: neither what goes in, which lies in
-    pinned memory, nor what comes out."""
+    """Images -> features on the backbone's device. Copies to and from a GPU are asynchronous, through pinned memory."""
 
     def __init__(self, backbone: Backbone, manifest: dict[str, Any]) -> None:
         self.backbone, self.layer, self.pooling = backbone, manifest["layer"], manifest["pooling"]
         self.device = next(backbone.parameters()).device
         self.bf16 = manifest["compute"] == "bfloat16"
-        # made once: from the host for every batch, each would be waited for
+        # made once: a copy from the host for every batch would be a synchronization
         self.mean, self.std = (torch.tensor(c, device=self.device)[:, None, None] for c in (MEAN, STD))
 
     @torch.inference_mode()
-    def __call__(self, images: Tensor) -> OnItsWay:
+    def __call__(self, images: Tensor) -> PendingFeatures:
         """uint8 (B, 3, H, W) on the host -> float32 features."""
         x = self.on_device(images.to(self.device, non_blocking=True))
         if self.device.type != "cuda":
-            return OnItsWay(x.cpu(), None)
+            return PendingFeatures(x.cpu(), None)
         host = torch.empty(x.shape, dtype=x.dtype, pin_memory=True)
         host.copy_(x, non_blocking=True)
         copied = torch.cuda.Event()
         copied.record()
-        return OnItsWay(host, copied)
+        return PendingFeatures(host, copied)
 
     @torch.inference_mode()
     def on_device(self, images: Tensor) -> Tensor:
@@ -306,7 +305,7 @@ def _eval_mode(backbone: nn.Module) -> Iterator[None]:
 
 
 class ReadRows:
-    """What is collected beside the features themselves."""
+    """What is collected of the images besides their features."""
 
     def __init__(self) -> None:
         self.index: list[int] = []

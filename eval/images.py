@@ -32,11 +32,11 @@ _MOST_WORKERS = 16
 
 @dataclass(frozen=True)
 class Decoding:
-    """How images are read, which changes no feature.
+    """How images are read; none of it changes a feature.
 
-    batch_size: images a batch. workers: threads or processes that decode, 0 for this one, None for as many as
-    `default_workers` says. progress: is told how many images each batch had. shared: together with all ranks of the
-    job, which run `nearfar.eval.sharing.lend` meanwhile.
+    batch_size: images per batch. workers: threads or processes that decode, 0 for this one, None for as many as
+    `default_workers` says. progress: called with the number of images of each batch. shared: together with all ranks
+    of the job, which run `nearfar.eval.features.compute_share` meanwhile.
     """
 
     batch_size: int = 64
@@ -54,7 +54,7 @@ class DecodedBatch:
     rescaled: list[str]  # masks of another resolution than their image, in words
 
     def pin_memory(self) -> "DecodedBatch":
-        """As DataLoader wants it: from pinned memory, copies to a GPU need not be waited for."""
+        """Called by DataLoader: copies from pinned memory to a GPU are asynchronous."""
         return self if self.images is None else replace(self, images=self.images.pin_memory())
 
 
@@ -82,7 +82,7 @@ class View(NamedTuple):
 
 def default_workers(device: torch.device, batches: int) -> int:
     """One for each core of this process, or for each fourth where the network itself computes on the cores; none for a
-    single batch, which nothing could be decoded during."""
+    single batch, since there is nothing to decode meanwhile."""
     cores = from_environment().cores or available_cores()
     wanted = cores if device.type == "cuda" else max(1, cores // 4)
     return max(0, min(wanted, _MOST_WORKERS, batches - 1))
@@ -156,7 +156,7 @@ class _Images(Dataset):
 
 
 class _CompiledImages(_Images):
-    """`_Images` by libjpeg-turbo and compiled loops; what is no plain, clean JPEG is Pillow's to read or to refuse."""
+    """`_Images` by libjpeg-turbo and compiled loops; Pillow reads (or refuses) all that is no plain, clean JPEG."""
 
     def __init__(self, source: Source, view: View) -> None:
         super().__init__(source, view)
@@ -187,12 +187,12 @@ def _plain(data: bytes) -> bool:
             )
     except MemoryError:
         raise
-    except Exception:  # damaged files make Pillow raise nearly anything; the reason is told by whoever reads it then
+    except Exception:  # damaged files make Pillow raise nearly anything; whoever reads the image next names the reason
         return False
 
 
 class _JPEGReader:
-    """The decoder and the scratch of a thread."""
+    """The decoder and the scratch memory of one thread."""
 
     def __init__(self) -> None:
         self.decoder = libjpeg.Decoder()
@@ -220,7 +220,7 @@ class _JPEGReader:
 def _by_threads(
     images: _CompiledImages, numbers: Sequence[Sequence[int]], workers: int, pinned: bool
 ) -> Iterator[DecodedBatch]:
-    """A batch is the task of a thread: decoding and loops run without the GIL."""
+    """One batch per task of a thread pool: decoding and the compiled loops release the GIL."""
 
     def assemble(rows: Sequence[int]) -> DecodedBatch:
         batch = _collate([images[i] for i in rows])
@@ -245,7 +245,7 @@ def _by_threads(
 
 
 def _compile() -> None:
-    """Before there are threads: two that call a function for the first time together can damage its table of types."""
+    """Compile before threads start: two first calls at once can damage numba's table of types for the function."""
     from nearfar.ssl.data.transforms.compiled_eval_view import make_eval_scratch, make_eval_view
 
     scratch = make_eval_scratch(8, 8, 8)
@@ -264,6 +264,6 @@ def _collate(items: list[DecodedBatch]) -> DecodedBatch:
 
 
 def _quiet_worker(_: int) -> None:
-    # signals are the main process's business: it stops its workers when it leaves
+    # the main process handles signals, and stops its workers when it leaves
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)

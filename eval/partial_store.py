@@ -6,6 +6,7 @@ disk. A line that was cut off, and all rows behind the last whole line, are made
 
 import contextlib
 import fcntl
+import glob
 import json
 import os
 import shutil
@@ -141,7 +142,7 @@ def partial_folder(final: Path, making: dict[str, Any]) -> Iterator[Path]:
 def _left(parent: Path, prefix: str, making: dict[str, Any]) -> tuple[Path | None, int | None]:
     """The folder that a killed process left of the same work, and the handle of its lock; others are removed."""
     found: tuple[Path | None, int | None] = (None, None)
-    for left in sorted(parent.glob(f"{_literally(prefix)}*")):
+    for left in sorted(parent.glob(f"{glob.escape(prefix)}*")):
         handle = _lock(left)
         if handle is None:
             continue
@@ -174,8 +175,3 @@ def _lock(folder: Path) -> int | None:
         os.close(handle)
         return None
     return handle
-
-
-def _literally(name: str) -> str:
-    """A name as a pattern of glob that matches nothing else."""
-    return "".join(f"[{letter}]" if letter in "*?[" else letter for letter in name)

@@ -87,7 +87,7 @@ def add(file: Path, score: Score) -> list[Score]:
     """
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        with _alone(file.parent):
+        with _locked(file.parent):
             scores = [*(old for old in read(file) if old.key != score.key), score]
             content = {"format": FORMAT, "scores": [asdict(each) for each in scores]}
             text = json.dumps(content, indent=1, allow_nan=False) + "\n"
@@ -164,7 +164,7 @@ def _score(entry: Any, number: int) -> Score:
 
 
 @contextlib.contextmanager
-def _alone(folder: Path) -> Iterator[None]:
+def _locked(folder: Path) -> Iterator[None]:
     """No other evaluation writes into the folder meanwhile, where its file system has locks."""
     handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:

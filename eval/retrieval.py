@@ -12,8 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from nearfar.eval.features import IGNORE
 from nearfar.eval.neighbors import neighbors
-from nearfar.eval.segmentation import IGNORE, Masks, confusion, scores
+from nearfar.eval.segmentation import Masks, confusion, scores
 from nearfar.ssl.errors import UserError
 
 MEMORY = 1024 * 100  # patches; the smallest of the published sizes, 1024 * 10**2, 10**3 and 10**4

@@ -9,10 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from nearfar.eval.features import IGNORE
 from nearfar.ssl.errors import UserError
 from nearfar.ssl.heads.segmentation import SegmentationHead
 
-IGNORE = 255
 Masks = Sequence[np.ndarray] | np.ndarray
 
 

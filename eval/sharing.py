@@ -1,5 +1,5 @@
-"""One extraction by all ranks of a job: the first announces it, each computes every so many-th batch, and the first
-receives them in order. Batches are cut alike whatever the number of ranks, so the features are too.
+"""One extraction by all ranks of a job: the first announces it, each of n ranks computes every n-th batch, and the
+first receives them in order. Batches are cut alike whatever the number of ranks, so the features are the same too.
 
 What is announced is the manifest, which names weights and images by their digests: the other ranks look both up among
 their own, and cannot compute anything else. Nothing but JSON and raw arrays goes from one process to another.
@@ -20,16 +20,16 @@ from nearfar.ssl import distributed
 from nearfar.ssl.errors import UserError
 
 Computed = tuple[DecodedBatch, np.ndarray | None]
-_ON_THE_WAY = 4  # batches that a rank computes ahead of what the first one has taken
+_MOST_IN_FLIGHT = 4  # batches that a rank computes ahead of what the first one has taken
 
 
 def announce(manifest: dict[str, Any], batch_size: int, start: int) -> None:
-    """To the ranks that wait in `nearfar.eval.features.lend`: what is to be extracted now."""
+    """Tell the ranks that wait in `nearfar.eval.features.compute_share` what to extract now."""
     distributed.from_first(lambda: {"manifest": manifest, "batch_size": batch_size, "start": start})
 
 
 def dismiss() -> None:
-    """Let the ranks that wait go."""
+    """Let the waiting ranks go: there is nothing more to compute."""
     distributed.from_first(lambda: None)
 
 
@@ -53,7 +53,7 @@ def send(computed: Iterable[Computed]) -> None:
         parts = _packed(batch, x)
         works = [dist.isend(part, 0) for part in parts]
         sent.append((parts, [work for work in works if work is not None]))
-        if len(sent) > _ON_THE_WAY:
+        if len(sent) > _MOST_IN_FLIGHT:
             _wait(sent.popleft()[1])
     while sent:
         _wait(sent.popleft()[1])
@@ -109,9 +109,9 @@ def _receive(rank: int) -> Computed:
 
 
 def find(what: str, key: str, known: dict[str, Any]) -> Any:
-    """The weights or images of a digest. Raises UserError where this rank has others."""
+    """The weights or images with this digest. Raises UserError where this rank has none such."""
     if key not in known:
         raise UserError(
-            f"This rank has other {what} than the first one: all machines of a job must read the same files."
+            f"This rank has different {what} from the first one: all machines of a job must read the same files."
         )
     return known[key]

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from nearfar.eval.results import TITLES, Score
 
-_MOST_TOLD = 2.0  # standard errors: a smaller difference may be luck
+_STANDARD_ERRORS = 2.0  # a smaller difference may be chance
 _FEW_STEPS = 3000
 
 
@@ -47,7 +47,9 @@ def verdict(
     facts = f"{said} ({compared})" if compared else said
     facts += _health(last)
     lost = [
-        against[subject] for subject, other in others.items() if score.percent - other.percent <= _luck(score, other)
+        against[subject]
+        for subject, other in others.items()
+        if score.percent - other.percent <= _chance_difference(score, other)
     ]
     advice = _advice(last, settings, score.step)
     if not others:
@@ -100,7 +102,7 @@ def _advice(last: Mapping[str, float], settings: Mapping[str, Any], step: int | 
     return f"Try {'; '.join(tries[:4])}."
 
 
-def _luck(one: Score, other: Score) -> float:
+def _chance_difference(one: Score, other: Score) -> float:
     """Percentage points that two accuracies on so many test images may differ by chance."""
     variance = sum(max(score.percent * (100 - score.percent), 0.0) / max(score.val.images, 1) for score in (one, other))
-    return _MOST_TOLD * math.sqrt(variance) if one.task != "segment" else 0.5
+    return _STANDARD_ERRORS * math.sqrt(variance) if one.task != "segment" else 0.5

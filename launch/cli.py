@@ -37,8 +37,8 @@ EXIT_BUG = 1
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one verb. Exit codes: 0 done (or stopped on request, saved), 1 a bug of ours, 2 a mistake of the user's or a
-    machine that refused, 3 another rank of the run ended, 130 a hard Ctrl-C."""
+    """Run one verb. Exit codes: 0 done (or stopped on request, saved), 1 a bug in nearfar, 2 a mistake of the user's or
+    a machine that refused, 3 another rank of the run ended, 130 a hard Ctrl-C."""
     with outliving_their_reader():
         try:
             arguments = parsed(sys.argv[1:] if argv is None else argv)
@@ -66,7 +66,7 @@ def _refuse(paragraph: str, code: int = EXIT_USER) -> int:
 
 
 def parsed(argv: Sequence[str]) -> argparse.Namespace:
-    """The command line, or SystemExit after the usage and a hint."""
+    """The parsed command line. Raises SystemExit after printing the usage and a hint."""
     parser, words = build_parser(), list(argv)
     check_verb(parser, words, VERBS)
     arguments, left = parser.parse_known_args(words)
@@ -85,13 +85,17 @@ def build_parser() -> Parser:
         epilog="Start with `nearfar demo`. `nearfar VERB --help` explains a verb; `nearfar pretrain --help` lists "
         "every setting.",
     )
-    parser.add_argument("--version", action=ShowVersion, nargs=0, help="show the version and end")
+    parser.add_argument(
+        "--version", action=ShowVersion, nargs=0, help="show the versions of nearfar and what it builds on, and exit"
+    )
     verbs = parser.add_subparsers(required=True, metavar="VERB")
     _add_training(verbs)
 
     features = verbs.add_parser("features", help="write the frozen features of a folder of images")
     _add_model(features)
-    features.add_argument("data", help="images: class folders, a flat folder, a .txt list or an .npz")
+    features.add_argument(
+        "data", help="images: class folders, a flat folder, a .txt list, an .npz, a .beton or .tar shards"
+    )
     features.add_argument("out", type=Path, help="folder to write")
     _add_reading(features)
     features.add_argument("--pooling", help="cls, mean, cls+mean or grid (default: head.pooling of the run)")
@@ -108,7 +112,9 @@ def build_parser() -> Parser:
     report.add_argument("run", type=Path, help="run folder, or a folder of runs such as a sweep")
     report.set_defaults(verb=run_report)
 
-    data = verbs.add_parser("data", help="write images as a .beton for the ffcv loader; look into one; find bad images")
+    data = verbs.add_parser(
+        "data", help="write images as a .beton for the ffcv loader; show what one holds; find bad images"
+    )
     _add_data(data.add_subparsers(required=True, metavar="WHAT"))
     add_launch(verbs)
     return parser
@@ -116,7 +122,7 @@ def build_parser() -> Parser:
 
 def _add_training(verbs: argparse._SubParsersAction) -> None:
     demo = verbs.add_parser("demo", help="pretrain and score on drawn scenes: minutes, no download")
-    demo.add_argument("--seed", type=int, default=0, help="of scenes, weights and views (default 0)")
+    demo.add_argument("--seed", type=int, default=0, help="seed of scenes, weights and views (default 0)")
     add_settings(demo)
     demo.set_defaults(verb=run_demo)
 
@@ -316,7 +322,9 @@ def _add_eval(verbs: argparse._SubParsersAction) -> None:
     evaluate.add_argument("--train", help="images to learn from (default: data.path of the run)")
     evaluate.add_argument("--val", help="images, or features, to score (default: data.val of the run)")
     evaluate.add_argument("--baselines", action="store_true", help="also score the untrained network and raw pixels")
-    evaluate.add_argument("--head", choices=["linear", "mlp"], default="linear", help="of the segmentation probe")
+    evaluate.add_argument(
+        "--head", choices=["linear", "mlp"], default="linear", help="head of the segmentation probe (default linear)"
+    )
     evaluate.add_argument(
         "--classes",
         type=int,
@@ -339,16 +347,21 @@ def _add_data(verbs: argparse._SubParsersAction) -> None:
     beton.add_argument("source", help="images: class folders, a flat folder, a .txt list, an .npz or .tar shards")
     beton.add_argument("out", type=Path, help="file to write, NAME.beton")
     beton.add_argument("--max-side", type=int, default=512, help="shrink longer images to this (0: never; default 512)")
-    beton.add_argument("--quality", type=int, default=95, help="of JPEGs that have to be made (default 95)")
+    beton.add_argument("--quality", type=int, default=95, help="quality of JPEGs that have to be encoded (default 95)")
     beton.add_argument(
         "--raw-side", type=int, default=64, help="keep images up to this side as pixels, JPEGs aside (default 64)"
     )
     beton.add_argument("--min-side", type=int, default=8, help="data.min_side of the runs to come (default 8)")
-    beton.add_argument("--on-bad", choices=["skip", "stop"], default="skip", help="a bad image: leave it out, or stop")
-    beton.add_argument("--force", action="store_true", help="write over a file that is there")
+    beton.add_argument(
+        "--on-bad",
+        choices=["skip", "stop"],
+        default="skip",
+        help="what to do at a bad image: leave it out (default), or stop",
+    )
+    beton.add_argument("--force", action="store_true", help="overwrite an existing file")
     beton.add_argument("--workers", type=int, default=2, help="threads (default 2)")
     beton.set_defaults(verb=run_beton)
-    info = verbs.add_parser("info", help="tell what a .beton holds")
+    info = verbs.add_parser("info", help="show what a .beton holds")
     info.add_argument("file", type=Path)
     info.set_defaults(verb=run_info)
     check = verbs.add_parser("check", help="decode every image and list those that cannot be used")
@@ -368,18 +381,18 @@ def _add_reading(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--layer",
         help="final, last-block or blocks-N (default: final; last-block for segmentation, as LocAt reads it); for "
-        "`eval linear` several with commas between, of which held-out training images choose one",
+        "`eval linear` also several, as in final,blocks-4, of which held-out training images choose one",
     )
     parser.add_argument(
         "--device",
         choices=["auto", "cpu", "cuda"],
         default="auto",
-        help="where to compute (default: a GPU if any)",
+        help="where to compute (default auto: a GPU if there is one, else the CPU)",
     )
     parser.add_argument(
         "--workers",
         type=int,
-        help="threads or processes that decode, 0: none beside this one (default: by cores and device)",
+        help="threads or processes that decode images; 0: the main process does (default: by cores and device)",
     )
 
 

@@ -17,7 +17,7 @@ from nearfar.ssl.setting_errors import nearest
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse with plainer mistakes. With `takes_settings`, `key=value` may stand before, between and behind flags."""
+    """argparse with plainer messages. With `takes_settings`, `key=value` may stand before, between and behind flags."""
 
     takes_settings = False
 
@@ -37,7 +37,7 @@ class Parser(argparse.ArgumentParser):
         """End with the usage and the mistake, in words of our own where argparse's are hard to read."""
         if wrong := re.search(r"invalid choice: '(.*)' \(choose from (.*)\)", message):
             choices = re.findall(r"[\w-]+", wrong[2])
-            message = f"'{wrong[1]}' is none of {', '.join(choices)}{_did_you_mean(nearest(wrong[1], choices))}"
+            message = f"'{wrong[1]}' is not one of {', '.join(choices)}{_did_you_mean(nearest(wrong[1], choices))}"
         elif missing := re.search(r"the following arguments are required: (.*)", message):
             names = [name for name in missing[1].split(", ") if name != "key=value"]
             verb, last = ("is", names[-1]) if len(names) == 1 else ("are", f"{', '.join(names[:-1])} and {names[-1]}")
@@ -65,7 +65,7 @@ def check_verb(parser: argparse.ArgumentParser, words: Sequence[str], verbs: Seq
 
 
 def refuse_leftover(words: Sequence[str], left: Sequence[str]) -> NoReturn:
-    """End with what each word that nobody took may have meant: `--epochs 3` is train.epochs=3."""
+    """End with what each unrecognized word may have meant: `--epochs 3` is train.epochs=3."""
     from nearfar.ssl.setting_errors import nearest_setting
     from nearfar.ssl.settings import KEYS
 
@@ -78,7 +78,7 @@ def refuse_leftover(words: Sequence[str], left: Sequence[str]) -> NoReturn:
             value = after[0] if after and not after[0].startswith("-") and "=" not in after[0] else "VALUE"
         hint = f"; the setting is written {key}={value}" if key else ""
         told.append(f"{flag.partition('=')[0]} is no flag of `nearfar {words[0]}`{hint}")
-    told = told or [f"'{' '.join(left)}' is too much for `nearfar {words[0]}`"]
+    told = told or [f"'{' '.join(left)}' is not expected by `nearfar {words[0]}`"]
     _end(f"{'. '.join(told)}. See `nearfar {words[0]} --help`")
 
 
@@ -88,7 +88,7 @@ def _end(message: str) -> NoReturn:
 
 
 def version() -> str:
-    """This package and the ones that decide its numbers, without importing them."""
+    """The versions of this package and of those that its numbers depend on, without importing them."""
     from importlib.metadata import PackageNotFoundError
     from importlib.metadata import version as installed
     from platform import python_version

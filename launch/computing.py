@@ -7,21 +7,21 @@ from dataclasses import replace
 from datetime import timedelta
 
 from nearfar.eval import sharing
-from nearfar.eval.features import lend
+from nearfar.eval.features import compute_share
 from nearfar.eval.images import Decoding
 from nearfar.ssl.backbones import Backbone
 from nearfar.ssl.data.sources.base import Source
 from nearfar.ssl.device import Compute, choose
 from nearfar.ssl.distributed import from_environment, joined
 
-# The other ranks wait while the first one trains probes; where it dies, their connection to it breaks at once.
+# The other ranks wait while the first one trains probes; if it dies, their connection to it breaks at once.
 PATIENCE = timedelta(days=2)
 
 
 def compute_for(backbone: Backbone, device: str, asked: str = "--device ") -> Compute:
     """The device of `auto`, `cpu` or `cuda`, and whether frozen features are read in bf16 there, as training would.
 
-    asked: how the user named the device. Raises UserError where there is none.
+    asked: what the user wrote before the device's name, for messages. Raises UserError where there is none.
     """
     return choose(device, "auto", backbone.embed_dim, asked)
 
@@ -33,10 +33,10 @@ def by_all_ranks(
     decoding: Decoding,
 ) -> None:
     """Do `work`; under torchrun or srun with several processes the first one does it, and the others compute their
-    share of its extractions: of these backbones, which are called for when each rank knows its GPU, and images.
+    share of its extractions, of these backbones (a function, called when each rank knows its GPU) and images.
 
     Raises:
-        UserError: of the work, in every rank.
+        UserError: raised by the work, in every rank.
         PeerError: another rank ended.
     """
     world = from_environment()
@@ -47,4 +47,4 @@ def by_all_ranks(
             if shared:
                 sharing.dismiss()
         else:
-            lend(backbones(), sources, decoding)
+            compute_share(backbones(), sources, decoding)

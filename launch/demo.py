@@ -37,7 +37,7 @@ STYLE = Style(
 
 
 def demo(seed: int, settings: list[str], console: Console) -> None:
-    """All of it, into runs/demo (other seeds: runs/demo-seedN). A second call continues, or only shows the results."""
+    """The whole demo, in runs/demo (other seeds: runs/demo-seedN). A second call continues it or shows its results."""
     name = "demo" if seed == 0 else f"demo-seed{seed}"
     preset = [f"name={name}", f"train.seed={seed}"]
     run = config.load(find_recipe("demo"), preset + settings)

@@ -1,4 +1,4 @@
-"""`nearfar pretrain RECIPE --dry-run`: what a run would be and about what it would cost, without beginning it."""
+"""`nearfar pretrain RECIPE --dry-run`: a run's settings, sizes and estimated cost, without starting it."""
 
 from __future__ import annotations
 
@@ -34,7 +34,11 @@ from nearfar.ssl.settings import Run, all_settings
 from nearfar.ssl.step import Stepper
 from nearfar.ssl.training import loader_of
 
-FEWEST_STEPS, MOST_STEPS, LONGEST = 3, 12, 15.0  # of what is measured: steps, and seconds for more than the fewest
+FEWEST_STEPS, MOST_STEPS, LONGEST = (
+    3,
+    12,
+    15.0,
+)  # measured steps, and seconds after which no more than the fewest are taken
 
 
 class Measured(NamedTuple):
@@ -100,7 +104,7 @@ def measure(learner: Learner, loader: Loader, schedule: Schedule, run: ResolvedR
         for batch in batches:
             waits.append(time.monotonic() - asked)
             views = [normalize(group) for group in color_views(batch, compute.device)]
-            stepper(views, values).report.read()  # one that is not finite costs as much
+            stepper(views, values).report.read()  # a step that is not finite costs as much
             took.append(time.monotonic() - asked)
             asked = time.monotonic()
             if len(took) > MOST_STEPS or (len(took) > FEWEST_STEPS and asked - begun - took[0] > LONGEST):

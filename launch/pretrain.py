@@ -77,10 +77,11 @@ def save_views(batch: Batch, colored: list[Tensor], folder: Path) -> np.ndarray:
 
 
 class OnlineKNN:
-    """20-NN accuracy of the teacher during training, on labeled validation images; silent where labels are missing.
+    """20-NN accuracy of the teacher during training, on labeled validation images; no score where labels are missing.
 
-    The memory is every m-th training image, so that it holds at most `images` and all classes; so is what is scored.
-    A stop ends it without a score (None): whoever sent the signal waits for seconds, and scoring may take minutes.
+    The memory is every m-th training image, so that it holds at most `images`, of all classes; the scored images
+    are chosen alike. A stop signal ends it without a score (None): scoring may take minutes, and the sender of the
+    signal waits only seconds.
     """
 
     def __init__(

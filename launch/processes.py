@@ -22,17 +22,17 @@ from nearfar.ssl.settings import Run
 
 
 def world_size(run: Run) -> Derived:
-    """Processes for a run on this machine: as set, as it was begun, or by the cores."""
+    """Processes for a run on this machine: as set, as the run was started, or by the cores."""
     saved = RunFolder(run.path).saved_settings()
     return defaults.world_size(run, saved, available_cores(), torch.cuda.is_available())
 
 
 @contextmanager
 def started(run: Run, size: int) -> Iterator[Ranks]:
-    """The other `size - 1` processes of `run` work while this is open; gives the place of this one.
+    """The other `size - 1` processes of `run` work while this is open; yields the rank of this one.
 
     They get no Ctrl-C (a session of their own): the first rank hears it, and all agree to stop. When this process ends,
-    however it dies, they end too: their connection to it breaks, and they look for it every second.
+    however it dies, they end too: their connection to it breaks, and they check for it every second.
 
     Raises:
         PeerError: naming the process that died, when one did.
@@ -51,7 +51,7 @@ def started(run: Run, size: int) -> Iterator[Ranks]:
         try:
             yield Ranks(0, size, 0, cores, f"tcp://127.0.0.1:{port}", os.dup(server.fileno()))
             for process in others.values():
-                with suppress(subprocess.TimeoutExpired):  # all is saved: who does not leave by itself is ended below
+                with suppress(subprocess.TimeoutExpired):  # all is saved: those that do not exit are killed below
                     process.wait(timeout=60)
         except PeerError as error:
             dead = [f"rank {rank} {_how(process)}" for rank, process in others.items() if _ended_badly(process)]
@@ -72,7 +72,7 @@ def _start(run: Run, environment: dict[str, Any]) -> subprocess.Popen[bytes]:
         start_new_session=True,
     )
     assert process.stdin is not None
-    with suppress(BrokenPipeError), process.stdin as pipe:  # one that died at once is told of when the ranks join
+    with suppress(BrokenPipeError), process.stdin as pipe:  # one that died at once is reported when the ranks join
         pipe.write(run.model_dump_json().encode())
     return process
 

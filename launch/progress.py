@@ -1,4 +1,4 @@
-"""How far a long job over a known number of images is."""
+"""Progress of a long job over a known number of images."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from nearfar.ssl.errors import printable
 
 @contextmanager
 def progress(total: int, what: str, console: Console) -> Iterator[Callable[[int], None]]:
-    """A bar on a terminal, a line every tenth elsewhere; gives what to call with the number of images done."""
+    """A bar on a terminal, elsewhere a line for every tenth; yields a function that takes the number done."""
     what = printable(what)
     if not console.is_terminal:
         said = 0
@@ -38,7 +38,7 @@ def progress(total: int, what: str, console: Console) -> Iterator[Callable[[int]
 
 
 def summed(tell: Callable[[int], None]) -> Callable[[int], None]:
-    """For work that reports how many images a batch had, and not how many are done."""
+    """Adapt `tell`, which takes the number of images done, to work that reports the images of each batch."""
     done = 0
 
     def add(images: int) -> None:

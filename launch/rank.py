@@ -18,7 +18,7 @@ from nearfar.ssl.errors import EXIT_PEER, EXIT_USER, PeerError, UserError
 
 def main(argv: Sequence[str]) -> int:
     """Exit codes: 0 done (or stopped on request, saved), 2 a mistake of the user's, 3 another rank ended."""
-    # Before torch is imported, which takes seconds: a starter that is gone by then must still be missed.
+    # Before torch is imported, which takes seconds: if the starter dies meanwhile, this process must notice.
     end_with(int(argv[1]) if len(argv) > 1 else os.getppid())
 
     from rich.console import Console
@@ -33,7 +33,7 @@ def main(argv: Sequence[str]) -> int:
         run = Run.model_validate_json(sys.stdin.read()) if argv[0] == "-" else config.load(Path(argv[0]))
         train_rank(run, Console(quiet=not world.first), world)
     except UserError as error:
-        if world.first:  # the others' words reach it
+        if world.first:  # which has received the message of the others
             print(f"nearfar: {error}", file=sys.stderr)
         return EXIT_USER
     except PeerError as error:
@@ -44,7 +44,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def end_with(parent: int) -> None:
-    """End this process as soon as `parent` is gone: before the ranks have met, no broken connection would tell it."""
+    """End this process as soon as `parent` is gone: until the ranks are connected, no broken connection would."""
 
     def watch() -> None:
         while os.getppid() == parent:

@@ -21,7 +21,7 @@ PICTURED = 6  # images in the attention and PCA pictures
 def report_run(run: Path, subject: Subject | None = None) -> Path:
     """Draw the pictures that are not there or older than the weights, write report.html, and return its path.
 
-    subject: the run's weights, where they are loaded already. What cannot be drawn is said on the page, and why.
+    subject: the run's weights, where they are loaded already. What cannot be drawn is named on the page, and why.
 
     Raises:
         UserError: as `write_report`.
@@ -39,9 +39,9 @@ def report_run(run: Path, subject: Subject | None = None) -> Path:
 
 
 def draw_tokens(run: Path, subject: Subject | None = None) -> dict[str, str]:
-    """attention.png and pca.png of a few images of the run: of data.val, else of data.path.
+    """Draw attention.png and pca.png of a few images of the run: of data.val, else of data.path.
 
-    What could not be drawn, and why: a network may have no attention maps. A picture of older weights is removed.
+    Returns what could not be drawn, and why: a network may have no attention maps. Pictures of older weights are removed.
 
     Raises:
         UserError: no weights, or no images that can be read.
@@ -67,7 +67,7 @@ def draw_tokens(run: Path, subject: Subject | None = None) -> dict[str, str]:
 
 
 def _due(run: Path, weights: Path) -> bool:
-    """Are there pictures to draw, or is there to say why there is none?"""
+    """Is a picture missing, or older than the weights?"""
     pictures = (run / "pca.png", run / "attention.png")
     return any(not each.is_file() or each.stat().st_mtime < weights.stat().st_mtime for each in pictures)
 

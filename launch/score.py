@@ -1,4 +1,4 @@
-"""What a run's features are worth: trained, untrained and raw pixels in one table, and what that means."""
+"""Scores of a run's features: trained, untrained and raw pixels in one table, and what they mean."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class Subject(NamedTuple):
     amp: bool = False  # bfloat16 autocast where features are read
 
     def on(self, compute: Compute) -> Subject:
-        """These weights on a device, read in the precision that is good there."""
+        """These weights on a device, with the precision that features are read in there."""
         return self._replace(backbone=self.backbone.to(compute.device), amp=compute.bf16)
 
     @property
@@ -104,7 +104,7 @@ def protocol_of(subject: Subject, **given: Any) -> Protocol:
     given = {key: value for key, value in given.items() if value is not None}
     size = given.pop("size", subject.image_size)
     resize = subject.run.eval.resize
-    if resize is not None and resize < size:  # the run's, for a size that is not the run's
+    if resize is not None and resize < size:  # eval.resize was set for another, smaller size
         resize = size
     pooled = Reading(
         size,
@@ -118,7 +118,7 @@ def protocol_of(subject: Subject, **given: Any) -> Protocol:
 
 @dataclass(frozen=True)
 class _Work:
-    """All that a process needs to score one subject's features."""
+    """Everything a process needs to score the features of one subject."""
 
     name: str
     weights: str
@@ -165,7 +165,7 @@ class _Work:
 
 @dataclass(frozen=True)
 class ScoreOptions:
-    """What to score besides the trained features' every task that the data allow, where to write it, and how.
+    """What to score besides the trained features, where to write the scores, and how to read the images.
 
     classes: of the masks; None = as the masks (and a classes.txt beside them) say.
     """
@@ -237,7 +237,7 @@ def _compute(work: list[_Work], known: set[str], planned: Plan, console: Console
     with console.status(f"Scoring {doing} ..."):
         if processes < 2:
             found = [each() for each in due]
-        else:  # small operators: a process of fewer threads each beats one after the other on all
+        else:  # small operators: processes of fewer threads side by side beat one after the other on all threads
             threads = torch.get_num_threads() // processes
             with ProcessPoolExecutor(processes, get_context("spawn"), torch.set_num_threads, (threads,)) as pool:
                 found = [future.result() for future in [pool.submit(each) for each in due]]
@@ -404,11 +404,11 @@ def table(found: Iterable[Score]) -> Table:
 
 
 def _weights(name: str, subject: Subject) -> str:
-    """What says which features these are."""
+    """The identity of the weights: what `Score.weights` holds."""
     if name == "trained":
         return digest(subject.backbone)
     if name == "pixels":
         return "pixels"
-    run = subject.run  # all that decides the weights of step 0
+    run = subject.run  # everything that decides the weights at step 0
     parts = [run.backbone.model_dump_json(), run.head.model_dump_json(), run.views.global_crops_size, run.train.seed]
     return "untrained " + digests.of_bytes([repr(parts).encode()])[:32]

@@ -33,7 +33,7 @@ class PipeSafe:
             self._silence()
 
     def _silence(self) -> None:
-        """What is still in buffers, here and in child processes, goes nowhere without an error."""
+        """Whatever is still buffered, here and in child processes, is discarded without an error."""
         nowhere = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nowhere, self._stream.fileno())
         os.close(nowhere)

@@ -1,6 +1,6 @@
 """`python -m nearfar.launch.slurm.after_failure SUBMISSION KIND CODE`: what the batch script does when srun has failed.
 
-Processes that were killed (too little memory, a broken node) can neither write down why nor ask for another try. The
+Processes that were killed (too little memory, a broken node) can neither record why nor ask for another try. The
 batch script's process lives on the job's first node and outlives them: it writes the reason down and, unless one of
 them has said that the run itself is at fault, gives the job back to the queue, without the node that failed.
 """
@@ -22,19 +22,19 @@ _SRUN = re.compile(r"srun: error: (?P<node>\S+): tasks? (?P<rank>\d+)\S*: (?P<ho
 _NODE = re.compile(r"srun: error: Node failure on (?P<node>\S+)")
 
 
-class Culprit(NamedTuple):
-    """The first process that ended badly, as srun says it."""
+class FirstFailure(NamedTuple):
+    """The first process that ended badly, as srun reports it."""
 
     why: str
     rank: int = 0
     node: str = ""
 
 
-def culprit(log: str, code: int) -> Culprit:
-    """What srun said of the last attempt in `log`; without a word of it, its exit code."""
+def first_failure(log: str, code: int) -> FirstFailure:
+    """What srun reported of the last attempt in `log`; its exit code where it reported nothing."""
     last = log.rpartition(ATTEMPT_BEGINS)[2]
     if found := _NODE.search(last):
-        return Culprit(f"node {found['node']} failed", 0, found["node"])
+        return FirstFailure(f"node {found['node']} failed", 0, found["node"])
     if found := _SRUN.search(last):
         how, node = found["how"].strip(), found["node"]
         if how.startswith("Killed"):
@@ -43,23 +43,23 @@ def culprit(log: str, code: int) -> Culprit:
             how = "ran out of memory (--mem-gb)"
         else:
             how = f"ended: {how[:1].lower()}{how[1:]}"
-        return Culprit(f"rank {found['rank']} on {node} {how}", int(found["rank"]), node)
-    return Culprit(f"srun ended with exit code {code}: see the log")
+        return FirstFailure(f"rank {found['rank']} on {node} {how}", int(found["rank"]), node)
+    return FirstFailure(f"srun ended with exit code {code}: see the log")
 
 
 def handle(submission: Path, kind: Kind, code: int) -> None:
-    """Write down why, and requeue what may be tried again."""
+    """Record why, and requeue what may be tried again."""
     found = SubmissionRecord.read(submission)
     run = found.runs[int(os.environ.get("SLURM_ARRAY_TASK_ID", 0))]
     job, restart = job_id(), int(os.environ.get("SLURM_RESTART_COUNT", 0))
     ending = records.read_ending(run, kind)
     if ending and (ending.job, ending.restart) == (job, restart):
-        return  # a process had the last word
+        return  # a process has recorded the ending already
     state = queue.details(job).get("JobState", "")
     if state != "RUNNING":
         return  # cancelled, or requeued already
     log = submission / "log" / f"{job}_0_log.out"
-    bad = culprit(log.read_text(errors="replace") if log.exists() else "", code)
+    bad = first_failure(log.read_text(errors="replace") if log.exists() else "", code)
     told = [end for end in records.attempt_ends(run, kind) if (end.job, end.restart) == (job, restart)]
     why = told[-1].why if told and told[-1].infrastructure else bad.why
     if not told or not told[-1].infrastructure:
@@ -72,14 +72,14 @@ def handle(submission: Path, kind: Kind, code: int) -> None:
         why = records.no_progress(run, job, len(tried), kind)
         records.write_ending(run, kind, last.model_copy(update={"why": why}))
         return
-    print(f"nearfar: {why}. Not the run's fault, as far as can be seen: job {job} goes back to the queue.", flush=True)
+    print(f"nearfar: {why}. This does not look like the run's own fault: job {job} goes back to the queue.", flush=True)
     try:
         queue.requeue(job)
     except UserError as error:
         records.write_ending(run, kind, last.model_copy(update={"state": "stopped", "why": f"{why}; {error}"}))
         raise
     if bad.node and queue.exclude_node(job, bad.node, found.resources.exclude or ""):
-        print(f"nearfar: {bad.node} is left out.", flush=True)
+        print(f"nearfar: the job is kept off {bad.node} from now on.", flush=True)
 
 
 def job_id() -> str:

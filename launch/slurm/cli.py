@@ -25,7 +25,7 @@ SCORES = ("knn", "linear", "segment")
 
 def add_launch(verbs: Any) -> None:
     """Put `launch` among the verbs of the `nearfar` command."""
-    verbs.add_parser("launch", help="the same on a SLURM cluster: submit, status, logs, cancel, resubmit")
+    verbs.add_parser("launch", help="pretrain on a SLURM cluster: submit, status, logs, cancel, resubmit")
     verbs.choices["launch"] = LaunchParser()  # in its place: what follows `launch` is a recipe or one of CONTROLS
 
 
@@ -82,8 +82,10 @@ def control_parser(verb: str) -> argparse.ArgumentParser:
     if verb == "status":
         parser.add_argument("--json", action="store_true", help="print a list of objects for other programs")
     if verb == "logs":
-        parser.add_argument("-f", "--follow", action="store_true", help="go on until the job has left the queue")
-        parser.add_argument("--eval", action="store_true", help="of the evaluation instead of the training")
+        parser.add_argument(
+            "-f", "--follow", action="store_true", help="keep printing until the job has left the queue"
+        )
+        parser.add_argument("--eval", action="store_true", help="show the log of the evaluation, not of the training")
     if verb == "resubmit":
         resources.add_flags(parser)
     actions = {"status": run_status, "cancel": run_cancel, "logs": run_logs, "resubmit": run_resubmit}

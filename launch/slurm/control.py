@@ -1,4 +1,4 @@
-"""What a user does with submitted runs: find them, stop them, read what they say, submit them again."""
+"""What a user does with submitted runs: find them, cancel them, read their logs, submit them again."""
 
 from __future__ import annotations
 
@@ -64,12 +64,12 @@ def cancel(runs: Sequence[Path], console: Console) -> None:
 
 
 def logs(run: Path, follow: bool, kind: records.Kind = "train") -> None:
-    """Print what the run's last job says, all attempts; `follow`: until the job has left the queue.
+    """Print the log of the run's last job, all attempts; `follow`: until the job has left the queue.
 
     That is the first rank's log; where another rank knows why the run failed, the end of that one's log comes after it.
 
     Raises:
-        UserError: there is no such job, or it has not said anything.
+        UserError: there is no such job, or it has written no log yet.
     """
     job = records.latest_job(run, kind)
     if job is None:
@@ -86,10 +86,10 @@ def logs(run: Path, follow: bool, kind: records.Kind = "train") -> None:
         if ending:
             break
         entry = queue.entries([job.job]).get(job.job)
-        ending = not (entry and entry.active)  # and read once more what was said meanwhile
+        ending = not (entry and entry.active)  # then read once more what was written meanwhile
         time.sleep(0 if ending else POLL)
     if not job.log.exists():
-        raise UserError(f"Job {job.job} has not said anything yet: it waits in the queue, or never started.")
+        raise UserError(f"Job {job.job} has written no log yet: it is waiting in the queue, or it never started.")
     _print_reason(run, job, kind)
 
 
@@ -128,7 +128,7 @@ def resubmit(runs: Sequence[Path], given: dict[str, Any], console: Console) -> l
     if not together:
         raise UserError("There is nothing to submit again: never submitted, finished, or still in the queue.")
     again = []
-    for folder, jobs in together.items():  # all is read and checked before anything is submitted
+    for folder, jobs in together.items():  # everything is read and checked before anything is submitted
         record = SubmissionRecord.read(folder)
         share = resources.check(record.resources.model_dump(exclude_defaults=True) | given, "in the flags")
         again.append(

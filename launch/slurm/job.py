@@ -43,9 +43,9 @@ if TYPE_CHECKING:
     from nearfar.ssl.train import Outcome
 
 # SLURM kills a job that it preempts or cancels within its grace time, and one that lost a node within SlurmdTimeout
-# (300 s unless a site says otherwise). Whoever is still there after this was not going to be killed.
+# (300 s unless a site says otherwise). A process still alive after this was not going to be killed.
 KILLED_WITHIN = 900.0
-LOCK_PATIENCE = 300.0  # seconds in which a process of an attempt before may still be ended
+LOCK_PATIENCE = 300.0  # seconds in which a process of an earlier attempt may still be ended
 MEETING = LOCK_PATIENCE + 300.0  # seconds in which the first rank must say where the ranks meet
 
 
@@ -80,7 +80,7 @@ class JobProcess(NamedTuple):
 
 
 class InfrastructureError(RuntimeError):
-    """What a machine or the cluster did, and another attempt may not meet again."""
+    """A failure of a machine or of the cluster, which another attempt may not meet again."""
 
 
 def train_job(config: str, folder: str) -> None:
@@ -119,7 +119,7 @@ def train_job(config: str, folder: str) -> None:
 def evaluation_job(config: str, folder: str, tasks: list[str]) -> None:
     """Score the run in `folder` on its own data.path and data.val, and write its report; one process.
 
-    Raises: as `train`; ending-eval.json says it too.
+    Raises: as `train_job`; ending-eval.json says it too.
     """
     run, submission, process = Path(folder), Path(config).parent.parent, JobProcess.this()
 
@@ -128,7 +128,7 @@ def evaluation_job(config: str, folder: str, tasks: list[str]) -> None:
         queue.requeue(process.job)
         sys.exit(0)
 
-    if process.result:  # TERM stays unheard: to end within a preemption's grace would count as a failure
+    if process.result:  # TERM is ignored: to end within a preemption's grace would count as a failure
         signal.signal(signal.SIGUSR2, again)
     try:
         _forget_result(process)
@@ -142,7 +142,7 @@ def evaluation_job(config: str, folder: str, tasks: list[str]) -> None:
 
 def _forget_result(process: JobProcess) -> None:
     if process.result:
-        process.result.unlink(missing_ok=True)  # of an attempt before: it says nothing of this one
+        process.result.unlink(missing_ok=True)  # of an earlier attempt: it says nothing about this one
 
 
 def _tell_changed_torch(run: Path) -> None:
@@ -164,7 +164,7 @@ def _tell_changed_torch(run: Path) -> None:
 
 
 def wait_for_lock(run: Path, stop: Callable[[], bool], patience: float = LOCK_PATIENCE) -> None:
-    """Wait while a process of an attempt before, which SLURM lost sight of, still lives in the run's folder.
+    """Wait while a process of an earlier attempt, which SLURM lost track of, still holds the run's folder.
 
     Raises:
         InfrastructureError: it did not end in time.
@@ -174,7 +174,7 @@ def wait_for_lock(run: Path, stop: Callable[[], bool], patience: float = LOCK_PA
         if time.monotonic() > until:
             raise InfrastructureError(f"{run} is still in use by {holder} after {patience:.0f} s")
         if not told:
-            print(f"{run} is in use by {holder}, of an attempt before: waiting for its end.", flush=True)
+            print(f"{run} is in use by {holder}, a process of an earlier attempt: waiting for its end.", flush=True)
             told = True
         time.sleep(1)
 
@@ -303,13 +303,13 @@ def _resolvable(node: str) -> str:
 def _failed(run: Path, kind: records.Kind, process: JobProcess, error: Exception) -> NoReturn:
     """Write down why and end the process. What the machines did is tried again by nearfar.launch.slurm.after_failure.
 
-    A rank that only lost another one leaves the word to that, or to SLURM.
+    A rank that only lost another one leaves the explanation to that one, or to SLURM.
 
     Raises:
         Exception: `error` itself, outside SLURM.
     """
     mistake = isinstance(error, UserError)
-    if process.result:  # else whoever called us says it
+    if process.result:  # outside SLURM the caller reports it
         print(f"nearfar: {error}", flush=True) if mistake else traceback.print_exc()
     if isinstance(error, PeerError) and process.result:
         # A rank that ended by itself: srun ends us within the second. A node that died: SLURM requeues the job when it
@@ -328,13 +328,13 @@ def _failed(run: Path, kind: records.Kind, process: JobProcess, error: Exception
     sys.exit(2 if mistake else 1)
 
 
-# Words of torch, NCCL and CUDA for broken links and devices. Too little GPU memory is the run's own doing.
+# What torch, NCCL and CUDA say of broken links and devices. Too little GPU memory is the run's own fault.
 _BROKEN = re.compile(r"nccl|gloo|connection (closed|reset|refused)|cuda error|ecc error|cuda driver|xid", re.IGNORECASE)
 _BROKEN_FILES = {errno.EIO, errno.ESTALE, errno.ENODEV, errno.EREMOTEIO, errno.ETIMEDOUT, errno.ENOTCONN}
 
 
 def is_infrastructure(error: BaseException) -> bool:
-    """Is it what machines, links or file systems did, rather than the run's settings, data or code?"""
+    """Was it the fault of machines, links or file systems, rather than of the run's settings, data or code?"""
     if isinstance(error, UserError) or type(error).__name__ == "OutOfMemoryError":
         return False
     if isinstance(error, InfrastructureError | PeerError | ConnectionError):

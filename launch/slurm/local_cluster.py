@@ -57,13 +57,13 @@ def dry_run(runs: Sequence[Run], given: dict[str, Any], then: Sequence[str], con
         told += f"{processes} process{'es' if processes != 1 else ''}" if run.train.world_size else str(processes)
         told += f", {run.train.epochs} epochs" + (f"; then {', '.join(then)}" if then else "")
         console.print(told, highlight=False, soft_wrap=True)
-    console.print("Nothing was started: this is what --dry-run is for.", highlight=False, soft_wrap=True)
+    console.print("Nothing was started. Leave out --dry-run to begin.", highlight=False, soft_wrap=True)
 
 
 def _of_this_machine(given: dict[str, Any]) -> Resources:
     asked = Resources.model_validate({**given, "cpu": True, "gpus_per_node": None})
     if asked.nodes > 1:
-        raise UserError(f"This is one machine and not {asked.nodes}: --nodes needs --cluster slurm.")
+        raise UserError(f"--nodes {asked.nodes} needs --cluster slurm: this is one machine.")
     return asked
 
 

@@ -16,15 +16,15 @@ ACTIVE = {
     "PENDING", "CONFIGURING", "RUNNING", "COMPLETING", "STAGE_OUT", "SIGNALING", "SUSPENDED", "STOPPED", "RESIZING",
     "REQUEUED", "REQUEUE_FED", "REQUEUE_HOLD", "RESV_DEL_HOLD", "SPECIAL_EXIT",
 }  # fmt: skip
-# What scontrol says when to ask again is of no use. Anything else is a controller that restarts, is busy or away.
+# Answers of scontrol that are final. Anything else comes from a controller that is restarting, busy or away.
 _FINAL_REFUSALS = ("disabled", "invalid job id", "access/permission denied", "not permitted", "already completed")
 REQUEUE_PATIENCE = 600.0  # seconds in which a controller that is away may come back
 _LONGEST_PAUSE = 15.0  # seconds between two tries
-_COMMAND_SECONDS = 60  # a busy controller may take long; one that hangs must not hang us
+_COMMAND_SECONDS = 60  # a busy controller may be slow; one that hangs must not hang this process
 
 
 class QueueEntry(NamedTuple):
-    """A job as SLURM sees it."""
+    """A job as SLURM's queue has it."""
 
     state: str  # RUNNING, PENDING ...
     name: str  # empty where it is not known
@@ -130,7 +130,7 @@ def details(job: str) -> dict[str, str]:
 
 
 def preempted(job: str) -> bool:
-    """Is a running job asked to make room for another one, rather than cancelled?
+    """Is a running job being preempted, rather than cancelled?
 
     Raises:
         UserError: as `details`.

@@ -1,11 +1,11 @@
-"""What a run folder knows of its jobs: which were submitted, each attempt of them, and how the run ended.
+"""What a run folder records of its jobs: which were submitted, each attempt of them, and how the run ended.
 
     runs/NAME/cluster/jobs.json         jobs that were submitted, oldest first
     runs/NAME/cluster/attempts.jsonl    a line when an attempt begins, and one for what ended it
     runs/NAME/cluster/STAMP/            one submission: settings/, submission.yaml, code/ as it was, log/
     runs/NAME/ending.json               how training ended (ending-eval.json: evaluation); none while it may go on
 
-The disk is the truth: queues forget, and a result that a job left behind says nothing of its next attempt.
+The disk is the authority: queues forget, and a result that a job left behind says nothing about its next attempt.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from nearfar.ssl import checkpoint_names, file_lock, files
 from nearfar.ssl.errors import UserError
 
 Kind = Literal["train", "eval"]
-ATTEMPT_BEGINS = "nearfar: attempt"  # at the head of what each attempt says, in the log that all of them share
+ATTEMPT_BEGINS = "nearfar: attempt"  # the first words of each attempt in the log that all of them share
 _log = logging.getLogger(__name__)
 
 
@@ -99,7 +99,7 @@ class Attempt(BaseModel):
 
 
 class AttemptEnd(BaseModel):
-    """What ended an attempt, by the rank that knew; `infrastructure`: not the run's fault, so it is tried again."""
+    """What ended an attempt, as the rank that knew says; `infrastructure`: not the run's fault, so it is retried."""
 
     kind: Kind = "train"
     job: str
@@ -247,7 +247,7 @@ def attempt_ends(run: Path, kind: Kind = "train") -> list[AttemptEnd]:
 
 
 def write_ending(run: Path, kind: Kind, ending: Ending) -> None:
-    """Write how it ended. The first rank to say why a run failed is believed: the others only lost it."""
+    """Write how it ended. Of several failures the first recorded one stays: the other ranks only lost that rank."""
     if ending.state == "failed":
         known = read_ending(run, kind)
         if known and (known.job, known.restart) == (ending.job, ending.restart):

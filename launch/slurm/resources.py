@@ -1,4 +1,4 @@
-"""What a job may ask of a cluster: defaults written once for a site, and the flags of `nearfar launch` over them."""
+"""What a job asks of a cluster: defaults written once for a site, overridden by the flags of `nearfar launch`."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from nearfar.ssl import bounded_files
 from nearfar.ssl.errors import UserError
 from nearfar.ssl.setting_errors import in_words
 
-# What only the site file can say, and what sbatch options have a field of their own or are nearfar's business.
+# Fields that only the site file can set; and options of sbatch that have a field of their own or that nearfar sets.
 FILE_ONLY = ("setup", "node_setup", "srun_args", "python", "extra")
 _REFUSED_EXTRAS = {
     "nodes": "use nodes", "ntasks": "use tasks_per_node", "ntasks-per-node": "use tasks_per_node",
@@ -140,12 +140,12 @@ def check(tree: dict[str, Any], where: str) -> Resources:
         problems += [mistake.told for mistake in in_words(error, list(Resources.model_fields), "nearfar launch")]
     else:
         if found.cpu and found.gpus_per_node:
-            problems.append("--cpu asks for no GPU and gpus_per_node for some: choose one")
+            problems.append("--cpu asks for no GPU, and gpus_per_node asks for some: choose one")
         if not found.cpu and not found.gpus_per_node:
             problems.append("say --gpus-per-node N, or --cpu to train on CPUs")
         if not problems:
             return found
-    raise UserError(f"Resources {where} that cannot be: {'; '.join(problems)}.")
+    raise UserError(f"The resources {where} cannot be used: {'; '.join(problems)}.")
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:

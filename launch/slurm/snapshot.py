@@ -1,4 +1,4 @@
-"""The code of a run, copied when it is submitted: a requeue weeks later runs what was submitted."""
+"""The code of a run, copied at submission, so that a requeue weeks later runs what was submitted."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from nearfar.ssl.errors import UserError
 PACKAGES = ("ssl", "eval", "launch", "recipes")
 
 
-def take(target: Path) -> None:
+def copy_code(target: Path) -> None:
     """Copy nearfar as this process imports it to `target`/nearfar, so that `target` on the import path is nearfar.
 
     Raises:

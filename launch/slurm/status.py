@@ -1,4 +1,4 @@
-"""How submitted runs are, from one look at the queue and the run folders. Imports no torch: it must answer at once."""
+"""The state of submitted runs, from the queue and the run folders. Imports no torch: it must answer at once."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class Status(NamedTuple):
 
 
 def statuses(runs: Sequence[Path]) -> list[Status]:
-    """How each run is. One look at the queue for all of them; where it cannot be asked, the folders alone are read."""
+    """The state of each run. One query to the queue for all of them; where that fails, the folders alone are read."""
     last = {run: (records.latest_job(run, "train"), records.latest_job(run, "eval")) for run in runs}
     ids = [job.job for jobs in last.values() for job in jobs if job]
     try:
@@ -96,7 +96,7 @@ def combined(
     recorded = last.why if last else ""
     why = ending.why if ending else recorded
     if entry and job and entry.name not in ("", job.name):
-        entry = None  # another job: ids begin anew on a new cluster
+        entry = None  # another job: a new cluster counts from 1 again
     if entry and entry.active:
         return entry.state.lower(), ", ".join(part for part in (_waiting(entry), recorded) if part)
     if job and job.cancelled and not (ending and ending.state == "finished"):

@@ -1,4 +1,4 @@
-"""`nearfar launch`: runs -> a submission folder with settings, code and logs -> jobs that the run folders know of."""
+"""`nearfar launch`: runs -> a submission folder with settings, code and logs -> jobs, recorded in the run folders."""
 
 from __future__ import annotations
 
@@ -111,7 +111,7 @@ def dry_run(submission: Submission, console: Console) -> None:
 
 
 def submit(submission: Submission, console: Console, code: Path | None = None) -> list[Job]:
-    """Submit training and what follows it; each run's folder knows its jobs from then on.
+    """Submit training and what follows it; each run's folder records its jobs.
 
     code: a snapshot to run (of an earlier submission); default: a new one.
 
@@ -145,7 +145,7 @@ def _fill(folder: Path, submission: Submission, code: Path | None) -> None:
     if code:
         shutil.copytree(code, folder / "code")
     else:
-        snapshot.take(folder / "code")
+        snapshot.copy_code(folder / "code")
     SubmissionRecord(
         resources=submission.resources,
         runs=[run.path for run in submission.runs],

@@ -61,9 +61,9 @@ def test_help_and_mistakes_load_none_of_the_slow_packages(argv: list[str]) -> No
         (["demo", "--epochs", "3"], "the setting is written train.epochs=3"),
         (["launch", "demo", "--epochs", "3"], "the setting is written train.epochs=3"),
         (["pretrain", "demo", "-x"], "-x is no flag of `nearfar pretrain`."),
-        (["export", "a", "b", "c"], "'c' is too much for `nearfar export`"),
+        (["export", "a", "b", "c"], "'c' is not expected by `nearfar export`"),
         (["export"], "model and out are missing"),
-        (["eval", "lienar", "x"], "'lienar' is none of knn, linear, segment, all; did you mean linear?"),
+        (["eval", "lienar", "x"], "'lienar' is not one of knn, linear, segment, all; did you mean linear?"),
         (["launch", "demo", "--cluster", "slrum"], "did you mean slurm?"),
     ],
 )

@@ -182,14 +182,14 @@ def launch(tmp_path_factory: pytest.TempPathFactory, pictures: Path) -> Iterator
             *(f"    {line}" for line in code.splitlines()), "    return _at(self, step)", "Schedule.at = _slow",
         ]  # fmt: skip
 
-        def take(target: Path, real: Callable[[Path], None] = snapshot.take) -> None:
+        def take(target: Path, real: Callable[[Path], None] = snapshot.copy_code) -> None:
             """The copy of the code is what a job runs: here is where it can be made slow, or wrong."""
             real(target)
             with (target / "nearfar" / "ssl" / "schedule.py").open("a") as handle:
                 handle.write("\n".join(["", *lines, ""]))
 
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(snapshot, "take", take)
+            patch.setattr(snapshot, "copy_code", take)
             settings = [f"data.path={pictures}", f"folder={folder / runs}", f"name={name}"]
             flags = ["--cpu", "--cluster", "slurm", *(() if "--cpus-per-task" in words else ("--cpus-per-task", "1"))]
             assert cli.main(["launch", str(folder / "tiny.yaml"), *settings, *words, *flags]) == 0

@@ -29,7 +29,7 @@ from nearfar.ssl.errors import UserError
 )
 def test_who_it_was(said: str, why: str, node: str) -> None:
     before = "nearfar: attempt 0 on n\nsrun: error: another: task 5: Killed\nnearfar: attempt 1 on n\n"
-    found = after_failure.culprit(before + said + "\n", 9)
+    found = after_failure.first_failure(before + said + "\n", 9)
     assert (found.why, found.node) == (why, node)
 
 

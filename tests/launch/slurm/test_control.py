@@ -89,7 +89,7 @@ def test_status_of_one_and_of_several(run: Path, capsys: pytest.CaptureFixture[s
 
 def test_logs(run: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     assert cli.main(["launch", "logs", str(run)]) == 2
-    assert "has not said anything yet" in capsys.readouterr().err
+    assert "has written no log yet" in capsys.readouterr().err
     log = run / "cluster" / "now" / "log" / "5_0_log.out"
     log.parent.mkdir(parents=True)
     log.write_text("one\n")

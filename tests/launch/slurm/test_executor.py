@@ -58,7 +58,7 @@ def test_arrays_and_what_follows(tmp_path: Path) -> None:
 def test_the_lines_before_srun_put_the_snapshot_first_on_the_import_path(tmp_path: Path) -> None:
     """Run by a real shell, from a folder with a space in its name, over an import path that holds another nearfar."""
     home = tmp_path / "it's here"
-    snapshot.take(home / "code")
+    snapshot.copy_code(home / "code")
     script = executor.executor(home, CPU, JobOptions("s")).script()
     setup = [line for line in script.splitlines() if line.startswith("export ")]
     code = "import nearfar.ssl.config, nearfar.launch.cli, os; print(nearfar.ssl.config.__file__)"
