@@ -125,28 +125,28 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--clock", default="wall", choices=["wall", "cpu"])
-    asked = parser.parse_args()
-    torch.set_num_threads(asked.threads)
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
     torch.manual_seed(0)
-    models = {name: model.to(asked.device) for name, model in variants(asked.model).items()}
-    images = torch.randn(asked.batch, 3, 224, 224, device=asked.device)
-    clock = time.perf_counter if asked.clock == "wall" else time.process_time
-    print(f"ViT-{asked.model} at 224, batch {asked.batch}, {asked.device}, torch {torch.__version__},")
-    print(f"{asked.threads} thread(s), {asked.clock} seconds, fastest of {asked.rounds + 1} rounds\n")
+    models = {name: model.to(args.device) for name, model in variants(args.model).items()}
+    images = torch.randn(args.batch, 3, 224, 224, device=args.device)
+    clock = time.perf_counter if args.clock == "wall" else time.process_time
+    print(f"ViT-{args.model} at 224, batch {args.batch}, {args.device}, torch {torch.__version__},")
+    print(f"{args.threads} thread(s), {args.clock} seconds, fastest of {args.rounds + 1} rounds\n")
     print("| model | precision | forward img/s | x plain | forward + backward img/s | x plain |")
     print("|---|---|--:|--:|--:|--:|")
     for bf16 in (False, True):
-        seconds = measure(dict(models), images, asked.rounds, bf16, clock)
+        seconds = measure(dict(models), images, args.rounds, bf16, clock)
         for name, (forward, both) in seconds.items():
             plain = seconds["plain"]
             print(
-                f"| {name} | {'bf16' if bf16 else 'float32'} | {asked.batch / forward:.1f} | {forward / plain[0]:.2f} "
-                f"| {asked.batch / both:.1f} | {both / plain[1]:.3f} |",
+                f"| {name} | {'bf16' if bf16 else 'float32'} | {args.batch / forward:.1f} | {forward / plain[0]:.2f} "
+                f"| {args.batch / both:.1f} | {both / plain[1]:.3f} |",
                 flush=True,
             )
-    width = WIDTHS[asked.model][0]
+    width = WIDTHS[args.model][0]
     plain, folded, recursive = (
-        stem.to(asked.device) for stem in (PatchEmbed(16, width), LGPPatchEmbed(16, width), RecursiveLGP(16, width))
+        stem.to(args.device) for stem in (PatchEmbed(16, width), LGPPatchEmbed(16, width), RecursiveLGP(16, width))
     )
     packet = folded.packet_of(images)
     stems: dict[str, Callable[..., Any]] = {
@@ -159,12 +159,12 @@ def main() -> None:
         "whole LGP, folded": folded,
         "whole LGP, recursive": recursive,
     }
-    seconds = measure(stems, images, asked.rounds, False, clock)
+    seconds = measure(stems, images, args.rounds, False, clock)
     print("\n| embedding alone, float32 | forward img/s | forward + backward img/s | times the recursive |")
     print("|---|--:|--:|--:|")
     for name, (forward, both) in seconds.items():
         slow = seconds["whole LGP, recursive" if "whole" in name else "packet and both projections, recursive"][1]
-        print(f"| {name} | {asked.batch / forward:.0f} | {asked.batch / both:.0f} | {slow / both:.1f} |")
+        print(f"| {name} | {args.batch / forward:.0f} | {args.batch / both:.0f} | {slow / both:.1f} |")
     print("\n| ViT | plain G multiply-adds | with LGP | more | published |\n|---|--:|--:|--:|--:|")
     for size, (width, heads) in WIDTHS.items():
         counts = [

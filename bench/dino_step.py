@@ -1,4 +1,4 @@
-"""A DINO step as facebookresearch/dino performs it, rewritten from its description: what bench/step.py compares with.
+"""A DINO step as facebookresearch/dino performs it, rewritten from its description: the reference of bench/step.py.
 
 Kept as that code has it, because it is what a user would otherwise run: attention by explicit products, one backbone
 pass a resolution, a weight-normed last layer through torch's own `weight_norm`, the loss as a loop over pairs of views,
@@ -11,7 +11,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any
 
-import nearfar.ssl.backbones  # noqa: F401  # isort: skip  (mends torchvision, which timm imports)
+import nearfar.ssl.backbones  # noqa: F401  # isort: skip  (repairs torchvision, which timm imports)
 import timm
 import torch
 import torch.distributed as dist

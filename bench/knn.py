@@ -6,8 +6,8 @@
 All start from the same features on disk, as a store holds them, and end with the k nearest rows of every query: reading
 and normalizing count for each, and so does filling faiss' index. "products" is only the matrix product, tile by
 tile, and keeps nothing. Rounds alternate between the variants, each in a fresh process; the minimum of wall-clock
-seconds counts, and beside it stand the median and, for busy machines, the minimum of processor seconds. Peak memory is
-what the process holds beyond the mapped file.
+seconds counts, and the table has the median and, for busy machines, the minimum of processor seconds beside it. Peak
+memory is what the process holds beyond the mapped file.
 """
 
 from __future__ import annotations
@@ -116,7 +116,7 @@ def main() -> None:
     args = parser.parse_args()
     variants = [name for name in VARIANTS if name != "faiss" or importlib.util.find_spec("faiss")]
     if "faiss" not in variants:
-        print("faiss is not installed: ours stands beside plain products only.")
+        print("faiss is not installed: ours is compared with plain products only.")
     dtype = np.float16 if args.half else np.float32
     print(f"{args.queries:,} queries, {args.memory:,} x {args.dim} {dtype.__name__}, k {args.k}, ", end="")
     print(f"{torch.get_num_threads()} threads")

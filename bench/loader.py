@@ -4,8 +4,8 @@
     python bench/loader.py --data ~/pictures --threads 1 2 --seconds 10 --rounds 3
 
 Every measurement is a process of its own (so that peak memory is its own too); they take turns for some rounds and
-the best of each counts, so that other users of the machine disturb all alike. Ratios are those of CPU seconds an
-image, which other users disturb least, and of images a second. Prints a Markdown table.
+the best of each counts, so that other users of the machine disturb all alike. Ratios are of CPU seconds per image,
+which other users disturb least, and of images per second. Prints a Markdown table.
 """
 
 from __future__ import annotations
@@ -95,7 +95,7 @@ def _dino_views(color: bool) -> tuple[Callable, Callable, Callable]:
 
 def dino(folder: Path, threads: int, color: bool = True) -> Iterator[int]:
     """What facebookresearch/dino does, by torchvision's public transforms: Pillow images, a DataLoader of processes."""
-    importlib.import_module("nearfar.ssl.backbones")  # makes torchvision importable everywhere, so first
+    importlib.import_module("nearfar.ssl.backbones")  # first: it makes torchvision importable everywhere
     import torch
     from PIL import Image
     from torch.utils.data import DataLoader, Dataset
@@ -219,9 +219,9 @@ def main() -> None:
     root = Path(__file__).resolve().parents[1]
     default = root.parent / "shared/data/imagenet_native80/images"
     parser.add_argument("--data", type=Path, default=default, help="folder of images")
-    parser.add_argument("--images", type=int, default=2000, help="repeated to so many")
+    parser.add_argument("--images", type=int, default=2000, help="number of images, those of --data repeated")
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
-    parser.add_argument("--seconds", type=float, default=8, help="of each measurement")
+    parser.add_argument("--seconds", type=float, default=8, help="seconds of each measurement")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
     parser.add_argument("--one", nargs=3, metavar=("METHOD", "FOLDER", "THREADS"), help=argparse.SUPPRESS)

@@ -3,7 +3,7 @@
     python bench/requeue.py
 
 Runs tests/slurm/test_interruptions.py (root, SLURM installed) on its own throw-away cluster of three nodes and prints
-the table of docs/cluster.md. In these seconds are the import of torch by two processes, and the 5 s that this cluster
+the table of docs/cluster.md. These seconds include the import of torch by two processes, and the 5 s that this cluster
 makes a requeued job wait (SLURM's default is 120 s: `cred_expire` in AuthInfo).
 """
 

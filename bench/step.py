@@ -143,7 +143,7 @@ def resident() -> int:
     status = Path("/proc/self/status")
     if not status.exists():
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    # Linux hands getrusage's number down from the process that started this one.
+    # On Linux getrusage's number is inherited from the process that started this one.
     (line,) = (line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
     return 1024 * int(line.split()[1])
 
@@ -234,7 +234,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--precision", default="auto", choices=["auto", "bf16", "fp32"])
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--steps", type=int, default=0, help="of each in a round; default: 1 on a CPU, 10 on a GPU")
+    parser.add_argument(
+        "--steps", type=int, default=0, help="steps of each variant in a round (default: 1 on a CPU, 10 on a GPU)"
+    )
     parser.add_argument("--only", nargs="+", default=NAMES, choices=NAMES, help="ratios are against the first")
     parser.add_argument("--no-memory", action="store_true")
     parser.add_argument("--json", type=Path)

@@ -1,4 +1,4 @@
-"""Several runs beside each other: what came out, and the settings in which they differ, as a table and as a page."""
+"""Several runs side by side: their outcomes, and the settings in which they differ, as a table and as a page."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from nearfar.ssl.settings import all_settings
 
 ONLINE = "* online, during training: fewer images, so not to be compared with the others"
 _ONLINE_TASK = {"knn": "knn_top1"}
-# Settings that change no result say nothing here, other than on which images a run trained and was scored.
+# Settings that change no result are not shown, except for the images on which a run was trained and scored.
 _NOT_COMPARED = {"name", "folder"} | {s.key for s in all_settings() if s.free} - {"data.path", "data.val"}
 _AMBIGUOUS = {"name", "path", "val", "size"}
 _STYLE = (
@@ -74,7 +74,7 @@ class Comparison(NamedTuple):
     notes: list[str]
 
     def best(self, task: str) -> float | None:
-        """The best of a column as it is shown; online scores are not in the race unless there are no others."""
+        """The best of a column as it is shown; online scores count only where there are no others."""
         found = [round(row.scores[task], 1) for row in self.rows if task in row.scores and task not in row.online]
         found = found or [round(row.scores[task], 1) for row in self.rows if task in row.scores]
         return max(found, default=None)
@@ -92,11 +92,11 @@ def runs_in(folder: Path) -> list[Path]:
 
 
 def compare(runs: Sequence[Path]) -> Comparison:
-    """What came out of each run, and the settings in which they differ.
+    """The outcome of each run, and the settings in which the runs differ.
 
     Each task's scores are those on the images that most runs were scored on, elsewhere the newest of `results.json`;
-    without any the last online k-NN. What a run does not have is left out; a file that cannot be read is told in
-    `notes`, and its run keeps what the others say.
+    without any the last online k-NN. What a run does not have is left out; a file that cannot be read is named in
+    `notes`, and its run keeps what the other files say.
     """
     notes: list[str] = []
     settings = [_settings(run, notes) for run in runs]
@@ -245,13 +245,13 @@ def _text(value: object) -> str:
 
 
 def _short(keys: Sequence[str]) -> dict[str, str]:
-    """The last part of each key where that says which is meant: `lr` for optim.lr, but not `name` for backbone.name."""
+    """The last part of each key where that is unambiguous: `lr` for optim.lr, but not `name` for backbone.name."""
     ends = Counter(key.rpartition(".")[2] for key in keys)
     return {key: end if ends[end := key.rpartition(".")[2]] == 1 and end not in _AMBIGUOUS else key for key in keys}
 
 
 def _printable(text: str) -> str:
-    """Without what a terminal would take for a command, such as an escape sequence in a folder's name."""
+    """Without characters that a terminal would obey, such as an escape sequence in a folder's name."""
     return "".join(letter if letter.isprintable() else "?" for letter in text)
 
 

@@ -90,7 +90,7 @@ def _drawing(points: list[tuple[float, float]], panel: Panel) -> str:
 
 
 def _near(guide: float, ys: list[float]) -> bool:
-    """A guide far outside the data would press the curve flat."""
+    """Is a guide near enough to be drawn? One far outside the data would flatten the curve."""
     span = max(max(ys) - min(ys), 0.25 * max(abs(y) for y in ys))
     return min(ys) - 1.5 * span <= guide <= max(ys) + 1.5 * span
 

@@ -1,4 +1,7 @@
-"""Few labels: how good frozen features are with 1, 5 or 10 labeled images a class, or with 1 or 10 % of them."""
+"""Few labels: the accuracy of frozen features with 1, 5 or 10 labeled images per class, or with 1 or 10 % of them.
+
+Functions only: `nearfar eval` has no name for them yet.
+"""
 
 import statistics
 from collections.abc import Callable, Sequence

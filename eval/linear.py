@@ -16,8 +16,8 @@ from nearfar.ssl.heads.linear import LinearHeads
 
 LEARNING_RATES = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0)
 WEIGHT_DECAYS = (0.0, 1e-5, 1e-4)
-_ROWS = 4096  # rows read at once where a whole set is gone through
-_RESIDENT = 4 * 2**30  # bytes of features that are copied to a GPU as a whole, so that no batch of them is waited for
+_ROWS = 4096  # rows read at once in a pass over a whole set
+_RESIDENT = 4 * 2**30  # features of up to so many bytes are copied to a GPU as a whole, not batch by batch
 
 
 class StandardizedRows:
@@ -81,7 +81,7 @@ def linear_probe(  # noqa: PLR0913 - four arrays, and the protocol by name
     docs/methods.md section 5: SGD, momentum .9, cosine to 0. Every rate of `lrs` (per 256 samples; scaled by
     batch_size / 256) with every weight decay of `decays` (`WEIGHT_DECAYS` is a good range) is trained in one pass,
     scored after the last epoch on a stratified `holdout` share of the *training* set. Instead of one array, both sides
-    may give several, by name (layers, poolings): each is swept alike. The best (`best_setting`) is trained afresh on
+    may give several, by name (layers, poolings), each swept alike. The best (`best_setting`) is trained afresh on
     the whole training set; only that one meets the test set. Features are standardized per dimension with training
     statistics: an affine map, so the classifier stays linear, and one range of rates fits every backbone. They are
     read batch by batch, in place: memory-mapped ones need not fit in memory. Same seed, same answer. device: where
@@ -144,9 +144,9 @@ def _sweep(
 def best_setting(curve: Sequence[dict[str, Any]], images: int) -> dict[str, Any] | None:
     """The row of lowest loss among those whose top1 on `images` held-out ones is within two standard errors of the top.
 
-    Of 90 held-out images one is worth 1.1 points: the highest accuracy alone took rates of an underfitted classifier
-    (3.2 points below logistic regression on 900 digits), where the loss tells them apart. On many images the error is
-    small and accuracy decides. After the rule of one standard error, Breiman et al. 1984, section 3.4. Rows without a
+    Of 90 held-out images one is worth 1.1 points: the highest accuracy alone chose rates that underfit (3.2 points
+    below logistic regression on 900 digits), where the loss tells the rates apart. On many images the error is small
+    and accuracy decides. After the rule of one standard error, Breiman et al. 1984, section 3.4. Rows without a
     finite loss are not considered; None where there is no other.
     """
     finite = [row for row in curve if row["loss"] is not None]

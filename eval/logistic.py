@@ -1,5 +1,5 @@
 """Logistic regression by L-BFGS: a convex problem solved to its optimum, to check the linear probe's SGD against,
-and what few-shot scores are taken with, where an SGD schedule would have to be tuned."""
+and the classifier of the few-shot scores, for which an SGD schedule would have to be tuned."""
 
 from typing import Any
 
@@ -24,7 +24,7 @@ def logistic_probe(
     iterations: int = 200,
     device: torch.device | str = "cpu",
 ) -> dict[str, Any]:
-    """Top-1 in percent of softmax regression on standardized features (n, D), penalty |W|^2 / (2 strength) a set.
+    """Top-1 in percent of softmax regression on standardized features (n, D), with penalty |W|^2 / (2 strength).
 
     The same objective as scikit-learn's LogisticRegression(C=strength): summed cross-entropy plus |W|^2 / (2 C), the
     bias free. Full-batch L-BFGS with a strong Wolfe line search; features are read chunk by chunk. Returns top1, loss

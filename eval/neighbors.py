@@ -19,7 +19,7 @@ from nearfar.ssl.errors import UserError
 _TILE = 4096  # rows of the memory held as float32 at once
 _QUERIES = 1024  # queries compared with a tile at once: 16 MiB of float32 similarities
 _GROUP = 32  # similarities that are skipped together when the largest of them is no candidate
-_BLOCK_BYTES = 2**30  # what the running lists of one pass over the memory may take
+_BLOCK_BYTES = 2**30  # at most, for the running lists of one pass over the memory
 _PLACES = 2.0**26
 
 
@@ -109,7 +109,7 @@ class _Candidates:
     def offer(self, tile: Tensor, start: int, buffer: Tensor) -> None:
         """Take what may be among the nearest from rows `start`, ... of the memory (t, D), as unit vectors.
 
-        buffer: room for the similarities. Fresh memory for every product would take longer than the product's search.
+        buffer: room for the similarities. Allocating it for every product would take longer than searching the product.
         """
         padded = -(-len(tile) // _GROUP) * _GROUP
         similarity = buffer[: padded * len(self.value)].view(padded, -1)

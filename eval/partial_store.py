@@ -1,7 +1,7 @@
-"""A feature store that is being written: a hidden folder beside the final one, from which a killed process goes on.
+"""A feature store that is being written: a hidden folder beside the final one, from which a killed process is resumed.
 
-making.json says what is being made, progress.jsonl what is done: a line is added when the rows it speaks of are on the
-disk. A line that was cut off, and all rows behind the last whole line, are made again.
+making.json says what is being made, progress.jsonl what is done: a line is added once the rows it describes are on
+disk. A line that was cut off, and all rows after the last whole line, are made again.
 """
 
 import contextlib
@@ -25,11 +25,11 @@ _LONGEST = 256 * 2**20  # bytes of progress.jsonl: a number for each image, and 
 _MAKING, _PROGRESS, _FEATURES = "making.json", "progress.jsonl", "features.npy"
 
 
-class Progress:
-    """The features of the first `images` images of a source: `done` rows of `x`, and what is said of them in `rows`."""
+class PartialFeatures:
+    """The features of the first `images` images of a source: `done` rows of `x`, and what else was read in `rows`."""
 
     def __init__(self, folder: Path, source: Source, masks: bool) -> None:
-        """As the folder holds it; from the start where it holds nothing, or nothing that fits."""
+        """Continue from what the folder holds; start anew where it holds nothing, or nothing that fits."""
         self.folder, self.source = folder, source
         self._begin()
         try:
@@ -76,7 +76,7 @@ class Progress:
         self.done += len(part)
 
     def keep(self, images: int) -> None:
-        """All there is of the first `images` images outlives this process from here on."""
+        """Make the first `images` images durable: from here on they outlive this process."""
         self.images = images
         if isinstance(self.x, np.memmap):
             self.x.flush()
@@ -97,7 +97,7 @@ class Progress:
         self._kept = len(self.rows.index), len(self.rows.bad), len(self.rows.rescaled)
 
     def whole(self) -> np.ndarray | None:
-        """All rows, and no room for more: unreadable images leave rows over. None where there are no rows."""
+        """All rows, cut to their number: unreadable images leave unused ones. None where there are no rows."""
         if self.x is not None and self.done < len(self.x):
             shape = (self.done, *self.x.shape[1:])
             short = np.lib.format.open_memmap(self.folder / "short.npy", "w+", np.float32, shape)
@@ -114,11 +114,11 @@ class Progress:
 
 @contextlib.contextmanager
 def partial_folder(final: Path, making: dict[str, Any]) -> Iterator[Path]:
-    """A folder beside `final` to fill and rename: what a killed process left of the same work, else an empty one.
+    """A folder beside `final` to fill and rename: one that a killed process left of the same work, else an empty one.
 
     Its writer holds a lock on it, so that the next one can tell a folder that was left from one that is being written;
-    what was left of other work is removed. So is this one after a mistake of the user's or a refusal of the disk's;
-    after another end it stays, if there is something to go on from.
+    what was left of other work is removed. So is this one after a mistake of the user's or an error of the disk;
+    after any other end it stays, if there is something to resume from.
     """
     final.parent.mkdir(parents=True, exist_ok=True)
     prefix = f".{final.name}.writing-"

@@ -138,7 +138,7 @@ def save(picture: Image.Image, path: Path) -> None:
 
 @contextmanager
 def _evaluating(model: torch.nn.Module) -> Iterator[None]:
-    """Evaluation mode for a while, and whatever mode it was afterwards."""
+    """Evaluation mode within this context; the model's own mode afterwards."""
     was = model.training
     model.eval()
     try:
@@ -159,7 +159,7 @@ def _pictures(normalized: Tensor) -> list[Image.Image]:
 
 
 def _fitted(images: Tensor, side: int) -> tuple[int, int]:
-    """Height and width on paper: the shorter side becomes `side`."""
+    """Height and width of the picture: the shorter side becomes `side`."""
     height, width = images.shape[-2:]
     scale = side / min(height, width)
     return round(height * scale), round(width * scale)

@@ -1,7 +1,7 @@
-"""Pixels as features: the floor that every backbone has to leave behind.
+"""Pixels as features: the baseline that every backbone has to beat.
 
 They are normalized exactly as a backbone's input. Without that all colors are positive, all cosines nearly 1, and
-k-NN some 7 points lower on CIFAR-10: too easy a floor.
+k-NN some 7 points lower on CIFAR-10: too easy a baseline.
 """
 
 from collections.abc import Callable

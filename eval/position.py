@@ -1,4 +1,7 @@
-"""Do patch tokens carry their position? A linear map from a token to its row and column, on images held out."""
+"""Do patch tokens carry their position? A linear map from a token to its row and column, scored on held-out images.
+
+A function only: `nearfar eval` has no name for it yet.
+"""
 
 from collections.abc import Iterator
 from typing import Any
@@ -67,7 +70,7 @@ def _fit(grid: np.ndarray, places: Tensor, ridge: float) -> tuple[Tensor, Tensor
         square += centered.T @ centered / count
         cross += centered.T @ target / count
     std = square.diagonal().sqrt()
-    scale = torch.where(std > 1e-6 * std.max(), std, torch.inf).reciprocal()  # a constant channel says nothing
+    scale = torch.where(std > 1e-6 * std.max(), std, torch.inf).reciprocal()  # a constant channel gets weight 0
     system = square * scale[:, None] * scale + (ridge + 1e-9) * torch.eye(dim, dtype=torch.float64)
     return mean, torch.linalg.solve(system, cross * scale[:, None]) * scale[:, None]
 

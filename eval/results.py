@@ -52,7 +52,7 @@ class Score:
 
     @property
     def key(self) -> str:
-        """Equal for two scores of the same thing, wherever the data lay."""
+        """Equal for two scores of the same thing, wherever the data was stored."""
         parts = [self.subject, self.task, self.weights, self.train.fingerprint, self.val.fingerprint, self.reading]
         return json.dumps(parts, sort_keys=True)
 

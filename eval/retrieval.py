@@ -1,7 +1,9 @@
 """Dense retrieval (docs/methods.md section 6; Balazevic et al. 2023, "Hummingbird"): segmentation without training.
 
 A memory of training patches, each with the shares of classes among its pixels, labels every test patch by its
-nearest neighbors. Pixels to be ignored count neither in the memory nor in the score, and classes are the masks' own.
+nearest neighbors. Ignored pixels count neither in the memory nor in the score, and classes are the masks' own.
+
+A function only: `nearfar eval` has no name for it yet.
 """
 
 from collections.abc import Sequence

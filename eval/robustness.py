@@ -1,7 +1,9 @@
 """Perturbations of test images and of what a network makes of them, and the table of what each costs.
 
 Those of LGP (docs/methods.md section 1): patch shuffle, token shuffle, band shuffle. Image functions take and return
-batches (B, C, H, W) of any range; what is random comes from a generator on the CPU.
+batches (B, C, H, W) of any range; random numbers come from a generator on the CPU.
+
+Functions only: `nearfar eval` has no name for them yet.
 """
 
 import math
@@ -35,7 +37,7 @@ def shuffle_patches(images: Tensor, patch_size: int, generator: torch.Generator)
 def tokens_shuffled(model: nn.Module, generator: torch.Generator) -> Iterator[None]:
     """Within this context the patch embedding's tokens reach the network in another order, each image's in its own.
 
-    Positions that are added afterwards stay where they are, as a patch at a wrong place has them. Raises UserError for
+    Positions that are added afterwards stay where they are, as for a patch at a wrong place. Raises UserError for
     a network whose patch embedding does not make a sequence of tokens.
     """
     embeds = [module for name, module in model.named_modules() if name.rpartition(".")[2] == "patch_embed"]
@@ -70,7 +72,7 @@ def at_resolution(images: Tensor, side: int) -> Tensor:
 
 
 def coarsened(images: Tensor, factor: float) -> Tensor:
-    """Images made smaller by `factor` and enlarged again to their size: detail is lost, the size is not."""
+    """Images shrunk by `factor` and enlarged again to their size: they lose detail and keep their size."""
     size = images.shape[-2:]
     small = [max(1, round(side / factor)) for side in size]
     reduced = F.interpolate(images, size=small, mode="bicubic", antialias=True, align_corners=False)

@@ -1,4 +1,4 @@
-"""What lies in a run folder, read as something that anyone may have written: bounded, checked, never trusted."""
+"""The files of a run folder, read as untrusted input: within bounds, and checked."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Evaluators end to end: a backbone and two sources in, percentages out, each as soon as it is there."""
+"""Evaluators end to end: a backbone and two sources in, percentages out, each as soon as it is computed."""
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -72,7 +72,7 @@ class Protocol:
 
 
 class TaskScore(NamedTuple):
-    """The headline of a task in percent, and everything else that its evaluator says."""
+    """The headline score of a task in percent, and everything else that its evaluator returns."""
 
     task: str
     percent: float
@@ -148,10 +148,10 @@ def evaluate_pixels(
 def knn_score(
     train: Features, test: Features, ks: Iterable[int] = KS, *, device: torch.device | str = "cpu"
 ) -> TaskScore:
-    """The headline at k = 20; every k, top-5 and confusions in the detail.
+    """The headline score at k = 20; every k, top-5 and confusions in the detail.
 
-    k beyond the training set is cut to its size, and said so. A set that is scored on itself leaves each image out of
-    its own neighbors (else the nearest one is the image itself), and that is said too.
+    k beyond the training set is cut to its size, and a set that is scored on itself leaves each image out of its own
+    neighbors (else the nearest one is the image itself); the detail says both.
     """
     ks = sorted({*ks, HEADLINE_K})
     y, labels = labels_of(train, test)
@@ -251,7 +251,7 @@ def _sides(size: Size) -> tuple[int, int]:
 
 
 def _origin(train: Features, test: Features) -> dict[str, Any]:
-    """What a score was measured on, short enough to stand beside it."""
+    """Which features a score was computed from, short enough to be stored with it."""
     keys = ("checkpoint", "features", "layer", "pooling", "norm", "prr", "size", "view", "compute", "side", "patch")
     origin = {key: train.manifest[key] for key in keys if key in train.manifest}
     unreadable, rescaled = {}, {}

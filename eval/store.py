@@ -10,7 +10,7 @@ import torch
 
 from nearfar.eval.features import DEFAULT_DECODING, Features, Reading, describe, stream
 from nearfar.eval.images import Decoding
-from nearfar.eval.partial_store import Progress, partial_folder
+from nearfar.eval.partial_store import PartialFeatures, partial_folder
 from nearfar.ssl import bounded_files
 from nearfar.ssl.backbones.tokens import Backbone
 from nearfar.ssl.data.sources.base import Source
@@ -23,7 +23,7 @@ _KINDS = {  # what each array of a store may hold: kinds of dtype, and dimension
     "masks": ("u", (3,)),
     "mask_size": ("iu", (2,)),
 }
-_KEPT_EVERY = 1024  # images between two points from which a killed process could be gone on from
+_KEPT_EVERY = 1024  # images between two points from which a killed process can be resumed
 _MOST_BYTES = 256 * 2**20  # bytes; it names every unreadable image
 
 
@@ -40,8 +40,8 @@ class FeatureStore:
         A store made from the same weights, data and reading is opened; any other store in `folder` is
         replaced, and a folder that is no feature store is left alone (UserError). The folder appears complete
         or not at all. What a killed process left of the same work (weights, data, reading, batch size, kind of device,
-        torch) is gone on from, to the same bits; of other work, it is removed. Raises UserError also where the disk
-        refuses, before anything is computed if it does so at once.
+        torch) is continued, to the same bits; what it left of other work is removed. Raises UserError also
+        where the disk refuses, before anything is computed if it does so at once.
         """
         manifest = describe(backbone, source, reading)
         try:
@@ -51,7 +51,7 @@ class FeatureStore:
                         f"{folder} exists and is no feature store (it has no manifest.json), so nothing is "
                         "written over it. Choose another folder, or remove that one."
                     )
-                with contextlib.suppress(UserError):  # a damaged store is as good as none: it is made again
+                with contextlib.suppress(UserError):  # a damaged store is made again, like a missing one
                     return FeatureStore.open(folder, manifest)
             making = {**manifest, "batch_size": decoding.batch_size, "torch": torch.__version__}
             making["device"] = next(backbone.parameters()).device.type
@@ -102,7 +102,7 @@ def is_store(folder: Path) -> bool:
 
 
 def _read_manifest(folder: Path) -> dict[str, Any]:
-    """manifest.json with `shape` and `arrays` as they must be."""
+    """manifest.json with `shape` and `arrays` checked."""
     file = folder / "manifest.json"
     try:
         manifest = json.loads(bounded_files.read_text(file, _MOST_BYTES))
@@ -131,7 +131,7 @@ def _misshapen(name: str, array: np.ndarray, shape: tuple[int, ...]) -> str | No
 
 def _fill(folder: Path, backbone: Backbone, source: Source, manifest: dict[str, Any], decoding: Decoding) -> Features:
     """Features written to folder/features.npy as they are made, from where the folder stands."""
-    progress = Progress(folder, source, masks=manifest["pooling"] == "grid")
+    progress = PartialFeatures(folder, source, masks=manifest["pooling"] == "grid")
     images, kept = progress.images, progress.images
     if images and decoding.progress:
         decoding.progress(images)

@@ -1,4 +1,4 @@
-"""Which evaluations two data sets allow, said before anything is computed."""
+"""Which evaluations two data sets allow, decided before anything is computed."""
 
 from __future__ import annotations
 
@@ -138,7 +138,7 @@ def _masks(source: Source) -> Iterator[tuple[str, np.ndarray]]:
     for i in range(len(source)):
         try:
             mask = source.mask(i)
-        except BadImage:  # told with the images that cannot be read
+        except BadImage:  # reported with the images that cannot be read
             continue
         if mask is not None:
             yield source.name(i), mask

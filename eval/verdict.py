@@ -13,7 +13,7 @@ _FEW_STEPS = 3000
 
 
 class Verdict(NamedTuple):
-    """finding: one sentence. advice: what to try; empty where nothing is wrong. good: is there nothing to worry?"""
+    """finding: one sentence. advice: what to try; empty where nothing is wrong. good: nothing to worry about."""
 
     finding: str
     advice: str

@@ -14,12 +14,12 @@ READERS = ("json", "yaml", "pydantic")  # packages that parse files, and fail on
 
 
 def explain(error: BaseException) -> str | None:
-    """The paragraph for an error that comes from the machine or from a file; None for a bug of ours."""
+    """The paragraph for an error that comes from the machine or from a file; None for a bug in nearfar."""
     if isinstance(error, MemoryError) or _is_torch_out_of_memory(error):
         return (
             f"Out of memory ({_first_line(error) or 'no details given'}). Checkpoints saved before are intact. Lower "
-            "train.batch_size, views.local_crops_number or data.workers, raise train.accumulate_steps, choose a smaller "
-            "backbone, or close other programs; `nearfar pretrain RECIPE --dry-run` estimates what a run needs."
+            "train.batch_size, views.local_crops_number or data.workers, raise train.accumulate_steps, choose a "
+            "smaller backbone, or close other programs; `nearfar pretrain RECIPE --dry-run` estimates what a run needs."
         )
     if isinstance(error, RecursionError) and _raised_in(error.__traceback__, READERS):
         return "A file that was read is nested far more deeply than anything nearfar writes: it is damaged or hostile."

@@ -41,7 +41,7 @@ def report_run(run: Path, subject: Subject | None = None) -> Path:
 def draw_tokens(run: Path, subject: Subject | None = None) -> dict[str, str]:
     """Draw attention.png and pca.png of a few images of the run: of data.val, else of data.path.
 
-    Returns what could not be drawn, and why: a network may have no attention maps. Pictures of older weights are removed.
+    Returns what could not be drawn, and why: a network may have no attention maps. One of older weights is removed.
 
     Raises:
         UserError: no weights, or no images that can be read.
