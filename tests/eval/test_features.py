@@ -410,7 +410,7 @@ def test_pixels_are_normalized_as_for_training(images):
     model.eval()
     pixels = torch.from_numpy(images).permute(0, 3, 1, 2)
     torch.testing.assert_close(
-        forward(pixels).arrived(), read(model, normalize_pixels(pixels), "last-block", "mean").detach().numpy(),
+        forward(pixels).wait(), read(model, normalize_pixels(pixels), "last-block", "mean").detach().numpy(),
         rtol=0, atol=0,
     )  # fmt: skip
 
