@@ -111,7 +111,7 @@ def linear_probe(  # noqa: PLR0913 - four arrays, and the protocol by name
     check_labeled(test, truth, "test set of the linear probe")
     queries = StandardizedRows(test, place, chosen.mean, chosen.scale)
     heads = train_heads(chosen, y, torch.arange(len(y)), settings=[(best["lr"], best["decay"])], **common)
-    scores = score(heads, queries, truth, torch.arange(len(truth)), what="test set of the linear probe")
+    scores = score_heads(heads, queries, truth, torch.arange(len(truth)), what="test set of the linear probe")
     if not named:
         curve = [{key: value for key, value in row.items() if key != "chosen"} for row in curve]
     choice = {key: best[key] for key in (("chosen", "lr", "decay") if named else ("lr", "decay"))}
@@ -135,7 +135,7 @@ def _sweep(
     for name, (features, _) in pairs.items():
         check_labeled(features, y, what)
         inputs[name] = standardize(features, place, what)
-        sweep = score(train_heads(inputs[name], y, kept, settings=settings, **common), inputs[name], y, left)
+        sweep = score_heads(train_heads(inputs[name], y, kept, settings=settings, **common), inputs[name], y, left)
         for (lr, decay), top1, loss in zip(settings, sweep["top1"], sweep["loss"], strict=True):
             curve.append({"chosen": name, "lr": lr, "decay": decay, "top1": top1, "loss": loss})
     return inputs, curve
@@ -238,7 +238,7 @@ def losses(logits: Tensor, y: Tensor) -> Tensor:
 
 
 @torch.inference_mode()
-def score(
+def score_heads(
     heads: LinearHeads, x: StandardizedRows, y: Tensor, rows: Tensor, what: str = "set of the linear probe"
 ) -> dict[str, list[Any]]:
     """Per head over `rows` of x: top1, top5 (beyond five classes) in percent, and loss (None where not finite)."""

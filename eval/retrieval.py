@@ -16,7 +16,7 @@ from torch import Tensor
 
 from nearfar.eval.features import IGNORE
 from nearfar.eval.neighbors import neighbors
-from nearfar.eval.segmentation import Masks, confusion, scores
+from nearfar.eval.segmentation import Masks, iou_scores, pixel_confusion
 from nearfar.ssl.errors import UserError
 
 MEMORY = 1024 * 100  # patches; the smallest of the published sizes, 1024 * 10**2, 10**3 and 10**4
@@ -72,8 +72,8 @@ def retrieve(  # noqa: PLR0913 - four arrays, and the protocol by name
         for i in range(len(part)):
             mask = test_masks[start + i]
             shares = F.interpolate(soft[i : i + 1], size=mask.shape, mode="bilinear", align_corners=False)
-            table += confusion(shares.max(1).indices[0].numpy(), mask, classes, ignore)
-    return {**scores(table), "memory": len(x), "k": k, "train": len(train_grid), "test": len(test_grid)}
+            table += pixel_confusion(shares.max(1).indices[0].numpy(), mask, classes, ignore)
+    return {**iou_scores(table), "memory": len(x), "k": k, "train": len(train_grid), "test": len(test_grid)}
 
 
 def vote(similarity: Tensor, labels: Tensor, index: Tensor, temperature: float) -> Tensor:

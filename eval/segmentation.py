@@ -77,8 +77,8 @@ def segment_probe(
     for i in range(len(test_grid)):
         logits = predict(model, _map(test_grid[i : i + 1], statistics), test_masks[i].shape)
         predicted = logits.max(1).indices[0].cpu().numpy()  # ten times as fast as argmax
-        table += confusion(predicted, test_masks[i], classes, training.ignore)
-    return {**scores(table), "steps": training.steps_taken, "train": len(train_grid), "test": len(test_grid)}
+        table += pixel_confusion(predicted, test_masks[i], classes, training.ignore)
+    return {**iou_scores(table), "steps": training.steps_taken, "train": len(train_grid), "test": len(test_grid)}
 
 
 def train_head(
@@ -124,14 +124,14 @@ def nearest(mask: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     return np.asarray(mask[rows[:, None], columns])
 
 
-def confusion(predicted: np.ndarray, truth: np.ndarray, classes: int, ignore: int = IGNORE) -> np.ndarray:
+def pixel_confusion(predicted: np.ndarray, truth: np.ndarray, classes: int, ignore: int = IGNORE) -> np.ndarray:
     """Pixel counts, int64 (truth, predicted), without pixels whose truth is `ignore`."""
     counted = truth != ignore
     pairs = truth[counted].astype(np.int64) * classes + predicted[counted]
     return np.bincount(pairs, minlength=classes * classes).reshape(classes, classes)
 
 
-def scores(table: np.ndarray) -> dict[str, Any]:
+def iou_scores(table: np.ndarray) -> dict[str, Any]:
     """miou, pixel_accuracy and per_class IoU in percent from one confusion matrix over a whole data set.
 
     A class in neither truth nor prediction has no IoU (None) and is left out of the mean.

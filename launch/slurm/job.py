@@ -134,7 +134,7 @@ def evaluation_job(config: str, folder: str, tasks: list[str]) -> None:
         _forget_result(process)
         tries = SubmissionRecord.read(submission).resources.tries
         records.begin_attempt(run, process.job, process.restart, tries, "eval")
-        score(run, tasks)
+        score_run(run, tasks)
     except Exception as error:
         _failed(run, "eval", process, error)
     records.write_ending(run, "eval", process.ending("finished"))
@@ -355,7 +355,7 @@ def _pretrain(config_file: Path) -> Outcome:
     return train_rank(config.load(config_file), Console(quiet=not world.first), world)
 
 
-def score(run: Path, tasks: list[str]) -> None:
+def score_run(run: Path, tasks: list[str]) -> None:
     from rich.console import Console
 
     from nearfar.eval.report import write_report

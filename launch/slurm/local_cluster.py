@@ -40,7 +40,7 @@ def launch(runs: Sequence[Run], given: dict[str, Any], then: Sequence[str], *, d
             ending = records.Ending(state="finished", job="none", step=step, steps=step)
             records.write_ending(run.path, "train", ending)
         if then:
-            job.score(run.path, list(then))
+            job.score_run(run.path, list(then))
 
 
 def dry_run(runs: Sequence[Run], given: dict[str, Any], then: Sequence[str], console: Console) -> None:

@@ -15,7 +15,7 @@ from nearfar.eval.linear import (
     StandardizedRows,
     best_setting,
     linear_probe,
-    score,
+    score_heads,
     standardize,
     stratified,
     train_heads,
@@ -123,9 +123,9 @@ def test_a_diverging_rate_spoils_no_other(digits):
     together = train_heads(x, y, rows, settings=[(0.001, 0.0), (1e38, 1e-4)], **common)
     alone = train_heads(x, y, rows, settings=[(0.001, 0.0)], **common)
     torch.testing.assert_close(together.weight[:1], alone.weight)
-    scores = score(together, x, y, rows)
+    scores = score_heads(together, x, y, rows)
     assert scores["loss"][1] is None
-    assert scores["loss"][0] == pytest.approx(score(alone, x, y, rows)["loss"][0], rel=1e-5)
+    assert scores["loss"][0] == pytest.approx(score_heads(alone, x, y, rows)["loss"][0], rel=1e-5)
 
 
 def test_rate_is_chosen_without_the_test_set(digits):
@@ -156,7 +156,7 @@ def test_scores_against_brute_force():
     rows = torch.arange(50)
     settings = [(0.1, 0.0), (1.0, 0.0)]
     heads = train_heads(as_they_are(x), y, rows, classes=9, settings=settings, epochs=2, batch_size=10, seed=0)
-    got = score(heads, as_they_are(x), y, rows)
+    got = score_heads(heads, as_they_are(x), y, rows)
     logits = heads(x).detach().double().numpy()
     for i in range(2):
         order = np.argsort(-logits[:, i], axis=1)

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from PIL import Image
 
-from nearfar.eval.segmentation import ProbeTraining, confusion, nearest, scores, segment_probe
+from nearfar.eval.segmentation import ProbeTraining, iou_scores, nearest, pixel_confusion, segment_probe
 from nearfar.ssl.errors import UserError
 
 label = st.sampled_from([0, 1, 2, 3, 255])
@@ -19,10 +19,10 @@ label = st.sampled_from([0, 1, 2, 3, 255])
 @settings(max_examples=60, deadline=None)
 @given(truth=arrays(np.uint8, (5, 7), elements=label), predicted=arrays(np.int64, (5, 7), elements=st.integers(0, 3)))
 def test_scores_are_set_intersections_over_unions(truth, predicted):
-    table = confusion(predicted, truth, 4)
+    table = pixel_confusion(predicted, truth, 4)
     if (truth == 255).all():
         with pytest.raises(UserError, match="nothing to score"):
-            scores(table)
+            iou_scores(table)
         return
     pixels = [(r, c) for r in range(5) for c in range(7) if truth[r, c] != 255]
     iou = []
@@ -30,7 +30,7 @@ def test_scores_are_set_intersections_over_unions(truth, predicted):
         is_true = {p for p in pixels if truth[p] == k}
         is_said = {p for p in pixels if predicted[p] == k}
         iou.append(100 * len(is_true & is_said) / len(is_true | is_said) if is_true | is_said else None)
-    got = scores(table)
+    got = iou_scores(table)
     assert got["per_class"] == pytest.approx(iou)
     assert got["miou"] == pytest.approx(np.mean([v for v in iou if v is not None]))
     assert got["pixel_accuracy"] == pytest.approx(100 * np.mean([truth[p] == predicted[p] for p in pixels]))
@@ -39,8 +39,8 @@ def test_scores_are_set_intersections_over_unions(truth, predicted):
 def test_one_matrix_over_the_set_is_not_the_mean_over_images():
     truth = np.array([[0, 0, 0, 0]]), np.array([[0, 1, 1, 1]])
     said = np.array([[0, 0, 0, 1]]), np.array([[0, 1, 1, 1]])
-    table = sum(confusion(s, t, 2) for s, t in zip(said, truth, strict=True))
-    assert scores(table)["per_class"] == pytest.approx([100 * 4 / 5, 100 * 3 / 4])
+    table = sum(pixel_confusion(s, t, 2) for s, t in zip(said, truth, strict=True))
+    assert iou_scores(table)["per_class"] == pytest.approx([100 * 4 / 5, 100 * 3 / 4])
 
 
 @settings(max_examples=40, deadline=None)

@@ -72,7 +72,7 @@ def test_the_evaluation_after_a_job_takes_the_jobs_device(run: Path) -> None:
     about = {"run": on_gpu.model_dump(mode="json"), "step": 3}
     checkpoint.export(run / "teacher.safetensors", checkpoint.load(run), about)
     with pytest.raises(UserError, match=r"train\.device=cuda, but torch sees no CUDA device"):
-        job.score(run, ["knn"])
+        job.score_run(run, ["knn"])
 
 
 def test_the_backbone_is_where_the_features_are_computed(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
