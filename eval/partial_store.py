@@ -6,10 +6,11 @@ disk. A line that was cut off, and all rows behind the last whole line, are made
 
 import contextlib
 import fcntl
+import glob
 import json
 import os
+import secrets
 import shutil
-import socket
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,10 +18,12 @@ from typing import Any
 import numpy as np
 
 from nearfar.eval.features import ReadRows
+from nearfar.ssl import files
 from nearfar.ssl.data.sources.base import Source
 from nearfar.ssl.errors import BadImage, UserError
 
 _LONGEST = 256 * 2**20  # bytes of progress.jsonl: a number for each image, and every unreadable one by name
+_SUFFIX = 8  # letters behind the prefix: another store may have a name that begins with this one's
 _MAKING, _PROGRESS, _FEATURES = "making.json", "progress.jsonl", "features.npy"
 
 
@@ -120,10 +123,10 @@ def partial_folder(final: Path, making: dict[str, Any]) -> Iterator[Path]:
     after another end it stays, if there is something to go on from.
     """
     final.parent.mkdir(parents=True, exist_ok=True)
-    prefix = f".{final.name}.writing-"
+    prefix = files.partial_prefix(final)
     partial, handle = _left(final.parent, prefix, making)
     if partial is None:
-        partial = final.parent / f"{prefix}{socket.gethostname()}-{os.getpid()}"
+        partial = final.parent / f"{prefix}{secrets.token_hex(_SUFFIX // 2)}"
         partial.mkdir()  # with the rights that the umask leaves: colleagues read features
         handle = _lock(partial)
     try:
@@ -141,7 +144,7 @@ def partial_folder(final: Path, making: dict[str, Any]) -> Iterator[Path]:
 def _left(parent: Path, prefix: str, making: dict[str, Any]) -> tuple[Path | None, int | None]:
     """The folder that a killed process left of the same work, and the handle of its lock; others are removed."""
     found: tuple[Path | None, int | None] = (None, None)
-    for left in sorted(parent.glob(f"{_literally(prefix)}*")):
+    for left in sorted(parent.glob(f"{glob.escape(prefix)}{'?' * _SUFFIX}")):
         handle = _lock(left)
         if handle is None:
             continue
@@ -174,8 +177,3 @@ def _lock(folder: Path) -> int | None:
         os.close(handle)
         return None
     return handle
-
-
-def _literally(name: str) -> str:
-    """A name as a pattern of glob that matches nothing else."""
-    return "".join(f"[{letter}]" if letter in "*?[" else letter for letter in name)
