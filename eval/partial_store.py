@@ -9,8 +9,8 @@ import fcntl
 import glob
 import json
 import os
+import secrets
 import shutil
-import socket
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,10 +18,12 @@ from typing import Any
 import numpy as np
 
 from nearfar.eval.features import ReadRows
+from nearfar.ssl import files
 from nearfar.ssl.data.sources.base import Source
 from nearfar.ssl.errors import BadImage, UserError
 
 _LONGEST = 256 * 2**20  # bytes of progress.jsonl: a number for each image, and every unreadable one by name
+_SUFFIX = 8  # letters behind the prefix: another store may have a name that begins with this one's
 _MAKING, _PROGRESS, _FEATURES = "making.json", "progress.jsonl", "features.npy"
 
 
@@ -121,10 +123,10 @@ def partial_folder(final: Path, making: dict[str, Any]) -> Iterator[Path]:
     after any other end it stays, if there is something to resume from.
     """
     final.parent.mkdir(parents=True, exist_ok=True)
-    prefix = f".{final.name}.writing-"
+    prefix = files.partial_prefix(final)
     partial, handle = _left(final.parent, prefix, making)
     if partial is None:
-        partial = final.parent / f"{prefix}{socket.gethostname()}-{os.getpid()}"
+        partial = final.parent / f"{prefix}{secrets.token_hex(_SUFFIX // 2)}"
         partial.mkdir()  # with the rights that the umask leaves: colleagues read features
         handle = _lock(partial)
     try:
@@ -142,7 +144,7 @@ def partial_folder(final: Path, making: dict[str, Any]) -> Iterator[Path]:
 def _left(parent: Path, prefix: str, making: dict[str, Any]) -> tuple[Path | None, int | None]:
     """The folder that a killed process left of the same work, and the handle of its lock; others are removed."""
     found: tuple[Path | None, int | None] = (None, None)
-    for left in sorted(parent.glob(f"{glob.escape(prefix)}*")):
+    for left in sorted(parent.glob(f"{glob.escape(prefix)}{'?' * _SUFFIX}")):
         handle = _lock(left)
         if handle is None:
             continue

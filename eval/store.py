@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch
 from nearfar.eval.features import DEFAULT_DECODING, Features, Reading, describe, stream
 from nearfar.eval.images import Decoding
 from nearfar.eval.partial_store import PartialFeatures, partial_folder
-from nearfar.ssl import bounded_files
+from nearfar.ssl import bounded_files, files
 from nearfar.ssl.backbones.tokens import Backbone
 from nearfar.ssl.data.sources.base import Source
 from nearfar.ssl.errors import UserError
@@ -59,6 +60,9 @@ class FeatureStore:
                 features = _fill(partial, backbone, source, manifest, decoding)
                 _save(partial, features)
                 del features  # releases the memory map before its file moves
+                if folder.exists():
+                    shutil.rmtree(folder)
+                partial.rename(folder)
         except OSError as error:
             raise UserError(
                 f"The features cannot be written to {folder}: {error.strerror or error}. Name a folder that you may "
@@ -148,7 +152,7 @@ def _fill(folder: Path, backbone: Backbone, source: Source, manifest: dict[str, 
 
 
 def _save(folder: Path, features: Features) -> None:
-    """Everything of a store but features.npy."""
+    """Everything of a store but features.npy; all of it is on the disk before the folder is renamed."""
     arrays = {
         "index": features.index,
         "labels": features.labels,
@@ -160,3 +164,4 @@ def _save(folder: Path, features: Features) -> None:
         np.save(folder / f"{name}.npy", array, allow_pickle=False)
     manifest = {**features.manifest, "arrays": ["features", *present]}
     (folder / "manifest.json").write_text(json.dumps(manifest, indent=2), encoding="utf-8")
+    files.sync_tree(folder)

@@ -241,7 +241,7 @@ import fcntl, os, pathlib, sys, time
 folder = pathlib.Path(sys.argv[1]); folder.mkdir(); (folder / "features.npy").write_bytes(b"x")
 handle = os.open(folder, os.O_RDONLY); fcntl.flock(handle, fcntl.LOCK_EX); print("locked", flush=True); time.sleep(60)
 """
-    killed, alive = (tmp_path / f"{files.PARTIAL}store-{name}" for name in ("killed", "alive"))
+    killed, alive = (tmp_path / f"{files.PARTIAL}store-{name}" for name in ("0000dead", "00000a11"))
     processes = [
         subprocess.Popen([sys.executable, "-c", writing, str(path)], stdout=subprocess.PIPE) for path in (killed, alive)
     ]

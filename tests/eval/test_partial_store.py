@@ -17,6 +17,7 @@ from nearfar.eval import store
 from nearfar.eval.features import Reading
 from nearfar.eval.images import Decoding
 from nearfar.eval.store import FeatureStore
+from nearfar.ssl import files
 from nearfar.ssl.backbones import create
 from nearfar.ssl.data.sources.base import ArraySource
 from nearfar.ssl.errors import BadImage
@@ -63,7 +64,7 @@ def killed(folder: Path, after: int) -> Path:
     """
     process = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, check=False)
     assert process.returncode == -signal.SIGKILL, process.stderr
-    (left,) = folder.parent.glob(f".{folder.name}.writing-*")
+    (left,) = folder.parent.glob(f"{files.partial_prefix(folder)}*")
     return left
 
 

@@ -122,8 +122,7 @@ def test_names_reach_the_terminal_escaped(folder, tmp_path, capsys):
 
 
 def test_places_that_cannot_be_written_are_told(folder, tmp_path, capsys):
-    for place in ("/proc/self", str(tmp_path)):
-        assert main(["data", "beton", str(folder), f"{place}/{'n' * 246 if place != '/proc/self' else 'n'}.beton"]) == 2
-        assert "cannot be written" in " ".join(capsys.readouterr().err.split())
+    assert main(["data", "beton", str(folder), "/proc/self/n.beton"]) == 2
+    assert "cannot be written" in " ".join(capsys.readouterr().err.split())
     assert main(["data", "beton", str(folder), str(tmp_path / ("n" * 300 + ".beton"))]) == 2
     assert "File name too long" in " ".join(capsys.readouterr().err.split())
