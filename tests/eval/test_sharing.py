@@ -102,7 +102,7 @@ def test_ranks_share_an_extraction_and_change_nothing(tmp_path):
 def test_a_rank_with_other_images_is_told_by_all(tmp_path):
     run(tmp_path, 2, "other images")
     for rank in range(2):
-        assert "other images than the first one" in (tmp_path / f"error{rank}").read_text()
+        assert "different images from the first one" in (tmp_path / f"error{rank}").read_text()
     assert not (tmp_path / "store0").exists()
 
 
