@@ -90,7 +90,7 @@ def test_all_mistakes_are_told_at_once(tmp_path: Path) -> None:
         "trian is unknown (did you mean train?)",
         "train.epochs=-1",
         "train.seed='one'",
-        "views.global_crops_size=225 is no multiple of the patch size 16 (nearest: 224)",
+        "views.global_crops_size=225 is not a multiple of the patch size 16 (nearest: 224)",
         "optim.lrr is unknown (did you mean optim.lr?)",
         "optim.min_lr=-1",
         "'nonsense' is not a setting",
@@ -164,7 +164,7 @@ def test_bad_types_and_ranges(setting: str) -> None:
     [
         (
             ["views.global_crops_size=100"],
-            "views.global_crops_size=100 is no multiple of the patch size 16 (nearest: 96)",
+            "views.global_crops_size=100 is not a multiple of the patch size 16 (nearest: 96)",
         ),
         (["views.local_crops_size=90"], "views.local_crops_size=90 is no multiple"),
         (
@@ -172,10 +172,10 @@ def test_bad_types_and_ranges(setting: str) -> None:
             "patch size 14 (nearest: 224)",
         ),
         (["views.global_crops_size=64"], "local views (96 px) are larger than global ones (64 px)"),
-        (["views.global_crops_scale=[0.4, 1.2]"], "cannot pass 1"),
-        (["views.local_crops_scale=[0.5, 0.2]"], "views.local_crops_scale must rise from above 0"),
-        (["views.ratio=[0, 1]"], "views.ratio must rise"),
-        (["views.blur_sigma=[2, 1]"], "views.blur_sigma must rise"),
+        (["views.global_crops_scale=[0.4, 1.2]"], "cannot exceed 1"),
+        (["views.local_crops_scale=[0.5, 0.2]"], "views.local_crops_scale must be two rising numbers above 0"),
+        (["views.ratio=[0, 1]"], "views.ratio must be two rising numbers"),
+        (["views.blur_sigma=[2, 1]"], "views.blur_sigma must be two rising numbers"),
         (["views.blur_prob=[1, 2, 0]"], "views.blur_prob holds probabilities"),
         (["views.solarize_prob=[0, -1, 0]"], "views.solarize_prob holds probabilities"),
         (["train.epochs=5", "optim.warmup_epochs=6"], "optim.warmup_epochs=6 is longer than the run (train.epochs=5)"),
