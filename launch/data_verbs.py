@@ -81,7 +81,7 @@ def check(path: str, *, min_side: int, workers: int, console: Console) -> None:
                 bad += [problem] if problem else []
                 done(i + 1)
     except MemoryError as error:
-        raise UserError(f"The memory does not suffice to check {path}: allow fewer --workers.") from error
+        raise UserError(f"There is not enough memory to check {path}: allow fewer --workers.") from error
     _list(bad, console)
     _list_passed_over(source, console)
     if bad:

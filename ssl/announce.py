@@ -1,4 +1,4 @@
-"""What a run says at its start and at a bad end, in plain words."""
+"""The messages of a run: at its start, when it is continued, when it fails, and at its end."""
 
 from __future__ import annotations
 
@@ -50,18 +50,18 @@ def start_lines(
 
 
 def passed_over_line(names: list[str]) -> str:
-    """That files of `data.path` are no part of the run, because of their type: how many of each, with an example."""
-    return f"{len(names):,} files of data.path are passed over for their type: {kinds_of(names)}."
+    """Files of `data.path` that are skipped because of their type: how many of each, with an example."""
+    return f"{len(names):,} files of data.path are skipped because of their type: {kinds_of(names)}."
 
 
-def continued_otherwise(saved: dict[str, Any], run: Run, precision: str) -> list[str]:
-    """What a checkpoint's state says was otherwise before, so that the run goes on with other bits."""
+def continuation_changes(saved: dict[str, Any], run: Run, precision: str) -> list[str]:
+    """What differs from the run that saved a checkpoint, so that it is not continued bit for bit."""
     lines = []
     if (ranks := saved.get("world_size", 1)) != run.train.world_size:
-        drawn = ", and drop-path draws others" if run.backbone.drop_path else ""
+        drawn = ", and drop-path draws other numbers" if run.backbone.drop_path else ""
         lines.append(
             f"Saved by {ranks} ranks, continued by {run.train.world_size}: the same run, but sums are rounded "
-            f"otherwise{drawn}."
+            f"differently{drawn}."
         )
     if (before := saved.get("precision", precision)) != precision:
         lines.append(f"Saved in {before}, continued in {precision}: the same run, but not the same bits.")
@@ -69,12 +69,12 @@ def continued_otherwise(saved: dict[str, Any], run: Run, precision: str) -> list
 
 
 def changed_versions(saved: dict[str, Any], versions: dict[str, str]) -> list[str]:
-    """A checkpoint's state against what runs now: other libraries may round otherwise."""
+    """A checkpoint's state against the libraries in use now: other versions may round differently."""
     before = saved.get("versions") or {}
     changed = [f"{name} {before[name]} -> {now}" for name, now in versions.items() if before.get(name, now) != now]
     if not changed:
         return []
-    return [f"Continued with other versions ({', '.join(changed)}): the same run, but sums may be rounded otherwise."]
+    return [f"Continued with other versions ({', '.join(changed)}): the same run, but sums may be rounded differently."]
 
 
 def not_finite(step: int, loss: float, grad_norm: float, batch: Batch, source: Source, folder: Path) -> str:
@@ -102,19 +102,19 @@ def _last_checkpoint(folder: Path) -> str:
 
 
 def out_of_memory(error: BaseException) -> str | None:
-    """What to try, where an error of torch's or Python's says that memory ran out; None for any other."""
+    """What to try when an error of torch or Python says that memory ran out; None for any other error."""
     text = " ".join(str(error).split())
     if not isinstance(error, MemoryError | torch.OutOfMemoryError) and "can't allocate memory" not in text:
         return None
     return (
-        f"The memory does not suffice ({text[:200] or 'MemoryError'}). Try train.accumulate_steps=2, a smaller "
+        f"There is not enough memory ({text[:200] or 'MemoryError'}). Try train.accumulate_steps=2, a smaller "
         "train.batch_size, fewer views.local_crops_number, smaller head.prototypes or a smaller backbone.name; "
         "checkpoints that were written are intact."
     )
 
 
 def disk_line(learner: Learner, keep: int) -> str:
-    """What a checkpoint holds, and how much disk the run will take."""
+    """What a checkpoint holds, and how much disk space the run will take."""
 
     def size(module: nn.Module) -> int:
         return sum(tensor.numel() * tensor.element_size() for tensor in module.state_dict().values())

@@ -1,4 +1,4 @@
-"""Text that anyone may have written, read within bounds: a hostile or damaged file costs a sentence, not memory."""
+"""Untrusted text and YAML, read within bounds: a hostile or damaged file ends in an error, not in exhausted memory."""
 
 from __future__ import annotations
 
@@ -9,20 +9,20 @@ import yaml
 
 from nearfar.ssl.errors import UserError
 
-MOST_BYTES = 2**20
-MOST_VALUES = 10_000  # with every alias counted as often as it stands for something
-DEEPEST = 32
+MAX_BYTES = 2**20
+MAX_VALUES = 10_000  # every alias counted as often as it is used
+MAX_DEPTH = 32
 
 
 class _Loader(yaml.SafeLoader):
-    """SafeLoader that stops at the bounds above, and leaves dates as they are written."""
+    """SafeLoader that stops at the bounds above, and keeps dates as text."""
 
     depth = 0
 
     def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
         self.depth += 1
-        if self.depth > DEEPEST:
-            raise yaml.YAMLError(f"it is nested more than {DEEPEST} levels deep")
+        if self.depth > MAX_DEPTH:
+            raise yaml.YAMLError(f"it is nested more than {MAX_DEPTH} levels deep")
         try:
             return super().compose_node(parent, index)
         finally:
@@ -32,10 +32,10 @@ class _Loader(yaml.SafeLoader):
         node = super().get_single_node()
         if node is not None:
             values, depth = _extent(node, {}, set())
-            if values > MOST_VALUES:
-                raise yaml.YAMLError(f"it holds more than {MOST_VALUES:,} values")
-            if depth > DEEPEST:
-                raise yaml.YAMLError(f"it is nested more than {DEEPEST} levels deep")
+            if values > MAX_VALUES:
+                raise yaml.YAMLError(f"it holds more than {MAX_VALUES:,} values")
+            if depth > MAX_DEPTH:
+                raise yaml.YAMLError(f"it is nested more than {MAX_DEPTH} levels deep")
         return node
 
 
@@ -45,21 +45,21 @@ _Loader.yaml_implicit_resolvers = {  # a run may be called 2026-11-21
 }
 
 
-def read_text(path: Path, most_bytes: int) -> str:
-    """The text of a file. Raises OSError, and ValueError where it is longer than `most_bytes` or not UTF-8."""
-    if path.stat().st_size > most_bytes:
-        raise ValueError(f"it is longer than {most_bytes // 2**20} MiB")
+def read_text(path: Path, max_bytes: int) -> str:
+    """The text of a file. Raises OSError, and ValueError where it is longer than `max_bytes` or not UTF-8."""
+    if path.stat().st_size > max_bytes:
+        raise ValueError(f"it is longer than {max_bytes // 2**20} MiB")
     return path.read_text(encoding="utf-8")
 
 
 def parse_yaml(text: str) -> Any:
-    """What a YAML text holds.
+    """The value that a YAML text holds.
 
     Raises:
-        yaml.YAMLError: it is no YAML, or passes the bounds.
+        yaml.YAMLError: it is not YAML, or exceeds the bounds.
     """
-    if len(text) > MOST_BYTES:
-        raise yaml.YAMLError(f"it has more than {MOST_BYTES:,} letters")
+    if len(text) > MAX_BYTES:
+        raise yaml.YAMLError(f"it has more than {MAX_BYTES:,} characters")
     loader = _Loader(text)
     try:
         return loader.get_single_data()
@@ -75,11 +75,11 @@ def read_yaml(path: Path, what: str, holding: str = "sections such as 'data:' an
     what: what the file is to the user, such as "recipe". holding: what belongs in it.
 
     Raises:
-        UserError: it is not there, cannot be read, is no YAML, passes the bounds, or holds no sections.
+        UserError: it is not there, cannot be read, is not YAML, exceeds the bounds, or holds no sections.
     """
     try:
         with path.open("rb") as file:
-            raw = file.read(MOST_BYTES + 1)
+            raw = file.read(MAX_BYTES + 1)
         tree = parse_yaml(raw.decode("utf-8-sig"))
     except FileNotFoundError:
         raise UserError(f"There is no {what} {path}.") from None
@@ -99,9 +99,9 @@ def read_yaml(path: Path, what: str, holding: str = "sections such as 'data:' an
 
 
 def _extent(node: yaml.Node, known: dict[int, tuple[int, int]], above: set[int]) -> tuple[int, int]:
-    """How many values a node stands for, and how deep they are nested, aliases written out."""
+    """How many values a node stands for, and how deep they are nested, with aliases expanded."""
     if id(node) in above:
-        raise yaml.YAMLError("it holds itself")
+        raise yaml.YAMLError("it contains itself")
     if id(node) not in known:
         parts: list[yaml.Node] = []
         if isinstance(node, yaml.MappingNode):

@@ -5,7 +5,7 @@
         state.json               step, the resolved config, the data's fingerprint, versions
         manifest.json            sha256 and size of the two files above, and the seconds that writing took
 
-A folder appears under its final name only when it is whole and on the disk. Reading checks every digest; a damaged
+A folder appears under its final name only when it is complete and on disk. Reading checks every digest; a damaged
 checkpoint is set aside under `.damaged` and the one before it is used.
 """
 
@@ -38,7 +38,7 @@ class Checkpoint(NamedTuple):
 
 
 class DamagedError(Exception):
-    """A checkpoint that is not what was written, and what is wrong with it."""
+    """A checkpoint differs from what was written; the message says how."""
 
 
 def save(folder: Path, step: int, tensors: Mapping[str, Tensor], state: dict[str, Any], keep: int = 2) -> Path:
@@ -92,7 +92,7 @@ def read(path: Path) -> Checkpoint:
 
 
 def latest(folder: Path, say: Callable[[str], None] = lambda _: None) -> Checkpoint | None:
-    """The newest checkpoint that is whole; damaged newer ones are told of and set aside. None where there is none.
+    """The newest intact checkpoint; damaged newer ones are reported and set aside. None where there is none.
 
     Raises:
         UserError: there were checkpoints, and every one is damaged.
@@ -113,7 +113,7 @@ def latest(folder: Path, say: Callable[[str], None] = lambda _: None) -> Checkpo
         return checkpoint
     if wrong:
         raise UserError(
-            f"No checkpoint in {folder} is whole ({'; '.join(wrong)}). Put a good copy there, or remove the folder to "
+            f"No checkpoint in {folder} is intact ({'; '.join(wrong)}). Put a good copy there, or remove the folder to "
             "start the run afresh."
         )
     return None
@@ -155,11 +155,11 @@ def load_optimizer(
                 f"The optimizer state {full} has shape {tuple(value.shape)} instead of {tuple(parameter.shape)}."
             )
         device = "cpu" if key == "step" and not _capturable(optimizer) else parameter.device
-        optimizer.state[parameter][key] = value.to(device, copy=True)  # the file's pages stay the file's
+        optimizer.state[parameter][key] = value.to(device, copy=True)  # a copy: the tensor may be mapped from the file
 
 
 def export(path: Path, backbone: Backbone, about: dict[str, Any]) -> None:
-    """Write a backbone as one safetensors file that tells its architecture: see `load`."""
+    """Write a backbone as one safetensors file that records its architecture; `load` reads it."""
     metadata = {"format": "pt", "nearfar": json.dumps({"arch": backbone.arch, **about})}
     try:
         _write_tensors(path, backbone.state_dict(), metadata)
@@ -177,8 +177,8 @@ def load(path: str | Path) -> Backbone:
     state = about(file)
     if file.name == TENSORS:
         prefix = "learner/teacher.backbone."
-        whole = _whole(file.parent).tensors
-        tensors = {name.removeprefix(prefix): t for name, t in whole.items() if name.startswith(prefix)}
+        everything = _intact(file.parent).tensors
+        tensors = {name.removeprefix(prefix): t for name, t in everything.items() if name.startswith(prefix)}
     else:
         try:
             tensors = load_file(file)
@@ -190,19 +190,19 @@ def load(path: str | Path) -> Backbone:
 
 
 def about(path: str | Path) -> dict[str, Any]:
-    """What the weights of `path` (as in `load`) say of themselves: `arch`, `step`, `run`, `data`, `versions`.
+    """What the weights of `path` (as in `load`) record about themselves: `arch`, `step`, `run`, `data`, `versions`.
 
     Raises:
         UserError: nothing there, not nearfar's, or damaged.
     """
     file = weights_file(path)
     if file.name == TENSORS:
-        return _whole(file.parent).state
+        return _intact(file.parent).state
     try:
         with safe_open(file, "pt") as handle:
             text = (handle.metadata() or {}).get("nearfar")
     except (OSError, ValueError, SafetensorError) as error:
-        raise UserError(f"{file} is not a whole safetensors file: {error}.") from None
+        raise UserError(f"{file} is not a complete safetensors file: {error}.") from None
     if text is None:
         raise UserError(f"{file} was not written by nearfar: it does not say which architecture it holds.")
     try:
@@ -210,12 +210,12 @@ def about(path: str | Path) -> dict[str, Any]:
     except (ValueError, RecursionError):
         found = None
     if not isinstance(found, dict):
-        raise UserError(f"{file} is damaged: what it says of its architecture cannot be read.")
+        raise UserError(f"{file} is damaged: its description of the architecture cannot be read.")
     return found
 
 
 def weights_file(path: str | Path) -> Path:
-    """The file of weights that a user means by a run folder, a checkpoint folder or a file."""
+    """The file of weights of a run folder or a checkpoint folder, or the file itself."""
     path = Path(path)
     try:
         if path.is_file():
@@ -231,7 +231,7 @@ def weights_file(path: str | Path) -> Path:
     raise UserError(f"{path} {state}. Give a run folder, a checkpoint folder (step-XXXXXXXXX) or a .safetensors file.")
 
 
-def _whole(folder: Path) -> Checkpoint:
+def _intact(folder: Path) -> Checkpoint:
     try:
         return read(folder)
     except DamagedError as error:
@@ -249,14 +249,10 @@ def _manifest(folder: Path) -> dict[str, Any]:
 
 
 def _write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> None:
-    """safetensors makes its files private to their owner; these follow the umask, as every other file does."""
+    """Through `files.atomic`, since safetensors makes its files readable by their owner only, whatever the umask."""
     with files.atomic(path) as partial:
         save_file({name: t.detach().contiguous() for name, t in tensors.items()}, partial, metadata)
 
 
 def _capturable(optimizer: torch.optim.Optimizer) -> bool:
     return any(group.get("capturable") or group.get("fused") for group in optimizer.param_groups)
-
-
-def _some(names: list[str], most: int = 5) -> str:
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")

@@ -1,4 +1,4 @@
-"""What a checkpoint's folder is called: `step-000001200`. No other name is ever read, counted or removed."""
+"""The names of checkpoint folders: `step-000001200`. No other folder is ever read, counted or removed."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ def name_of(step: int) -> str:
 
 
 def step_of(path: Path) -> int | None:
-    """The step that a folder's name says; None where it is not the name of a finished checkpoint."""
+    """The step in a folder's name; None where it is not the name of a finished checkpoint."""
     found = _NAME.fullmatch(path.name)
     return int(found[1]) if found else None
 

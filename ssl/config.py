@@ -1,4 +1,4 @@
-"""A run from a recipe and `key.sub=value`: read, validated, written. All mistakes of a recipe are reported together."""
+"""A run from a recipe and `key.sub=value` overrides: read, validated, written. All mistakes are reported together."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from nearfar.ssl.errors import UserError
 from nearfar.ssl.setting_errors import in_words, unknown
 from nearfar.ssl.settings import KEYS, TEXTS, BackboneSettings, Run, ViewSettings
 
-MOST_TOLD = 20  # mistakes
-LONGEST_NAME = 200  # bytes; file systems take 255, and the rest is for what is put around it
+MAX_REPORTED = 20  # mistakes
+MAX_NAME_BYTES = 200  # file systems take 255; the rest is left for prefixes and suffixes
 
 
 def load(recipe: Path | None, overrides: list[str] | tuple[str, ...] = ()) -> Run:
-    """Read a YAML recipe, lay `key.sub=value` over it, validate.
+    """Read a YAML recipe, apply the `key.sub=value` overrides, validate.
 
     Raises:
         UserError: one paragraph with every unknown key (and the nearest right one), every bad value and every
@@ -50,7 +50,7 @@ def load(recipe: Path | None, overrides: list[str] | tuple[str, ...] = ()) -> Ru
 
 
 def _typed(key: str, text: str) -> Any:
-    """The value of `key=text`: as YAML reads it, but text stays as it is unless quoted; none is the default."""
+    """The value of `key=text`: as YAML reads it, but text is kept as it is unless quoted; empty is the default."""
     if key in TEXTS:
         if not text.strip():
             return TEXTS[key]
@@ -69,19 +69,19 @@ def validate(tree: dict[str, Any], problems: list[str] | None = None) -> Run:
         run = Run.model_validate(tree)
     except ValidationError as error:
         for mistake in in_words(error, KEYS):
-            problems.append(mistake.told)
-            _drop(tree, mistake.place)
-        run = Run.model_validate(tree)  # what was right is right: the combinations are checked as well
+            problems.append(mistake.message)
+            _drop(tree, mistake.path)
+        run = Run.model_validate(tree)  # the rest is valid: its combinations are checked as well
     problems += combinations(run)
     if problems:
         count = f"{len(problems)} mistakes" if len(problems) > 1 else "A mistake"
-        more = [f"and {len(problems) - MOST_TOLD} more"] if len(problems) > MOST_TOLD else []
-        raise UserError(f"{count} in the settings: " + "; ".join(problems[:MOST_TOLD] + more) + ".")
+        more = [f"and {len(problems) - MAX_REPORTED} more"] if len(problems) > MAX_REPORTED else []
+        raise UserError(f"{count} in the settings: " + "; ".join(problems[:MAX_REPORTED] + more) + ".")
     return run
 
 
 def combinations(run: Run) -> list[str]:
-    """What is wrong between settings that are each fine alone, in words."""
+    """Contradictions between settings that are each valid alone, in words."""
     found = [*_wrong_names(run), *_wrong_ranges(run.views), *_wrong_sizes(run), *_wrong_backbone(run.backbone)]
     if run.train.batch_size % (run.train.world_size or 1):
         found.append(
@@ -103,30 +103,30 @@ def combinations(run: Run) -> list[str]:
 
 
 def _wrong_names(run: Run) -> Iterator[str]:
-    """Names and paths that no file system takes."""
+    """Names and paths that no file system accepts."""
     if "/" in run.name or run.name in (".", "..") or not run.name.isprintable():
-        yield f"name={run.name!r} must be a plain folder name (its place is set by folder=)"
-    if (length := len(os.fsencode(run.name))) > LONGEST_NAME:
-        yield f"name is {length} bytes long, and the name of a run's folder has at most {LONGEST_NAME}"
+        yield f"name={run.name!r} must be a plain folder name (folder= says where it is)"
+    if (length := len(os.fsencode(run.name))) > MAX_NAME_BYTES:
+        yield f"name is {length} bytes long, and the name of a run's folder has at most {MAX_NAME_BYTES}"
     paths = {"folder": run.folder, "data.path": run.data.path, "data.val": run.data.val}
     for key, path in (paths | {"backbone.weights": run.backbone.weights}).items():
         if path and "\0" in path:
-            yield f"{key}={path!r} holds a zero character, which no path can"
+            yield f"{key}={path!r} contains a null character, which no path can"
         if path and max(len(os.fsencode(part)) for part in path.split("/")) > 255:
-            yield f"{key} has a part of more than 255 bytes, which no file system takes"
+            yield f"{key} has a part of more than 255 bytes, which no file system accepts"
 
 
 def _wrong_ranges(views: ViewSettings) -> Iterator[str]:
     for name in ("global_crops_scale", "local_crops_scale", "ratio", "blur_sigma"):
         low, high = getattr(views, name)
         if not 0 < low <= high:
-            yield f"views.{name} must rise from above 0, and is [{low:g}, {high:g}]"
+            yield f"views.{name} must be two rising numbers above 0, not [{low:g}, {high:g}]"
     for name in ("global_crops_scale", "local_crops_scale"):
         if getattr(views, name)[1] > 1:
-            yield f"views.{name} is a share of the image's area and cannot pass 1"
+            yield f"views.{name} is a share of the image's area and cannot exceed 1"
     for name in ("blur_prob", "solarize_prob"):
         if not all(0 <= p <= 1 for p in getattr(views, name)):
-            yield f"views.{name} holds probabilities between 0 and 1"
+            yield f"views.{name} must be probabilities between 0 and 1"
 
 
 def _wrong_sizes(run: Run) -> Iterator[str]:
@@ -137,7 +137,7 @@ def _wrong_sizes(run: Run) -> Iterator[str]:
             size = getattr(views, name)
             if size % patch:
                 near = max(patch, round(size / patch) * patch)
-                yield f"views.{name}={size} is no multiple of the patch size {patch} (nearest: {near})"
+                yield f"views.{name}={size} is not a multiple of the patch size {patch} (nearest: {near})"
     if views.local_crops_number and views.local_crops_size > views.global_crops_size:
         yield f"local views ({views.local_crops_size} px) are larger than global ones ({views.global_crops_size} px)"
     size = run.eval.size or views.global_crops_size
@@ -146,13 +146,13 @@ def _wrong_sizes(run: Run) -> Iterator[str]:
 
 
 def _wrong_backbone(backbone: BackboneSettings) -> Iterator[str]:
-    """Switches that a backbone cannot take, as far as its name says so."""
+    """Settings that a backbone does not support, as far as its name tells."""
     if backbone.embed_dim and backbone.num_heads and backbone.embed_dim % backbone.num_heads:
         yield f"backbone.embed_dim={backbone.embed_dim} does not divide into {backbone.num_heads} heads"
     if (backbone.levels, backbone.wavelet) != ("auto", "haar") and not (backbone.lgp or "_lgp" in backbone.name):
-        yield "backbone.levels and backbone.wavelet are LGP's, and backbone.lgp is off"
+        yield "backbone.levels and backbone.wavelet are settings of LGP, and backbone.lgp is off"
     if backbone.pretrained and backbone.weights:
-        yield "backbone.pretrained and backbone.weights are two starts; leave one out"
+        yield "backbone.pretrained and backbone.weights both set the starting weights; leave one out"
     if backbone.pretrained and not backbone.name.startswith("timm/"):
         yield f"backbone.pretrained needs a timm/NAME backbone, not {backbone.name}"
     is_vim = backbone.name.startswith("vim_")
@@ -167,7 +167,7 @@ def to_yaml(run: Run) -> str:
 
 
 def _patch_in(name: str) -> int | None:
-    """The patch size that one of our names states; timm's models say theirs when they are built."""
+    """The patch size in one of our names; that of a timm model is known once it is built."""
     if name.startswith("timm/"):
         return None
     tail = name.partition("_patch")[2].partition("_")[0]
@@ -178,7 +178,7 @@ def _string_keys(node: Any) -> Any:
     return {str(key): _string_keys(value) for key, value in node.items()} if isinstance(node, dict) else node
 
 
-def _drop(tree: dict[str, Any], place: tuple[str, ...]) -> None:
-    for section in place[:-1]:
+def _drop(tree: dict[str, Any], path: tuple[str, ...]) -> None:
+    for section in path[:-1]:
         tree = tree[section] if isinstance(tree.get(section), dict) else {}
-    tree.pop(place[-1], None)
+    tree.pop(path[-1], None)

@@ -72,7 +72,7 @@ class ResolvedRun(Run):
         try:
             return cls.model_validate(run.model_dump())
         except ValueError as error:
-            raise UserError(f"The settings of {run.name} are not whole: {' '.join(str(error).split())}") from None
+            raise UserError(f"The settings of {run.name} are incomplete: {' '.join(str(error).split())}") from None
 
 
 def resolve(
@@ -81,10 +81,10 @@ def resolve(
     """The settings that a run trains with, and which of them were derived: every one is decided here.
 
     Args:
-        run: as asked for; what it says wins.
+        run: as requested; what it sets wins.
         images: number of training images.
         cores: CPU cores of each rank.
-        world_size: ranks that there are.
+        world_size: number of ranks that were started.
         saved: the resolved settings of the run that this one continues.
 
     Raises:
@@ -99,7 +99,7 @@ def resolve(
 
 
 def on_ranks(run: Run, world_size: int) -> Run:
-    """The run on as many ranks as there are."""
+    """The run on `world_size` ranks. Raises UserError where that contradicts its settings."""
     if run.train.batch_size % world_size:
         raise UserError(f"train.batch_size={run.train.batch_size} does not divide into {world_size} ranks.")
     if run.train.batch_size // world_size % run.train.accumulate_steps:
@@ -116,7 +116,7 @@ def on_ranks(run: Run, world_size: int) -> Run:
 
 
 def continued(run: Run, saved: Run) -> Run:
-    """`run` as the continuation of `saved`: what it leaves open is as it was.
+    """`run` as the continuation of `saved`: what it leaves unset is taken from there.
 
     Raises:
         UserError: naming each setting that would change the weights.
@@ -158,7 +158,7 @@ def _get(run: Run, key: str) -> Any:
 
 
 def world_size(run: Run, saved: Run | None, cores: int, gpu: bool) -> Derived:
-    """Ranks for a run on this machine: as set, as it was begun, or by the cores. Known before the images are."""
+    """Ranks of a run on this machine: as set, as the run was begun, or by the cores. Known before images are read."""
     if run.train.world_size:
         count, reason = run.train.world_size, "as set"
     elif saved and saved.train.world_size:

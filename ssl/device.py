@@ -12,8 +12,8 @@ import torch
 
 from nearfar.ssl.errors import UserError
 
-# Below this width, casting eats what bf16 matrix products save on a CPU (a ViT of width 96 still gains 1.65x).
-NARROW = 64
+# Below this width, casting costs what bf16 matrix products save on a CPU (a ViT of width 96 still gains 1.65x).
+MIN_BF16_WIDTH = 64
 BF16 = "bf16 autocast"
 
 
@@ -30,21 +30,21 @@ class Compute(NamedTuple):
 def choose(device: str, precision: str, width: int, asked: str = "train.device=") -> Compute:
     """Resolve `train.device` and `train.precision` on this machine, for a backbone of `width`.
 
-    asked: how the user names a device, before its name.
+    asked: the option by which the user chose a device, as messages repeat it.
 
     Raises:
-        UserError: an explicit wish that the hardware cannot meet.
+        UserError: an explicit choice that the hardware does not support.
     """
     if device == "cuda" and not torch.cuda.is_available():
         raise UserError(f"{asked}cuda, but torch sees no CUDA device here. Use {asked}cpu or auto.")
-    place = torch.device("cuda" if device != "cpu" and torch.cuda.is_available() else "cpu")
-    able = has_bf16(place)
-    if precision == "bf16" and not able:
-        raise UserError(f"train.precision=bf16, but this {place.type} does not multiply bf16. Use fp32 or auto.")
-    worth_it = place.type == "cuda" or width >= NARROW
-    if precision == "bf16" or (precision == "auto" and able and worth_it):
-        return Compute(place, lambda: torch.autocast(place.type, torch.bfloat16), BF16)
-    return Compute(place, nullcontext, "float32")
+    chosen = torch.device("cuda" if device != "cpu" and torch.cuda.is_available() else "cpu")
+    supported = has_bf16(chosen)
+    if precision == "bf16" and not supported:
+        raise UserError(f"train.precision=bf16, but this {chosen.type} does not multiply bf16. Use fp32 or auto.")
+    worthwhile = chosen.type == "cuda" or width >= MIN_BF16_WIDTH
+    if precision == "bf16" or (precision == "auto" and supported and worthwhile):
+        return Compute(chosen, lambda: torch.autocast(chosen.type, torch.bfloat16), BF16)
+    return Compute(chosen, nullcontext, "float32")
 
 
 def has_bf16(device: torch.device) -> bool:
@@ -56,10 +56,10 @@ def has_bf16(device: torch.device) -> bool:
 
 
 def keep_freed_memory() -> None:
-    """Let glibc keep what tensors give back: a training step asks for the same again, and new pages cost time.
+    """Let glibc keep the memory that tensors free: a training step allocates the same again, and new pages cost time.
 
     A step on a CPU allocates and frees some hundred MB, and returning them to the system to fault them in again took
-    about a tenth of a small one. Nothing happens where the C library has no such switches.
+    about a tenth of a small step's time. Nothing happens where the C library has no such switches.
     """
     if not sys.platform.startswith("linux"):
         return

@@ -1,4 +1,4 @@
-"""SHA-256 of what decides something: files, parts of a data set, weights."""
+"""SHA-256 digests of files, parts of a data set and weights."""
 
 from __future__ import annotations
 
@@ -8,20 +8,20 @@ from pathlib import Path
 
 
 def of_bytes(parts: Iterable[bytes | memoryview]) -> str:
-    """Of the parts, one after the other: 64 hexadecimal digits."""
-    whole = hashlib.sha256()
+    """SHA-256 of the parts, one after the other: 64 hexadecimal digits."""
+    digest = hashlib.sha256()
     for part in parts:
-        whole.update(part)
-    return whole.hexdigest()
+        digest.update(part)
+    return digest.hexdigest()
 
 
 def of_file(path: Path) -> str:
-    """Of the bytes in a file: 64 hexadecimal digits. Raises OSError."""
+    """SHA-256 of the bytes in a file: 64 hexadecimal digits. Raises OSError."""
     with path.open("rb") as handle:
         return hashlib.file_digest(handle, "sha256").hexdigest()
 
 
 def fingerprint(parts: Iterable[bytes | str]) -> str:
-    """Of the parts and where each ends: 32 hexadecimal digits."""
+    """SHA-256 of the parts and where each ends: the first 32 hexadecimal digits."""
     encoded = (part.encode("utf-8", "surrogateescape") if isinstance(part, str) else part for part in parts)
     return of_bytes(len(part).to_bytes(8, "little") + part for part in encoded)[:32]

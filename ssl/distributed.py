@@ -1,7 +1,7 @@
-"""Several processes as one run: which of them this is, and the few things they say to each other.
+"""Several processes as one run: which of them this is, and the collectives between them.
 
 Every process ("rank") holds the whole student, teacher and optimizer, and takes its slice of each batch. All sums below
-are over all ranks, and are nothing in a process that runs alone. The gradients' mean is in gradients.py.
+are over all ranks, and change nothing in a process that runs alone. The gradients' mean is in gradients.py.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ T = TypeVar("T")
 
 JOIN_TIMEOUT = timedelta(minutes=5)  # until all ranks must have come together
 COLLECTIVE_TIMEOUT = timedelta(minutes=20)  # for a rank that scores or saves while the others wait
-_LAST_WORDS = "last words"
-_MISTAKE = "mistake: "  # in front of last words that are for the user
+_FAILURE = "failure"  # key of the store under which the first rank to fail leaves its message
+_MISTAKE = "mistake: "  # in front of such a message that is for the user
 
 
 @dataclass(frozen=True)
@@ -83,12 +83,12 @@ def _first_host(nodes: str) -> str:
 
 @contextmanager
 def joined(ranks: Ranks, timeout: timedelta = COLLECTIVE_TIMEOUT) -> Iterator[None]:
-    """Within it the ranks of a run can hear each other; timeout: how long one may keep the others waiting.
+    """Within it the ranks of a run can communicate; timeout: how long one may keep the others waiting.
 
     Raises:
-        PeerError: another rank ended first. Where connections break with the process, that is told at once, otherwise
+        PeerError: another rank ended first. Where connections break with the process, this is raised at once, otherwise
             after `timeout`.
-        UserError: another rank ended first, and of a mistake of the user's.
+        UserError: another rank ended first, because of a mistake of the user's.
     """
     if ranks.size == 1:
         yield
@@ -102,31 +102,31 @@ def joined(ranks: Ranks, timeout: timedelta = COLLECTIVE_TIMEOUT) -> Iterator[No
         dist.init_process_group(backend, store=store, rank=ranks.rank, world_size=ranks.size, timeout=timeout)
     except (RuntimeError, ValueError) as error:
         raise PeerError(f"Rank {ranks.rank} did not meet the other {ranks.size - 1}: {_short(error)}") from error
-    me = f"Rank {ranks.rank} on {socket.gethostname()}"
+    this_rank = f"Rank {ranks.rank} on {socket.gethostname()}"
     try:
         yield
     except RuntimeError as error:
         if not _broken_connection(error):
-            _tell(store, f"{me} ended: {_short(error)}")
+            _publish_failure(store, f"{this_rank} ended: {_short(error)}")
             raise
-        words = _last_words(store)
-        if words.startswith(_MISTAKE):
-            raise UserError(words.removeprefix(_MISTAKE)) from error
-        raise PeerError(words or f"{me} lost another rank, which ended without a word.") from error
+        message = _published_failure(store)
+        if message.startswith(_MISTAKE):
+            raise UserError(message.removeprefix(_MISTAKE)) from error
+        raise PeerError(message or f"{this_rank} lost another rank, which ended without a message.") from error
     except UserError as error:
-        _tell(store, f"{_MISTAKE}{me}: {_short(error)}")
+        _publish_failure(store, f"{_MISTAKE}{this_rank}: {_short(error)}")
         raise
     except BaseException as error:
-        _tell(store, f"{me} ended: {_short(error) or type(error).__name__}")
+        _publish_failure(store, f"{this_rank} ended: {_short(error) or type(error).__name__}")
         raise
     finally:
         dist.destroy_process_group()
 
 
 def _store(ranks: Ranks) -> dist.Store:
-    """The table of names through which the ranks find each other; the first one keeps it.
+    """The key-value store through which the ranks find each other; the first one serves it.
 
-    torch would listen at every interface of the machine; a socket that is open already listens where it was bound.
+    torch would listen on every interface of the machine; a socket that is open already listens where it was bound.
     """
     if ranks.listening is None:
         store, _, _ = next(dist.rendezvous(ranks.init_method, ranks.rank, ranks.size, timeout=JOIN_TIMEOUT))
@@ -142,15 +142,15 @@ def _broken_connection(error: RuntimeError) -> bool:
     return isinstance(error, dist.DistError) or any(word in words for word in ("gloo", "nccl", "connection closed"))
 
 
-def _tell(store: dist.Store, words: str) -> None:
-    with suppress(RuntimeError):  # the rank that keeps the store is gone already
-        store.set(_LAST_WORDS, words)
+def _publish_failure(store: dist.Store, message: str) -> None:
+    with suppress(RuntimeError):  # the rank that serves the store is gone already
+        store.set(_FAILURE, message)
 
 
-def _last_words(store: dist.Store) -> str:
+def _published_failure(store: dist.Store) -> str:
     try:
-        store.wait([_LAST_WORDS], timedelta(seconds=3))
-        return str(store.get(_LAST_WORDS).decode())
+        store.wait([_FAILURE], timedelta(seconds=3))
+        return str(store.get(_FAILURE).decode())
     except RuntimeError:
         return ""
 
@@ -215,7 +215,7 @@ class _Concatenate(torch.autograd.Function):
 
 
 def concatenated(rows: Tensor) -> tuple[Tensor, int]:
-    """Rows (N, ...) of all ranks one behind the other, with gradients, and where one's own begin; N is alike on all."""
+    """Rows (N, ...) of all ranks in order, with gradients, and where those of this rank begin; N is the same on all."""
     if count() == 1:
         return rows, 0
     everyone: Tensor = _Concatenate.apply(rows)
@@ -235,7 +235,7 @@ def mean_of(values: dict[str, float]) -> dict[str, float]:
 
 
 def from_first(make: Callable[[], T]) -> T:
-    """What rank 0's call returns, on every rank; the others do not call. It must be a value that JSON knows.
+    """What rank 0's call returns, on every rank; the others do not call. It must be JSON-serializable.
 
     JSON and not torch's object collectives: those unpickle whatever bytes arrive.
     """
@@ -253,7 +253,7 @@ def from_first(make: Callable[[], T]) -> T:
 
 
 def gathered(texts: list[str]) -> list[str]:
-    """The lists of all ranks, one behind the other."""
+    """The lists of all ranks, concatenated in their order."""
     if count() == 1:
         return texts
     mine = torch.frombuffer(bytearray(json.dumps(texts).encode()), dtype=torch.uint8)

@@ -1,14 +1,14 @@
-"""The exceptions that every part of nearfar shares. Imports nothing, so that refusing a command costs nothing."""
+"""The exceptions that every part of nearfar shares. Imports nothing, so that a wrong command is refused quickly."""
 
 EXIT_USER = 2  # of a command that a user's mistake ended
 EXIT_PEER = 3  # of a rank that ended because another one did
 
 
 def printable(text: str) -> str:
-    """A text that any terminal and any UTF-8 file can take: what is not printable becomes its backslash escape.
+    """The text as any terminal and any UTF-8 file can take it: what is not printable becomes its backslash escape.
 
-    The names of files are whatever their owner likes: bytes that are no UTF-8, sequences that move the cursor or change
-    colors, letters that turn the direction of writing. Line feeds stay.
+    The names of files are whatever their owner likes: bytes that are not UTF-8, sequences that move the cursor or set
+    colors, characters that change the direction of writing. Line feeds stay.
     """
     if text.isprintable():
         return text
@@ -17,7 +17,7 @@ def printable(text: str) -> str:
 
 def _escaped(character: str) -> str:
     code = ord(character)
-    if 0xDC80 <= code <= 0xDCFF:  # how Python keeps a byte that is no UTF-8
+    if 0xDC80 <= code <= 0xDCFF:  # how Python keeps a byte that is not UTF-8
         return f"\\x{code - 0xDC00:02x}"
     return ascii(character)[1:-1]
 

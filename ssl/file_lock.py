@@ -1,4 +1,4 @@
-"""Advisory locks on files (flock), with what they can answer told apart: mine, another process's, or no locks here."""
+"""Advisory locks on files (flock): acquired, held by another process, or not supported by the file system."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import fcntl
 from pathlib import Path
 from typing import IO
 
-# What file systems without flock answer: Lustre mounted without it, some FUSE and NFS servers.
+# Errors of file systems without flock: Lustre mounted without it, some FUSE and NFS servers.
 _UNSUPPORTED = {errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK, errno.EINVAL}
 
 
@@ -32,7 +32,7 @@ def acquire(file: IO[str] | int, wait: bool = False) -> bool:
 
 
 def holder(path: Path) -> str | None:
-    """Who holds the lock of a file, as the file says it ("process 12 on node3"); None while nobody does."""
+    """Who holds the lock of a file, as its content says ("process 12 on node3"); None while nobody does."""
     try:
         with path.open("r+") as file:
             try:

@@ -1,4 +1,4 @@
-"""Files that are whole or not there: written beside their place, brought to the disk, renamed.
+"""Atomic writes: under a temporary name in the same folder, synced to disk, then renamed.
 
 Every file and folder follows the umask, whatever mode the library that writes it prefers (temporary files are 0600).
 """
@@ -13,12 +13,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-PARTIAL = ".writing-"  # in front of the names of files and folders that are not whole yet
+PARTIAL = ".writing-"  # prefix of the names of files and folders that are not complete yet
 
 
 @contextmanager
 def atomic(path: Path) -> Iterator[Path]:
-    """An empty file beside `path` to write to; at the end it is on the disk, and in the place of `path`.
+    """An empty file beside `path` to write to; at the end it is synced to disk and renamed to `path`.
 
     An error inside leaves `path` as it was, and nothing beside it.
 
@@ -27,10 +27,10 @@ def atomic(path: Path) -> Iterator[Path]:
     """
     partial = _beside(path)
     with suppress(FileNotFoundError):
-        path.lstat()  # a name that no file system takes is refused now, and not after the writing
+        path.lstat()  # a name that no file system accepts fails now, and not after the writing
     try:
         partial.touch(exist_ok=False)
-        mode = partial.stat().st_mode  # as umask, or the folder's access list, will have it
+        mode = partial.stat().st_mode  # as the umask, or the folder's access list, sets it
         yield partial
         partial.chmod(mode)
         sync(partial)
@@ -43,7 +43,7 @@ def atomic(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def atomic_folder(path: Path) -> Iterator[Path]:
-    """An empty folder beside `path` to fill; at the end all in it is on the disk, and it takes the place of `path`.
+    """An empty folder beside `path` to fill; at the end all in it is synced to disk, and it is renamed to `path`.
 
     An error inside leaves `path` as it was, and nothing beside it.
 
@@ -82,7 +82,7 @@ def check_writable(path: Path) -> None:
 
 
 def move(partial: Path, path: Path) -> None:
-    """Rename a folder into its place; one that is there already is taken away only once the new one stands."""
+    """Rename a folder to `path`; one that is there already is removed only after the new one has its name."""
     if path.exists():
         old = _beside(path)
         path.rename(old)
@@ -94,19 +94,19 @@ def move(partial: Path, path: Path) -> None:
 
 
 def sync(path: Path) -> None:
-    """Bring a file, or the names in a folder, to the disk."""
+    """fsync a file, or the names in a folder."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
     except OSError as error:
-        if not (path.is_dir() and error.errno in (errno.EINVAL, errno.ENOTSUP)):  # a file system that cannot
+        if not (path.is_dir() and error.errno in (errno.EINVAL, errno.ENOTSUP)):  # folders cannot be synced here
             raise
     finally:
         os.close(handle)
 
 
 def sync_tree(folder: Path) -> None:
-    """Bring a folder and all in it to the disk."""
+    """fsync a folder and all in it."""
     for inner, _, names in os.walk(folder):
         for name in names:
             sync(Path(inner, name))
@@ -114,7 +114,7 @@ def sync_tree(folder: Path) -> None:
 
 
 def remove_partial(folder: Path) -> None:
-    """Sweep up what killed processes left half-written in `folder`; only for who owns it alone."""
+    """Remove what killed processes left half-written in `folder`; only its sole owner may call this."""
     for left in folder.glob(f"{PARTIAL}*"):
         if left.is_dir() and not left.is_symlink():
             shutil.rmtree(left, ignore_errors=True)

@@ -17,7 +17,7 @@ BUCKET_BYTES = 25 * 2**20
 
 class _Sent(NamedTuple):
     gradients: list[Tensor]
-    flat: Tensor  # the gradients one behind the other, then what rides along
+    flat: Tensor  # the gradients one after the other, then the extra numbers
     work: Any  # of torch.distributed
 
 
@@ -30,12 +30,12 @@ class GradientMean:
     """
 
     def __init__(self, parameters: Iterable[nn.Parameter], bucket_bytes: int = BUCKET_BYTES) -> None:
-        """`parameters` that learn at any time of the run: what does not require a gradient in a step is left out of it.
+        """`parameters`: all that learn at any time of the run; those without a gradient in a step are left out of it.
 
-        A rank that is alone sends nothing and hooks nothing.
+        A single rank sends nothing and registers no hooks.
         """
         self.buckets = in_buckets([p for p in parameters if p.requires_grad], bucket_bytes)
-        self._missing: list[int] = []  # gradients of each bucket that the backward pass still owes
+        self._missing: list[int] = []  # gradients of each bucket that are still to come
         self._sent: list[_Sent | None] = []
         if distributed.count() > 1:
             for number, bucket in enumerate(self.buckets[:-1]):  # the last one waits for `finish`
@@ -55,10 +55,10 @@ class GradientMean:
             self._send()
 
     @torch.no_grad()
-    def _send(self, *riders: Tensor) -> None:
+    def _send(self, *extras: Tensor) -> None:
         bucket = self.buckets[len(self._sent)]
         gradients = [p.grad for p in bucket if p.grad is not None]
-        parts = [*(g.flatten() for g in gradients), *riders]
+        parts = [*(g.flatten() for g in gradients), *extras]
         if not parts:
             self._sent.append(None)
             return
@@ -66,28 +66,28 @@ class GradientMean:
         self._sent.append(_Sent(gradients, flat, dist.all_reduce(flat, async_op=True)))
 
     @torch.no_grad()
-    def finish(self, riders: Tensor) -> Tensor:
-        """After the backward pass: every gradient becomes its mean over all ranks, and so do the `riders`.
+    def finish(self, extras: Tensor) -> Tensor:
+        """After the backward pass: every gradient becomes its mean over all ranks, and so do the `extras`.
 
         Args:
-            riders: numbers (n,) that travel with the last bucket.
+            extras: other numbers (n,), sent with the last bucket.
 
         Returns:
-            Their mean over all ranks (n,), on their device; nobody has waited for it.
+            Their mean over all ranks (n,), on their device; the host has not waited for it.
         """
         if distributed.count() == 1:
-            return riders
+            return extras
         while len(self._sent) < len(self.buckets) - 1:  # some parameters took no part in this step
             self._send()
-        self._send(riders)
-        flat = riders
+        self._send(extras)
+        flat = extras
         for sent in self._sent:
             if sent is not None:
                 sent.work.wait()
                 flat = sent.flat.div_(distributed.count())
                 _unpack(flat, sent.gradients)
         self._missing, self._sent = [], []
-        return flat[-len(riders) :]
+        return flat[-len(extras) :]
 
 
 def _unpack(flat: Tensor, gradients: list[Tensor]) -> None:

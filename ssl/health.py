@@ -1,4 +1,4 @@
-"""Is the run alive? Numbers that show collapse, and the plain words for it (docs/methods.md section 7)."""
+"""The health of a run: numbers that show collapse, and messages that explain it (docs/methods.md section 7)."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def teacher_health(probabilities: Tensor, features: Tensor) -> dict[str, float]:
     mean = rows.mean(0)
     entropy_of_mean = -(mean * mean.clamp_min(1e-12).log()).sum()
     winners = rows.argmax(-1)
-    # The device is waited for here, once; what is left is small and goes on without it.
+    # The only wait for the device; what is left is small and runs on the CPU.
     entropy, entropy_of_mean = torch.stack([entropy, entropy_of_mean]).cpu().unbind()
     features = features.cpu()
     return {
@@ -74,37 +74,37 @@ def collapse(metrics: dict[str, float]) -> str | None:
         )
     if metrics["kl"] < 0.02:
         return (
-            "Collapse to one answer: the teacher tells no image from another (KL to its own mean is "
+            "Collapse to one answer: the teacher does not tell images apart (KL to its own mean is "
             f"{metrics['kl']:.3f} nats). Try a higher loss.teacher_temp or a lower loss.center_momentum."
         )
     return None
 
 
 class CollapseWatch:
-    """Tells of a collapse once it lasts, and of the recovery; silent on single bad steps and before `grace`."""
+    """Reports a collapse once it lasts, and the recovery; silent on single bad steps and before step `grace`."""
 
     def __init__(self, grace: int, patience: int = 5) -> None:
-        """`grace`: first step that counts. `patience`: looks in a row that must agree."""
+        """`grace`: first step that counts. `patience`: consecutive checks that must agree."""
         self.grace = grace
         self.patience = patience
         self._bad = 0
-        self._told = False
+        self._reported = False
 
     def update(self, step: int, metrics: dict[str, float]) -> str | None:
-        """The message that is due after this step's `teacher_health`, or None."""
+        """The message to print after this step's `teacher_health`, or None."""
         message = collapse(metrics) if step >= self.grace else None
         self._bad = self._bad + 1 if message else 0
-        if self._told and not message:
-            self._told = False
+        if self._reported and not message:
+            self._reported = False
             return f"Recovered by step {step}: the teacher tells images apart again."
-        if message and self._bad >= self.patience and not self._told:
-            self._told = True
+        if message and self._bad >= self.patience and not self._reported:
+            self._reported = True
             return message
         return None
 
 
 def nothing_learned(metrics: list[dict[str, float]], most_directions: int, batch_norm: bool = False) -> str | None:
-    """One sentence where the lines of a whole run tell that its features are worth no more than at its start.
+    """One sentence where the metrics of a whole run show features no better than at its start; None elsewhere.
 
     Args:
         metrics: the lines of metrics.jsonl, in order.
@@ -113,7 +113,7 @@ def nothing_learned(metrics: list[dict[str, float]], most_directions: int, batch
     """
     signs = []
     scores = [line["knn_top1"] for line in metrics if "knn_top1" in line]
-    if len(scores) > 1 and scores[-1] <= scores[0] and scores[-1] < 80:  # what starts so high cannot rise by much
+    if len(scores) > 1 and scores[-1] <= scores[0] and scores[-1] < 80:  # a higher start cannot rise by much
         signs.append(f"the online k-NN did not rise ({scores[0]:.1f} at its first score, {scores[-1]:.1f} at the end)")
     last = next((line for line in reversed(metrics) if "rankme" in line), None)
     if last and last["rankme"] < 0.1 * most_directions and last["feature_std"] < 0.6:

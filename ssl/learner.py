@@ -70,15 +70,15 @@ class Learner(nn.Module):
         return logits, features
 
     def forward(self, groups: list[Tensor], teacher_temp: float) -> Outputs:
-        """Normalized views, the global group first -> the loss and what the monitors look at."""
+        """Normalized views, the global group first -> the loss and the values that are monitored."""
         teacher_logits, teacher_features = self.teacher_outputs(groups[0])
         probabilities = self.loss.teacher_probabilities(teacher_logits, teacher_temp)
         student_logits, student_features = self.student_outputs(groups)
         loss, parts = self.loss(student_logits, probabilities), {}
         self.loss.note_teacher(teacher_logits)
         if self.koleo_weight:
-            apart = koleo(student_features[: len(groups[0])])
-            loss, parts = loss + self.koleo_weight * apart, {"koleo": apart.detach()}
+            spread = koleo(student_features[: len(groups[0])])
+            loss, parts = loss + self.koleo_weight * spread, {"koleo": spread.detach()}
         return Outputs(loss, probabilities, teacher_features, parts)
 
     def freeze_prototypes(self, frozen: bool) -> None:
@@ -101,7 +101,7 @@ class Learner(nn.Module):
         teacher: list[Tensor] = list(self.teacher.parameters())
         student: list[Tensor] = list(self.student.parameters())
         # A step of gradient descent on |teacher - student|^2 / 2 from decay (teacher) and gradient (-student): the one
-        # kernel of torch's that takes all tensors in a few launches and is called off by a flag on the device.
+        # kernel of torch that takes all tensors in a few launches and is cancelled by a flag on the device.
         torch._fused_sgd_(
             teacher, student, [], weight_decay=1.0, momentum=0.0, lr=1 - momentum, dampening=0.0, nesterov=False,
             maximize=True, is_first_step=False, grad_scale=None, found_inf=not_finite,

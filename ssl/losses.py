@@ -1,4 +1,4 @@
-"""What the student is asked for: the DINO loss and the center of the teacher (docs/methods.md section 5)."""
+"""The losses of the student, and the centering of the teacher (docs/methods.md section 5)."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from nearfar.ssl import distributed
 
 
 class _PairwiseCrossEntropy(torch.autograd.Function):
-    """`dino_loss`, view by view: no (V, B, K) array besides the logits and their gradient is ever made.
+    """`dino_loss`, view by view: no (V, B, K) array besides the logits and their gradient is ever allocated.
 
     Summed over the teacher's views g, the cross-entropies of student view v are mass * logsumexp(s) - target . s with
     target = the sum of the teacher's probabilities on the other views, and their gradient mass * softmax(s) - target.
@@ -83,12 +83,12 @@ def koleo(features: Tensor) -> Tensor:
     """
     with torch.autocast(features.device.type, enabled=False):
         precise = features.to(torch.promote_types(features.dtype, torch.float32))
-        here = F.normalize(precise, dim=-1, eps=1e-8).transpose(0, 1)  # (B, V, D): images of all ranks go behind these
+        here = F.normalize(precise, dim=-1, eps=1e-8).transpose(0, 1)  # (B, V, D), to be joined along the images
         everyone, first = distributed.concatenated(here)
         with torch.no_grad():
-            likeness = torch.einsum("bvd,nvd->vbn", here, everyone)
-            likeness.diagonal(first, 1, 2).fill_(-torch.inf)  # nobody is a neighbor of oneself
-            nearest = likeness.argmax(2).T  # (B, V)
+            similarity = torch.einsum("bvd,nvd->vbn", here, everyone)
+            similarity.diagonal(first, 1, 2).fill_(-torch.inf)  # no image is its own neighbor
+            nearest = similarity.argmax(2).T  # (B, V)
         neighbors = everyone[nearest, torch.arange(here.shape[1], device=here.device)]
         distance = F.pairwise_distance(here, neighbors, eps=1e-8)
         return -(distance + 1e-8).log().mean(0).sum()

@@ -1,4 +1,4 @@
-"""What a run continues from: find the newest checkpoint, put it back, write the next one."""
+"""What a run continues from: find the newest checkpoint, restore it, write the next one."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def latest(folder: RunFolder, world: Ranks, warnings: list[str]) -> Checkpoint |
 
 
 def restore(saved: Checkpoint, learner: Learner, optimizer: torch.optim.Optimizer, fingerprint: str) -> int:
-    """Put everything back and return the step. `fingerprint`: of the images that the run goes on with.
+    """Restore everything and return the step. `fingerprint`: that of the images the run is continued on.
 
     Raises:
         UserError: other images, or weights of another network.
@@ -73,7 +73,7 @@ def export(folder: RunFolder, step: int, learner: Learner, description: dict[str
 
 
 def describe(run: ResolvedRun, learner: Learner, fingerprint: str, precision: str) -> dict[str, Any]:
-    """What a checkpoint says of itself beside its step."""
+    """What a checkpoint records about itself besides its step."""
     return {
         "world_size": run.train.world_size,
         "precision": precision,

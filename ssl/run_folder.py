@@ -1,4 +1,4 @@
-"""The folder of a run: one owner at a time, one config for ever, metrics that match the weights.
+"""The folder of a run: one owner at a time, one config for its lifetime, metrics that match the weights.
 
 runs/NAME/ config.yaml  metrics.jsonl  run.log  events.out.tfevents...  checkpoints/  teacher.safetensors  lock
 """
@@ -94,10 +94,10 @@ class RunFolder:
         _held.discard(self._lock)
         if self._made and os.listdir(self.path) == ["lock"]:  # a start that failed leaves nothing behind
             (self.path / "lock").unlink()
-            with suppress(OSError):  # somebody else's by now
+            with suppress(OSError):  # another process uses it by now
                 for folder in self._made:
                     folder.rmdir()
-        self._lock.close()  # gives the lock back, as does the end of the process however it dies
+        self._lock.close()  # releases the lock, as the end of the process does, however it dies
 
     def saved_settings(self) -> Run | None:
         """The resolved settings of the run that was begun here; None where there is none.
@@ -123,7 +123,7 @@ class RunFolder:
         return written or trained
 
     def _trained_settings(self) -> Run | None:
-        """What the newest readable checkpoint, or else the exported teacher, says of its settings."""
+        """What the newest readable checkpoint, or else the exported teacher, records as its settings."""
         for path in reversed(checkpoint_names.finished(self.checkpoints)):
             try:
                 settings = json.loads((path / checkpoint.STATE).read_text())["run"]
@@ -144,7 +144,7 @@ class RunFolder:
             raise UserError(f"{where} does not fit this version of nearfar. {error}") from None
 
     def record(self, run: Run) -> None:
-        """Write config.yaml, once the start is accepted: a refused one must not change what the run says of itself.
+        """Write config.yaml, once the start is accepted: a refused one must not change the run's recorded settings.
 
         Raises:
             UserError: it cannot be written.
@@ -156,7 +156,7 @@ class RunFolder:
             raise UserError(f"{file} could not be written: {error}.") from None
 
     def _begun(self) -> bool:
-        """Is there anything that other settings would put at risk? A start that failed leaves only its config."""
+        """Are there weights that other settings would not fit? A start that failed leaves only its config."""
         return any(self.checkpoints.glob("step-*")) or (self.path / TEACHER).exists()
 
     def exported_step(self) -> int | None:
@@ -188,7 +188,7 @@ def _exists(path: Path) -> bool:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The whole lines of a `metrics.jsonl`; a last line that a crash cut off is left out."""
+    """The complete lines of a `metrics.jsonl`; a last line that a crash cut off is left out."""
     if not path.exists():
         return []
     return [json.loads(line) for line in path.read_text().splitlines() if _step(line) != float("inf")]

@@ -1,4 +1,4 @@
-"""What a run says while it works: metrics.jsonl, TensorBoard, run.log, and a progress bar or plain lines."""
+"""The log of a run: metrics.jsonl, TensorBoard, run.log, and a progress bar or plain lines."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class RunLog(NoLog):
     Args:
         folder: the run's folder.
         steps, start: length of the run and the step it continues from.
-        console: where people look. A terminal gets a bar, anything else the lines that run.log gets.
+        console: a terminal shows a progress bar, anything else the lines of run.log.
         every: seconds between two lines of progress.
 
     Raises:
@@ -88,7 +88,7 @@ class RunLog(NoLog):
         self._log.close()
 
     def say(self, text: str) -> None:
-        """A sentence for people: on the console and in run.log."""
+        """A line to read, on the console and in run.log."""
         self._console.print(text, highlight=False, markup=False, soft_wrap=True)
         self._write(text)
 
@@ -101,7 +101,7 @@ class RunLog(NoLog):
                 self._board.add_scalar(key, value, step)
 
     def progress(self, step: int, numbers: str) -> None:
-        """Move the bar to `step`; write a line when one is due, and print it where there is no bar."""
+        """Move the bar to `step`; every few seconds write a line, and print it where there is no bar."""
         self._bar.update(self._task, completed=step, numbers=numbers)
         now = time.monotonic()
         if now - self._last_line < self._every and step != self._steps:
@@ -131,7 +131,7 @@ class RunLog(NoLog):
         self._board.add_image(name, pixels, step, dataformats="HWC")
 
     def sync(self) -> None:
-        """Bring the metrics to the disk: no checkpoint may be there before the lines of its steps."""
+        """fsync the metrics: no checkpoint may exist before the lines of its steps."""
         os.fsync(self._metrics.fileno())
 
     def _write(self, text: str) -> None:

@@ -35,7 +35,7 @@ class Schedule:
         return step < round(self.run.optim.freeze_last_layer_epochs * self.steps_per_epoch)
 
     def scores_due(self, step: int) -> bool:
-        """Is the teacher scored after so many steps?"""
+        """Is the teacher scored after `step` steps?"""
         every = self.run.eval.knn_every_epochs
         return every > 0 and (step == self.steps or step % max(1, round(every * self.steps_per_epoch)) == 0)
 

@@ -1,4 +1,4 @@
-"""Words for a user's mistakes in settings."""
+"""Error messages for mistakes in settings."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ if TYPE_CHECKING:  # a wrong verb is answered without loading pydantic
     from pydantic import ValidationError
 
 PRETRAIN = "nearfar pretrain"
-SHOWN = 80  # letters of a wrong value that are repeated
+SHOWN = 80  # characters of a wrong value that a message repeats
 
 
 class Mistake(NamedTuple):
-    place: tuple[str, ...]  # of the value within the nested settings
-    told: str
+    path: tuple[str, ...]  # keys that lead to the value within the nested settings
+    message: str
 
 
 def in_words(error: ValidationError, keys: Sequence[str], command: str = PRETRAIN) -> list[Mistake]:
@@ -27,21 +27,21 @@ def in_words(error: ValidationError, keys: Sequence[str], command: str = PRETRAI
     values: dict[tuple[str, ...], Any] = {}
     unknowns = set()
     for found in error.errors(include_url=False):
-        place = _place(found["loc"], keys)
+        path = _path(found["loc"], keys)
         if found["type"] == "extra_forbidden":
-            unknowns.add(place)
+            unknowns.add(path)
         bounds = {key: f"{v:g}" if isinstance(v, float) else v for key, v in found.get("ctx", {}).items()}
-        reason = _PLAIN[found["type"]].format_map(bounds) if found["type"] in _PLAIN else found["msg"]
-        reasons.setdefault(place, []).append(f"{reason[:1].lower()}{reason[1:]}")
-        values.setdefault(place, found["input"])
+        reason = _PLAIN_WORDS[found["type"]].format_map(bounds) if found["type"] in _PLAIN_WORDS else found["msg"]
+        reasons.setdefault(path, []).append(f"{reason[:1].lower()}{reason[1:]}")
+        values.setdefault(path, found["input"])
     return [
         Mistake(
-            place,
-            unknown(".".join(place), keys, command)
-            if place in unknowns
-            else impossible(".".join(place), values[place], ", or ".join(dict.fromkeys(told))),
+            path,
+            unknown(".".join(path), keys, command)
+            if path in unknowns
+            else impossible(".".join(path), values[path], ", or ".join(dict.fromkeys(why))),
         )
-        for place, told in reasons.items()
+        for path, why in reasons.items()
     ]
 
 
@@ -79,8 +79,8 @@ def nearest(word: str, words: Sequence[str], cutoff: float = 0.6) -> str | None:
     return next(iter(difflib.get_close_matches(word[:SHOWN], words, n=1, cutoff=cutoff)), None)
 
 
-# pydantic's words where they are those of a programmer
-_PLAIN = {
+# in place of those messages of pydantic that speak to programmers
+_PLAIN_WORDS = {
     "bool_parsing": "it should be true or false",
     "bool_type": "it should be true or false",
     "int_parsing": "it should be a whole number",
@@ -101,8 +101,8 @@ _PLAIN = {
 }
 
 
-def _place(loc: tuple[str | int, ...], keys: Sequence[str]) -> tuple[str, ...]:
-    """Where a mistake is, without pydantic's own names for the kinds a value may have and places within a list."""
+def _path(loc: tuple[str | int, ...], keys: Sequence[str]) -> tuple[str, ...]:
+    """Keys that lead to a mistake, without pydantic's names of union members and positions within a list."""
     parts: list[str] = []
     for part in loc:
         if not isinstance(part, str):

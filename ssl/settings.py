@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal, NamedTuple, get_args, get_origin
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, JsonValue
 
-# Settings marked so may differ when a run is continued: they do not change a single weight.
+# Settings marked like this may differ when a run is continued: they do not change a single weight.
 FREE: dict[str, JsonValue] = {"resume": "free"}
 
 
@@ -305,7 +305,7 @@ class Setting(NamedTuple):
     default: Any
     description: str
     free: bool
-    is_text: bool  # what is typed for it is taken as it is, and not read as YAML
+    is_text: bool  # what the user types is kept as it is, and not parsed as YAML
 
     @property
     def typed(self) -> str:
@@ -338,7 +338,7 @@ def all_settings() -> Iterator[Setting]:
 
 
 def _in_words(kind: Any) -> str:
-    """What a setting takes, for people."""
+    """The type of a setting, in words."""
     if get_origin(kind) is Literal:
         *first, last = map(str, get_args(kind))
         return f"{', '.join(first)} or {last}" if first else last

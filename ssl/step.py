@@ -16,12 +16,12 @@ from nearfar.ssl.optim import clip_gradients, set_rates
 
 
 class Numbers(NamedTuple):
-    """What a step came to, on every rank the same."""
+    """The numbers of a step, the same on every rank."""
 
     loss: float  # mean over all ranks, before the update
     grad_norm: float  # before clipping
     finite: bool  # False: this step, or one before it, was not finite and changed nothing
-    votes: tuple[float, ...]  # each the mean of what the ranks put in
+    votes: tuple[float, ...]  # each the mean over the ranks
 
 
 class Report:
@@ -40,22 +40,22 @@ class Report:
         if self._arrived is not None:
             self._arrived.synchronize()
         loss, grad_norm, not_finite, *votes = self._numbers.tolist()
-        # The flag is compared with 0, and the numbers looked at again, since nothing may pass that is not a number.
+        # Compared with 0, and the numbers checked again, since a flag that is itself NaN must not pass.
         return Numbers(loss, grad_norm, not_finite == 0 and math.isfinite(loss + grad_norm), tuple(votes))
 
 
 class StepResult(NamedTuple):
-    """What one step says of itself."""
+    """What one step returns."""
 
     report: Report
     outputs: Outputs  # of this rank
 
 
 class Stepper:
-    """Forward, backward, optimizer, center, teacher: once a call.
+    """A call is one step: forward, backward, optimizer, center, teacher.
 
     A step whose loss or gradient is not finite is found on the device and leaves weights, moments, teacher and center
-    as they are; so do all steps after it, because the host hears of it only when it reads the report. (Running
+    as they are; so do all steps after it, because the host learns of it only when it reads the report. (Running
     statistics of batch norm are written by the forward pass and not taken back: a run ends there and saves nothing.)
     """
 
@@ -96,7 +96,7 @@ class Stepper:
             views: normalized, grouped by size, the global group first: [(G, B, 3, s, s), ...].
             values: lr, weight_decay, teacher_momentum and teacher_temp, as `Schedule.at` gives them.
             freeze_last_layer: leave the prototypes as they are.
-            votes: what this rank tells the others, asked after the backward pass; as many numbers on every rank.
+            votes: numbers to average over the ranks, asked for after the backward pass; equally many on every rank.
         """
         learner = self.learner
         learner.freeze_prototypes(freeze_last_layer)
@@ -115,7 +115,7 @@ class Stepper:
         return StepResult(Report(numbers), outputs)
 
     def _passes(self, views: list[Tensor], teacher_temp: float) -> Outputs:
-        """Forward and backward, part by part; the gradients leave in the last one."""
+        """Forward and backward, part by part; the gradients are sent during the last backward pass."""
         parts = list(zip(*(group.chunk(self.accumulate_steps, 1) for group in views), strict=True))
         done = []
         for number, part in enumerate(parts, 1):
@@ -129,7 +129,7 @@ class Stepper:
 
 
 def _joined(parts: list[Outputs]) -> Outputs:
-    """What the whole would have said: means, and the images of all parts in order."""
+    """The outputs of all parts as those of one batch: means, and the images in order."""
     return Outputs(
         loss=torch.stack([part.loss for part in parts]).mean(),
         teacher_probabilities=torch.cat([part.teacher_probabilities for part in parts], 1),

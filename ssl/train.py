@@ -43,7 +43,7 @@ def pretrain(
     console: Console | None = None,
     world: Ranks = ALONE,
 ) -> Outcome:
-    """Train `run` on `source` in its folder, from where it stands to its end, as one of the ranks of `world`.
+    """Train `run` on `source` in its folder, from its last checkpoint to its end, as one of the ranks of `world`.
 
     `should_stop` is asked in every step; True on any rank saves a checkpoint after that step, or on a GPU after the
     next one, and returns. Continuing is bit-exact on a CPU in float32 on as many ranks: weights, optimizer and center
@@ -54,7 +54,7 @@ def pretrain(
         PeerError: another rank ended.
     """
     console = console or Console(quiet=not world.first)
-    with distributed.joined(world), _memory_in_words(), RunFolder(run.path, owns=world.first) as folder:
+    with distributed.joined(world), _out_of_memory_explained(), RunFolder(run.path, owns=world.first) as folder:
         training = set_up(run, source, observers, folder, world)
         steps, start = training.schedule.steps, training.step
         with RunLog(folder.path, steps, start, console) if world.first else NoLog() as log:
@@ -63,8 +63,8 @@ def pretrain(
             begun = time.monotonic()
             _loop(training, should_stop)
             finished = training.step >= steps
-            if finished and start < steps and (words := training.verdict()):
-                log.say(words)
+            if finished and start < steps and (message := training.verdict()):
+                log.say(message)
             log.say(announce.what_next(training.run, finished, training.step, steps))
             return Outcome(folder.path, training.step, steps, time.monotonic() - begun)
 
@@ -111,7 +111,7 @@ class Meter:
 
 
 def _loop(training: Training, should_stop: Callable[[], bool]) -> None:
-    """From the step that `training` stands at to the last one, or to the first at which any rank is to stop."""
+    """From the current step of `training` to the last one, or to the first at which any rank is to stop."""
     schedule, run, meter = training.schedule, training.run, Meter(training)
     if training.step >= schedule.steps:
         if training.resumed and schedule.scores_due(training.step):
@@ -138,10 +138,10 @@ def _loop(training: Training, should_stop: Callable[[], bool]) -> None:
 
 
 @contextmanager
-def _memory_in_words() -> Iterator[None]:
+def _out_of_memory_explained() -> Iterator[None]:
     try:
         yield
     except (MemoryError, RuntimeError) as error:
-        if words := announce.out_of_memory(error):
-            raise UserError(words) from error
+        if message := announce.out_of_memory(error):
+            raise UserError(message) from error
         raise

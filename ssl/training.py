@@ -1,4 +1,4 @@
-"""A run that is set up, and what its loop asks of it: views, the next step, scores, checkpoints."""
+"""A run that is set up, and what its loop calls: views, the next step, scores, checkpoints."""
 
 from __future__ import annotations
 
@@ -37,11 +37,11 @@ from nearfar.ssl.step import Stepper, StepResult
 
 @dataclass(frozen=True)
 class Observers:
-    """What the floors above want to see of a run, on its first rank. None of it may change the run."""
+    """Callbacks by which higher layers observe a run, on its first rank. None may change the run."""
 
     # First batch, colored views, run folder -> a picture of them (H, W, 3) for TensorBoard, or None.
     views: Callable[[Batch, list[Tensor], Path], np.ndarray | None] | None = None
-    # Scores of the teacher; None: a stop came first.
+    # Scores of the teacher; None where a stop was requested first.
     probe: Callable[[Backbone, ResolvedRun], dict[str, float] | None] | None = None
 
 
@@ -64,13 +64,13 @@ class Training:
     schedule: Schedule
     step: int  # steps that are done
     resumed: bool
-    description: dict[str, Any]  # what a checkpoint says of itself
+    description: dict[str, Any]  # what a checkpoint records about itself
     derived: list[Derived]
     warnings: list[str]
     log: NoLog = field(default_factory=NoLog)
     known_bad: set[str] = field(default_factory=set)
-    unread: deque[tuple[Batch, int, StepResult]] = field(default_factory=deque)  # steps nobody has asked about yet
-    steps_behind: int = 0  # how many of them may stay so between two lines of metrics
+    unread: deque[tuple[Batch, int, StepResult]] = field(default_factory=deque)  # steps whose reports are not read yet
+    steps_behind: int = 0  # how many of them there may be between two lines of metrics
 
     def __post_init__(self) -> None:
         self.stepper = Stepper(
@@ -80,7 +80,7 @@ class Training:
             self.compute.autocast,
             self.run.train.accumulate_steps,
         )
-        if self.compute.device.type != "cpu":  # there, asking about the step just started would wait for it
+        if self.compute.device.type != "cpu":  # where reading the report of the step just started would wait for it
             self.steps_behind = 1
 
     def log_start(self) -> None:
@@ -102,7 +102,7 @@ class Training:
         return [normalize(group) for group in colored]
 
     def next_step(self, batch: Batch, values: dict[str, float], should_stop: Callable[[], bool]) -> StepResult:
-        """Start the next step; `finish_steps` tells what came of it."""
+        """Start the next step; `finish_steps` reads its report."""
         views = self.views(batch)
         torch.manual_seed(_step_seed(self.run.train.seed, self.step, self.world.rank))
         result = self.stepper(
@@ -116,11 +116,11 @@ class Training:
         return result
 
     def new_bad(self) -> list[tuple[str, str]]:
-        """Name and reason of each bad image of this rank that was not told of yet."""
+        """Name and reason of each bad image of this rank that is not reported yet."""
         return [item for item in self.loader.bad.items() if item[0] not in self.known_bad]
 
     def finish_steps(self, behind: int = 0) -> bool:
-        """Ask about all steps but the latest `behind`, the same on all ranks. Does any rank have to stop?
+        """Read the reports of all steps but the latest `behind`, the same on all ranks. Must any rank stop?
 
         Raises:
             UserError: a step was not finite. Neither it nor any step after it has changed a weight.
@@ -137,14 +137,12 @@ class Training:
             stop = stop or stop_vote > 0
             for text in distributed.gathered([json.dumps(item) for item in self.new_bad()]) if any_bad else ():
                 name, reason = json.loads(text)
-                self.log.say(f"Bad image {name}: {reason}. The next readable image takes its place.")
+                self.log.say(f"Bad image {name}: {reason}. The next readable image is used instead.")
                 self.known_bad.add(name)
         return stop
 
     def score(self) -> bool:
-        """Score the teacher as it is, once; True on all ranks where a stop came first and leaves that to the next
-        start.
-        """
+        """Score the teacher, once a step; True on all ranks where a stop was requested first, and the score put off."""
         return distributed.from_first(self._score)
 
     def _score(self) -> bool:
@@ -159,7 +157,7 @@ class Training:
         return scores is None
 
     def save(self) -> None:
-        """Write a checkpoint, on the first rank, unless a step that is still to be asked about was not finite."""
+        """Write a checkpoint, on the first rank, unless a step whose report is not read yet was not finite."""
         if self.world.first and all(result.report.read().finite for _, _, result in self.unread):
             self.log.sync()
             resume.save(
@@ -175,7 +173,7 @@ class Training:
         )
 
     def verdict(self) -> str | None:
-        """In one sentence, that a finished run learned little; None where nothing says so."""
+        """One sentence where a finished run learned little; None elsewhere."""
         rows = 2 * self.run.train.batch_size // self.world.size
         most = min(rows, self.learner.teacher.backbone.embed_dim)
         if not self.world.first:
@@ -205,7 +203,7 @@ def set_up(run: Run, source: Source, observers: Observers, folder: RunFolder, wo
     step = resume.restore(saved, learner, optimizer, source.fingerprint) if saved else 0
     description = resume.describe(resolved, learner, source.fingerprint, compute.precision)
     if saved:
-        warnings += announce.continued_otherwise(saved.state, resolved, compute.precision)
+        warnings += announce.continuation_changes(saved.state, resolved, compute.precision)
         warnings += announce.changed_versions(saved.state, description["versions"])
     if world.first:
         folder.record(resolved)
@@ -248,8 +246,8 @@ def _settings(run: Run, folder: RunFolder, images: int, world: Ranks) -> tuple[R
     return ResolvedRun.model_validate(settings), [Derived(*each) for each in derived]
 
 
-def loader_of(run: ResolvedRun, source: Source, world: Ranks, place: torch.device) -> Loader:
-    """The loader of one rank of the run, which makes views for the device `place`."""
+def loader_of(run: ResolvedRun, source: Source, world: Ranks, target: torch.device) -> Loader:
+    """The loader of one rank of the run, which makes views for the device `target`."""
     options = LoaderOptions(
         batch_size=run.train.batch_size // world.size,
         epochs=run.train.epochs,
@@ -260,7 +258,7 @@ def loader_of(run: ResolvedRun, source: Source, world: Ranks, place: torch.devic
         max_bad_fraction=run.data.max_bad_fraction,
         min_side=run.data.min_side,
     )
-    return open_loader(source, run.views, options, loader=run.data.loader, color=run.data.color_on, device=place)
+    return open_loader(source, run.views, options, loader=run.data.loader, color=run.data.color_on, device=target)
 
 
 def _step_seed(seed: int, step: int, rank: int = 0) -> int:

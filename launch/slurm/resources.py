@@ -137,7 +137,7 @@ def check(tree: dict[str, Any], where: str) -> Resources:
     try:
         found = Resources.model_validate({str(key): value for key, value in tree.items()})
     except ValidationError as error:
-        problems += [mistake.told for mistake in in_words(error, list(Resources.model_fields), "nearfar launch")]
+        problems += [mistake.message for mistake in in_words(error, list(Resources.model_fields), "nearfar launch")]
     else:
         if found.cpu and found.gpus_per_node:
             problems.append("--cpu asks for no GPU, and gpus_per_node asks for some: choose one")

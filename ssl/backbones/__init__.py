@@ -1,9 +1,10 @@
-"""Images to tokens: ViT and Vision Mamba of ours and any timm model behind one contract, and their parts alone.
+"""Images to tokens: our ViT and Vision Mamba and any timm model behind one contract, and the parts they are made of.
 
-tokens.py the contract; lgp.py, lgp_vim.py, gaug.py, prr.py, rope.py, scan.py one idea each; attention.py the product
-they share; vit.py, vim.py our models; timm_grafts.py the ideas on a loaded timm model; weights.py public weight files;
-adapter.py the contract around a network; factory.py every backbone by name; described.py those that a
-file of weights describes.
+tokens.py is the contract, factory.py every backbone by name, adapter.py the contract around a network. lgp.py,
+lgp_vim.py, gaug.py, prr.py, rope.py and scan.py (scan_triton.py on GPUs) hold one idea each, attention.py the product
+they share; vit.py and vim.py are our models, token_model.py what they have in common, timm_grafts.py the ideas on a
+loaded timm model. weights.py reads public weight files, published.py downloads timm's, described.py builds what a file
+of weights describes.
 """
 
 from nearfar.ssl.backbones import _torchvision as _torchvision  # isort: skip  (before anything imports timm)

@@ -1,6 +1,6 @@
-"""Import torchvision, also where it sits beside a CPU-only torch of another build.
+"""Import torchvision, even where it is installed beside a CPU-only torch of another build.
 
-There torchvision's compiled part does not load, and its import (and timm's) stops with "operator
+There torchvision's compiled part does not load, and its import (and timm's) fails with "operator
 torchvision::nms does not exist". Only then, and never beforehand (a good install would abort), the two missing
 operators are declared and the import is repeated. `torchvision.ops.nms` and `torchvision.io.decode_jpeg` stay
 unavailable in such an install.

@@ -45,7 +45,7 @@ class Adapter(Backbone):
         self.refines = prr and not isinstance(model, OURS)  # ours do it themselves
         self.num_prefix = int(getattr(model, "num_prefix_tokens", 0))
         self.final_norm = _take_head_norm(model)
-        self._sizes: dict[tuple[int, int], tuple[int, int]] = {}  # of images -> that the network runs at
+        self._sizes: dict[tuple[int, int], tuple[int, int]] = {}  # size of the images -> size that the network runs at
 
     def forward(self, images: Tensor) -> Tokens:
         tokens = self._final_tokens(images)
@@ -67,12 +67,12 @@ class Adapter(Backbone):
                 )
             return [self._final_tokens(images)]
         images = self._fit(images)
-        read: Any = self.model.forward_intermediates
-        asked: dict[str, Any] = {"indices": n, "intermediates_only": True}
-        if self.num_prefix and "return_prefix_tokens" in inspect.signature(read).parameters:
-            asked["return_prefix_tokens"] = True
+        intermediates: Any = self.model.forward_intermediates
+        options: dict[str, Any] = {"indices": n, "intermediates_only": True}
+        if self.num_prefix and "return_prefix_tokens" in inspect.signature(intermediates).parameters:
+            options["return_prefix_tokens"] = True
         out = []
-        for found in read(images, **asked):
+        for found in intermediates(images, **options):
             spatial, prefix = found if isinstance(found, tuple | list) else (found, None)
             patches = spatial.flatten(2).transpose(1, 2)
             if prefix is None:
@@ -93,15 +93,15 @@ class Adapter(Backbone):
                 f"{self.arch['name']} has no plain global attention in its last block, so there is no attention map to "
                 "show; token PCA works for every model."
             )
-        seen: list[tuple[Tensor, Tensor | None]] = []
+        inputs: list[tuple[Tensor, Tensor | None]] = []
         hook = last.register_forward_pre_hook(
-            lambda _, args, options: seen.append((args[0], options.get("rope"))), with_kwargs=True
+            lambda _, args, options: inputs.append((args[0], options.get("rope"))), with_kwargs=True
         )
         try:
             network.forward_features(images)
         finally:
             hook.remove()
-        return attention_weights(last, *seen[0])
+        return attention_weights(last, *inputs[0])
 
     def _final_tokens(self, images: Tensor) -> Tokens:
         """After the final norm, before PRR (but our own models have their PRR inside)."""
@@ -125,7 +125,7 @@ class Adapter(Backbone):
     def _running_size(self, images: Tensor) -> tuple[int, int]:
         size = (images.shape[-2], images.shape[-1])
         modes = [(module, module.training) for module in self.model.modules()]
-        self.model.eval()  # the trial must leave no trace in batch norms or random numbers
+        self.model.eval()  # the trial must change neither batch norms nor random numbers
         try:
             self.model.forward_features(images[:1])  # type: ignore[operator]
             return size
@@ -150,7 +150,7 @@ class Adapter(Backbone):
     def _tokens(self, features: Any, size: tuple[int, ...]) -> Tokens:
         name = self.arch["name"]
         if not isinstance(features, Tensor) or features.ndim not in (3, 4):
-            raise UserError(f"{name} does not give one feature map or one token sequence, so it cannot be a backbone.")
+            raise UserError(f"{name} does not return a feature map or a token sequence, so it cannot be a backbone.")
         if features.ndim == 4:
             if getattr(self.model, "output_fmt", "NCHW") == "NCHW" and features.shape[1] == self.embed_dim:
                 features = features.permute(0, 2, 3, 1)
@@ -162,7 +162,7 @@ class Adapter(Backbone):
         patches = features[:, self.num_prefix :]
         if features.shape[-1] != self.embed_dim or patches.shape[1] != grid[0] * grid[1]:
             raise UserError(
-                f"{name} gives features of shape {tuple(features.shape)}, which is no {grid[0]}x{grid[1]} grid of "
+                f"{name} gives features of shape {tuple(features.shape)}, which is not a {grid[0]}x{grid[1]} grid of "
                 f"{self.embed_dim} numbers, so it cannot be a backbone here."
             )
         return Tokens(prefix, patches, grid)

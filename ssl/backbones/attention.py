@@ -1,4 +1,4 @@
-"""Softmax attention, by the quickest road on each device."""
+"""Softmax attention, in the fastest way on each device."""
 
 import logging
 from collections.abc import Callable
@@ -19,7 +19,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Tenso
     are bfloat16 (training, N = 37: 24 ms against 2.6; N = 197: 33 against 13), so there the products are written out.
     """
     if q.device.type == "cpu":
-        if torch.is_autocast_enabled("cpu"):  # after a norm they are float32 still
+        if torch.is_autocast_enabled("cpu"):  # after a norm they are still float32
             q, k, v = (x.to(torch.get_autocast_dtype("cpu")) for x in (q, k, v))
         if bias is not None or q.dtype == torch.bfloat16:
             batch, heads = q.shape[:2]
@@ -97,13 +97,13 @@ def _flex() -> Callable[..., Any]:
 
 @lru_cache(maxsize=16)
 def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    """`function` compiled for CUDA, one graph for each shape; itself where there is no compiler."""
+    """`function` compiled for CUDA, one graph for each shape; `function` itself where there is no compiler."""
     return function if compiler_missing() else torch.compile(function, dynamic=False)
 
 
 @lru_cache(maxsize=1)
 def compiler_missing() -> str:
-    """Why torch.compile cannot make CUDA kernels here, "" if it can: known once a small one really ran."""
+    """Why torch.compile cannot make CUDA kernels here, "" if it can: tried once, with a small one."""
     try:
         torch.compile(torch.Tensor.square, dynamic=False)(torch.ones(2, device="cuda"))
     except Exception as error:  # no Triton, no C compiler, a GPU that is too old: each its own exception

@@ -16,18 +16,18 @@ from torch.nn.modules.module import (
 )
 
 from nearfar.ssl.backbones.factory import OUR_NAME, VIM_NAME, create
-from nearfar.ssl.backbones.tokens import Backbone, printable
+from nearfar.ssl.backbones.tokens import Backbone, one_line
 from nearfar.ssl.errors import UserError
 
-TIMM_NAME = re.compile(r"timm/[A-Za-z0-9_.-]{1,100}")  # no colon, no second slash: nothing that names a place
-SPARE = 2**26  # numbers that a network may hold beyond twice the file's: heads dropped, and tables worth recomputing
+TIMM_NAME = re.compile(r"timm/[A-Za-z0-9_.-]{1,100}")  # no colon, no second slash: neither a URL nor a path
+SPARE = 2**26  # numbers that a network may hold beyond twice the file's: for dropped heads and recomputed tables
 
 
-def _whole(low: int, high: int) -> Callable[[Any], bool]:
+def _integer(low: int, high: int) -> Callable[[Any], bool]:
     return lambda value: type(value) is int and low <= value <= high
 
 
-def _switch(value: Any) -> bool:
+def _is_bool(value: Any) -> bool:
     return type(value) is bool
 
 
@@ -35,21 +35,21 @@ def _is_name(value: Any) -> bool:
     return isinstance(value, str) and any(form.fullmatch(value) for form in (OUR_NAME, VIM_NAME, TIMM_NAME))
 
 
-# What a description may hold: whether a value is possible, and what is, in words.
+# What a description may hold: a check of the value, and what is valid, in words.
 KEYS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "name": (_is_name, "the name of a backbone of ours or of timm's (timm/NAME)"),
-    "img_size": (_whole(1, 4096), "a whole number from 1 to 4096"),
-    "pos_size": (_whole(1, 4096), "a whole number from 1 to 4096"),
-    "patch_size": (_whole(1, 256), "a whole number from 1 to 256"),
-    "embed_dim": (_whole(1, 8192), "a whole number from 1 to 8192"),
-    "depth": (_whole(1, 256), "a whole number from 1 to 256"),
-    "num_heads": (_whole(1, 1024), "a whole number from 1 to 1024"),
-    "registers": (_whole(0, 1024), "a whole number from 0 to 1024"),
-    "lgp": (_switch, "true or false"),
-    "gaug": (_switch, "true or false"),
-    "prr": (_switch, "true or false"),
-    "rope": (_switch, "true or false"),
-    "levels": (lambda value: value == "auto" or _whole(1, 6)(value), "auto, or a whole number from 1 to 6"),
+    "img_size": (_integer(1, 4096), "a whole number from 1 to 4096"),
+    "pos_size": (_integer(1, 4096), "a whole number from 1 to 4096"),
+    "patch_size": (_integer(1, 256), "a whole number from 1 to 256"),
+    "embed_dim": (_integer(1, 8192), "a whole number from 1 to 8192"),
+    "depth": (_integer(1, 256), "a whole number from 1 to 256"),
+    "num_heads": (_integer(1, 1024), "a whole number from 1 to 1024"),
+    "registers": (_integer(0, 1024), "a whole number from 0 to 1024"),
+    "lgp": (_is_bool, "true or false"),
+    "gaug": (_is_bool, "true or false"),
+    "prr": (_is_bool, "true or false"),
+    "rope": (_is_bool, "true or false"),
+    "levels": (lambda value: value == "auto" or _integer(1, 6)(value), "auto, or a whole number from 1 to 6"),
     "wavelet": (
         lambda value: isinstance(value, str) and re.fullmatch(r"[A-Za-z0-9.]{1,16}", value) is not None,
         "the name of a wavelet",
@@ -78,7 +78,7 @@ def create_described(arch: Any, tensors: Mapping[str, Tensor], where: str) -> Ba
             raise
         raise UserError(f"{where} describes a network that cannot be built: {error}") from None
     except (RuntimeError, MemoryError, TypeError, ValueError, AssertionError, ArithmeticError, LookupError) as error:
-        reason = printable(str(error), 200) or type(error).__name__
+        reason = one_line(str(error), 200) or type(error).__name__
         raise UserError(f"{where} describes a network that cannot be built: {reason}. Export it again.") from None
 
 
@@ -92,11 +92,11 @@ def check_described(arch: Any, where: str) -> dict[str, Any]:
         raise UserError(f"{where} does not say which architecture it holds. Export the backbone again.")
     wrong = []
     for key, value in arch.items():
-        possible, words = KEYS.get(key, (None, ""))
-        if possible is None:
-            wrong.append(f"{printable(str(key), 40)!r} is no part of an architecture")
-        elif not possible(value):
-            wrong.append(f"{key} is {printable(repr(value)[:200], 60)}, and should be {words}")
+        valid, words = KEYS.get(key, (None, ""))
+        if valid is None:
+            wrong.append(f"{one_line(str(key), 40)!r} is not part of an architecture")
+        elif not valid(value):
+            wrong.append(f"{key} is {one_line(repr(value)[:200], 60)}, and should be {words}")
     named = re.search(r"_patch(\d{1,9})", str(arch["name"])[:120])
     if not wrong and not arch["name"].startswith("timm/") and named and int(named[1]) > NAMED_PATCH:
         wrong.append(f"a patch size of {named[1]} pixels is more than {NAMED_PATCH}")
@@ -111,7 +111,7 @@ def check_described(arch: Any, where: str) -> dict[str, Any]:
 
 @contextmanager
 def _at_most(numbers: int, where: str) -> Iterator[None]:
-    """Within this context modules register at most so many numbers, counted before anything fills them."""
+    """Within this context modules register at most `numbers` numbers, counted before they are initialized."""
     held = 0
 
     def count(_module: nn.Module, _name: str, tensor: Tensor | None) -> None:
@@ -120,7 +120,7 @@ def _at_most(numbers: int, where: str) -> Iterator[None]:
         if held > numbers:
             raise UserError(
                 f"The architecture that {where} describes is far larger than the weights in it ({numbers:,} numbers "
-                "would have been room enough), so it was not built. The file is damaged or was made by something else."
+                "would have sufficed), so it was not built. The file is damaged or was made by something else."
             )
 
     hooks = [register_module_parameter_registration_hook(count), register_module_buffer_registration_hook(count)]

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from nearfar.ssl.backbones.adapter import Adapter
-from nearfar.ssl.backbones.published import reaching_for_weights
+from nearfar.ssl.backbones.published import cache_only_when_offline
 from nearfar.ssl.backbones.scan import Scan
 from nearfar.ssl.backbones.timm_grafts import add_gaug, add_lgp
 from nearfar.ssl.backbones.tokens import Backbone
@@ -60,7 +60,7 @@ def create(  # noqa: PLR0913 - a network's settings, each by name
     UserError for an unknown name, and for a setting that the model cannot take.
     """
     if not lgp and "_lgp" not in name and (levels, wavelet) != ("auto", "haar"):
-        raise UserError(f"levels={levels} and wavelet={wavelet} are LGP's; turn on lgp, or leave them out.")
+        raise UserError(f"levels={levels} and wavelet={wavelet} are settings of LGP; turn on lgp, or leave them out.")
     sizes = {"patch_size": patch_size, "embed_dim": embed_dim, "depth": depth, "num_heads": num_heads}
     if scan != "auto" and not name.startswith("vim_"):
         raise UserError(f"scan={scan} is a setting of Vision Mamba (vim_...), and {name} has no scan; leave it out.")
@@ -68,7 +68,7 @@ def create(  # noqa: PLR0913 - a network's settings, each by name
     others = {"registers": registers, "rope": rope, "pos_size": pos_size}
     if name.startswith("timm/"):
         _refuse_for_timm(name, others)
-        backbone = _create_timms(name, img_size, grafts, drop_path, sizes, pretrained)
+        backbone = _create_timm(name, img_size, grafts, drop_path, sizes, pretrained)
     elif match := VIM_NAME.fullmatch(name):
         _refuse_for_vim(name, {"gaug": gaug, **others, "pretrained": pretrained})
         backbone = _create_vim(match, img_size, grafts, drop_path, sizes, scan)
@@ -112,7 +112,7 @@ def _create_ours(
 VIM_LACKS = {
     "gaug": "it has no attention to which a Gaussian could be added. Leave it out, or take a vit_ model.",
     "registers": "its one prefix token is the CLS token in the middle of the sequence. Leave it out.",
-    "rope": "it reads its patches in order and needs no positions in an attention it has not. Leave it out.",
+    "rope": "it has no attention in which positions could be rotated. Leave it out.",
     "pos_size": "its positions are made for img_size. Leave it out.",
     "pretrained": "it has no published weights here; leave it out, or take a timm model (timm/NAME).",
 }
@@ -158,7 +158,7 @@ def _refuse_for_timm(name: str, switches: dict[str, Any]) -> None:
             )
 
 
-def _create_timms(
+def _create_timm(
     name: str,
     img_size: int,
     grafts: dict[str, Any],
@@ -166,49 +166,49 @@ def _create_timms(
     sizes: dict[str, int | None],
     pretrained: bool,
 ) -> Backbone:
-    asked: dict[str, Any] = {key: value for key, value in sizes.items() if value is not None}
-    # What lets a network run at any size, and has no meaning where it does so anyway.
-    wished: dict[str, Any] = {"img_size": img_size, "dynamic_img_size": True, "strict_img_size": False}
-    (asked if drop_path else wished)["drop_path_rate"] = drop_path
-    model = _timm_model(name, asked, wished, pretrained)
+    required: dict[str, Any] = {key: value for key, value in sizes.items() if value is not None}
+    # What lets a network run at any size; one that does so anyway does not have these.
+    optional: dict[str, Any] = {"img_size": img_size, "dynamic_img_size": True, "strict_img_size": False}
+    (required if drop_path else optional)["drop_path_rate"] = drop_path
+    model = _timm_model(name, required, optional, pretrained)
     if grafts["lgp"]:
         add_lgp(model, grafts["levels"], grafts["wavelet"], drop_path)
     if grafts["gaug"]:
         add_gaug(model)
-    arch = {"name": name, "img_size": img_size, **grafts, "drop_path": drop_path, **asked}
+    arch = {"name": name, "img_size": img_size, **grafts, "drop_path": drop_path, **required}
     arch.pop("drop_path_rate", None)
     backbone = Adapter(model, arch, prr=grafts["prr"])
-    with torch.no_grad():  # better now than in the first step: does it give tokens at all?
+    with torch.no_grad():  # fail now rather than in the first step where it does not return tokens
         backbone.eval()(torch.zeros(1, 3, img_size, img_size))
     return backbone.train()
 
 
-def _timm_model(name: str, asked: dict[str, Any], wished: dict[str, Any], pretrained: bool) -> nn.Module:
-    """timm's model with all settings that were `asked` for, and those of the `wished` ones that it knows."""
+def _timm_model(name: str, required: dict[str, Any], optional: dict[str, Any], pretrained: bool) -> nn.Module:
+    """timm's model with all `required` settings, and those of the `optional` ones that it has."""
     plain = name.removeprefix("timm/")
     if not timm.is_model(plain):
         raise UserError(f"timm {timm.__version__} has no model called {plain!r}. {_did_you_mean(name)}")
-    wished, model = dict(wished), None
+    optional, model = dict(optional), None
     while model is None:
         try:
-            with reaching_for_weights(pretrained):
-                model = timm.create_model(plain, pretrained=pretrained, num_classes=0, **asked, **wished)
+            with cache_only_when_offline(pretrained):
+                model = timm.create_model(plain, pretrained=pretrained, num_classes=0, **required, **optional)
         except TypeError as error:
             refused = re.findall(r"'(\w+)'", str(error).partition("unexpected keyword argument")[2])
-            if not refused or not set(refused) <= set(asked | wished):
+            if not refused or not set(refused) <= set(required | optional):
                 raise
             for key in refused:
-                if wished.pop(key, None) is None:
+                if optional.pop(key, None) is None:
                     raise UserError(f"{name} cannot take {key.removesuffix('_rate')}; leave it out.") from None
         except (OSError, RuntimeError, ValueError, AssertionError) as error:
             reason = " ".join(str(error).split())[:200]
             if pretrained:
                 raise UserError(
-                    f"The published weights of {name} cannot be had: they are not in the cache here, and could not be "
+                    f"The published weights of {name} are not available: they are not in the cache, and could not be "
                     f"downloaded ({reason}). Give a file of them with backbone.weights=FILE in place of "
                     "backbone.pretrained=true, or leave both out."
                 ) from error
-            raise UserError(f"{name} cannot be made: these settings do not fit it ({reason}).") from error
+            raise UserError(f"{name} cannot be built: these settings do not fit it ({reason}).") from error
     if not (hasattr(model, "forward_features") and getattr(model, "feature_info", None)):
         raise UserError(f"{name} does not say what its features are, so it cannot be a backbone here.")
     return model

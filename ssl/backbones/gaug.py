@@ -54,12 +54,12 @@ class GaugBias(nn.Module):
         """
         return window_bias(*self.tables(patch_queries(q, grid), grid), q.shape[-2])
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, grid: tuple[int, int], seen: Tensor | None = None) -> Tensor:
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, grid: tuple[int, int], gaug_q: Tensor | None = None) -> Tensor:
         """softmax(q k^T / sqrt(D) + S) v, all (B, heads, R + h*w, head_dim).
 
-        `seen` are the queries that the window is predicted from, where they are not q (rotary models: before rotation).
+        `gaug_q` are the queries that predict the window, where they are not q (rotary models: before rotation).
         """
-        rows, columns = self.tables(patch_queries(q if seen is None else seen, grid), grid)
+        rows, columns = self.tables(patch_queries(q if gaug_q is None else gaug_q, grid), grid)
         return attend_in_windows(q, k, v, rows, columns)
 
 

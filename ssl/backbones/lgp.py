@@ -39,7 +39,7 @@ class Separable(nn.Sequential):
 
 
 def pointwise(x: Tensor, layer: nn.Conv2d) -> Tensor:
-    """A 1x1 convolution as a matrix product with channels last: on CPUs several times quicker than torch's own."""
+    """A 1x1 convolution as a matrix product with channels last: on CPUs several times faster than torch's own."""
     return F.linear(x.permute(0, 2, 3, 1), layer.weight.flatten(1), layer.bias).permute(0, 3, 1, 2)
 
 
@@ -52,11 +52,11 @@ class LGPPatchEmbed(nn.Module):
         wavelet: a PyWavelets name of a discrete wavelet.
         drop_path: share of training samples for which the fused path is dropped and the local one passes alone.
 
-    Raises UserError for an unknown wavelet, and for a patch size that is no power of two when levels is "auto".
+    Raises UserError for an unknown wavelet, and for a patch size that is not a power of two when levels is "auto".
     """
 
     packet: Tensor
-    places: Tensor
+    packet_at: Tensor
 
     def __init__(
         self,
@@ -88,7 +88,7 @@ class LGPPatchEmbed(nn.Module):
         if self.folds:
             packet = packet_matrix(patch_size, levels, self.filters)[:, 0]  # of one patch, along one side
             self.register_buffer("packet", torch.from_numpy(packet), persistent=False)
-            self.register_buffer("places", torch.from_numpy(np.argsort(_interleaved(levels))), persistent=False)
+            self.register_buffer("packet_at", torch.from_numpy(np.argsort(_interleaved(levels))), persistent=False)
 
     def _make_layers(self, embed_dim: int, bands: int, drop_path: float) -> None:
         """`proj`, `bands_proj` and what `forward` puts behind them; another form of LGP overrides both."""
@@ -126,7 +126,7 @@ class LGPPatchEmbed(nn.Module):
                 weight = torch.cat([self.proj.weight.flatten(1), self._folded().flatten(1)])
                 bias = torch.cat([_bias(self.proj), _bias(self.bands_proj)])
                 cells = images.unflatten(3, (-1, size)).unflatten(2, (-1, size)).permute(0, 2, 4, 1, 3, 5)
-                # Channels come last from here on, which is also the quicker layout for the 3x3 convolutions.
+                # Channels come last from here on, which is also the faster layout for the 3x3 convolutions.
                 local, bands = F.linear(cells.flatten(3), weight, bias).permute(0, 3, 1, 2).chunk(2, 1)
             else:
                 local = self.proj(images)
@@ -138,10 +138,10 @@ class LGPPatchEmbed(nn.Module):
     def _folded(self) -> Tensor:
         """The packet and its projection as one kernel (embed_dim, 3, patch_size, patch_size)."""
         weight = self.bands_proj.weight.flatten(1).unflatten(1, (-1, COLORS)).transpose(1, 2)
-        places = self.places
+        packet_at = self.packet_at
         if self.band_order is not None:
-            places = torch.argsort(self.band_order.to(places.device))[places]
-        bands = weight[..., places].unflatten(2, (self.patch_size, self.patch_size))  # (.., .., rows, columns)
+            packet_at = torch.argsort(self.band_order.to(packet_at.device))[packet_at]
+        bands = weight[..., packet_at].unflatten(2, (self.patch_size, self.patch_size))  # (.., .., rows, columns)
         return self.packet.T @ bands @ self.packet
 
     def _in_order(self, bands: Tensor) -> Tensor:
@@ -167,7 +167,7 @@ class LGPPatchEmbed(nn.Module):
 def bands_permuted(model: nn.Module, order: Tensor) -> Iterator[None]:
     """Within this context every LGP embedding of `model` reads sub-band order[i] where it read i.
 
-    `order` is a permutation of 4**levels numbers. The weights stay as they are: it measures what the order is worth
+    `order` is a permutation of 4**levels numbers. The weights stay as they are: it measures how much the order matters
     (band shuffle, docs/methods.md section 1).
     Raises UserError for a model without LGP, and for an order of another length.
     """
@@ -212,7 +212,7 @@ def wavelet_filters(wavelet: str) -> Filters:
 
 @lru_cache(maxsize=32)
 def packet_matrix(length: int, levels: int, filters: Filters) -> np.ndarray:
-    """The 1-D periodised packet transform of a signal, as a (2**levels, ceil(length / 2**levels), length) matrix.
+    """The 1-D periodized packet transform of a signal, as a (2**levels, ceil(length / 2**levels), length) matrix.
 
     Natural order, the first level being the most significant bit (0 = low-pass). A level of odd length repeats its
     last sample. The 2-D packet is this matrix along both sides, because every level of it is separable.
@@ -231,15 +231,15 @@ def packet_matrix(length: int, levels: int, filters: Filters) -> np.ndarray:
 
 @lru_cache(maxsize=8)
 def _interleaved(levels: int) -> np.ndarray:
-    """For each packet in natural order (base-4 digits LL, LH, HL, HH) its place in a (rows, columns) pair table.
+    """For each packet in natural order (base-4 digits LL, LH, HL, HH) its position in a (rows, columns) table.
 
     LH is low along the width and high along the height, as in pytorch_wavelets.
     """
-    place = []
+    positions = []
     for packet in range(4**levels):
         row = column = 0
         for level in reversed(range(levels)):
             digit = packet >> 2 * level & 3
             row, column = 2 * row + (digit & 1), 2 * column + (digit >> 1)
-        place.append(row * 2**levels + column)
-    return np.array(place)
+        positions.append(row * 2**levels + column)
+    return np.array(positions)

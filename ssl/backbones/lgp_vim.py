@@ -21,7 +21,7 @@ class VimLGPPatchEmbed(LGPPatchEmbed):
         super().__init__(patch_size, embed_dim, levels, wavelet)
 
     def _make_layers(self, embed_dim: int, bands: int, drop_path: float) -> None:
-        assert drop_path == 0  # this form has no path that could be dropped
+        assert drop_path == 0  # this form has no path to drop
         self.proj = nn.Conv2d(3, embed_dim, self.patch_size, self.patch_size)
         self.bands_proj = nn.Conv2d(bands, embed_dim, 1)
         self.weights = nn.Parameter(torch.full((2,), 0.5))  # of the patches and of the sub-bands

@@ -1,4 +1,4 @@
-"""Weights that timm publishes, where there may be no way to them: one answer at once, and not minutes of retries."""
+"""Downloads of timm's published weights: without a network they fail at once, not after minutes of retries."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from urllib.parse import urlparse
 
 
 @contextmanager
-def reaching_for_weights(wanted: bool) -> Iterator[None]:
-    """Within it the hub's client looks into its cache only, if its host cannot be found; its retries are silent.
+def cache_only_when_offline(wanted: bool) -> Iterator[None]:
+    """Within it the Hugging Face client uses only its cache if its host cannot be resolved; its retries are silent.
 
     wanted: False does nothing.
     """
@@ -26,7 +26,7 @@ def reaching_for_weights(wanted: bool) -> Iterator[None]:
     offline, log = client.HF_HUB_OFFLINE, logging.getLogger("huggingface_hub")
     level = log.level
     log.setLevel(logging.ERROR)
-    client.HF_HUB_OFFLINE = offline or not _can_be_found(client.ENDPOINT)
+    client.HF_HUB_OFFLINE = offline or not _resolves(client.ENDPOINT)
     try:
         yield
     finally:
@@ -34,7 +34,7 @@ def reaching_for_weights(wanted: bool) -> Iterator[None]:
         log.setLevel(level)
 
 
-def _can_be_found(address: str) -> bool:
+def _resolves(address: str) -> bool:
     """Does the host's name resolve? A proxy may know it where this machine does not."""
     if any(os.environ.get(name) for name in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy")):
         return True

@@ -30,7 +30,7 @@ log = logging.getLogger(__name__)
 Scan = Literal["auto", "torch", "triton", "mamba"]
 CHUNK = 8  # steps whose states are in memory at once
 CELLS = 2**16  # numbers of one step's state that a CPU works on at once: a few such slices fit into a core's cache
-LOG2_E = 1 / math.log(2)  # torch's exp2 is about three times as quick as its exp on a CPU
+LOG2_E = 1 / math.log(2)  # torch's exp2 is about three times as fast as its exp on a CPU
 
 
 def selective_scan(
@@ -102,7 +102,7 @@ def _mamba_kernel() -> Callable[..., Tensor]:
 
 @lru_cache(maxsize=1)
 def _triton_missing() -> str:
-    """Why the Triton kernels cannot be had, "" if they can."""
+    """Why the Triton kernels cannot be used, "" if they can."""
     reason = _trial(lambda *inputs: _triton_scan(*inputs, False))
     if reason:
         log.warning("Vision Mamba's scan runs in plain torch, many times slower: Triton does not work (%s)", reason)
@@ -111,7 +111,7 @@ def _triton_missing() -> str:
 
 @lru_cache(maxsize=1)
 def _mamba_missing() -> str:
-    """Why mamba-ssm's kernel cannot be had, "" if it can."""
+    """Why mamba-ssm's kernel cannot be used, "" if it can."""
 
     def run(*inputs: Tensor) -> Tensor:
         u, delta, b, c = (inputs[i].transpose(1, 2).contiguous() for i in (0, 1, 3, 4))
@@ -190,8 +190,8 @@ def scan_backward(
         for index, span in reversed(list(steps.chunks())):
             states, decays = steps.run(starts[index, rows], span)
             g, product = adjoint[: len(decays)], scratch[: len(decays)]
-            torch.mul(gy[span].unsqueeze(2), c[span].unsqueeze(3), out=g)  # what y says of its own step's state,
-            g[-1] += from_later  # and what all later steps say of it
+            torch.mul(gy[span].unsqueeze(2), c[span].unsqueeze(3), out=g)  # the gradient from y of the same step,
+            g[-1] += from_later  # and from all later steps
             for t in range(len(g) - 1, 0, -1):
                 g[t - 1].addcmul_(decays[t], g[t])
             torch.sum(torch.mul(states[1:], gy[span].unsqueeze(2), out=product), 3, out=gc[span])

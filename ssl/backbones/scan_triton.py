@@ -3,7 +3,7 @@
 A program reads one image's sequence for a block of channels, a chunk of steps at a time. Within a chunk all states are
 one parallel scan over pairs (decay, drive), kept in registers; from chunk to chunk a single state is carried on. The
 forward pass keeps the state before each chunk. The backward pass goes through the chunks from the last to the first,
-makes their states again, and runs the same parallel scan backwards for the gradients.
+recomputes their states, and runs the same parallel scan backwards for the gradients.
 
 Sums over channels and over images are written as parts and added up by torch in a fixed order: nothing is atomic, so
 two passes over the same numbers give the same bits. States and sums are float32 whatever comes in.
@@ -86,7 +86,7 @@ def backward_kernel(  # type: ignore[no-untyped-def]
     skip = tl.load(D + channel, real_channel, 0.0).to(tl.float32)
     to_b = narrow_parts + (block * tl.num_programs(1)) * length * state
     to_c = to_b + (tl.num_programs(0) * tl.num_programs(1)).to(tl.int64) * length * state
-    later = tl.zeros((BLOCK, STATE), tl.float32)  # gradient of the state of the first step of the chunk behind
+    later = tl.zeros((BLOCK, STATE), tl.float32)  # gradient of the state of the first step of the chunk after
     to_rates = tl.zeros((BLOCK, STATE), tl.float32)
     to_skip = tl.zeros((BLOCK,), tl.float32)
     chunks = tl.cdiv(length, CHUNK)
@@ -108,7 +108,7 @@ def backward_kernel(  # type: ignore[no-untyped-def]
         kept = carried * before[None, :, :] + (added - drive)  # decay times the state of the step before
         tl.store(to_c + narrow, tl.sum((kept + drive) * ups[:, :, None], 1), in_narrow)
 
-        # What y says of its own step's state, and what all later steps say of it.
+        # The gradient of the state, from y of the same step and from all later steps.
         wide_next = wide + (-width if REVERSE else width)
         dt_next = tl.load(dt + wide_next, (step + 1 < length)[:, None] & real_channel[None, :], 0.0).to(tl.float32)
         decay_next = tl.exp2(dt_next[:, :, None] * (rates * LOG2_E)[None, :, :])

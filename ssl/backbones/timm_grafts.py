@@ -1,9 +1,9 @@
-"""LGP, GAug and PRR on a loaded timm model, in place; its own weights stay what they are, under their own names.
+"""LGP, GAug and PRR on a loaded timm model, in place; its own weights keep their values and names.
 
     model = timm.create_model("vit_small_patch16_224.dino", pretrained=True)
     add_prr(add_gaug(model))
 
-A graft changes the class of an attention module, or puts one module in the place of one convolution; so state
+A graft changes the class of an attention module, or replaces one convolution; so state
 dictionaries gain names and (but for position embeddings, which LGP removes) lose none.
 """
 
@@ -33,10 +33,10 @@ from nearfar.ssl.errors import UserError
 
 
 class LGPConv(LGPPatchEmbed):
-    """LGP in the place of a patchify convolution: images (B, 3, H, W) to (B, embed_dim, h, w)."""
+    """LGP instead of a patchify convolution: images (B, 3, H, W) to (B, embed_dim, h, w)."""
 
     @property
-    def weight(self) -> Tensor:  # timm looks here for the shape and type of a stem
+    def weight(self) -> Tensor:  # timm reads the shape and type of a stem here
         return self.proj.weight
 
     def forward(self, images: Tensor) -> Tensor:
@@ -49,14 +49,14 @@ def add_lgp(
 ) -> nn.Module:
     """Put LGP where `model` cuts its images into patches, and remove its learned absolute position embeddings.
 
-    The loaded convolution becomes LGP's local path. A norm that the stem has behind it takes the place of LGP's own.
+    The loaded convolution becomes LGP's local path. A norm after the stem replaces LGP's own.
     Rotary positions and relative biases belong to the attention and stay. Returns the model.
 
     Raises:
         UserError: the model reads its images through anything but one convolution whose stride is its kernel size.
     """
     name = type(model).__name__
-    place, stem = next(
+    path, stem = next(
         ((n, m) for n, m in model.named_modules() if isinstance(m, nn.Conv2d) and m.in_channels == 3), ("", None)
     )
     if any(isinstance(module, LGPPatchEmbed) for module in model.modules()):
@@ -64,10 +64,10 @@ def add_lgp(
     size = stem.kernel_size[0] if stem else 0
     if stem is None or not (stem.kernel_size == stem.stride == (size, size) and stem.padding in ((0, 0), "valid")):
         raise UserError(
-            "LGP takes the place of a convolution that cuts the image into patches (its stride is its kernel size), "
+            "LGP replaces a convolution that cuts the image into patches (its stride is its kernel size), "
             f"and {name} does not begin with one; choose a model that does, for instance a ViT, EVA, Swin or ConvNeXt."
         )
-    owner = model.get_submodule(place.rpartition(".")[0])
+    owner = model.get_submodule(path.rpartition(".")[0])
     lgp = LGPConv(size, stem.out_channels, levels, wavelet, drop_path).to(stem.weight)
     lgp.proj = stem
     if isinstance(owner, nn.Sequential):
@@ -77,7 +77,7 @@ def add_lgp(
     if normed:
         lgp.norm = nn.Identity()
     lgp.train(model.training)
-    setattr(owner, place.rpartition(".")[2], lgp)
+    setattr(owner, path.rpartition(".")[2], lgp)
     for module in model.modules():
         positions = module._parameters.get("pos_embed")
         if positions is None:
@@ -86,7 +86,7 @@ def add_lgp(
             module, VisionTransformerDistilled
         ):
             module.pos_embed = None
-        else:  # a model that cannot do without adds nothing
+        else:  # a model that insists on an embedding adds zeros
             del module.pos_embed
             module.register_buffer("pos_embed", torch.zeros_like(positions), persistent=False)
     return model
@@ -121,9 +121,9 @@ class _GaugTokens(nn.Module):
     ) -> Tensor:
         me: Any = self
         if attn_mask is not None or is_causal:
-            raise UserError("GAug does not go together with attention masks; run the model without them.")
-        seen, q, k, v = split_heads(me, x, rope)
-        y = me.norm(me.gaug.attend(q, k, v, self.grid(x), seen).transpose(1, 2).flatten(2))
+            raise UserError("GAug does not work with attention masks; run the model without them.")
+        gaug_q, q, k, v = split_heads(me, x, rope)
+        y = me.norm(me.gaug.attend(q, k, v, self.grid(x), gaug_q).transpose(1, 2).flatten(2))
         if me.gate is not None:
             y = y * me.gate(x).sigmoid()
         out: Tensor = me.proj_drop(me.proj(y))
@@ -134,7 +134,7 @@ class _GaugTokens(nn.Module):
         patches = x.shape[1] - me.gaug_prefix
         if patches not in me.gaug_grids.of:
             raise UserError(
-                f"GAug needs every patch of the image, and {patches} tokens are no grid; turn patch dropout off."
+                f"GAug needs every patch of the image, and {patches} tokens are not a grid; turn patch dropout off."
             )
         grid: tuple[int, int] = me.gaug_grids.of[patches]
         return grid
@@ -155,12 +155,12 @@ class GaugEvaAttention(_GaugTokens, EvaAttention):
 class _GaugWindows(nn.Module):
     """The bias (windows, heads, N, N) of one of timm's window attentions: relative positions, mask, and GAug."""
 
-    def bias(self, seen: Tensor, relative: Tensor, mask: Tensor | None) -> Tensor:
+    def bias(self, gaug_q: Tensor, relative: Tensor, mask: Tensor | None) -> Tensor:
         me: Any = self
-        bias: Tensor = me.gaug(seen, tuple(me.window_size)) + relative
+        bias: Tensor = me.gaug(gaug_q, tuple(me.window_size)) + relative
         if mask is not None:  # (windows of an image, N, N)
             bias = (bias.unflatten(0, (-1, len(mask))) + mask.unsqueeze(1)).flatten(0, 1)
-        return bias.to(seen.dtype)
+        return bias.to(gaug_q.dtype)
 
 
 class GaugWindow(_GaugWindows, WindowAttention):
@@ -182,11 +182,11 @@ class GaugWindowV2(_GaugWindows, WindowAttentionV2):
         me: Any = self
         qkv = me.qkv(x) if me.q_bias is None else me.qkv(x) + torch.cat([me.q_bias, me.k_bias, me.v_bias])
         q, k, v = qkv.unflatten(-1, (3, me.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
-        seen, k = F.normalize(q, dim=-1), F.normalize(k, dim=-1)
+        gaug_q, k = F.normalize(q, dim=-1), F.normalize(k, dim=-1)
         table = me.cpb_mlp(me.relative_coords_table).view(-1, me.num_heads)
         relative = 16 * table[me.relative_position_index].permute(2, 0, 1).sigmoid()
         scale = me.logit_scale.clamp(max=math.log(100)).exp() * q.shape[-1] ** 0.5  # `attend` divides by this root
-        y = attend((seen * scale).to(v.dtype), k.to(v.dtype), v, self.bias(seen, relative, mask).to(v.dtype))
+        y = attend((gaug_q * scale).to(v.dtype), k.to(v.dtype), v, self.bias(gaug_q, relative, mask).to(v.dtype))
         out: Tensor = me.proj_drop(me.proj(y.transpose(1, 2).flatten(2)))
         return out
 
@@ -231,12 +231,12 @@ def add_gaug(model: nn.Module) -> nn.Module:
     for module in windows or tokens:
         attention = module
         if attention.attn_drop.p:
-            raise UserError(f"GAug does not go together with attention dropout; create this {name} without attn_drop.")
+            raise UserError(f"GAug does not work with attention dropout; create this {name} without attn_drop.")
         heads = attention.num_heads
         width = getattr(attention, "head_dim", attention.proj.in_features // heads)
         grid = attention.window_size if windows else network.patch_embed.grid_size
         attention.gaug = GaugBias(width, tuple(grid)).to(attention.proj.weight).train(model.training)
-        # As torch's own parametrizations do: the module keeps its tensors, names and hooks, and computes otherwise.
+        # As torch's own parametrizations do: the module keeps its tensors, names and hooks, and computes differently.
         attention.__class__ = (WINDOWS | TOKENS)[type(module)]
         if not windows:
             attention.gaug_prefix, attention.gaug_grids = network.num_prefix_tokens, grids
@@ -257,8 +257,8 @@ def split_heads(attn: Any, x: Tensor, rope: Tensor | None = None) -> tuple[Tenso
         separate = getattr(attn, "q_bias", None)
         qkv = attn.qkv(x) if separate is None else attn.qkv(x) + torch.cat([separate, attn.k_bias, attn.v_bias])
         q, k, v = qkv.unflatten(-1, (3, attn.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
-    seen, k = attn.q_norm(q), attn.k_norm(k)
-    q = seen
+    gaug_q, k = attn.q_norm(q), attn.k_norm(k)
+    q = gaug_q
     if rope is not None:
         first = attn.num_prefix_tokens
         q, k = (
@@ -268,16 +268,16 @@ def split_heads(attn: Any, x: Tensor, rope: Tensor | None = None) -> tuple[Tenso
     groups = getattr(attn, "num_kv_groups", 1)
     if groups > 1:
         k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
-    return seen, q.type_as(v), k.type_as(v), v
+    return gaug_q, q.type_as(v), k.type_as(v), v
 
 
 def attention_weights(attn: nn.Module, x: Tensor, rope: Tensor | None = None) -> Tensor:
     """(B, heads, N, N), float32: the softmax that one of timm's token attentions applies to its values."""
-    seen, q, k, _ = split_heads(attn, x, rope)
+    gaug_q, q, k, _ = split_heads(attn, x, rope)
     logits = (q @ k.transpose(-2, -1)).float() * q.shape[-1] ** -0.5
     if isinstance(attn, _GaugTokens):
         gaug: Any = attn.gaug
-        logits = logits + gaug(seen, attn.grid(x))
+        logits = logits + gaug(gaug_q, attn.grid(x))
     return logits.softmax(-1)
 
 

@@ -81,7 +81,7 @@ class TokenModel(nn.Module):
     def prune_intermediate_layers(
         self, indices: int | Sequence[int] = 1, prune_norm: bool = False, prune_head: bool = True
     ) -> list[int]:
-        """timm's interface: drop the blocks behind the last of `indices`, and the head; returns `indices` from 0."""
+        """timm's interface: drop the blocks after the last of `indices`, and the head; returns `indices` from 0."""
         depth = len(self.blocks)
         wanted = range(depth - indices, depth) if isinstance(indices, int) else indices
         keep = [index % depth for index in wanted]
@@ -153,7 +153,7 @@ class FeatureMaps(nn.Module):
 def resize_positions(positions: Tensor, made_for: Grid, grid: Grid, antialias: bool = False) -> Tensor:
     """Position embeddings of patches (1, h*w, D), from the grid they were made for to another, bicubic.
 
-    By default as DINO and DINOv2 do it: no antialiasing, and each side scaled by (n + .1) / n0, whose .1 was put there
+    By default as DINO and DINOv2 do it: no antialiasing, and each side scaled by (n + .1) / n0, whose .1 was added
     against rounding and moves every sampling point. `antialias`: as timm, and DINOv2 with registers, do it, exactly to
     the size.
     """
@@ -171,18 +171,18 @@ SHARPNESS = -0.75  # of Keys' cubic convolution (1981), in torch as in OpenCV
 
 @torch.no_grad()
 def _bicubic(old: int, new: int, like: Tensor) -> Tensor:
-    """Plain bicubic sampling at DINO's points, as a (new, old) matrix; beyond the border its last value goes on."""
+    """Plain bicubic sampling at DINO's points, as a (new, old) matrix; beyond the border the last value is repeated."""
     points = torch.arange(new, device=like.device, dtype=torch.float64)
     points = (points + 0.5) * (old / (new + 0.1)) - 0.5
     left = points.floor()
     matrix = points.new_zeros(new, old)
     for tap in (-1, 0, 1, 2):
-        place = left + tap
-        far = (points - place).abs()
+        index = left + tap
+        far = (points - index).abs()
         inner = ((SHARPNESS + 2) * far - (SHARPNESS + 3)) * far * far + 1
         outer = ((far - 5) * far + 8) * far * SHARPNESS - 4 * SHARPNESS
         weight = torch.where(far <= 1, inner, outer)
-        matrix = matrix.scatter_add(1, place.long().clamp(0, old - 1)[:, None], weight[:, None])
+        matrix = matrix.scatter_add(1, index.long().clamp(0, old - 1)[:, None], weight[:, None])
     return matrix.to(like.dtype)
 
 
@@ -196,7 +196,7 @@ def _antialiased(old: int, new: int, like: Tensor) -> Tensor:
 
 
 def register(name: str, build: Callable[..., TokenModel]) -> None:
-    """Make `timm.create_model(name, ...)` call `build(...)`, with timm's own keywords taken care of."""
+    """Make `timm.create_model(name, ...)` call `build(...)`, and handle timm's own keywords."""
 
     def entrypoint(pretrained: bool = False, **kwargs: Any) -> nn.Module:
         if pretrained:

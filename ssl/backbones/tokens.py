@@ -13,7 +13,7 @@ log = logging.getLogger(__name__)
 
 
 class Tokens(NamedTuple):
-    """What a backbone makes of a batch of images.
+    """The output of a backbone for a batch of images.
 
     `prefix` (B, R, D) holds CLS and then registers (R may be 0), `patches` (B, h*w, D) the patch tokens row by row,
     and `grid` is (h, w).
@@ -83,7 +83,7 @@ def check_size(images: Tensor, patch_size: int) -> None:
 
 
 def check_divides(height: int, width: int, patch_size: int) -> None:
-    """Raise UserError for sides in pixels that are no multiples of the patch size, with the nearest that are."""
+    """Raise UserError for sides in pixels that are not multiples of the patch size, with the nearest that are."""
     if height % patch_size or width % patch_size:
         near = [max(patch_size, round(side / patch_size) * patch_size) for side in (height, width)]
         raise UserError(
@@ -98,19 +98,19 @@ def pad_to_multiple(images: Tensor, multiple: int) -> Tensor:
     bottom, right = -height % multiple, -width % multiple
     if not (bottom or right):
         return images
-    _say_padded(height, width, height + bottom, width + right, multiple)
+    _warn_of_padding(height, width, height + bottom, width + right, multiple)
     return F.pad(images, (0, right, 0, bottom))
 
 
 @lru_cache(maxsize=256)  # once for each size
-def _say_padded(height: int, width: int, padded_height: int, padded_width: int, multiple: int) -> None:
+def _warn_of_padding(height: int, width: int, padded_height: int, padded_width: int, multiple: int) -> None:
     log.warning(
         "images of %dx%d (height x width) are padded to %dx%d, the next multiple of the patch size %d",
         height, width, padded_height, padded_width, multiple,
     )  # fmt: skip
 
 
-def printable(text: str, most: int) -> str:
-    """Text of a file for a terminal: one line of at most `most` characters, nothing that steers the terminal."""
-    line = "".join(c if c.isprintable() else "?" for c in text[: most + 1])
-    return line if len(line) <= most else line[:most] + "..."
+def one_line(text: str, max_length: int) -> str:
+    """Text from a file for a message: one line, cut at `max_length` characters, with ? for what is not printable."""
+    line = "".join(c if c.isprintable() else "?" for c in text[: max_length + 1])
+    return line if len(line) <= max_length else line[:max_length] + "..."

@@ -68,9 +68,9 @@ class Mixer(nn.Module):
         """One direction, start to end or (`reverse`) end to start, (B, L, inner) to the same."""
         weight, first = (conv.weight.flip(-1), CONV - 1) if reverse else (conv.weight, 0)
         mixed = F.conv1d(x.transpose(1, 2), weight, conv.bias, padding=CONV - 1, groups=conv.groups)
-        x = F.silu(mixed[..., first : first + x.shape[1]]).transpose(1, 2)  # padded on both sides: cut what is ahead
+        x = F.silu(mixed[..., first : first + x.shape[1]]).transpose(1, 2)  # padded on both sides: drop the rest
         dt, b, c = x_proj(x).split([dt_proj.in_features, STATE, STATE], -1)
-        precise = torch.promote_types(a_log.dtype, torch.float32)  # an exponent forgives no rounding
+        precise = torch.promote_types(a_log.dtype, torch.float32)  # rounding would be amplified by the exponential
         dt = F.softplus(F.linear(dt, dt_proj.weight).to(precise) + dt_proj.bias.to(precise))
         return selective_scan(x, dt, -torch.exp(a_log.to(precise)), b, c, d, self.scan, reverse)
 
@@ -109,12 +109,12 @@ def make_norm(dim: int, bidirectional: bool) -> nn.RMSNorm | nn.LayerNorm:
 
 
 class VisionMamba(TokenModel):
-    """Vim with timm's interface. CLS stands in the middle of the sequence, and comes first in what goes out.
+    """Vim with timm's interface. CLS stands in the middle of the sequence, and comes first in the output.
 
     Args:
         img_size: the size it is made for, which sets the position embedding; any other size runs too (positions are
-            interpolated, sides that are no multiple of the patch size padded).
-        num_heads: heads of PRR, and what is said of the model; nothing else here has heads. Default: 64 wide each
+            interpolated, sides that are not a multiple of the patch size padded).
+        num_heads: heads of PRR; nothing else here has heads. Default: 64 wide each
             (width // 64, or the next lower number that divides the width).
         bidirectional: read from both ends (RMSNorm), or only from the start (LayerNorm; `_uni`).
         lgp: LGP patch embedding, and then no position embedding; `levels` and `wavelet` are its packet's.
@@ -150,8 +150,8 @@ class VisionMamba(TokenModel):
         if embed_dim % num_heads:
             raise UserError(f"A width of {embed_dim} does not divide into {num_heads} heads (for PRR).")
         if not lgp and (levels, wavelet) != ("auto", "haar"):
-            raise UserError(f"levels={levels} and wavelet={wavelet} are LGP's; turn on lgp, or leave them out.")
-        choose_scan(scan, "cuda" if torch.cuda.is_available() else "cpu")  # an impossible wish fails here already
+            raise UserError(f"levels={levels} and wavelet={wavelet} are settings of LGP; turn on lgp or omit them.")
+        choose_scan(scan, "cuda" if torch.cuda.is_available() else "cpu")  # an impossible choice fails here already
         height, width = (img_size, img_size) if isinstance(img_size, int) else img_size
         self.grid_size: Grid = (-(-height // patch_size), -(-width // patch_size))
         self.patch_size = patch_size

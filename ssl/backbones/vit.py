@@ -53,23 +53,23 @@ class Attention(nn.Module):
         self.gaug = None if gaug_grid is None else GaugBias(dim // num_heads, gaug_grid)
 
     def forward(self, x: Tensor, grid: Grid, rotation: Rotation | None = None) -> Tensor:
-        seen, k, v = self._heads(x)
-        q = seen
+        gaug_q, k, v = self._heads(x)
+        q = gaug_q
         if rotation is not None:
             q, k = rotate(q, *rotation), rotate(k, *rotation)
-        y = attend(q, k, v) if self.gaug is None else self.gaug.attend(q, k, v, grid, seen)
+        y = attend(q, k, v) if self.gaug is None else self.gaug.attend(q, k, v, grid, gaug_q)
         out: Tensor = self.proj(y.transpose(1, 2).flatten(2))
         return out
 
     def weights(self, x: Tensor, grid: Grid, rotation: Rotation | None = None) -> Tensor:
         """(B, heads, N, N): the softmax that `forward` applies to the values, in float32."""
-        seen, k, _ = self._heads(x)
-        q = seen
+        gaug_q, k, _ = self._heads(x)
+        q = gaug_q
         if rotation is not None:
             q, k = rotate(q, *rotation), rotate(k, *rotation)
         logits = (q @ k.transpose(-2, -1)).float() * self.scale
         if self.gaug is not None:
-            logits = logits + self.gaug(seen, grid)
+            logits = logits + self.gaug(gaug_q, grid)
         return logits.softmax(-1)
 
     def _heads(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -110,7 +110,7 @@ class VisionTransformer(TokenModel):
 
     Args:
         img_size: the size it is made for, which sets the position embedding and GAug's grid; any other size runs
-            too (positions are interpolated, sides that are no multiple of the patch size padded).
+            too (positions are interpolated, sides that are not a multiple of the patch size padded).
         pos_size: the size the position embedding is made for, where that is another (224 for DINO's weights).
         lgp: LGP patch embedding, and then no position embedding; `levels` and `wavelet` are its packet's.
         gaug: Gaussian bias on the attention logits of every block.
@@ -144,7 +144,7 @@ class VisionTransformer(TokenModel):
         if embed_dim % num_heads:
             raise UserError(f"A width of {embed_dim} does not divide into {num_heads} attention heads.")
         if not lgp and (levels, wavelet) != ("auto", "haar"):
-            raise UserError(f"levels={levels} and wavelet={wavelet} are LGP's; turn on lgp, or leave them out.")
+            raise UserError(f"levels={levels} and wavelet={wavelet} are settings of LGP; turn on lgp or omit them.")
         height, width = (img_size, img_size) if isinstance(img_size, int) else img_size
         self.grid_size: Grid = (-(-height // patch_size), -(-width // patch_size))
         if pos_size is not None and (lgp or rope):

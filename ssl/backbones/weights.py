@@ -1,4 +1,4 @@
-"""Weights from other places: DINO's own files, timm's, LocAt's and ours, under whatever names, loaded strictly."""
+"""Weights from other sources: DINO's own files, timm's, LocAt's and ours, under whatever names, loaded strictly."""
 
 import argparse
 import math
@@ -16,14 +16,14 @@ from torch import Tensor, nn
 
 from nearfar.ssl.backbones.lgp import LGPPatchEmbed
 from nearfar.ssl.backbones.token_model import resize_positions
-from nearfar.ssl.backbones.tokens import Backbone, printable
+from nearfar.ssl.backbones.tokens import Backbone, one_line
 from nearfar.ssl.backbones.vit import VisionTransformer
 from nearfar.ssl.errors import UserError
 
 State = dict[str, Tensor]
 
-NETWORKS = ("teacher", "model_ema", "state_dict", "model", "student")  # places of a state inside a file, best first
-WRAPPERS = ("module.", "_orig_mod.", "backbone.", "model.")  # put in front of names by what held the network
+NETWORKS = ("teacher", "model_ema", "state_dict", "model", "student")  # keys of a state inside a file, best first
+WRAPPERS = ("module.", "_orig_mod.", "backbone.", "model.")  # prefixes added by what wrapped the network
 TEACHER = "learner/teacher.backbone."  # in a checkpoint of ours
 HEADS = ("head.", "head_dist.", "fc.", "classifier.", "dino_head.", "ibot_head.", "projection_head.", "mask_token")
 LGP_PARTS = ("local_mix", "bands_proj", "bands_mix", "bands_out", "gate", "fuse", "out", "norm")
@@ -37,14 +37,14 @@ class Match:
     tensors: int = 0
     numbers: int = 0
     adapted: list[str] = field(default_factory=list)  # resampled or rearranged, in words
-    fresh: list[str] = field(default_factory=list)  # the model's, not in the file: they keep their start
-    dropped: list[str] = field(default_factory=list)  # the file's, without a place in the model
+    fresh: list[str] = field(default_factory=list)  # in the model, not in the file: they keep their initial values
+    dropped: list[str] = field(default_factory=list)  # in the file, not in the model
 
     def __str__(self) -> str:
         rows = [
             ("matched", f"{self.tensors} tensors, {self.numbers:,} numbers"),
             ("adapted", "; ".join(self.adapted) or "-"),
-            ("left at their start", _some(_families(self.fresh)) or "-"),
+            ("left as initialized", _some(_families(self.fresh)) or "-"),
             ("dropped", _some(_families(self.dropped)) or "-"),
         ]
         return "\n".join([f"weights of {self.source}", *(f"  {what:<20} {how}" for what, how in rows)])
@@ -58,7 +58,7 @@ def load_weights(model: nn.Module, path: str | Path) -> Match:
     is read without running anything in it. Heads are dropped. Everything else must fit, name by name and shape by
     shape, with three exceptions that the returned table names: positions are resampled to the model's grid, as the
     code that they come from does it; GAug and LGP start fresh where the file has none of them; and learned positions
-    are dropped where LGP or rotary positions take their place. timm's models resample as timm does, whoever's weights
+    are dropped where LGP or rotary positions replace them. timm's models resample as timm does, whoever's weights
     they hold; for DINO's own numbers at every size load its files into ours, made with `pos_size=224`.
 
     Raises:
@@ -78,16 +78,16 @@ def load_weights(model: nn.Module, path: str | Path) -> Match:
         state = _renamed(state, network, own, match)
     except (RuntimeError, ValueError, TypeError, IndexError, KeyError, AttributeError, AssertionError) as error:
         # timm's converters presume the architecture that they are for
-        raise UserError(_other_architecture(path, network, printable(str(error), 200))) from None
+        raise UserError(_other_architecture(path, network, one_line(str(error), 200))) from None
     for name in [name for name in state if name.startswith(HEADS) and name not in own]:
         match.dropped.append(name)
         del state[name]
 
     lgp = [n for n, m in network.named_modules() if isinstance(m, LGPPatchEmbed)]
-    grown = [f"{n}.{part}" for n in lgp for part in LGP_PARTS if not any(key.startswith(f"{n}.bands") for key in state)]
+    new = [f"{n}.{part}" for n in lgp for part in LGP_PARTS if not any(key.startswith(f"{n}.bands") for key in state)]
     if not any(".gaug." in key for key in state):
         match.fresh += [key for key in own if ".gaug." in key]
-    match.fresh += [key for key in own if key not in state and key.startswith(tuple(grown))]
+    match.fresh += [key for key in own if key not in state and key.startswith(tuple(new))]
     if problems := misfits(own, state, match.fresh):
         raise UserError(_other_architecture(path, network, "; ".join(problems)))
     with torch.no_grad():
@@ -116,20 +116,20 @@ def read_state(path: Path) -> State:
             with torch.serialization.safe_globals([argparse.Namespace]):
                 found = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a file can hold anything, and the readers raise whatever it leads them to
-        told = " ".join(str(error).split())
-        reason = printable(told.rpartition("WeightsUnpickler error: ")[2], 200) or type(error).__name__
-        if type(error).__name__ == "UnpicklingError" and re.search(r"Unsupported (global|class)|allowed global", told):
+        text = " ".join(str(error).split())
+        reason = one_line(text.rpartition("WeightsUnpickler error: ")[2], 200) or type(error).__name__
+        if type(error).__name__ == "UnpicklingError" and re.search(r"Unsupported (global|class)|allowed global", text):
             raise UserError(
                 f"{path} holds more than tensors, and reading it could run code, so it was not read ({reason}). Save "
                 "its state_dict alone, best as .safetensors."
             ) from None
         raise UserError(
-            f"The weights in {path} cannot be read: {reason}. It is damaged, or no file of weights (.safetensors, or a "
-            ".pth or .pt of torch.save)."
+            f"The weights in {path} cannot be read: {reason}. It is damaged, or not a file of weights "
+            "(.safetensors, or a .pth or .pt of torch.save)."
         ) from None
-    for _ in range(len(NETWORKS)):  # nested at most so deep; a crafted file may hold itself
-        places = [found[place] for place in NETWORKS if place in found] if isinstance(found, Mapping) else []
-        inner = next((place for place in places if isinstance(place, Mapping)), None)
+    for _ in range(len(NETWORKS)):  # nested at most this deep; a crafted file may contain itself
+        states = [found[key] for key in NETWORKS if key in found] if isinstance(found, Mapping) else []
+        inner = next((state for state in states if isinstance(state, Mapping)), None)
         if inner is None:
             break
         found = inner
@@ -139,7 +139,7 @@ def read_state(path: Path) -> State:
         raise UserError(f"{path} holds no network: there are no named tensors in it.")
     for name, tensor in tensors.items():
         if tensor.layout != torch.strided or tensor.is_quantized or tensor.is_meta or tensor.is_complex():
-            raise UserError(f"{printable(name, 100)} in {path} is no dense tensor of real numbers.")
+            raise UserError(f"{one_line(name, 100)} in {path} is not a dense tensor of real numbers.")
     return tensors
 
 
@@ -162,7 +162,7 @@ def _teacher_of(state: State) -> State:
 
 
 def _unwrapped(state: State, match: Match) -> State:
-    """Names without what DDP, a compiled module or a pair of backbone and head put in front of them."""
+    """Names without the prefixes of DDP, of a compiled module or of a pair of backbone and head."""
     stripped = True
     while stripped:
         stripped = False
@@ -188,7 +188,7 @@ def _renamed(state: State, network: nn.Module, own: State, match: Match) -> Stat
     for name, module in network.named_modules():
         if isinstance(module, LGPPatchEmbed):
             for kind in ("weight", "bias"):
-                if f"{name}.{kind}" in state:  # the convolution that LGP took the place of
+                if f"{name}.{kind}" in state:  # the convolution that LGP replaced
                     state[f"{name}.proj.{kind}"] = state.pop(f"{name}.{kind}")
     _fit_positions(state, network, own, match)
     return _converted(state, network, own, match)
@@ -226,7 +226,7 @@ def _fitted(positions: Tensor, network: VisionTransformer, antialias: bool, matc
     """Learned positions (1, [1+] h*w, D) of a square grid, on the grid of our ViT's table, with a row for CLS."""
     own = network.pos_embed
     if own is None or positions.ndim != 3 or positions.shape[::2] != own.shape[::2]:
-        return positions  # which `misfits` will tell
+        return positions  # `misfits` will report them
     side = math.isqrt(positions.shape[1])
     if side * side == positions.shape[1]:  # networks that add nothing to CLS, such as DINOv2's with registers in timm
         positions = F.pad(positions, (0, 0, 1, 0))
@@ -282,6 +282,6 @@ def _families(names: Iterable[str]) -> list[str]:
 
 
 def _some(names: list[str], most: int = 6) -> str:
-    return ", ".join(printable(name, 120) for name in names[:most]) + (
+    return ", ".join(one_line(name, 120) for name in names[:most]) + (
         f" and {len(names) - most} more" if len(names) > most else ""
     )

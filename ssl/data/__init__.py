@@ -1,4 +1,4 @@
-"""Images -> batches of views: sources, the plan of a view, transforms and loaders. The door: two functions."""
+"""Images -> batches of views: sources, the plan of a view, transforms and loaders. Start with its two functions."""
 
 from typing import TYPE_CHECKING, Any
 

@@ -1,7 +1,7 @@
-"""A source -> a .beton (beton.py says what is in it), written beside its place and renamed when it is whole.
+"""A source -> a .beton (sources/beton.py describes the format), under a temporary name until it is complete.
 
 Not through FFCV's DatasetWriter: it has no field for JPEG bytes that exist, needs to know beforehand how many images
-are good, and waits for ever when one of its processes dies. FFCV's Reader and Loader read what this writes.
+are good, and waits forever when one of its processes dies. FFCV's Reader and Loader read what this writes.
 """
 
 import contextlib
@@ -61,7 +61,7 @@ class Written:
 
 @dataclass(frozen=True)
 class BetonOptions:
-    """How images are kept."""
+    """How images are stored."""
 
     max_side: int | None = 512  # pixels; a larger image is shrunk (Pillow's antialiased bicubic)
     quality: int = 95  # of JPEGs that are made here
@@ -94,14 +94,14 @@ def write_beton(
 
     A JPEG that is upright, RGB or gray, within `max_side` and clean (libjpeg-turbo has no complaint) keeps its bytes.
     All else is decoded, turned upright, shrunk if need be, and encoded anew, or kept as pixels when small. `workers`
-    threads do that; the file does not depend on them. `progress` is told how many images are done.
+    threads do that; the file does not depend on them. `progress` is called with the number of images done.
 
     Raises UserError where FFCV is missing, `out` exists, no image can be read, or one cannot and `stop_at_bad` is set.
     """
     out = Path(out)
     libjpeg.require("Writing a .beton")
     if out.suffix != ".beton":
-        raise UserError(f"{out} should end in .beton, by which the file is known for what it is.")
+        raise UserError(f"{out} must end in .beton, by which the format is recognized.")
     if os.path.exists(out) and not overwrite:
         raise UserError(f"{out} exists already. Remove it, allow overwriting (--force), or choose another name.")
     if not os.path.isdir(out.absolute().parent):
@@ -112,7 +112,7 @@ def write_beton(
     except OSError as error:  # a folder that is read-only or full, a name that is too long
         raise UserError(f"{out} cannot be written: {error.strerror or error}.") from error
     except MemoryError as error:
-        raise UserError(f"The memory does not suffice to write {out}: allow fewer --workers.") from error
+        raise UserError(f"There is not enough memory to write {out}: allow fewer --workers.") from error
 
 
 def _write(
@@ -138,14 +138,14 @@ def _write(
         else:
             entry = {"name": source.name(i), "index": i, "crc": zlib.crc32(sample.data)}
             blocks = [sample.data, json.dumps(entry).encode() + b"\0", *([sample.mask] if sample.mask else [])]
-            places = pages.put(n, blocks)
+            offsets = pages.put(n, blocks)
             mode = RAW if sample.kind == "raw" else JPEG
-            records["image"][n] = (mode, sample.width, sample.height, places[0])
-            records["name"][n] = (places[1], len(blocks[1]))
+            records["image"][n] = (mode, sample.width, sample.height, offsets[0])
+            records["name"][n] = (offsets[1], len(blocks[1]))
             if source.labels is not None:
                 records["label"][n] = source.labels[i]
             if sample.mask:
-                records["mask"][n] = (places[2], len(sample.mask))
+                records["mask"][n] = (offsets[2], len(sample.mask))
             digest.update(b"".join(blocks))
             setattr(written, sample.kind, getattr(written, sample.kind) + 1)
             n += 1
@@ -156,16 +156,16 @@ def _write(
 
     about = {"classes": source.classes, "digest": digest.hexdigest(), "bad": written.bad[:1000], **vars(options)}
     block = json.dumps(about).encode()
-    place = pages.whole(block)
+    offset = pages.put_whole(block)
     table = pages.finish()
     header = np.array([(VERSION, len(kinds), _PAGE, n, table)], HEADER)
     file.seek(0)
-    file.write(header.tobytes() + _descriptors(kinds, place, len(block)) + records.tobytes())
+    file.write(header.tobytes() + _descriptors(kinds, offset, len(block)) + records.tobytes())
     return written
 
 
 def _has_masks(source: Source) -> bool:
-    """Asked of the first image whose mask can be read."""
+    """Whether there are masks, by the first image whose mask can be read."""
     for i in range(len(source)):
         with contextlib.suppress(BadImage):
             return source.mask(i) is not None
@@ -195,25 +195,25 @@ class _Pages:
         size = sum(map(len, blocks))
         if self.at % _PAGE + size > _PAGE:
             self.at = self._next_page()
-        places = []
+        offsets = []
         self.file.seek(self.at)
         for block in blocks:
             self.file.write(block)
-            places.append(self.at)
+            offsets.append(self.at)
             self.allocations.append((sample, self.at, len(block)))
             self.at += len(block)
-        return places
+        return offsets
 
-    def whole(self, block: bytes) -> int:
-        """A block that belongs to no sample, and may be longer than a page."""
-        place = self.at
-        self.file.seek(place)
+    def put_whole(self, block: bytes) -> int:
+        """Where a block begins that belongs to no sample and may be longer than a page."""
+        offset = self.at
+        self.file.seek(offset)
         self.file.write(block)
         self.at += len(block)
-        return place
+        return offset
 
     def finish(self) -> int:
-        """Fill up the last page and write the table; where that begins."""
+        """Fill up the last page and write the table; returns where that begins."""
         self.at = self._next_page()
         self.file.seek(self.at)
         self.file.write(np.array(self.allocations, ALLOCATION).tobytes())
@@ -224,14 +224,14 @@ class _Pages:
 
 
 def _samples(source: Source, options: BetonOptions, masks: bool, workers: int) -> Iterator[_Sample | BadImage]:
-    """Every image of the source in order, made ready in threads a little ahead."""
-    mine = local()
+    """Every image of the source in order, prepared in threads a little ahead."""
+    of_this_thread = local()
 
-    def ready(i: int) -> _Sample | BadImage:
-        if not hasattr(mine, "decoder"):
-            mine.decoder = libjpeg.Decoder()
+    def prepared(i: int) -> _Sample | BadImage:
+        if not hasattr(of_this_thread, "decoder"):
+            of_this_thread.decoder = libjpeg.Decoder()
         try:
-            return _ready(source, i, options, masks, mine.decoder)
+            return _prepared(source, i, options, masks, of_this_thread.decoder)
         except BadImage as error:
             return error
 
@@ -239,7 +239,7 @@ def _samples(source: Source, options: BetonOptions, masks: bool, workers: int) -
         ahead: deque[Future[_Sample | BadImage]] = deque()
         try:
             for i in range(len(source)):
-                ahead.append(pool.submit(ready, i))
+                ahead.append(pool.submit(prepared, i))
                 if len(ahead) > 4 * workers:
                     yield ahead.popleft().result()
             while ahead:
@@ -249,7 +249,7 @@ def _samples(source: Source, options: BetonOptions, masks: bool, workers: int) -
                 future.cancel()
 
 
-def _ready(source: Source, i: int, options: BetonOptions, masks: bool, decoder: libjpeg.Decoder) -> _Sample:
+def _prepared(source: Source, i: int, options: BetonOptions, masks: bool, decoder: libjpeg.Decoder) -> _Sample:
     data = source.encoded(i)
     kept = None if data is None else _clean_size(data, options, decoder)
     if kept is not None and data is not None:
@@ -269,7 +269,7 @@ def _ready(source: Source, i: int, options: BetonOptions, masks: bool, decoder: 
     file = BytesIO()
     try:
         image.save(file, "JPEG", quality=options.quality)
-    except OSError as error:  # JPEG ends at 65,500 pixels
+    except OSError as error:  # a JPEG has at most 65,500 pixels a side
         raise BadImage(source.name(i), f"{image.width} x {image.height} pixels: {error}") from error
     sample = _Sample("encoded", file.getvalue(), *size, mask)
     if not _fits(sample):
@@ -287,7 +287,7 @@ def _stored_size(width: int, height: int, options: BetonOptions) -> tuple[int, i
 
 
 def _fits(sample: _Sample) -> bool:
-    return len(sample.data) + len(sample.mask or b"") + 2**14 <= _PAGE  # the name has the rest
+    return len(sample.data) + len(sample.mask or b"") + 2**14 <= _PAGE  # the rest is left for the name
 
 
 def _clean_size(data: bytes, options: BetonOptions, decoder: libjpeg.Decoder) -> tuple[int, int] | None:
@@ -305,14 +305,14 @@ def _clean_size(data: bytes, options: BetonOptions, decoder: libjpeg.Decoder) ->
         return height, width
     except (libjpeg.JPEGError, MemoryError):
         return None
-    except Exception:  # Pillow's decoders raise nearly anything; `decode` will say what it is
+    except Exception:  # Pillow's decoders raise nearly anything; `decode` will explain it
         return None
 
 
 def _mask(source: Source, i: int, size: tuple[int, int]) -> bytes | None:
     mask: NDArray[np.uint8] | None = source.mask(i)
     if mask is None:
-        raise BadImage(source.name(i), "it has no mask, where others have")
+        raise BadImage(source.name(i), "it has no mask, but other images have one")
     image = Image.fromarray(mask)
     if mask.shape != size:  # the image was shrunk; classes cannot be mixed
         image = image.resize((size[1], size[0]), Image.Resampling.NEAREST)

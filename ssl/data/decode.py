@@ -10,7 +10,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from nearfar.ssl.errors import BadImage
 
 _ORIENTATION = 0x0112
-# The formats meant, and no other that Pillow knows by its content: an EPS would start Ghostscript.
+# The formats accepted. Pillow would recognize others by their content, and start Ghostscript for an EPS.
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
 
@@ -30,18 +30,18 @@ def decode(file: str | Path | IO[bytes], name: str) -> Image.Image:
 
 
 def upright(image: Image.Image, name: str) -> Image.Image:
-    """A loaded image as its EXIF orientation wants it, 8-bit RGB. Raises BadImage."""
+    """A loaded image turned by its EXIF orientation, 8-bit RGB. Raises BadImage."""
     if not is_upright(image):
         return _rgb(ImageOps.exif_transpose(image), name)
     return _rgb(image, name)
 
 
 def size_problem(height: int, width: int, min_side: int) -> str | None:
-    """Why an image of this size, in pixels, is a bad one; None where it is not. The one rule of loaders and writers."""
+    """Why an image of this size, in pixels, is bad; None where it is not. The one rule of loaders and writers."""
     if min(height, width) < min_side:
         return f"{width} x {height} pixels, below data.min_side = {min_side}"
     if Image.MAX_IMAGE_PIXELS and height * width > Image.MAX_IMAGE_PIXELS:
-        return f"{width} x {height} pixels are more than Pillow deems safe"
+        return f"{width} x {height} pixels are more than Pillow considers safe"
     return None
 
 
@@ -68,7 +68,7 @@ def _rgb(image: Image.Image, name: str) -> Image.Image:
         return Image.fromarray(np.rint(pixels / 257).astype(np.uint8)).convert("RGB")
     if image.mode == "F":
         raise BadImage(name, "floating-point pixels, whose range is unknown")
-    if "transparency" in image.info:  # straight to RGB, Pillow warns
+    if "transparency" in image.info:  # Pillow warns where it goes straight to RGB
         image = image.convert("RGBA")
     return image.convert("RGB")
 

@@ -1,7 +1,7 @@
 """JPEG bytes -> RGB pixels by the libjpeg-turbo that FFCV is linked against, called through ctypes (without the GIL).
 
 Not through FFCV's own `imdecode`: that one takes the fast, inexact DCT (up to 21 gray levels from Pillow on photos,
-to which this is equal), tells of an error but not which, trusts the size it is given, and keeps two decoders for every
+to which this is equal), reports an error but not which, trusts the size it is given, and keeps two decoders for every
 thread that ever called it.
 """
 
@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from nearfar.ssl.errors import UserError
 
 _RGB = 0
-_ACCURATE_DCT, _STOP_ON_WARNING, _LIMIT_SCANS = 4096, 8192, 32768  # the last against progressive files without an end
+_ACCURATE_DCT, _STOP_ON_WARNING, _LIMIT_SCANS = 4096, 8192, 32768  # the last against endless progressive files
 _FLAGS = _ACCURATE_DCT | _STOP_ON_WARNING | _LIMIT_SCANS
 
 
@@ -28,7 +28,7 @@ class JPEGError(Exception):
 
 @cache
 def _library() -> ctypes.CDLL | None:
-    spec = find_spec("ffcv")  # finds, does not import: FFCV pulls in OpenCV and all of its own loader
+    spec = find_spec("ffcv")  # finds without importing: FFCV pulls in OpenCV and all of its own loader
     if spec is None or not spec.submodule_search_locations:
         return None
     for folder in spec.submodule_search_locations:
@@ -37,7 +37,7 @@ def _library() -> ctypes.CDLL | None:
             if file.is_file():
                 try:
                     return _declare(ctypes.CDLL(str(file)))
-                except OSError:  # its system libraries are gone
+                except OSError:  # its system libraries are missing
                     return None
     return None
 
@@ -60,7 +60,7 @@ def available() -> bool:
 
 
 def require(what: str) -> None:
-    """Raises UserError where FFCV is missing; `what` needs it."""
+    """Raises UserError where FFCV is missing. `what`: what needs it, the subject of the message."""
     if not available():
         raise UserError(
             f"{what} needs FFCV, which is not installed here (or not the libraries it is linked against). On Debian "
@@ -71,7 +71,7 @@ def require(what: str) -> None:
 class Decoder:
     """One decompressor; not for two threads at a time. Freed with the object.
 
-    After an error it is a new one: libjpeg-turbo leaves its own in the middle of the damaged file's header, and then
+    After an error it is replaced: libjpeg-turbo leaves it in the middle of the damaged file's header, and then
     refuses every good file that follows.
     """
 
@@ -91,8 +91,8 @@ class Decoder:
     def size(self, jpeg: bytes) -> tuple[int, int]:
         """(height, width) in pixels, from the header. Raises JPEGError."""
         width, height, sampling, space = (ctypes.c_int() for _ in range(4))
-        places = [ctypes.byref(number) for number in (width, height, sampling, space)]
-        if self._library.tjDecompressHeader3(self._handle, jpeg, len(jpeg), *places):
+        pointers = [ctypes.byref(number) for number in (width, height, sampling, space)]
+        if self._library.tjDecompressHeader3(self._handle, jpeg, len(jpeg), *pointers):
             raise self._error()
         return height.value, width.value
 
@@ -104,13 +104,11 @@ class Decoder:
         """
         found = self.size(jpeg)
         if found != (height, width):
-            raise JPEGError(
-                f"its JPEG header says {found[1]} x {found[0]} pixels, where {width} x {height} were promised"
-            )
+            raise JPEGError(f"its JPEG header says {found[1]} x {found[0]} pixels instead of {width} x {height}")
         if pitch < 3 * width or out.nbytes < height * pitch:
             raise ValueError(f"{width} x {height} pixels do not fit into {out.nbytes} bytes")
-        place = out.ctypes.data
-        if self._library.tjDecompress2(self._handle, jpeg, len(jpeg), place, width, pitch, height, _RGB, _FLAGS):
+        address = out.ctypes.data
+        if self._library.tjDecompress2(self._handle, jpeg, len(jpeg), address, width, pitch, height, _RGB, _FLAGS):
             raise self._error()
 
     def _error(self) -> JPEGError:

@@ -67,7 +67,7 @@ class ViewPlan:
         return replace(self, **{name: array[:, which] for name, array in self._arrays().items()})
 
     def set_sample(self, k: int, other: "ViewPlan") -> None:
-        """Let sample k be the first one of another plan."""
+        """Replace sample k by the first sample of another plan."""
         for name, array in self._arrays().items():
             array[k] = getattr(other, name)[0]
 
@@ -113,10 +113,10 @@ def _per_view(role: tuple[float, float, float], count: int) -> NDArray[np.float6
 
 
 def _boxes(
-    views: ViewSettings, tries: NDArray[np.floating], place: NDArray[np.floating], size: NDArray[np.int64]
+    views: ViewSettings, tries: NDArray[np.floating], position: NDArray[np.floating], size: NDArray[np.int64]
 ) -> NDArray[np.int32]:
-    """RandomResizedCrop: (n, V, 10, 2) draws of area and log ratio, (n, V, 2) of the place -> (n, V, 4) boxes."""
-    count = place.shape[1]
+    """RandomResizedCrop: (n, V, 10, 2) draws of area and log ratio, (n, V, 2) of the position -> (n, V, 4) boxes."""
+    count = position.shape[1]
     scale = np.array([views.global_crops_scale] * 2 + [views.local_crops_scale] * (count - 2))  # (V, 2)
     rows, columns = size[:, 0, None], size[:, 1, None]  # (n, 1)
     area = rows * columns * (scale[:, 0] + tries[..., 0].transpose(2, 0, 1) * (scale[:, 1] - scale[:, 0]))
@@ -127,8 +127,8 @@ def _boxes(
     fits = (width > 0) & (width <= columns) & (height > 0) & (height <= rows)
     first = fits.argmax(0)[None]
     width, height = np.take_along_axis(width, first, 0)[0], np.take_along_axis(height, first, 0)[0]
-    top = np.floor(place[..., 0] * (rows - height + 1)).astype(np.int64)
-    left = np.floor(place[..., 1] * (columns - width + 1)).astype(np.int64)
+    top = np.floor(position[..., 0] * (rows - height + 1)).astype(np.int64)
+    left = np.floor(position[..., 1] * (columns - width + 1)).astype(np.int64)
 
     # No try fitted: the largest central crop whose ratio is allowed.
     central_width = np.minimum(columns, np.rint(rows * views.ratio[1]).astype(np.int64))

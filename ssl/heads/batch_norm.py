@@ -17,7 +17,7 @@ class BatchNorm(nn.BatchNorm1d):
             return super().forward(x)
         x32 = x.float() if x.dtype.itemsize < 4 else x
         variance, mean = torch.var_mean(x32, 0, correction=0)
-        moments = torch.stack([mean, variance]).double()  # the square of the mean is taken away again below
+        moments = torch.stack([mean, variance]).double()  # the square of the mean is subtracted again below
         moments = distributed.all_sum(torch.stack([moments[0], moments[1] + moments[0].square()])) / distributed.count()
         mean, variance = moments[0].to(x32.dtype), (moments[1] - moments[0].square()).to(x32.dtype)
         assert self.running_mean is not None and self.running_var is not None and self.momentum is not None

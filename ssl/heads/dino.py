@@ -31,7 +31,7 @@ class _CosineLogits(torch.autograd.Function):
         scaled = grad * scale
         to_x = torch.mm(scaled, w) if ctx.needs_input_grad[0] else None
         to_w = None
-        if ctx.needs_input_grad[1]:  # d|w|^-1 / dw = -|w|^-3 w: what points along the prototype is taken away
+        if ctx.needs_input_grad[1]:  # d|w|^-1 / dw = -|w|^-3 w: the part along the prototype is removed
             along = torch.linalg.vecdot(scaled, logits, dim=0).mul_(scale).neg_()
             to_w = torch.addmm(w * along[:, None], scaled.t(), x)
         return to_x, to_w
@@ -47,7 +47,7 @@ class DINOHead(nn.Module):
     """MLP, L2 normalization, cosine with K unit prototypes (DINO, section 3.1; docs/methods.md section 5).
 
     Three linear layers with GELU between (`batch_norm` before each GELU, which DINO leaves out and short runs on
-    little data need), then a weight-normed layer without bias whose gain stays 1: only directions are learnt.
+    little data need), then a weight-normed layer without bias whose gain stays 1: only directions are learned.
     """
 
     def __init__(

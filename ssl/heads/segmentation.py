@@ -7,8 +7,7 @@ from nearfar.ssl.errors import UserError
 
 
 class SegmentationHead(nn.Module):
-    """(B, D, h, w) patch features -> (B, classes, H, W) logits, bilinear (half-pixel centers) between
-    patches.
+    """(B, D, h, w) patch features -> (B, classes, H, W) logits, bilinear between patches (half-pixel centers).
 
     kind "linear": one 1x1 convolution. "mlp": Conv1x1(D -> hidden), GroupNorm(1), GELU, Conv1x1(-> classes),
     the head of LocAt's segmentation protocol.

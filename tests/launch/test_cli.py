@@ -72,7 +72,7 @@ PRETRAIN = ("pretrain", "mine.yaml", "data.path=pictures")
 
 def test_settings_are_checked_before_anything_is_touched(here: Path, refused: Refused) -> None:
     told = refused(*PRETRAIN, "train.epoch=3", "views.global_crops_size=33", "optim.lr=-1")
-    for part in ("3 mistakes", "did you mean train.epochs?", "no multiple of the patch size 8", "optim.lr=-1"):
+    for part in ("3 mistakes", "did you mean train.epochs?", "not a multiple of the patch size 8", "optim.lr=-1"):
         assert part in told
     assert not (here / "runs").exists()
 

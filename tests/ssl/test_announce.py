@@ -1,4 +1,4 @@
-"""What a run says when it goes on otherwise than it was begun."""
+"""What a run says when it is continued differently than it was begun."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from nearfar.ssl import config
-from nearfar.ssl.announce import changed_versions, continued_otherwise, start_lines
+from nearfar.ssl.announce import changed_versions, continuation_changes, start_lines
 from nearfar.ssl.data import open_source
 from nearfar.ssl.defaults import resolve
 from nearfar.ssl.device import choose
@@ -18,12 +18,12 @@ from nearfar.ssl.learner import build_learner
 def test_only_what_differs_is_said() -> None:
     run = config.load(None, ["name=r", "train.world_size=2", "backbone.drop_path=0.1"])
     still = config.load(None, ["name=r", "train.world_size=2", "backbone.drop_path=0"])
-    assert continued_otherwise({"world_size": 2, "precision": "float32"}, run, "float32") == []
-    (ranks,) = continued_otherwise({"world_size": 1, "precision": "float32"}, run, "float32")
-    assert "Saved by 1 ranks, continued by 2" in ranks and "drop-path draws others" in ranks
-    (ranks,) = continued_otherwise({"world_size": 1}, still, "float32")
+    assert continuation_changes({"world_size": 2, "precision": "float32"}, run, "float32") == []
+    (ranks,) = continuation_changes({"world_size": 1, "precision": "float32"}, run, "float32")
+    assert "Saved by 1 ranks, continued by 2" in ranks and "drop-path draws other numbers" in ranks
+    (ranks,) = continuation_changes({"world_size": 1}, still, "float32")
     assert "drop-path" not in ranks
-    (precision,) = continued_otherwise({"world_size": 2, "precision": "bf16 autocast"}, run, "float32")
+    (precision,) = continuation_changes({"world_size": 2, "precision": "bf16 autocast"}, run, "float32")
     assert "Saved in bf16 autocast, continued in float32" in precision
 
 
@@ -46,6 +46,6 @@ def test_files_passed_over_for_their_type_are_told_at_the_start(tmp_path: Path, 
     resolved, _ = resolve(run, 1, 1, world_size=1)
     learner = build_learner(resolved)
     lines = start_lines(resolved, [], learner, 1, choose("cpu", "fp32", 8), 0, source, "folder loader")
-    told = [line for line in lines if "passed over" in line]
-    counted = "4 files of data.path are passed over for their type: 2 .avif (a.avif), 1 .jp2 (b.jp2), 1 without an "
+    told = [line for line in lines if "skipped" in line]
+    counted = "4 files of data.path are skipped because of their type: 2 .avif (a.avif), 1 .jp2 (b.jp2), 1 without an "
     assert told == ([f"{counted}ending (noending)."] if others else [])

@@ -270,7 +270,7 @@ def test_several_damaged_ones_are_all_set_aside(folder: Path) -> None:
 def test_all_damaged_is_a_mistake_that_names_each_and_destroys_none(folder: Path) -> None:
     cut(folder / "step-000000005" / "tensors.safetensors")
     flip(folder / "step-000000007" / "tensors.safetensors")
-    with pytest.raises(UserError, match=r"No checkpoint in .* is whole") as caught:
+    with pytest.raises(UserError, match=r"No checkpoint in .* is intact") as caught:
         checkpoint.latest(folder)
     assert "step-000000005" in str(caught.value) and "step-000000007" in str(caught.value)
     assert names(folder) == ["step-000000005", "step-000000007"]
@@ -361,7 +361,7 @@ def test_what_cannot_be_loaded_is_told(exported: tuple[Path, Any], tmp_path: Pat
         checkpoint.load(tmp_path / "empty")
     for name, content in (("cut", file.read_bytes()[:-7]), ("text", b"hello"), ("none", b"")):
         (tmp_path / name).write_bytes(content)
-        with pytest.raises(UserError, match="not a whole safetensors file"):
+        with pytest.raises(UserError, match="not a complete safetensors file"):
             checkpoint.load(tmp_path / name)
     checkpoint.save_file({"a": torch.zeros(1)}, tmp_path / "foreign.safetensors")
     with pytest.raises(UserError, match="was not written by nearfar"):

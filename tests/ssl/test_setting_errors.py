@@ -35,15 +35,15 @@ def mistakes(tree: dict[str, object]) -> list[Mistake]:
 
 def test_one_mistake_for_each_value_however_many_kinds_it_could_have() -> None:
     found = mistakes({"inner": {"size": "big", "pair": ["a", "b"]}, "count": None})
-    assert [mistake.place for mistake in found] == [("inner", "size"), ("inner", "pair"), ("count",)]
-    assert found[0].told == "inner.size='big' is not possible: it should be a whole number, or it should be 'auto'"
-    assert all("input" not in mistake.told for mistake in found)
+    assert [mistake.path for mistake in found] == [("inner", "size"), ("inner", "pair"), ("count",)]
+    assert found[0].message == "inner.size='big' is not possible: it should be a whole number, or it should be 'auto'"
+    assert all("input" not in mistake.message for mistake in found)
 
 
 def test_an_unknown_name_says_the_nearest_or_whose_help_to_read() -> None:
     (near,), (far,) = mistakes({"inner": {"sise": 3}}), mistakes({"xyzzy": 3})
     assert near == Mistake(("inner", "sise"), "inner.sise is unknown (did you mean inner.size?)")
-    assert far.told == "xyzzy is unknown (see `nearfar something --help`)"
+    assert far.message == "xyzzy is unknown (see `nearfar something --help`)"
 
 
 def test_nearest_names() -> None:

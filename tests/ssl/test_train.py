@@ -414,7 +414,7 @@ def test_memory_that_does_not_suffice_is_a_sentence(
     tiny: Make, images: ArraySource, quiet: Console, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(training, "color_views", lambda *_: torch.empty(2**60))
-    with pytest.raises(UserError, match=r"memory does not suffice.*train\.batch_size"):
+    with pytest.raises(UserError, match=r"not enough memory.*train\.batch_size"):
         train.pretrain(tiny(), images, console=quiet)
 
 

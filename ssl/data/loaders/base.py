@@ -1,4 +1,4 @@
-"""What every loader is: the order of a run's batches, the replacement of bad images, and when those are too many."""
+"""What all loaders share: the order of a run's batches, the replacement of bad images, and when those are too many."""
 
 import math
 from abc import ABC, abstractmethod
@@ -37,13 +37,13 @@ class Batch:
         return [view for group in self.groups for view in group]
 
     def pin_memory(self) -> "Batch":
-        """What DataLoader asks for where there is a GPU: views in memory that can be copied to it in the background."""
+        """What DataLoader calls where there is a GPU: views in memory that can be copied to it in the background."""
         return replace(self, groups=[group.pin_memory() for group in self.groups])
 
 
 @dataclass(frozen=True)
 class Task:
-    """What a batch shall be made of."""
+    """The samples of one batch, and which batch it is."""
 
     epoch: int
     step: int
@@ -52,7 +52,7 @@ class Task:
 
 @dataclass(frozen=True)
 class LoaderOptions:
-    """What a loader does beside making views."""
+    """How a loader orders and reads the images, whatever the views."""
 
     batch_size: int  # images a step on this rank
     epochs: int
@@ -82,10 +82,10 @@ class Loader(ABC):
     A bad image (unreadable, or with a side below `min_side`) is replaced by the next good one, in the cyclic order of
     the source, with the views of that one; its name is in `Batch.bad` and in `bad`. A UserError ends the run when more
     than `max_bad_fraction` of the images seen so far are bad, and they are at least 20, or a quarter of a smaller
-    source (with 0, at the first); and when the memory does not suffice.
+    source (with 0, at the first); and when there is not enough memory.
     """
 
-    title: ClassVar[str]  # what the run's first lines call it
+    title: ClassVar[str]  # its name in the first lines of a run's log
 
     def __init__(self, source: Source, views: ViewSettings, options: LoaderOptions) -> None:
         self.source, self.views, self.options = source, views, options
@@ -105,7 +105,7 @@ class Loader(ABC):
 
     @abstractmethod
     def assemble(self, task: Task) -> Batch:
-        """Make a batch, in any process or thread: `take` the images, then render them. Without groups if impossible."""
+        """Make a batch, in any process or thread: `take` the images, then render them. No groups where it fails."""
 
     def batches(self, tasks: Iterator[Task]) -> Iterator[Batch]:
         """The batches of tasks, in their order; here one after the other, in this process."""
@@ -125,7 +125,7 @@ class Loader(ABC):
                 yield self._checked(batch)
         except MemoryError as error:
             raise UserError(
-                f"The memory does not suffice to decode and crop images ({_first_line(error)}). Choose a "
+                f"There is not enough memory to decode and crop images ({_first_line(error)}). Choose a "
                 "smaller train.batch_size or fewer data.workers, or shrink the images once: nearfar data beton."
             ) from error
         finally:
@@ -133,7 +133,7 @@ class Loader(ABC):
                 stream.close()  # ends workers
 
     def tasks(self) -> Iterator[Task]:
-        """What this rank's batches are made of, from the seek position to the last epoch."""
+        """The tasks of this rank, from the seek position to the last epoch."""
         options, (first, step) = self.options, self._start
         for epoch in range(first, options.epochs):
             order = epoch_order(options.seed, epoch, len(self.source))
@@ -142,19 +142,19 @@ class Loader(ABC):
                 yield Task(epoch, s, order[begin : begin + options.batch_size])
 
     def take(self, wanted: NDArray[np.int64], use: Callable[[int, int], None]) -> Taken:
-        """Let `use(k, i)` take sample i as the k-th of the batch; where that is a BadImage, the next one in its place.
+        """Call `use(k, i)` for sample i as the k-th of the batch; if it raises BadImage, for the next sample instead.
 
         That is the first of the samples wanted, wanted + 1, ... (cyclic) that can be used.
         """
         n, index, bad = len(self.source), wanted.copy(), dict[str, str]()
-        hopeless = max(self._always_allowed, int(self.options.max_bad_fraction * n) + 1)
+        too_many = max(self._always_allowed, int(self.options.max_bad_fraction * n) + 1)
         for k, first in enumerate(wanted.tolist()):
             for i in ((first + ahead) % n for ahead in range(n)):
                 try:
                     use(k, i)
                 except BadImage as error:
                     bad[error.name] = error.why
-                    if len(bad) >= hopeless:
+                    if len(bad) >= too_many:
                         return Taken(index, list(bad.items()), complete=False)
                 else:
                     index[k] = i
@@ -194,5 +194,5 @@ class Loader(ABC):
 
 
 def _first_line(error: BaseException) -> str:
-    """Without the stack that DataLoader adds to an error of a worker."""
+    """The message without the stack that DataLoader adds to an error of a worker."""
     return (str(error).splitlines() or ["an allocation failed"])[0]

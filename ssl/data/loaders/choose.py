@@ -24,8 +24,8 @@ def open_loader(
 ) -> Loader:
     """The loader of `data.loader`; its `title` says which that is. Views and order are the same in all.
 
-    `auto` is ffcv for a .beton where FFCV is installed, else folder. Raises
-    UserError for what does not go together.
+    `auto` is ffcv for a .beton where FFCV is installed, else folder. Raises UserError for a loader that the source or
+    `color` does not fit.
     """
     if loader == "auto":
         loader = "ffcv" if isinstance(source, BetonSource) and libjpeg.available() else "folder"
@@ -39,7 +39,7 @@ def open_loader(
 
         if not isinstance(source, BetonSource):
             raise UserError(
-                "data.loader=ffcv reads a .beton, and data.path is none. Write one: nearfar data beton SRC OUT.beton."
+                "data.loader=ffcv reads a .beton, and data.path is not one. Write it: nearfar data beton SRC OUT.beton."
             )
         return FFCVLoader(source, views, options, colored=color == "loader")
     if loader == "device":

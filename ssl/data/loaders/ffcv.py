@@ -1,10 +1,10 @@
-"""A .beton -> batches of views, by libjpeg-turbo and compiled loops in place of Pillow.
+"""A .beton -> batches of views, by libjpeg-turbo and compiled loops instead of Pillow.
 
 The same order, plan, replacements and batches as the Pillow loader; pixels equal to Pillow's but for a gray level here
-and there (compiled_crops.py says when). Each image is decoded once, and all its views go into one flat buffer.
+and there (see compiled_crops.py). Each image is decoded once, and all its views go into one flat buffer.
 
 What it takes from FFCV is the file format and the JPEG library, not the Loader. That one lets an exception in its
-thread block `next()` for ever, reuses a ring of buffers while they may still be in use, sets torch's thread count, and
+thread block `next()` forever, reuses a ring of buffers while they may still be in use, sets torch's thread count, and
 shows a pipeline neither epoch nor position, of which a plan is a function. Here a batch is a task of a thread pool
 (decoding and loops run without the GIL) and owns its memory; what goes wrong in a thread is raised in the caller.
 """
@@ -37,8 +37,8 @@ class FFCVLoader(Loader):
     """`Loader` over a .beton; `workers` are threads.
 
     With `colored`, the color half of the views is done as well (compiled_colors.py), and `Batch.colored` says so.
-    A JPEG of which libjpeg-turbo says so much as a warning is bad: what it makes up for missing or mangled bytes is
-    not the image. Leaving the loop ends the threads.
+    A JPEG for which libjpeg-turbo gives even a warning is bad: what it fills in for missing or damaged bytes is not the
+    image. Leaving the loop ends the threads.
     """
 
     title = "ffcv loader"
@@ -73,7 +73,7 @@ class FFCVLoader(Loader):
             pool.shutdown(wait=True, cancel_futures=True)
 
     def assemble(self, task: Task) -> Batch:
-        """Plan the whole batch by the sizes in the file, then decode and render; plan anew what is replaced."""
+        """Plan the whole batch by the sizes in the file, then decode and render; plan replaced images again."""
         from nearfar.ssl.data.transforms.compiled_crops import make_views
 
         if not hasattr(self._of_this_thread, "decoder"):

@@ -21,7 +21,7 @@ from nearfar.ssl.data.views import plan_views
 class PillowLoader(Loader):
     """`Loader` over any source; `workers` are processes.
 
-    A worker that dies is a RuntimeError. Leaving the loop, however, ends the workers; they ignore the signals that ask
+    A worker that dies is a RuntimeError. Leaving the loop, however, ends the workers; they ignore the signals that tell
     a run to save and stop, so that batches keep coming until it has. Workers are forked on Linux (the source is shared,
     not copied), and start in the platform's own way elsewhere.
     """
@@ -58,7 +58,7 @@ class PillowLoader(Loader):
                 _Batches(self),
                 batch_size=None,
                 sampler=_Once(tasks),
-                collate_fn=_same,
+                collate_fn=_unchanged,
                 num_workers=self.options.workers,
                 worker_init_fn=_start_worker,
                 pin_memory=torch.cuda.is_available(),
@@ -94,12 +94,12 @@ class _Once:
         return self._tasks
 
 
-def _same(batch: Any) -> Any:
+def _unchanged(batch: Any) -> Any:
     return batch
 
 
 def _watched(stream: Any) -> Iterator[Batch]:
-    """The batches of a DataLoader's iterator; whatever a dead worker's half-sent batch raises is told as its death."""
+    """The batches of a DataLoader's iterator; errors from a dead worker's half-sent batch name its death."""
     while True:
         try:
             batch = next(stream)
@@ -119,7 +119,7 @@ def _watched(stream: Any) -> Iterator[Batch]:
 
 
 def _stop(stream: Any) -> None:
-    """Ask a DataLoader's workers to leave when they are done with a batch; kill the one that is not within seconds."""
+    """Ask a DataLoader's workers to leave when they are done with a batch; kill those that are not within seconds."""
     stream._shutdown_workers()
     for process in stream._workers:
         process.kill()

@@ -1,7 +1,7 @@
 """What a source of images is, and the sources that need no file: arrays in memory, and parts of other sources.
 
 A source knows how many images there are and reads one of them as an upright 8-bit RGB Pillow image; everything that
-makes a file unreadable is told as `BadImage`.
+makes a file unreadable is raised as `BadImage`.
 """
 
 from collections.abc import Iterator, Sequence
@@ -37,17 +37,17 @@ class Source(Protocol):
         """Image i, upright, mode RGB. Raises BadImage."""
 
     def encoded(self, i: int) -> bytes | None:
-        """The file of image i as it is stored, None where pixels are. Raises BadImage."""
+        """The encoded file of image i as it is stored; None where pixels are stored. Raises BadImage."""
 
     def name(self, i: int) -> str:
-        """What to call image i in a message: `printable`."""
+        """The name of image i in messages, made `printable`."""
 
     def mask(self, i: int) -> NDArray[np.uint8] | None:
         """The class of each pixel of image i, (H, W), 255 = ignore; None where there are no masks."""
 
 
 def passed_over(source: Source) -> list[str]:
-    """Names of the files beside the images that were passed over for their type; empty for sources of other kinds."""
+    """Names of the files that were skipped because of their type; empty for sources of other kinds."""
     return list(getattr(source, "passed_over", []))
 
 
@@ -70,13 +70,13 @@ def class_numbers(labels: ArrayLike | None, n: int) -> NDArray[np.int64] | None:
         with np.errstate(invalid="ignore"):  # NaN
             numbers = found.astype(np.int64)
         whole = found.dtype.kind in "biuf" and bool((numbers == found).all())
-    except (ValueError, TypeError, OverflowError):  # words; None among numbers; beyond 64 bits
+    except (ValueError, TypeError, OverflowError):  # text; None among numbers; beyond 64 bits
         whole = False
     if not whole:
         some = ", ".join(repr(label)[:40] for label in np.ravel(found)[:3].tolist())
         raise UserError(
-            f"Labels must be class numbers (whole, of at most 63 bits), but these begin with {some}. Names become "
-            "numbers by classes, number = np.unique(labels, return_inverse=True)."
+            f"Labels must be class numbers (whole, of at most 63 bits), but these begin with {some}. Turn names "
+            "into numbers with classes, numbers = np.unique(labels, return_inverse=True)."
         )
     if numbers.shape != (n,):
         raise UserError(f"There are {n} images, but labels of shape {numbers.shape}.")

@@ -1,11 +1,11 @@
-"""FFCV's file format (.beton): what is where in it, and the file as a source. Reading needs numpy only.
+"""FFCV's file format (.beton): its layout, and the file as a source. Reading needs numpy only.
 
     header | field descriptors | one record a sample | pages of data | table of allocations
 
 A record holds numbers, and pointers into the pages; the table at the end holds the size of what each pointer points at
 (FFCV 1.0's `types.py`, format version 2). Files of FFCV's own writer are read as well. Ours (beton_writer.py) have the
 fields `image` (JPEG bytes or raw pixels), `label`, `mask` (PNG bytes, one channel) and `name` (JSON: name, index
-in the source, CRC-32 of the image's bytes), and a JSON block about the whole, to which the descriptor of `name` points.
+in the source, CRC-32 of the image's bytes), and a JSON block about the file, to which the descriptor of `name` points.
 """
 
 import json
@@ -49,11 +49,11 @@ TYPE_NAMES = {
 }  # fmt: skip
 JPEG, RAW = 0, 1  # modes of an image
 _LONGEST_ENTRY = 2**16  # bytes that the field `name` may take for one image
-ABOUT = b"nearfar1"  # in the arguments of `name`: then where the block about the whole begins, and its size
+ABOUT = b"nearfar1"  # in the arguments of `name`, before the offset and size of the block about the whole file
 
 
 class BetonSource:
-    """A .beton as a source. Images are kept upright, so no orientation is looked for in the loader.
+    """A .beton as a source. Images are stored upright, so the loader ignores EXIF orientations.
 
     Raises UserError for a file that is not whole, of another version, or without a field `image`.
     """
@@ -89,7 +89,7 @@ class BetonSource:
         self.header = part(0, HEADER, 1, "the header")[0]
         if self.header["version"] != VERSION:
             raise UserError(
-                f"{self.path} is not a .beton, or of a version that cannot be read: a .beton begins with the number "
+                f"{self.path} is not a .beton, or has a version that cannot be read: a .beton begins with the number "
                 f"{VERSION}, and this file with {self.header['version']}. To write one from images: nearfar data "
                 "beton SRC NEW.beton."
             )
@@ -113,14 +113,14 @@ class BetonSource:
         table = file[self.table : len(file) - (len(file) - self.table) % ALLOCATION.itemsize].view(ALLOCATION)
         if ((table["ptr"] > self.table) | (table["size"] > self.table - table["ptr"])).any():
             raise UserError(f"{self.path} is damaged: its table of contents points beyond the data. Write it again.")
-        self._place(table)
+        self._locate(table)
         self.labels: NDArray[np.int64] | None = None
         if self.fields.get("label") == INT:
             self.labels = self.records["label"].astype(np.int64)
         self.about = self._about(fields, names, file)
         self.classes = self._class_names()
 
-    def _place(self, table: NDArray) -> None:
+    def _locate(self, table: NDArray) -> None:
         """Where the bytes of each image begin and how many there are."""
         images = self.records["image"]
         order = np.argsort(table["ptr"], kind="stable")
@@ -144,7 +144,7 @@ class BetonSource:
         except (ValueError, RecursionError) as error:
             raise UserError(f"{self.path} is damaged: what it says about itself cannot be read ({error}).") from error
         if not isinstance(about, dict):
-            raise UserError(f"{self.path} is damaged: what it says about itself is {type(about).__name__}, no table.")
+            raise UserError(f"{self.path} is damaged: what it says about itself is a {type(about).__name__}.")
         return about
 
     def _class_names(self) -> list[str] | None:
@@ -171,21 +171,21 @@ class BetonSource:
         return bool(self.records["image"]["mode"][i] == RAW)
 
     def stored(self, i: int) -> bytes:
-        """The bytes of image i as they lie in the file. Raises BadImage where they cannot be read."""
+        """The bytes of image i as they are in the file. Raises BadImage where they cannot be read."""
         begin, size = self._extent[i].tolist()
         return self._read(i, begin, size)
 
     def checked(self, i: int) -> bytes:
-        """As `stored`. Raises BadImage also for bytes that are not those that were written, where a CRC-32 tells."""
+        """As `stored`. Raises BadImage also where the CRC-32, if there is one, shows that the bytes were changed."""
         data, crc = self.stored(i), self._entry(i).get("crc")
         if crc is not None and zlib.crc32(data) != crc:
             raise BadImage(self.name(i), f"its bytes in {self.path.name} are not those that were written (CRC-32)")
         return data
 
     def _read(self, i: int, begin: int, size: int) -> bytes:
-        """Read, not mapped: what a mapped file on a failing disk answers is a signal that kills the process."""
+        """Read, not mapped: an error of the disk under a mapped file is a signal that kills the process."""
         if begin + size > self._bytes:
-            raise BadImage(f"{self.path.name}[{i}]", "it should lie beyond the end of the file")
+            raise BadImage(f"{self.path.name}[{i}]", "it is listed beyond the end of the file")
         try:
             data = os.pread(self._descriptor, size, begin)
         except OSError as error:
@@ -195,7 +195,7 @@ class BetonSource:
         return data
 
     def _entry(self, i: int) -> dict[str, Any]:
-        """What the field `name` says of image i."""
+        """What the field `name` holds for image i."""
         if self.fields.get("name") != JSON:
             return {}
         ptr, size = self.records["name"][i].tolist()
@@ -221,10 +221,9 @@ class BetonSource:
             if image.size != (width, height):
                 raise BadImage(
                     self.name(i),
-                    f"its JPEG header says {image.width} x {image.height} pixels, "
-                    f"where {width} x {height} were promised",
+                    f"its JPEG header says {image.width} x {image.height} pixels instead of {width} x {height}",
                 )
-            if "crc" not in self._entry(i) and libjpeg.available():  # the ffcv loader would refuse what it warns of
+            if "crc" not in self._entry(i) and libjpeg.available():  # the ffcv loader would refuse warnings too
                 self._check_clean(i, data, height, width)
             return image
         if len(data) != height * width * 3:
@@ -251,7 +250,7 @@ class BetonSource:
 
     @cached_property
     def fingerprint(self) -> str:
-        """What the writer saw of all bytes; for files of other writers sizes and places, and some of the bytes."""
+        """The writer's digest of all bytes; for files of other writers sizes, offsets and some of the bytes."""
         some = () if "digest" in self.about else range(0, len(self), max(1, len(self) // 100))
         known = [str(self.about.get("digest")).encode(), self._records_digest]
         return digests.of_bytes(chain(known, (self.stored(i) for i in some)))[:32]

@@ -20,7 +20,7 @@ _NO_CLASSES = {"train", "training", "val", "valid", "validation", "test", "image
 class PathSource:
     """Image files on disk; the base of FolderSource and ListSource. `names` are relative to `root`, or absolute."""
 
-    passed_over: Sequence[str] = ()  # files that are no images by their names
+    passed_over: Sequence[str] = ()  # files that are not images, by their names
 
     def __init__(
         self,
@@ -40,7 +40,7 @@ class PathSource:
         return len(self.names)
 
     def path(self, i: int) -> str:
-        """Where image i lies."""
+        """The path of image i."""
         return os.path.join(self.root, self.names[i])
 
     def read(self, i: int) -> Image.Image:
@@ -74,7 +74,7 @@ class PathSource:
 
 
 class FolderSource(PathSource):
-    """A folder: either of class folders (a class = a sub-folder, searched in depth) or of images (no labels).
+    """A folder: either of class folders (a class = a sub-folder, searched recursively) or of images (no labels).
 
     Where the path has a part `images` and the same path with `masks` in its place exists, masks are the .png files of
     the same stem there. Raises UserError where there are no images, or both images and class folders.
@@ -126,12 +126,12 @@ def _files_below(root: Path) -> tuple[list[str], list[str]]:
 def _walk(root: Path) -> Iterator[str]:
     seen = set()
 
-    def unreadable(error: OSError) -> None:  # or its images, and maybe a class, would be missing without a word
+    def unreadable(error: OSError) -> None:  # or its images, and maybe a class, would be missing silently
         raise UserError(f"The folder {error.filename} cannot be read: {error.strerror}.")
 
     for folder, folders, files in os.walk(root, onerror=unreadable, followlinks=True):
         real = os.path.realpath(folder)
-        if real in seen:  # a link back up would go round for ever
+        if real in seen:  # a link back up would loop forever
             folders.clear()
             continue
         seen.add(real)
@@ -174,8 +174,8 @@ def _sibling_masks(root: Path, names: Sequence[str]) -> list[str] | None:
     if not folder.is_dir():
         return None
     masks = [str((folder / name).with_suffix(".png")) for name in names]
-    there = {str(path) for path in folder.rglob("*.png")}
-    missing = [mask for mask in masks if mask not in there]
+    found = {str(path) for path in folder.rglob("*.png")}
+    missing = [mask for mask in masks if mask not in found]
     if missing:
         raise UserError(
             f"{len(missing)} of {len(masks)} images in {root} have no mask; the first that is missing is {missing[0]}."

@@ -1,4 +1,4 @@
-"""Hugging Face data sets, read at random, row by row."""
+"""Hugging Face data sets, read row by row in any order."""
 
 import json
 from functools import cached_property
@@ -19,9 +19,9 @@ from nearfar.ssl.errors import BadImage, UserError, printable
 class HuggingFaceSource:
     """A `datasets.Dataset` (or anything with rows by number, columns by name and `features` alike).
 
-    Images are a column of the kind `datasets.Image`: read as bytes where the package is at hand to say so, else as the
-    Pillow images that rows hold. Class names come from `features[label].names`. A streamed data set has no length, and
-    so cannot be in an order that restarts keep: UserError.
+    Images are a column of the kind `datasets.Image`: read as bytes where `datasets` is installed, else as the Pillow
+    images that rows hold. Class names come from `features[label].names`. A streamed data set has no length, so
+    that a restart could not keep its order: UserError.
     """
 
     def __init__(self, dataset: Any, image: str = "image", label: str = "label", name: str = "a data set") -> None:
@@ -47,7 +47,7 @@ class HuggingFaceSource:
             return self._dataset[int(i)][self._image]
         except MemoryError:
             raise
-        except Exception as error:  # rows that hold images are decoded on the way, by whatever
+        except Exception as error:  # rows that hold images are decoded here, by any decoder
             raise BadImage(self.name(i), str(error) or type(error).__name__) from error
 
     def encoded(self, i: int) -> bytes | None:
@@ -66,7 +66,7 @@ class HuggingFaceSource:
         if isinstance(cell, dict):
             return decode(BytesIO(self.encoded(i) or b""), self.name(i))
         if not isinstance(cell, Image.Image):
-            raise BadImage(self.name(i), f"the column '{self._image}' holds {type(cell).__name__}, no image")
+            raise BadImage(self.name(i), f"the column '{self._image}' holds {type(cell).__name__}, not an image")
         return upright(cell, self.name(i))
 
     def name(self, i: int) -> str:
@@ -103,7 +103,7 @@ def open_hugging_face(folder: Path) -> HuggingFaceSource:
         dataset = datasets.load_from_disk(str(folder))
     except MemoryError:
         raise
-    except Exception as error:  # whatever pyarrow, fsspec and json have to say
+    except Exception as error:  # pyarrow, fsspec and json each have their own
         raise UserError(f"{folder} cannot be read as a data set of Hugging Face's: {error}.") from error
     return HuggingFaceSource(dataset, name=printable(folder.name))
 

@@ -1,4 +1,4 @@
-"""Images in one .npz file: encoded ones on end, or pixels."""
+"""Images in one .npz file: encoded ones one after another, or pixels."""
 
 import math
 import zipfile
@@ -18,10 +18,10 @@ from nearfar.ssl.errors import UserError, printable
 
 
 class NpzSource:
-    """An .npz of encoded images: `jpeg` (bytes on end, uint8), `offset` (n + 1 positions) and, if any, `label` (n,).
+    """An .npz of encoded images: `jpeg` (uint8, concatenated), `offset` (n + 1 positions) and, if any, `label` (n,).
 
     Held in memory once, inflated; workers share it by fork. Class names come from classes.txt beside it.
-    Arrays of pixels (`images`, `label`, `mask`) are an ArraySource: see open_source.
+    Arrays of pixels (`images`, `label`, `mask`) are an ArraySource: see open_npz.
     """
 
     def __init__(
@@ -68,8 +68,8 @@ class NpzSource:
 
 
 _ARRAYS = ("jpeg", "offset", "label", "images", "mask")
-_SMALL = 2**30  # bytes that may always be taken
-_MOST_COMPRESSED = 100  # bytes in memory for one in the file, beyond that; photographs have less than 2
+_SMALL = 2**30  # bytes that may always be allocated
+_MAX_RATIO = 100  # bytes in memory for one in the file, above that; photographs have less than 2
 
 
 def open_npz(path: Path) -> Source:
@@ -102,7 +102,7 @@ def open_npz(path: Path) -> Source:
 
 
 def _check_memory(path: Path) -> None:
-    """Raises UserError where the arrays, as their headers say, would be too much for a file of this size."""
+    """Raises UserError where the arrays, by their headers, would be too large for a file of this size."""
     wanted = 0
     with zipfile.ZipFile(path) as file:
         for member in file.infolist():
@@ -118,8 +118,8 @@ def _check_memory(path: Path) -> None:
                 if size > member.file_size:
                     raise UserError(f"{path} is damaged: `{name}` should have {size:,} bytes, more than it holds.")
                 wanted += size
-    if wanted > max(_SMALL, _MOST_COMPRESSED * path.stat().st_size):
+    if wanted > max(_SMALL, _MAX_RATIO * path.stat().st_size):
         raise UserError(
             f"{path} has {path.stat().st_size:,} bytes and would take {wanted:,} in memory, more than "
-            f"{_MOST_COMPRESSED} for each: this is no file of images. If it is, save it without compression (np.savez)."
+            f"{_MAX_RATIO} for each: this is not a file of images. If it is, save it without compression (np.savez)."
         )

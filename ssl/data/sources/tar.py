@@ -1,5 +1,5 @@
-"""Tar shards, as webdataset writes them, read at random, image by image, so that order, ranks, seeking and replacement
-are those of every source; a file system that takes such reads is all that is needed.
+"""Tar shards, as webdataset writes them, read image by image in any order, so that order, ranks, seeking and
+replacement are those of every source; the file system must be quick at such reads.
 """
 
 import os
@@ -18,20 +18,20 @@ from nearfar.ssl.data.decode import SUFFIXES, decode
 from nearfar.ssl.errors import BadImage, UserError, printable
 
 _TEXTS = {"cls", "txt", "json"}  # beside an image, and not for pretraining
-_LONGEST_NUMBER = 18  # digits that 63 bits hold for certain
+_MAX_DIGITS = 18  # any such number fits into 63 bits
 
 
 class TarSource:
     """Uncompressed tar files, a sample being the files of the same name up to its first dot: NAME.jpg, NAME.cls.
 
-    `.cls` holds the class number as text; either all samples have one or none. `.txt`, `.json` and others are passed
-    over. Opening reads the headers of all files once; images are then read at their offsets.
+    `.cls` holds the class number as text; either all samples have one or none. `.txt`, `.json` and others are
+    skipped. Opening reads the headers of all files once; images are then read at their offsets.
 
-    Raises UserError for a shard that is no tar, is compressed or was cut off, and where there are no images.
+    Raises UserError for a shard that is not a tar, is compressed or was cut off, and where there are no images.
     """
 
     classes: list[str] | None = None
-    passed_over: Sequence[str] = ()  # files that are no images by their names
+    passed_over: Sequence[str] = ()  # files that are not images, by their names
 
     def __init__(self, shards: Iterable[str | Path]) -> None:
         self.shards = [str(shard) for shard in shards]
@@ -96,8 +96,8 @@ def _members(shard: str) -> Iterator[tuple[str, int, int]]:
         length, before = os.path.getsize(shard), -1
         with tarfile.open(shard, "r:") as file:
             for member in file:
-                if member.size < 0 or member.offset_data <= before:  # else it could go round for ever
-                    raise UserError(f"{shard} is damaged: {member.name} should lie before what comes before it.")
+                if member.size < 0 or member.offset_data <= before:  # else it could loop forever
+                    raise UserError(f"{shard} is damaged: {member.name} is listed as lying before its predecessor.")
                 before = member.offset_data
                 if member.isfile() and not member.issparse():
                     if member.offset_data + member.size > length:
@@ -123,7 +123,7 @@ def _part(file: str, offset: int, size: int) -> bytes:
 def _class_number(shard: str, name: str, offset: int, size: int) -> int:
     text = _part(shard, offset, min(size, 100)).strip()
     digits = text.removeprefix(b"-")
-    if size > 100 or not digits.isdigit() or len(digits) > _LONGEST_NUMBER:
+    if size > 100 or not digits.isdigit() or len(digits) > _MAX_DIGITS:
         long = f" and {size - 20:,} bytes more" if size > 20 else ""
         raise UserError(f"{shard}: {name} holds {text[:20]!r}{long}, where a class number is needed.")
     return int(text)

@@ -1,7 +1,7 @@
 """The color half of a view, on a batch, on its device: jitter, gray, blur, solarize (docs/methods.md section 5).
 
 Each operation equals torchvision.transforms.functional on float images, with one factor per sample. Samples are grouped
-by what they need, so that an operation costs nothing where it is not due. On a GPU, which would wait for that and for
+by what they need: an operation costs nothing where it is not in the plan. On a GPU, which would wait for that and for
 every launch, Triton's kernels do the same (triton_colors.py) where Triton is installed, as it is with torch for CUDA.
 """
 
@@ -78,7 +78,7 @@ def pack(plan: Color) -> Tensor:
 
 
 def color_by_kernels(images: Tensor, plan: Color) -> Tensor:
-    """As `color`, by Triton's kernels on a GPU. The host waits for nothing: the plan crosses over in one piece."""
+    """As `color`, by Triton's kernels on a GPU. The host waits for nothing: the plan is copied in one piece."""
     from nearfar.ssl.data.transforms.triton_colors import color_batch
 
     packed = pack(plan)
@@ -100,9 +100,9 @@ def color(images: Tensor, plan: Color) -> Tensor:
 
 
 def _color(x: Tensor, plan: Color) -> None:
-    for place in range(4):
+    for position in range(4):
         for op, adjust in enumerate((_brightness, _contrast, _saturation, shift_hue)):
-            chosen = plan.jitter & (plan.order[:, place] == op)
+            chosen = plan.jitter & (plan.order[:, position] == op)
             _update(x, chosen, adjust, plan.factors[:, op])
     _update(x, plan.gray, lambda part: gray(part).expand_as(part))
     _update(x, plan.sigma > 0, blur, plan.sigma)
@@ -141,7 +141,7 @@ def shift_hue(x: Tensor, turns: Tensor) -> Tensor:
     """Rotate the hue of (N, 3, H, W) by (N,) turns within +-0.5, through HSV but without its divisions.
 
     With value V, chroma C and hue H in sixths of a turn, a channel is V - C * clip(|d - 3| - 1, 0, 1), where d is the
-    distance of H + shift from 0 and the shift holds the rotation and the channel's own place (5, 3, 1; minus 2). All of
+    distance of H + shift from 0 and the shift holds the rotation and the channel's offset (5, 3, 1; minus 2). All of
     it times C needs neither H = .../C nor a special case for gray.
     """
     red, green, blue = x.unbind(1)
@@ -151,8 +151,8 @@ def shift_hue(x: Tensor, turns: Tensor) -> Tensor:
     from_green = (blue - red).add_(chroma, alpha=2)
     from_blue = (red - green).add_(chroma, alpha=4)
     hue = torch.where(red == value, green - blue, torch.where(green == value, from_green, from_blue))  # C * H
-    place = torch.tensor([3.0, 1.0, -1.0], device=x.device)
-    shift = torch.remainder(turns[:, None] * 6 + place + 5, 6) - 5  # with H in [-1, 5]: within a turn of 0
+    offset = torch.tensor([3.0, 1.0, -1.0], device=x.device)
+    shift = torch.remainder(turns[:, None] * 6 + offset + 5, 6) - 5  # with H in [-1, 5]: within a turn of 0
     distance = torch.addcmul(hue[:, None], chroma[:, None], shift[:, :, None, None]).abs_()
     out = distance.sub_(chroma[:, None], alpha=3).abs_()
     torch.sub((value + chroma)[:, None], out, out=out)

@@ -238,10 +238,10 @@ def _vertical_first(s: tuple, width: int, box: NDArray, flip: bool, size: int, o
                 out[d + j] = plane[o + j]
 
 
-def compiled_and_kept(function: Callable[..., None]) -> Callable[..., None]:
-    """Compiled by numba and kept on disk for the next process, or compiled by each where no folder can be written.
+def compiled_and_cached(function: Callable[..., None]) -> Callable[..., None]:
+    """Compiled by numba and cached on disk for the next process, or compiled by each where no folder can be written.
 
-    numba looks for a place in NUMBA_CACHE_DIR, beside the file and in the user's cache folder, and raises RuntimeError
+    numba looks for a folder in NUMBA_CACHE_DIR, beside the file and in the user's cache folder, and raises RuntimeError
     when it finds none, as in a read-only container.
     """
     try:
@@ -250,15 +250,15 @@ def compiled_and_kept(function: Callable[..., None]) -> Callable[..., None]:
         return njit(nogil=True)(function)
 
 
-# The one that is kept: what it calls is compiled into it. A file for each of them could be written by one process and
+# The one that is cached: what it calls is compiled into it. A file for each of them could be written by one process and
 # read by another that had compiled the rest, and numba's tables of types do not survive that.
-@compiled_and_kept
+@compiled_and_cached
 def make_views(
     s: tuple, height: int, width: int, box: NDArray, flip: NDArray, size: NDArray, place: NDArray, out: NDArray,
     colored: bool, jitter: NDArray, factors: NDArray, order: NDArray, gray: NDArray, sigma: NDArray,
     solarize: NDArray, threshold: int,
 ) -> None:  # fmt: skip
-    """All V views of the image in `pixels` of tuple(Scratch), each where `place` says in the flat `out`.
+    """All V views of the image in `pixels` of tuple(Scratch), each from index `place` on in the flat `out`.
 
     box (V, 4) as in ViewPlan, size (V,) the side of each view, place (V,); with `colored`, color follows at once,
     by the other fields of the plan.

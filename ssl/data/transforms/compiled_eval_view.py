@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from nearfar.ssl.data.transforms.compiled_crops import (
     _sum_rows,
     bicubic_weights,
-    compiled_and_kept,
+    compiled_and_cached,
     padded,
     pitch,
     transpose_bytes,
@@ -56,7 +56,7 @@ def make_eval_view(scratch: EvalScratch, height: int, width: int, window: Window
     _make_eval_view(tuple(scratch), height, width, np.array(window, np.int64), out.reshape(-1))
 
 
-@compiled_and_kept
+@compiled_and_cached
 def _make_eval_view(s: tuple, height: int, width: int, window: NDArray, out: NDArray) -> None:
     new_h, new_w, top, left, h, w = window[0], window[1], window[2], window[3], window[4], window[5]
     pixels_, columns_, once_, turned_, first, taps, weights, exact, sums = s

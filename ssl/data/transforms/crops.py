@@ -1,4 +1,4 @@
-"""Crop, resize and flip with Pillow, whose result is what the other ways (compiled, on a device) aim at."""
+"""Crop, resize and flip with Pillow, the reference for the other implementations (compiled, on a device)."""
 
 import numpy as np
 import PIL
@@ -8,7 +8,7 @@ from torch import Tensor
 
 from nearfar.ssl.data.views import ViewPlan
 
-# Pillow's first pass was always horizontal; since version 13 it is vertical where that leaves less to the second.
+# Before version 13 Pillow's first pass is always horizontal; since then vertical where the second has less to do.
 VERTICAL_MAY_BE_FIRST = int(PIL.__version__.partition(".")[0]) >= 13
 _BICUBIC = Image.Resampling.BICUBIC
 

@@ -1,8 +1,8 @@
-"""Crop, resize and flip on any device: the views of images that already lie there, all of one size.
+"""Crop, resize and flip on any device: the views of images that are already there, all of one size.
 
 Resizing is linear, so a view is two matrix products, `down @ image @ across`, with Pillow's weights in the matrices and
 zeros outside the crop; between them values are rounded to 8 bits, as Pillow does. Sums are in float32, so that a value
-on the edge between two gray levels may fall to the other side.
+near the middle between two gray levels may be rounded to the other.
 """
 
 import numpy as np
@@ -61,10 +61,10 @@ def weights(begin: Tensor, length: Tensor, size: int, whole: int) -> Tensor:
     center = (torch.arange(size, device=begin.device) + 0.5) * scale  # (n, size)
     low = (center - 2 * wide + 0.5).trunc().clamp(min=0)
     high = torch.minimum((center + 2 * wide + 0.5).trunc(), length[:, None].double())
-    place = torch.arange(whole, device=begin.device) - begin[:, None, None]  # (n, 1, whole), within the crop
-    x = ((place - center.float()[..., None] + 0.5) / wide.float()[..., None]).abs()
+    index = torch.arange(whole, device=begin.device) - begin[:, None, None]  # (n, 1, whole), within the crop
+    x = ((index - center.float()[..., None] + 0.5) / wide.float()[..., None]).abs()
     near = ((1.5 * x - 2.5) * x).mul_(x).add_(1)
     far = ((x - 5) * x).add_(8).mul_(x).sub_(4).mul_(-0.5)
     value = torch.where(x < 1, near, torch.where(x < 2, far, torch.zeros_like(x)))
-    value *= (place >= low[..., None]) & (place < high[..., None])
+    value *= (index >= low[..., None]) & (index < high[..., None])
     return value.div_(value.sum(-1, keepdim=True))

@@ -1,4 +1,4 @@
-"""The one view of an image that evaluation sees."""
+"""The one view of an image that evaluation uses."""
 
 from typing import NamedTuple
 

@@ -1,4 +1,4 @@
-"""Pixels -> what backbones are given: ImageNet's mean 0 and standard deviation 1 in each channel."""
+"""Pixels -> the input of backbones: ImageNet's mean 0 and standard deviation 1 in each channel."""
 
 from functools import cache
 
@@ -15,7 +15,7 @@ def normalize(images: Tensor) -> Tensor:
     return (images - mean) / std
 
 
-@cache  # on a GPU, a copy that is waited for: once and not every step
+@cache  # on a GPU the copy is synchronous: once, not every step
 def _moments(dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
     with torch.inference_mode(False):
         mean, std = (torch.tensor(each, dtype=dtype, device=device)[:, None, None] for each in (MEAN, STD))

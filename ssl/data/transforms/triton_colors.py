@@ -1,9 +1,9 @@
-"""The color half of a view on a GPU: the operations of colors.py in five launches, without a look at the plan.
+"""The color half of a view on a GPU: the operations of colors.py in five launches, whatever the plan.
 
-colors.py picks the samples that an operation is due for, which costs a GPU a wait for the host and several launches an
+colors.py picks the samples that need an operation, which costs a GPU a wait for the host and several launches an
 operation. Here a block of pixels reads its sample's row of the plan, one small array copied once, and follows it:
 
-1. gray levels as the contrast will find them, summed a block      (the sums are added by torch: no atomics, so that
+1. gray levels just before the contrast, summed a block            (the sums are added by torch: no atomics, so that
 2. the four adjustments in the sample's order, then gray            a run gives the same numbers every time)
 3. and 4. the blur along each axis, solarizing at the end
 

@@ -41,10 +41,10 @@ GOOD: dict[str, Any] = {"name": "vit_tiny_patch8", "img_size": 32, "embed_dim": 
 @pytest.mark.parametrize(
     ("change", "told"),
     [
-        ({"pretrained": True}, "'pretrained' is no part"),
-        ({"weights": "elsewhere.pth"}, "'weights' is no part"),
-        ({"scan": "mamba"}, "'scan' is no part"),
-        ({"\x1b[31mred": 1}, r"'\?\[31mred' is no part"),
+        ({"pretrained": True}, "'pretrained' is not part"),
+        ({"weights": "elsewhere.pth"}, "'weights' is not part"),
+        ({"scan": "mamba"}, "'scan' is not part"),
+        ({"\x1b[31mred": 1}, r"'\?\[31mred' is not part"),
         ({"name": "timm/hf-hub:someone/something"}, "name is .*hf-hub"),
         ({"name": "timm/local-dir:somewhere"}, "name is"),
         ({"name": "timm/../x"}, "name is"),

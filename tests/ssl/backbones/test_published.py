@@ -10,7 +10,7 @@ import pytest
 from huggingface_hub import constants
 
 from nearfar.ssl.backbones import create
-from nearfar.ssl.backbones.published import reaching_for_weights
+from nearfar.ssl.backbones.published import cache_only_when_offline
 from nearfar.ssl.errors import UserError
 
 PROXIES = ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy")
@@ -32,7 +32,7 @@ def offline(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 def test_without_a_network_the_setting_that_helps_is_named_and_nothing_is_retried(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    with pytest.raises(UserError, match=r"published weights of timm/resnet18 cannot be had.* backbone\.weights=FILE"):
+    with pytest.raises(UserError, match=r"weights of timm/resnet18 are not available.* backbone\.weights=FILE"):
         create("timm/resnet18", pretrained=True)
     assert "Retrying" not in caplog.text
     assert constants.HF_HUB_OFFLINE is False and logging.getLogger("huggingface_hub").level != logging.ERROR
@@ -40,10 +40,10 @@ def test_without_a_network_the_setting_that_helps_is_named_and_nothing_is_retrie
 
 @pytest.mark.usefixtures("offline")
 def test_a_proxy_may_know_the_host_and_nothing_is_changed_for_other_networks(monkeypatch: pytest.MonkeyPatch) -> None:
-    with reaching_for_weights(False):
+    with cache_only_when_offline(False):
         assert constants.HF_HUB_OFFLINE is False
-    with reaching_for_weights(True):
+    with cache_only_when_offline(True):
         assert constants.HF_HUB_OFFLINE is True
     monkeypatch.setenv("https_proxy", "proxy.invalid:3128")
-    with reaching_for_weights(True):
+    with cache_only_when_offline(True):
         assert constants.HF_HUB_OFFLINE is False

@@ -294,7 +294,7 @@ class TooLarge(ArraySource):
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_too_little_memory_is_told(workers):
-    with pytest.raises(UserError, match=r"memory does not suffice .*fewer data\.workers") as caught:
+    with pytest.raises(UserError, match=r"not enough memory .*fewer data\.workers") as caught:
         list(loader(TooLarge(noise()), workers=workers))
     assert "Traceback" not in str(caught.value)
     assert not children()

@@ -30,7 +30,7 @@ def test_auto_takes_ffcv_for_a_beton_where_it_is_installed(arrays, beton, monkey
 
 
 def test_what_does_not_go_together_is_told(arrays):
-    with pytest.raises(UserError, match=r"data\.path is none\. Write one: nearfar data beton"):
+    with pytest.raises(UserError, match=r"data\.path is not one\. Write it: nearfar data beton"):
         open_loader(arrays, VIEWS, OPTIONS, loader="ffcv")
     for loader in ("auto", "folder", "device"):
         with pytest.raises(UserError, match=r"data\.color_on=loader needs the ffcv loader"):

@@ -103,9 +103,9 @@ def test_without_a_folder_to_keep_compiled_code_in_each_process_compiles():
             raise PermissionError(13, "Permission denied")
 
         tempfile.TemporaryFile = refused  # by which numba tries whether a folder can be written
-        from nearfar.ssl.data.transforms.compiled_crops import compiled_and_kept
+        from nearfar.ssl.data.transforms.compiled_crops import compiled_and_cached
 
-        @compiled_and_kept
+        @compiled_and_cached
         def store(out):
             out[0] = 3
 
