@@ -242,7 +242,14 @@ def test_recipes_in_a_page_are_valid(page: Path) -> None:
     for language, block in blocks(page):
         tree = yaml.safe_load(block) if language == "yaml" else None
         if isinstance(tree, dict) and set(tree) & set(SECTIONS):
-            assert config.validate(tree)
+            config.validate(tree)  # its error says what is wrong
+
+
+def test_the_pages_hold_the_recipes_and_the_python_that_are_checked() -> None:
+    """Otherwise the tests beside this one would look at nothing."""
+    written = [block for page in PAGES for block in blocks(page)]
+    assert any(re.search(rf"^({'|'.join(SECTIONS)}):", text, re.MULTILINE) for kind, text in written if kind == "yaml")
+    assert any(re.search(r"^(from|import) nearfar", text, re.MULTILINE) for kind, text in written if kind == "python")
 
 
 @pytest.mark.parametrize("page", PAGES, ids=page_id)

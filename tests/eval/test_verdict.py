@@ -43,6 +43,8 @@ def test_a_difference_that_luck_can_make_is_none(images: int, good: bool) -> Non
 
 def test_settings_that_are_there_are_not_advised_again() -> None:
     got = verdict(table(trained=25.0, untrained=25.0), SICK, {"loss.koleo_weight": 0.1, "head.batch_norm": True})
+    fresh = verdict(table(trained=25.0, untrained=25.0), SICK, {})
+    assert fresh is not None and "koleo" in fresh.advice and "batch_norm" in fresh.advice
     assert got is not None and "koleo" not in got.advice and "batch_norm" not in got.advice
 
 

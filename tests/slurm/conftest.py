@@ -14,27 +14,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 import yaml
 from PIL import Image
 
 from nearfar.launch import cli
 from nearfar.launch.slurm import records, snapshot
 from nearfar.launch.slurm.status import Status, statuses
-from nearfar.ssl import checkpoint
-from nearfar.ssl.run_folder import read_metrics
 
-RECIPE: dict[str, Any] = {
-    "data": {"workers": 0},
-    "views": {"global_crops_size": 32, "local_crops_size": 16, "local_crops_number": 2},
-    "backbone": {
-        "name": "vit_tiny_patch8", "embed_dim": 24, "depth": 2, "num_heads": 2,
-        "lgp": True, "gaug": True, "prr": True, "drop_path": 0.2,
-    },
-    "head": {"prototypes": 20, "hidden_dim": 16, "bottleneck_dim": 8},
-    "train": {"epochs": 12, "batch_size": 8, "precision": "fp32", "threads": 1, "log_every_steps": 1},
-    "eval": {"knn_every_epochs": 0},
-}  # fmt: skip
 STEPS = 60
 PATIENCE = 400.0  # seconds until a test gives up; other tests may be using the machine
 
@@ -136,24 +122,16 @@ class Launched:
         return float(records.last_metrics(self.run).get("time", 0.0))
 
 
-def _bits(run: Path) -> dict[str, torch.Tensor]:
-    saved = checkpoint.latest(run / "checkpoints")
-    assert saved is not None and saved.state["step"] == STEPS
-    return saved.tensors
-
-
-def _same(one: Path, two: Path) -> None:
-    left, right = _bits(one), _bits(two)
-    assert left.keys() == right.keys()
-    assert [name for name in left if not torch.equal(left[name], right[name])] == []
-    losses = [{line["step"]: line["loss"] for line in read_metrics(run / "metrics.jsonl")} for run in (one, two)]
-    assert losses[0] == losses[1] and sorted(losses[0]) == list(range(1, STEPS + 1))
+@pytest.fixture(scope="session")
+def same(same_runs: Callable[[Path, Path, int], None]) -> Callable[[Path, Path], None]:
+    """Asserts that two whole runs ended with the same bits, on the way of the same metrics."""
+    return lambda one, two: same_runs(one, two, STEPS)
 
 
 @pytest.fixture(scope="session")
-def same() -> Callable[[Path, Path], None]:
-    """Two runs ended with the same bits, on the way of the same losses."""
-    return _same
+def recipe(tiny_recipe: Callable[..., dict[str, dict[str, Any]]]) -> str:
+    """The text of a recipe: the tiny run, long enough to be interrupted."""
+    return yaml.safe_dump(tiny_recipe(epochs=12) | {"eval": {"knn_every_epochs": 0}})
 
 
 @pytest.fixture(scope="session")
@@ -171,10 +149,10 @@ Launch = Callable[..., Launched]
 
 
 @pytest.fixture(scope="module")
-def launch(tmp_path_factory: pytest.TempPathFactory, pictures: Path) -> Iterator[Launch]:
+def launch(tmp_path_factory: pytest.TempPathFactory, pictures: Path, recipe: str) -> Iterator[Launch]:
     """`nearfar launch` of the tiny recipe; `pace` seconds are added to each step, `code` is run before it."""
     folder = tmp_path_factory.mktemp("launched")
-    (folder / "tiny.yaml").write_text(yaml.safe_dump(RECIPE))
+    (folder / "tiny.yaml").write_text(recipe)
 
     def run(*words: str, name: str, pace: float = 0.0, code: str = "", runs: str = "runs") -> Launched:
         lines = [
@@ -206,10 +184,10 @@ Reference = Callable[..., Path]
 
 
 @pytest.fixture(scope="session")
-def reference(tmp_path_factory: pytest.TempPathFactory, pictures: Path) -> Reference:
+def reference(tmp_path_factory: pytest.TempPathFactory, pictures: Path, recipe: str) -> Reference:
     """The folder of the uninterrupted run on so many ranks, which nothing but `nearfar pretrain` has touched."""
     folder = tmp_path_factory.mktemp("reference")
-    (folder / "tiny.yaml").write_text(yaml.safe_dump(RECIPE))
+    (folder / "tiny.yaml").write_text(recipe)
 
     def make(ranks: int, *settings: str) -> Path:
         run = folder / "-".join([str(ranks), *settings]) / "tiny"

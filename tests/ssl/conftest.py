@@ -1,4 +1,4 @@
-"""A run that takes a second: 40 images of 32x32, 20 steps, every switch on."""
+"""What the tests of training share: the tiny run (40 images of 32x32, 20 steps, every switch on) and its images."""
 
 from __future__ import annotations
 
@@ -6,33 +6,31 @@ import signal
 from collections.abc import Callable, Iterator
 from io import StringIO
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
 from rich.console import Console
 
-import nearfar.ssl.backbones  # noqa: F401  tests import timm and torchvision: its guard must come before them
 from nearfar.ssl import config
 from nearfar.ssl.data import libjpeg, open_source
 from nearfar.ssl.data.beton_writer import write_beton
 from nearfar.ssl.data.sources.base import ArraySource
 from nearfar.ssl.settings import Run
 
-TINY = [
-    "name=tiny", "views.global_crops_size=32", "views.local_crops_size=16", "views.local_crops_number=2",
-    "backbone.name=vit_tiny_patch8", "backbone.embed_dim=24", "backbone.depth=2", "backbone.num_heads=2",
-    "backbone.lgp=true", "backbone.gaug=true", "backbone.prr=true", "backbone.drop_path=0.2",
-    "head.prototypes=20", "head.hidden_dim=16", "head.bottleneck_dim=8", "head.batch_norm=true",
-    "train.epochs=4", "train.batch_size=8", "train.device=cpu", "train.precision=fp32", "train.threads=1",
-    "train.log_every_steps=1", "data.workers=0", "optim.lr=1e-3",
-]  # fmt: skip
+
+@pytest.fixture
+def tiny_settings(tiny_recipe: Callable[..., dict[str, dict[str, Any]]]) -> list[str]:
+    """The tiny recipe as `section.key=value`, with batch norm too and a learning rate that no batch size scales."""
+    settings = [f"{name}.{key}={value}" for name, section in tiny_recipe().items() for key, value in section.items()]
+    return ["name=tiny", *settings, "head.batch_norm=true", "optim.lr=1e-3"]
 
 
 @pytest.fixture
-def tiny(tmp_path: Path) -> Callable[..., Run]:
+def tiny(tmp_path: Path, tiny_settings: list[str]) -> Callable[..., Run]:
     def make(*overrides: str, folder: str = "runs") -> Run:
-        return config.load(None, [*TINY, f"folder={tmp_path / folder}", *overrides])
+        return config.load(None, [*tiny_settings, f"folder={tmp_path / folder}", *overrides])
 
     return make
 

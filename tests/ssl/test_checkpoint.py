@@ -22,6 +22,7 @@ from nearfar.ssl.errors import UserError
 from nearfar.ssl.learner import build_learner
 from nearfar.ssl.optim import parameter_groups
 
+SameBits = Callable[..., None]
 ARCH = {"patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 2, "img_size": 32}
 STATE: dict[str, Any] = {"step": 7, "note": "ä ∞", "lr": 0.1}
 
@@ -39,16 +40,6 @@ def tensors(seed: int = 0) -> dict[str, Tensor]:
     }
 
 
-def bits(tensor: Tensor) -> bytes:
-    return tensor.contiguous().view(-1).view(torch.uint8).numpy().tobytes()
-
-
-def same(one: dict[str, Tensor], two: dict[str, Tensor]) -> bool:
-    return one.keys() == two.keys() and all(
-        one[k].dtype == two[k].dtype and one[k].shape == two[k].shape and bits(one[k]) == bits(two[k]) for k in one
-    )
-
-
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     """Two checkpoints, steps 5 and 7."""
@@ -64,13 +55,14 @@ def names(folder: Path) -> list[str]:
 # Writing and reading
 
 
-def test_round_trip_is_bit_exact(folder: Path) -> None:
+def test_round_trip_is_bit_exact(folder: Path, same_bits: SameBits) -> None:
     found = checkpoint.latest(folder)
     assert found is not None and found.path.name == "step-000000007"
-    assert same(found.tensors, tensors(7)) and found.state == STATE
+    same_bits(found.tensors, tensors(7))
+    assert found.state == STATE
 
 
-def test_learner_and_optimizer_round_trip_bit_exact(tmp_path: Path) -> None:
+def test_learner_and_optimizer_round_trip_bit_exact(tmp_path: Path, same_bits: SameBits) -> None:
     settings = ["views.global_crops_size=32", "views.local_crops_number=0", "head.hidden_dim=16", "head.prototypes=20"]
     settings += [f"backbone.{key}={value}" for key, value in ARCH.items() if key != "img_size"]
     run = resolve(config.load(None, [*settings, "head.batch_norm=true"]), 2_000)[0]
@@ -99,8 +91,8 @@ def test_learner_and_optimizer_round_trip_bit_exact(tmp_path: Path) -> None:
         parts[name.partition("/")[0]][name.partition("/")[2]] = tensor
     checkpoint.load_strict(other, parts["learner"], "it")
     checkpoint.load_optimizer(second, names_there, parts["optimizer"])
-    assert same(dict(other.state_dict()), dict(learner.state_dict()))
-    assert same(checkpoint.optimizer_tensors(second, names_there), saved)
+    same_bits(dict(other.state_dict()), dict(learner.state_dict()))
+    same_bits(checkpoint.optimizer_tensors(second, names_there), saved)
 
 
 def test_a_checkpoint_holds_safetensors_and_json_and_nothing_that_unpickles(folder: Path) -> None:
@@ -122,10 +114,10 @@ def test_only_the_newest_are_kept(tmp_path: Path) -> None:
     assert names(tmp_path) == ["step-000001001"]
 
 
-def test_the_same_step_may_be_written_again(folder: Path) -> None:
+def test_the_same_step_may_be_written_again(folder: Path, same_bits: SameBits) -> None:
     checkpoint.save(folder, 7, tensors(70), STATE)
     assert names(folder) == ["step-000000005", "step-000000007"]
-    assert same(checkpoint.read(folder / "step-000000007").tensors, tensors(70))
+    same_bits(checkpoint.read(folder / "step-000000007").tensors, tensors(70))
 
 
 def test_no_checkpoint_is_no_mistake(tmp_path: Path) -> None:
@@ -137,7 +129,7 @@ def test_no_checkpoint_is_no_mistake(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("fails_at", range(1, 5))
 def test_a_write_that_breaks_leaves_the_earlier_ones_and_nothing_else(
-    folder: Path, monkeypatch: pytest.MonkeyPatch, fails_at: int
+    folder: Path, monkeypatch: pytest.MonkeyPatch, fails_at: int, same_bits: SameBits
 ) -> None:
     calls = iter(range(1, 100))
 
@@ -149,10 +141,10 @@ def test_a_write_that_breaks_leaves_the_earlier_ones_and_nothing_else(
     with pytest.raises(UserError, match=r"No space left.*step-000000007 is intact.*Free some space"):
         checkpoint.save(folder, 9, tensors(9), STATE)
     assert names(folder) == ["step-000000005", "step-000000007"]
-    assert same(checkpoint.read(folder / "step-000000007").tensors, tensors(7))
+    same_bits(checkpoint.read(folder / "step-000000007").tensors, tensors(7))
 
 
-def test_a_process_killed_while_writing_leaves_the_earlier_ones(folder: Path) -> None:
+def test_a_process_killed_while_writing_leaves_the_earlier_ones(folder: Path, same_bits: SameBits) -> None:
     child = os.fork()
     if child == 0:
         os.fsync = lambda _: os.kill(os.getpid(), 9)  # type: ignore[assignment]
@@ -162,12 +154,13 @@ def test_a_process_killed_while_writing_leaves_the_earlier_ones(folder: Path) ->
     left, *whole = names(folder)
     assert left.startswith(".writing-step-000000009") and whole == ["step-000000005", "step-000000007"]
     found = checkpoint.latest(folder)
-    assert found is not None and same(found.tensors, tensors(7))
+    assert found is not None
+    same_bits(found.tensors, tensors(7))
     checkpoint.save(folder, 11, tensors(11), STATE)
     assert names(folder) == ["step-000000007", "step-000000011"]  # what was half-written is swept up
 
 
-def test_no_space_left_in_the_middle_of_a_file(folder: Path) -> None:
+def test_no_space_left_in_the_middle_of_a_file(folder: Path, same_bits: SameBits) -> None:
     """A real limit of the system on the size of a file, met while the tensors are written."""
     told = folder.parent / "told"
     child = os.fork()
@@ -190,7 +183,7 @@ def test_no_space_left_in_the_middle_of_a_file(folder: Path) -> None:
     assert "teacher.safetensors could not be written" in second
     assert names(folder.parent) == ["c", "told"]
     assert names(folder) == ["step-000000005", "step-000000007"]
-    assert same(checkpoint.read(folder / "step-000000007").tensors, tensors(7))
+    same_bits(checkpoint.read(folder / "step-000000007").tensors, tensors(7))
 
 
 def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
@@ -230,18 +223,20 @@ DAMAGE: dict[str, tuple[Callable[[Path], None], str]] = {
 
 
 @pytest.mark.parametrize("kind", DAMAGE)
-def test_any_damage_falls_back_to_the_one_before_and_says_so(folder: Path, kind: str) -> None:
+def test_any_damage_falls_back_to_the_one_before_and_says_so(folder: Path, kind: str, same_bits: SameBits) -> None:
     damage, words = DAMAGE[kind]
     damage(folder / "step-000000007")
     told: list[str] = []
     found = checkpoint.latest(folder, told.append)
-    assert found is not None and found.state["step"] == 5 and same(found.tensors, tensors(5))
+    assert found is not None and found.state["step"] == 5
+    same_bits(found.tensors, tensors(5))
     (message,) = told
     assert words in message and "step-000000007" in message and "continuing from step-000000005" in message
     assert names(folder) == ["step-000000005", "step-000000007.damaged"]
     checkpoint.save(folder, 7, tensors(7), STATE)  # the run gets there again
     again = checkpoint.latest(folder, told.append)
-    assert again is not None and same(again.tensors, tensors(7)) and len(told) == 1
+    assert again is not None and len(told) == 1
+    same_bits(again.tensors, tensors(7))
 
 
 def test_every_byte_of_the_tensors_and_the_state_is_guarded(tmp_path: Path) -> None:
@@ -279,7 +274,7 @@ def test_all_damaged_is_a_mistake_that_names_each_and_destroys_none(folder: Path
 # Strict loading
 
 
-def test_strict_loading_names_what_does_not_fit_and_changes_nothing() -> None:
+def test_strict_loading_names_what_does_not_fit_and_changes_nothing(same_bits: SameBits) -> None:
     module = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Linear(4, 2))
     before = {name: tensor.clone() for name, tensor in module.state_dict().items()}
     wrong = {name: torch.zeros_like(tensor) for name, tensor in before.items()}
@@ -290,7 +285,7 @@ def test_strict_loading_names_what_does_not_fit_and_changes_nothing() -> None:
         checkpoint.load_strict(module, wrong, "run/x")
     for part in ("run/x", "missing: 0.bias", "unexpected: 2.weight", "misshapen: 1.weight (2, 5) instead of (2, 4)"):
         assert part in str(caught.value)
-    assert same(before, dict(module.state_dict()))
+    same_bits(before, dict(module.state_dict()))
 
 
 def test_strict_loading_lists_a_few_and_counts_the_rest() -> None:
@@ -322,31 +317,33 @@ def exported(tmp_path: Path) -> tuple[Path, Any]:
     return tmp_path / "teacher.safetensors", backbone
 
 
-def test_load_needs_no_architecture(exported: tuple[Path, Any]) -> None:
+def test_load_needs_no_architecture(exported: tuple[Path, Any], same_bits: SameBits) -> None:
     file, backbone = exported
     for path in (file, str(file), file.parent):  # a file, its name, a run folder
         loaded = checkpoint.load(path)
-        assert same(dict(loaded.state_dict()), dict(backbone.state_dict()))
+        same_bits(dict(loaded.state_dict()), dict(backbone.state_dict()))
         assert not loaded.training and not any(p.requires_grad for p in loaded.parameters())
         images = torch.randn(2, 3, 40, 24)
         assert torch.equal(loaded(images).patches, backbone.eval()(images).patches)
     assert checkpoint.about(file)["step"] == 3 and checkpoint.about(file)["arch"] == backbone.arch
 
 
-def test_an_export_of_a_timm_model(tmp_path: Path) -> None:
+def test_an_export_of_a_timm_model(tmp_path: Path, same_bits: SameBits) -> None:
     backbone = create("timm/resnet18", img_size=32)
     checkpoint.export(tmp_path / "r.safetensors", backbone, {})
-    assert same(dict(checkpoint.load(tmp_path / "r.safetensors").state_dict()), dict(backbone.state_dict()))
+    same_bits(dict(checkpoint.load(tmp_path / "r.safetensors").state_dict()), dict(backbone.state_dict()))
 
 
-def test_load_from_a_checkpoint_folder_takes_the_teacher(exported: tuple[Path, Any], tmp_path: Path) -> None:
+def test_load_from_a_checkpoint_folder_takes_the_teacher(
+    exported: tuple[Path, Any], tmp_path: Path, same_bits: SameBits
+) -> None:
     _, backbone = exported
     teacher = {f"learner/teacher.backbone.{k}": v for k, v in backbone.state_dict().items()}
     student = {f"learner/student.backbone.{k}": v + 1 for k, v in backbone.state_dict().items()}
     run = tmp_path / "run"
     step = checkpoint.save(run / "checkpoints", 4, teacher | student, {"step": 4, "arch": backbone.arch})
     for path in (step, run):
-        assert same(dict(checkpoint.load(path).state_dict()), dict(backbone.state_dict()))
+        same_bits(dict(checkpoint.load(path).state_dict()), dict(backbone.state_dict()))
     flip(step / "tensors.safetensors")
     with pytest.raises(UserError, match="is damaged"):
         checkpoint.load(step)
@@ -385,10 +382,11 @@ def test_an_export_replaces_the_one_before_at_once(exported: tuple[Path, Any], m
     assert file.read_bytes() == before and names(file.parent) == ["teacher.safetensors"]
 
 
-def test_a_run_may_be_copied_to_another_place(folder: Path, tmp_path: Path) -> None:
+def test_a_run_may_be_copied_to_another_place(folder: Path, tmp_path: Path, same_bits: SameBits) -> None:
     shutil.copytree(folder, tmp_path / "copy")
     found = checkpoint.latest(tmp_path / "copy")
-    assert found is not None and same(found.tensors, tensors(7))
+    assert found is not None
+    same_bits(found.tensors, tensors(7))
 
 
 # Names, modes, and files that lie

@@ -195,8 +195,13 @@ def test_impossible_combinations(settings: list[str], told: str) -> None:
 
 
 def test_what_does_not_apply_is_no_mistake() -> None:
-    config.load(None, ["views.local_crops_number=0", "views.local_crops_size=90"])  # there are no local views
-    config.load(None, ["backbone.name=timm/resnet18", "views.global_crops_size=100", "backbone.pretrained=true"])
+    no_local_views = ["views.local_crops_number=0", "views.local_crops_size=90"]
+    no_patches = ["backbone.name=timm/resnet18", "views.global_crops_size=100", "backbone.pretrained=true"]
+    assert config.load(None, no_local_views).views.local_crops_size == 90
+    assert config.load(None, no_patches).views.global_crops_size == 100
+    # where they do apply, the same sizes are mistakes
+    assert "views.local_crops_size=90" in mistakes(no_local_views[1])
+    assert "views.global_crops_size=100" in mistakes(no_patches[1])
 
 
 # What may be typed

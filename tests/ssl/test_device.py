@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import platform
+import re
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -41,10 +45,10 @@ def test_an_explicit_bf16_is_met_or_refused(bf16: bool) -> None:
             device.choose("cpu", "bf16", 384)
 
 
-def test_a_context_may_be_entered_again_and_again() -> None:
+def test_a_context_may_be_entered_again_and_again(bf16: bool) -> None:
     compute = device.choose("cpu", "auto", 384)
-    for _ in range(3):
-        in_autocast(compute)
+    assert [in_autocast(compute) for _ in range(3)] == [torch.bfloat16 if bf16 else torch.float32] * 3
+    assert not torch.is_autocast_enabled("cpu")  # outside of it
 
 
 def test_cuda_where_there_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -54,5 +58,19 @@ def test_cuda_where_there_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
     assert device.choose("auto", "fp32", 384).device.type == "cpu"
 
 
-def test_asking_the_hardware_gives_an_answer() -> None:
-    assert device.has_bf16(torch.device("cpu")) in (True, False)
+@pytest.mark.parametrize(
+    ("capabilities", "answer"),
+    [({}, False), ({"avx512_f": True, "avx512_bf16": False, "amx_bf16": False}, False), ({"avx512_bf16": True}, True),
+     ({"avx512_bf16": False, "amx_bf16": True}, True)],
+)  # fmt: skip
+def test_a_cpu_has_bf16_when_it_multiplies_it(
+    capabilities: dict[str, bool], answer: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities)
+    assert device.has_bf16(torch.device("cpu")) is answer
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="the kernel calls the flags otherwise")
+def test_what_is_asked_of_this_cpu_is_what_the_kernel_says() -> None:
+    (flags, *_) = re.findall(r"^flags\s*: (.*)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+    assert device.has_bf16(torch.device("cpu")) == bool({"avx512_bf16", "amx_bf16"} & set(flags.split()))

@@ -82,6 +82,10 @@ def test_a_run_that_is_preempted_for_weeks_goes_on(run: Path) -> None:
     for restart in range(200):
         records.begin_attempt(run, "1", restart, tries=1)
         saved(run, restart + 1)
+    assert [(attempt.restart, attempt.step, attempt.lost) for attempt in records.attempts(run)] == [
+        (restart, restart, 0) for restart in range(200)
+    ]
+    assert records.fruitless_attempts(run, "1") == set()
 
 
 def test_steps_that_were_lost(run: Path) -> None:

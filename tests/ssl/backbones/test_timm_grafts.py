@@ -160,6 +160,7 @@ def test_finite_in_half_precision(kind: str) -> None:
     out.float().square().mean().backward()
     assert out.isfinite().all()
     assert all(p.grad is None or p.grad.isfinite().all() for p in model.parameters())
+    assert all(p.grad is not None for gaug in gaugs(model) for p in gaug.parameters())
     q = torch.randn(1, 2, 17, 8).half() * 1e4
     bias = GaugBias(8, (4, 4))
     nn.init.constant_(bias.alpha.bias, 1e6)

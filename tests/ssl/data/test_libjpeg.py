@@ -42,6 +42,7 @@ def test_gray_becomes_rgb():
     Image.open(io.BytesIO(jpeg())).convert("L").save(file, "JPEG")
     pixels = decoded(file.getvalue())
     assert (pixels[..., :1] == pixels).all()
+    assert np.abs(pixels[..., 0].astype(int) - np.asarray(Image.open(file))).max() <= 2
 
 
 @pytest.mark.parametrize("share", [0, 0.01, 0.3, 0.9, 0.99])

@@ -50,5 +50,9 @@ def test_all_three_give_the_same_batches(beton):
 
 
 def test_color_by_the_loader(beton):
-    batch = next(iter(open_loader(BetonSource(beton), VIEWS, OPTIONS, color="loader")))
-    assert batch.colored
+    source = BetonSource(beton)
+    colored = next(iter(open_loader(source, VIEWS, OPTIONS, color="loader")))
+    plain = next(iter(open_loader(source, VIEWS, OPTIONS)))
+    assert colored.colored and not plain.colored and colored.index.tolist() == plain.index.tolist()
+    for ours, theirs in zip(colored.groups, plain.groups, strict=True):
+        assert ours.shape == theirs.shape and not torch.equal(ours, theirs)
