@@ -331,7 +331,7 @@ def test_local_runs_processes_of_this_machine_one_run_after_the_other(
     monkeypatch.setenv("COLUMNS", "200")
     words = ["launch", "mine.yaml", "--cpu", "--tasks-per-node", "2", "--cluster", "local"]
     assert cli.main([*words, "--nodes", "2"]) == 2
-    assert "--nodes needs --cluster slurm" in " ".join(capsys.readouterr().err.split())
+    assert "--nodes 2 needs --cluster slurm" in " ".join(capsys.readouterr().err.split())
     sweep = [*words, "--sweep", "optim.lr=1e-3,2e-3", "--then", "eval=knn"]
     assert cli.main(sweep) == 0
     for name in ("lr=1e-3", "lr=2e-3"):

@@ -223,7 +223,7 @@ def test_files_that_are_not_whole_are_refused(tmp_path, beton):
         bad.write_bytes(data[:begin] + values + data[begin + len(values) :])
         return bad
 
-    with pytest.raises(UserError, match=r"is not a \.beton, or of a version that cannot be read.*with 3"):
+    with pytest.raises(UserError, match=r"is not a \.beton, or has a version that cannot be read.*with 3"):
         BetonSource(changed(0, struct.pack("<H", 3)))
     samples, table = HEADER.fields["samples"][1], HEADER.fields["table"][1]
     with pytest.raises(UserError, match="no images"):

@@ -78,7 +78,7 @@ def test_hugging_face_data_that_cannot_be_used(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="is streamed"):
         HuggingFaceSource(iter(rows()))
     bad = HuggingFaceSource(Dataset([{"image": 3, "label": 0}], FEATURES))
-    with pytest.raises(BadImage, match="holds int, no image"):
+    with pytest.raises(BadImage, match="holds int, not an image"):
         bad.read(0)
     (tmp_path / "state.json").write_text('{"_data_files": []}')
     monkeypatch.setitem(sys.modules, "datasets", None)
