@@ -210,6 +210,7 @@ def test_scripts_and_their_flags_exist(
         flags = [argument.partition("=")[0] for argument in arguments[1:] if argument.startswith("--")]
         if flags:
             monkeypatch.setattr(sys, "argv", [str(script), "--help"])
+            monkeypatch.syspath_prepend(str(script.parent))  # as python itself does for a script
             with pytest.raises(SystemExit):
                 runpy.run_path(str(script), run_name="__main__")
             known = capsys.readouterr().out
