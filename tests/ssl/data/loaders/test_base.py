@@ -60,9 +60,20 @@ def assert_same(one, two):
         assert a.bad == b.bad
 
 
+_others: set[int] = set()  # processes that earlier tests of other files left running, such as a resource tracker
+
+
+@pytest.fixture(autouse=True)
+def _know_the_others():
+    _others.clear()
+    _others.update(process.pid for process in psutil.Process().children(recursive=True))
+
+
 def children():
+    """The live processes that this test has started."""
     gc.collect()
-    return [p for p in psutil.Process().children(recursive=True) if p.status() != psutil.STATUS_ZOMBIE]
+    found = psutil.Process().children(recursive=True)
+    return [p for p in found if p.pid not in _others and p.status() != psutil.STATUS_ZOMBIE]
 
 
 def test_what_a_batch_is():
