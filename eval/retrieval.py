@@ -6,7 +6,6 @@ nearest neighbors. Ignored pixels count neither in the memory nor in the score, 
 A function only: `nearfar eval` has no name for it yet.
 """
 
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -16,7 +15,7 @@ from torch import Tensor
 
 from nearfar.eval.features import IGNORE
 from nearfar.eval.neighbors import neighbors
-from nearfar.eval.segmentation import Masks, iou_scores, pixel_confusion
+from nearfar.eval.segmentation import Masks, check_grid, iou_scores, pixel_confusion
 from nearfar.ssl.errors import UserError
 
 MEMORY = 1024 * 100  # patches; the smallest of the published sizes, 1024 * 10**2, 10**3 and 10**4
@@ -49,8 +48,8 @@ def retrieve(  # noqa: PLR0913 - four arrays, and the protocol by name
     Returns miou, pixel_accuracy, per_class (as `segment_probe`), memory (patches kept), k, train, test. Raises
     UserError for unusable arrays, and where no training pixel is labeled.
     """
-    _check(train_grid, train_masks, classes, ignore, "training set of the dense retrieval")
-    _check(test_grid, test_masks, classes, ignore, "test set of the dense retrieval")
+    check_grid(train_grid, train_masks, classes, ignore, "training set of the dense retrieval")
+    check_grid(test_grid, test_masks, classes, ignore, "test set of the dense retrieval")
     if train_grid.shape[3] != test_grid.shape[3]:
         raise UserError(
             f"Dense retrieval: training features have {train_grid.shape[3]} dimensions, test features "
@@ -134,21 +133,3 @@ def _shares(side: int, parts: int) -> Tensor:
     pixel = torch.arange(side)[None] * parts
     overlap = torch.minimum(last, pixel + parts) - torch.maximum(first, pixel)
     return overlap.clamp(min=0).double() / parts
-
-
-def _check(grid: np.ndarray, masks: Sequence[np.ndarray] | np.ndarray, classes: int, ignore: int, what: str) -> None:
-    if grid.ndim != 4 or not len(grid) or len(grid) != len(masks):
-        raise UserError(
-            f"The {what} needs patch grids (n, h, w, D) and as many masks, not {grid.shape} and {len(masks)} masks."
-        )
-    for i, mask in enumerate(masks):
-        if mask.ndim != 2:
-            raise UserError(f"The {what} needs one class for each pixel, (H, W); mask {i} is {mask.shape}.")
-        highest = int(np.max(mask, where=mask != ignore, initial=0))
-        if highest >= classes:
-            raise UserError(
-                f"The {what} has class {highest} in mask {i}, but there are only {classes} classes (0 to "
-                f"{classes - 1}; {ignore} = ignore)."
-            )
-        if not np.isfinite(grid[i]).all():
-            raise UserError(f"The {what} has features that are not finite; the backbone has most likely diverged.")

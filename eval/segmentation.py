@@ -63,8 +63,8 @@ def segment_probe(
     Returns miou, pixel_accuracy, per_class (None for a class in neither prediction nor truth; such classes are
     not in the mean), steps, train, test. Raises UserError for unusable arrays.
     """
-    _check(*train_set, classes, training.ignore, "training set of the segmentation probe")
-    _check(*test_set, classes, training.ignore, "test set of the segmentation probe")
+    check_grid(*train_set, classes, training.ignore, "training set of the segmentation probe")
+    check_grid(*test_set, classes, training.ignore, "test set of the segmentation probe")
     if training.steps_taken < 1 or training.batch_size < 1:
         raise UserError(
             "The segmentation probe needs at least one step and one image a batch, not "
@@ -146,7 +146,8 @@ def iou_scores(table: np.ndarray) -> dict[str, Any]:
     return {"miou": sum(present) / len(present), "pixel_accuracy": accuracy, "per_class": iou}
 
 
-def _check(grid: np.ndarray, masks: Masks, classes: int, ignore: int, what: str) -> None:
+def check_grid(grid: np.ndarray, masks: Masks, classes: int, ignore: int, what: str) -> None:
+    """Raises UserError for patch grids that are not (n, h, w, D), finite and with a mask of known classes each."""
     if grid.ndim != 4 or not len(grid) or len(grid) != len(masks):
         raise UserError(
             f"The {what} needs patch grids (n, h, w, D) and as many masks, not {grid.shape} and {len(masks)} masks."
