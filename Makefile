@@ -51,9 +51,10 @@ ffcv-packages:
 demo: setup
 	$(BIN)/nearfar demo
 
-# Two test processes of one thread each: faster than one of two threads, since most tests are small.
+# Two test processes of one thread each: faster than one of two threads, since most tests are small. The cluster's
+# files go first (tests/conftest.py) and not those with the most tests.
 test: setup
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 lint: setup
 	$(BIN)/ruff check

@@ -119,7 +119,7 @@ def compare(runs: Sequence[Path]) -> Comparison:
     return Comparison(tasks, _short(keys), rows, notes)
 
 
-def table(found: Comparison, console: Console) -> Table:
+def comparison_table(found: Comparison, console: Console) -> Table:
     """A comparison for a terminal: scores first; settings in columns of their own where these fit, else in one."""
     wide = _table(found, columns=True)
     fits = Measurement.get(console, console.options.update(width=10_000), wide).maximum <= console.width

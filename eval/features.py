@@ -53,7 +53,7 @@ class Features:
     x: (n, D), or (n, h, w, D) for grids; float32. labels: int64 (n,) or None. masks: uint8 (n, H, W) or None;
     smaller masks are filled up with 255 (ignore) below and right, and mask_size (n, 2) holds their true
     height and width. index: int64 (n,), the row of each in the source. manifest: JSON-able, what these
-    features are (see `describe`).
+    features are (see `manifest_of`).
     """
 
     x: np.ndarray
@@ -120,7 +120,7 @@ def digest(backbone: nn.Module) -> str:
     return digests.of_bytes(parts())
 
 
-def describe(backbone: Backbone, source: Source, reading: Reading) -> dict[str, Any]:
+def manifest_of(backbone: Backbone, source: Source, reading: Reading) -> dict[str, Any]:
     """What decides the values of a feature: equal descriptions mean equal features. JSON-able.
 
     Raises UserError for an unknown layer or pooling and for a size that does not fit the network or the pooling.
@@ -165,10 +165,10 @@ def _checked_size(backbone: Backbone, reading: Reading) -> tuple[int, int]:
 def extract(backbone: Backbone, source: Source, reading: Reading, decoding: Decoding = DEFAULT_DECODING) -> Features:
     """Features of every readable image of `source`, in memory, on the backbone's own device and in eval mode.
 
-    The global random state is neither read nor changed. Raises UserError as `describe` does, and when no image can be
-    read.
+    The global random state is neither read nor changed. Raises UserError as `manifest_of` does, and when no image can
+    be read.
     """
-    manifest = describe(backbone, source, reading)
+    manifest = manifest_of(backbone, source, reading)
     x, done, rows = np.empty(0, np.float32), 0, ReadRows()
     for batch, part in stream(backbone, source, manifest, decoding):
         rows.add(batch)

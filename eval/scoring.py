@@ -92,7 +92,7 @@ def evaluate(
     Features, neighbors and heads are computed on the device that the backbone is on.
 
     classes: of the masks; None counts them. A task's features are made when its turn comes, and shared by k-NN and
-    linear probe where they read the same. Raises UserError as `describe` and the evaluators do.
+    linear probe where they read the same. Raises UserError as `manifest_of` and the evaluators do.
     """
     train, test = data
     device = next(backbone.parameters()).device

@@ -75,7 +75,7 @@ def segment_probe(
     model = train_head(train_grid, train_masks, statistics, classes, training)
     table = np.zeros((classes, classes), dtype=np.int64)
     for i in range(len(test_grid)):
-        logits = predict(model, _map(test_grid[i : i + 1], statistics), test_masks[i].shape)
+        logits = mask_logits(model, _map(test_grid[i : i + 1], statistics), test_masks[i].shape)
         predicted = logits.max(1).indices[0].cpu().numpy()  # ten times as fast as argmax
         table += pixel_confusion(predicted, test_masks[i], classes, training.ignore)
     return {**iou_scores(table), "steps": training.steps_taken, "train": len(train_grid), "test": len(test_grid)}
@@ -87,7 +87,7 @@ def train_head(
     """The head trained on grids (n, h, w, D) and their masks, on the device of `statistics`; see `segment_probe`."""
     n, h, w, dim = grid.shape
     size = (min(h * training.detail, masks[0].shape[0]), min(w * training.detail, masks[0].shape[1]))
-    targets = torch.from_numpy(np.stack([nearest(mask, size) for mask in masks]))
+    targets = torch.from_numpy(np.stack([resized_mask(mask, size) for mask in masks]))
     steps = training.steps_taken
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(training.seed)
@@ -112,13 +112,13 @@ def train_head(
 
 
 @torch.inference_mode()
-def predict(model: SegmentationHead, features: Tensor, size: tuple[int, ...]) -> Tensor:
+def mask_logits(model: SegmentationHead, features: Tensor, size: tuple[int, ...]) -> Tensor:
     """Logits (B, classes, H, W) at the size of a mask."""
     logits: Tensor = model(features, (size[0], size[1]))
     return logits
 
 
-def nearest(mask: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+def resized_mask(mask: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     """The mask at another size: each pixel takes the class at its own center. (H, W) -> size."""
     rows, columns = ((2 * np.arange(new) + 1) * old // (2 * new) for old, new in zip(mask.shape, size, strict=True))
     return np.asarray(mask[rows[:, None], columns])

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from nearfar.eval.features import DEFAULT_DECODING, Features, Reading, describe, stream
+from nearfar.eval.features import DEFAULT_DECODING, Features, Reading, manifest_of, stream
 from nearfar.eval.images import Decoding
 from nearfar.eval.partial_store import PartialFeatures, partial_folder
 from nearfar.ssl import bounded_files, files
@@ -44,7 +44,7 @@ class FeatureStore:
         torch) is continued, to the same bits; what it left of other work is removed. Raises UserError also
         where the disk refuses, before anything is computed if it does so at once.
         """
-        manifest = describe(backbone, source, reading)
+        manifest = manifest_of(backbone, source, reading)
         try:
             if folder.exists():
                 if not (folder / "manifest.json").is_file() and (not folder.is_dir() or any(folder.iterdir())):
@@ -76,7 +76,7 @@ class FeatureStore:
         expected.
 
         expected: entries that the manifest must hold, such as {"checkpoint": digest(backbone)} or a whole
-        `describe`.
+        `manifest_of`.
         """
         manifest = _read_manifest(folder)
         for key, value in (expected or {}).items():

@@ -262,7 +262,7 @@ def run_export(arguments: argparse.Namespace) -> None:
 
 
 def run_report(arguments: argparse.Namespace) -> None:
-    from nearfar.eval.compare import compare, runs_in, table, write_comparison
+    from nearfar.eval.compare import compare, comparison_table, runs_in, write_comparison
     from nearfar.eval.report import write_report
 
     if (arguments.run / "config.yaml").exists() or not (runs := runs_in(arguments.run)):
@@ -271,7 +271,7 @@ def run_report(arguments: argparse.Namespace) -> None:
         print(report_run(arguments.run))
         return
     found, console = compare(runs), Console()
-    console.print(table(found, console))
+    console.print(comparison_table(found, console))
     for run in runs:
         if not (run / "report.html").exists():
             with contextlib.suppress(UserError):  # the comparison names what cannot be read

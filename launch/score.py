@@ -117,7 +117,7 @@ def protocol_of(subject: Subject, **given: Any) -> Protocol:
 
 
 @dataclass(frozen=True)
-class _Work:
+class SubjectScores:
     """Everything a process needs to score the features of one subject."""
 
     name: str
@@ -203,7 +203,7 @@ def score(
     protocol = options.protocol or protocol_of(subject)
     names = tuple(SUBJECTS) if options.baselines else ("trained",)
     work = [
-        _Work(
+        SubjectScores(
             name, _weights(name, subject), subject, train, val, planned.tasks, protocol, planned.classes,
             options.decoding, file,
         )
@@ -213,19 +213,19 @@ def score(
     failures = _compute(work, {entry.key for entry in results.read(file)}, planned, console)
     held = {entry.key: entry for entry in results.read(file)}
     found = [held[key] for key in keys if key in held]
-    console.print(table(found))
-    _tell(subject, found, console, _data_flags(subject.run, train, val))
+    console.print(score_table(found))
+    _say_meaning(subject, found, console, _data_flags(subject.run, train, val))
     if failures:
         raise UserError(" ".join(dict.fromkeys(failures)) + " The other scores are kept.")
     return found
 
 
-def _compute(work: list[_Work], known: set[str], planned: Plan, console: Console) -> list[str]:
+def _compute(work: list[SubjectScores], known: set[str], planned: Plan, console: Console) -> list[str]:
     """Score what is not known yet; failures in words."""
     due = []
     for each in work:
         if missing := tuple(task for task in planned.tasks if each.entry(task).key not in known):
-            due.append(_Work(**{**vars(each), "tasks": missing}))
+            due.append(SubjectScores(**{**vars(each), "tasks": missing}))
     if not due:
         console.print("These scores are in results.json already: nothing to compute.", highlight=False)
         return []
@@ -248,7 +248,7 @@ def _compute(work: list[_Work], known: set[str], planned: Plan, console: Console
     ]
 
 
-def _tell(subject: Subject, found: list[Score], console: Console, flags: str) -> None:
+def _say_meaning(subject: Subject, found: list[Score], console: Console, flags: str) -> None:
     """What the scores mean, what was left out of them, and what to do next: to the console and the run's log.
 
     flags: of `nearfar eval`, that score the same images again.
@@ -375,7 +375,7 @@ def score_features(
         if file:
             results.add(file, entry)
     if found:
-        console.print(table(found))
+        console.print(score_table(found))
     for line in remarks(found):
         console.print(line, highlight=False, markup=False, soft_wrap=True)
     if failures:
@@ -389,7 +389,7 @@ def untrained(subject: Subject) -> Backbone:
     return learner.teacher.backbone.eval().requires_grad_(False).to(subject.device)
 
 
-def table(found: Iterable[Score]) -> Table:
+def score_table(found: Iterable[Score]) -> Table:
     """Scores of one pair of data sets in percent, a row for each kind of features; only what was scored."""
     by_subject: Mapping[str, Mapping[str, Score]] = next(results.tables(found), {})
     tasks = [task for task in TITLES if any(task in scores for scores in by_subject.values())]

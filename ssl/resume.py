@@ -72,7 +72,7 @@ def export(folder: RunFolder, step: int, learner: Learner, description: dict[str
     checkpoint.export(folder.path / TEACHER, learner.teacher.backbone, description | {"step": step})
 
 
-def describe(run: ResolvedRun, learner: Learner, fingerprint: str, precision: str) -> dict[str, Any]:
+def self_description(run: ResolvedRun, learner: Learner, fingerprint: str, precision: str) -> dict[str, Any]:
     """What a checkpoint records about itself besides its step."""
     return {
         "world_size": run.train.world_size,

@@ -201,7 +201,7 @@ def set_up(run: Run, source: Source, observers: Observers, folder: RunFolder, wo
         share_batch_norm(learner)
     optimizer = adamw(learner.student)
     step = resume.restore(saved, learner, optimizer, source.fingerprint) if saved else 0
-    description = resume.describe(resolved, learner, source.fingerprint, compute.precision)
+    description = resume.self_description(resolved, learner, source.fingerprint, compute.precision)
     if saved:
         warnings += announce.continuation_changes(saved.state, resolved, compute.precision)
         warnings += announce.changed_versions(saved.state, description["versions"])

@@ -30,6 +30,11 @@ TINY: dict[str, dict[str, Any]] = {
 CLOCK = {"img_per_s", "data_wait", "time"}
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The cluster's files first: they are the longest and mostly wait, while a second process runs the others."""
+    items.sort(key=lambda item: not item.path.is_relative_to(Path(__file__).parent / "slurm"))
+
+
 @pytest.fixture(autouse=True)
 def seeded() -> None:
     """Seeds the generators that the process shares; a test that draws from one of its own seeds that itself."""

@@ -89,7 +89,7 @@ def _direction(inner: int, dim: int) -> tuple[nn.Conv1d, nn.Linear, nn.Linear, n
     return conv, x_proj, dt_proj, nn.Parameter(a_log), nn.Parameter(torch.ones(inner))
 
 
-class Block(nn.Module):
+class VimBlock(nn.Module):
     """Pre-norm residual block on a residual stream of at least float32."""
 
     def __init__(self, dim: int, bidirectional: bool, drop_path: float, scan: Scan) -> None:
@@ -167,7 +167,7 @@ class VisionMamba(TokenModel):
         positions = 1 + self.grid_size[0] * self.grid_size[1]
         self.pos_embed = None if lgp else nn.Parameter(torch.empty(1, positions, embed_dim))  # CLS's in the middle too
         self.blocks = nn.ModuleList(
-            Block(embed_dim, bidirectional, rate, scan)
+            VimBlock(embed_dim, bidirectional, rate, scan)
             for rate in torch.linspace(0, drop_path_rate, depth, device="cpu").tolist()
         )
         self.norm = make_norm(embed_dim, bidirectional)

@@ -13,7 +13,7 @@ import yaml
 from rich.console import Console
 
 from nearfar.eval import results
-from nearfar.eval.compare import ONLINE, compare, runs_in, table, write_comparison
+from nearfar.eval.compare import ONLINE, compare, comparison_table, runs_in, write_comparison
 from nearfar.eval.results import DataName, Score
 from nearfar.ssl.errors import UserError
 
@@ -43,7 +43,7 @@ def make(
 
 def shown(folder: Path, width: int) -> str:
     console = Console(file=StringIO(), width=width)
-    console.print(table(compare(runs_in(folder)), console))
+    console.print(comparison_table(compare(runs_in(folder)), console))
     return console.file.getvalue()  # type: ignore[attr-defined]
 
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from nearfar.eval.features import Forward, Reading, describe, digest, extract, read, stream
+from nearfar.eval.features import Forward, Reading, digest, extract, manifest_of, read, stream
 from nearfar.eval.images import Decoding
 from nearfar.eval.pixels import pixel_features, pixel_grid
 from nearfar.eval.store import FeatureStore
@@ -310,7 +310,7 @@ def test_arrays_of_another_kind_are_refused(tmp_path, source, name, array):
 
 
 def test_manifest_is_json(source):
-    manifest = describe(Averages(), source, Reading(16, layer="blocks-2"))
+    manifest = manifest_of(Averages(), source, Reading(16, layer="blocks-2"))
     assert json.loads(json.dumps(manifest)) == manifest
 
 
@@ -380,7 +380,7 @@ def test_nothing_but_the_features_leaves_the_device_in_the_loop(images, layer, p
     model = create("vit_tiny_patch8_lgp_locat", img_size=16, embed_dim=24, depth=2, num_heads=2).eval()
     source = ArraySource(images[:, :16, :16])
     reading = Reading(16, layer=layer, pooling=pooling)
-    manifest = describe(model, source, reading)
+    manifest = manifest_of(model, source, reading)
     batches = stream(model, source, manifest, Decoding(2, 0))
     next(batches)  # set-up, and a batch ahead
     with Log() as log:
@@ -394,7 +394,7 @@ def test_all_that_is_computed_is_on_the_backbones_device(images, name):
     """On the meta device, which refuses to meet tensors of another one."""
     model = create(name, img_size=16, embed_dim=24, depth=2).eval()
     reading = Reading(16, layer="blocks-2", pooling="cls+mean")
-    manifest = describe(model, ArraySource(images), reading)
+    manifest = manifest_of(model, ArraySource(images), reading)
     pixels = torch.from_numpy(images[:, :16, :16]).permute(0, 3, 1, 2)
     want = Forward(model, manifest).on_device(pixels)
     forward = Forward(model.to("meta"), manifest)
@@ -406,7 +406,7 @@ def test_all_that_is_computed_is_on_the_backbones_device(images, name):
 
 def test_pixels_are_normalized_as_for_training(images):
     model = Averages()
-    forward = Forward(model, describe(model, ArraySource(images), Reading(16, layer="last-block", pooling="mean")))
+    forward = Forward(model, manifest_of(model, ArraySource(images), Reading(16, layer="last-block", pooling="mean")))
     model.eval()
     pixels = torch.from_numpy(images).permute(0, 3, 1, 2)
     torch.testing.assert_close(

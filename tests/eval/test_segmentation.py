@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from PIL import Image
 
-from nearfar.eval.segmentation import ProbeTraining, iou_scores, nearest, pixel_confusion, segment_probe
+from nearfar.eval.segmentation import ProbeTraining, iou_scores, pixel_confusion, resized_mask, segment_probe
 from nearfar.ssl.errors import UserError
 
 label = st.sampled_from([0, 1, 2, 3, 255])
@@ -47,7 +47,7 @@ def test_one_matrix_over_the_set_is_not_the_mean_over_images():
 @given(new=st.tuples(st.integers(1, 30), st.integers(1, 30)), old=st.tuples(st.integers(1, 30), st.integers(1, 30)))
 def test_nearest_takes_the_class_at_each_pixels_center(new, old):
     mask = np.random.default_rng(0).integers(0, 256, old, dtype=np.uint8)
-    got = nearest(mask, new)
+    got = resized_mask(mask, new)
     for r in range(new[0]):
         for c in range(new[1]):
             center = [Fraction(2 * i + 1, 2 * n) * o for i, n, o in zip((r, c), new, old, strict=True)]
@@ -57,7 +57,7 @@ def test_nearest_takes_the_class_at_each_pixels_center(new, old):
 def test_nearest_agrees_with_pillow():
     mask = np.random.default_rng(0).integers(0, 256, (360, 480), dtype=np.uint8)
     theirs = np.asarray(Image.fromarray(mask).resize((120, 88), Image.Resampling.NEAREST))
-    np.testing.assert_array_equal(nearest(mask, (88, 120)), theirs)
+    np.testing.assert_array_equal(resized_mask(mask, (88, 120)), theirs)
 
 
 def stripes(n, seed, h=4, w=6, scale=8):
