@@ -295,10 +295,10 @@ def test_a_finished_run_does_nothing_again(tiny: Make, images: ArraySource, quie
 
 
 def test_the_seed_of_a_step_differs_from_step_to_step_and_from_run_to_run() -> None:
-    seeds = {training._step_seed(seed, step, rank) for seed in range(5) for step in range(50) for rank in range(3)}
+    seeds = {training.step_seed(seed, step, rank) for seed in range(5) for step in range(50) for rank in range(3)}
     assert len(seeds) == 750
-    assert 0 <= training._step_seed(2**40, 2**40, 2**20) < 2**63
-    torch.manual_seed(training._step_seed(2**20 - 1, 2**31 - 1, 2**12 - 1))
+    assert 0 <= training.step_seed(2**40, 2**40, 2**20) < 2**63
+    torch.manual_seed(training.step_seed(2**20 - 1, 2**31 - 1, 2**12 - 1))
 
 
 # What goes wrong
