@@ -82,8 +82,8 @@ def not_finite(step: int, loss: float, grad_norm: float, names: list[str], recor
     again = f"`nearfar replay {record}` computes it again and names the part that failed first. " if record else ""
     return (
         f"At step {step} the loss is {loss} and the gradient's norm {grad_norm}: not finite, so the weights were left "
-        f"as they were and the run stopped. The batch began with {', '.join(names)}. {again}{_last_checkpoint(run.path)} "
-        f"Or go on at half the rate with `{_way_on(run)}`."
+        f"as they were and the run stopped. The batch began with {', '.join(names)}. {again}"
+        f"{_last_checkpoint(run.path)} Or go on at half the rate with `{_way_on(run)}`."
     )
 
 

@@ -1,7 +1,7 @@
 """The record of a step that was not finite: RUN/not_finite/step-XXXXXXXXX, a checkpoint of the state before it.
 
-Its state.json holds, besides what every checkpoint says about itself, under "failed": the epoch, the samples of the batch
-with their names, loss and gradient's norm. Views are functions of (seed, epoch, sample, view), so no pixel is kept.
+Its state.json holds, besides what every checkpoint says about itself, under "failed": the epoch, the samples of the
+batch with their names, loss and gradient's norm. Views are functions of (seed, epoch, sample, view), so no pixel is kept.
 """
 
 from __future__ import annotations
@@ -75,8 +75,8 @@ def read(path: Path) -> Checkpoint:
     found = [path] if (path / checkpoint.STATE).is_file() else checkpoint_names.finished(path / FOLDER)
     if not found:
         raise UserError(
-            f"{path} holds no record of a step that was not finite: give a run's folder with {FOLDER}/ in it, or one of "
-            f"its {FOLDER}/step-XXXXXXXXX."
+            f"{path} holds no record of a step that was not finite: give a run's folder with {FOLDER}/ in it, or "
+            f"one of its {FOLDER}/step-XXXXXXXXX."
         )
     try:
         saved = checkpoint.read(found[-1])

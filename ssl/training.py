@@ -25,7 +25,7 @@ from nearfar.ssl.defaults import Derived, ResolvedRun, resolve
 from nearfar.ssl.device import Compute
 from nearfar.ssl.distributed import Ranks
 from nearfar.ssl.errors import UserError
-from nearfar.ssl.health import nothing_learned
+from nearfar.ssl.health import falling_score, nothing_learned
 from nearfar.ssl.learner import Learner, build_learner, share_batch_norm
 from nearfar.ssl.optim import adamw
 from nearfar.ssl.run_folder import RunFolder, read_metrics
@@ -160,6 +160,8 @@ class Training:
         if scores:
             self.log.record(self.step, {"epoch": self.step / self.loader.steps_per_epoch, **scores})
             self.log.say(f"step {self.step}: " + ", ".join(f"{k} {v:.1f}" for k, v in scores.items()))
+            if message := falling_score(read_metrics(self.folder.metrics)):
+                self.log.say(message)
         return scores is None
 
     def save(self) -> None:

@@ -106,7 +106,9 @@ def cosine(base: float, final: float, warmup: int = 0) -> np.ndarray:
     return np.concatenate([rising, final + 0.5 * (base - final) * (1 + np.cos(np.pi * left / len(left)))])
 
 
-def reference(start: dict[str, Tensor], batches: list[list[Tensor]]) -> Iterator[tuple[float, Network, Network, Tensor]]:
+def reference(
+    start: dict[str, Tensor], batches: list[list[Tensor]]
+) -> Iterator[tuple[float, Network, Network, Tensor]]:
     """Loss, student, teacher and center after each step."""
     student, teacher = Network().double(), Network().double()
     student.start_from(start)
