@@ -1,7 +1,8 @@
 """The record of a step that was not finite: RUN/not_finite/step-XXXXXXXXX, a checkpoint of the state before it.
 
 Its state.json holds, besides what every checkpoint says about itself, under "failed": the epoch, the samples of the
-batch with their names, loss and gradient's norm. Views are functions of (seed, epoch, sample, view), so no pixel is kept.
+batch with their names, loss and gradient's norm. Views are functions of (seed, epoch, sample, view), so no pixel is
+kept.
 """
 
 from __future__ import annotations
