@@ -75,7 +75,7 @@ def parsed(argv: Sequence[str]) -> argparse.Namespace:
     return arguments
 
 
-VERBS = ("demo", "pretrain", "features", "eval", "export", "report", "data", "launch")
+VERBS = ("demo", "pretrain", "replay", "features", "eval", "export", "report", "data", "launch")
 
 
 def build_parser() -> Parser:
@@ -141,11 +141,29 @@ def _add_training(verbs: argparse._SubParsersAction) -> None:
     add_settings(pretrain)
     pretrain.set_defaults(verb=run_pretrain)
 
+    replay = verbs.add_parser("replay", help="compute a step that was not finite again, and name what failed first")
+    replay.add_argument("record", type=Path, help="RUN/not_finite/step-XXXXXXXXX, or the run's folder for its newest")
+    replay.add_argument("--data", help="training images, if they were moved (default: data.path of the run)")
+    replay.add_argument("--device", choices=["auto", "cpu", "cuda"], help="where to compute (default: as the run)")
+    replay.add_argument("--precision", choices=["auto", "bf16", "fp32"], help="in which numbers (default: as the run)")
+    replay.set_defaults(verb=run_replay)
+
 
 def run_demo(arguments: argparse.Namespace) -> None:
     from nearfar.launch.demo import demo
 
     demo(arguments.seed, arguments.settings, Console())
+
+
+def run_replay(arguments: argparse.Namespace) -> None:
+    from nearfar.ssl import failed_step
+    from nearfar.ssl.data import open_source
+    from nearfar.ssl.replay import replay, settings_of
+
+    saved = failed_step.read(arguments.record)
+    source = open_source(arguments.data or settings_of(saved).data.path)
+    for line in replay(saved, source, arguments.device, arguments.precision):
+        print(line)
 
 
 def run_pretrain(arguments: argparse.Namespace) -> None:

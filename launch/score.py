@@ -104,8 +104,8 @@ def protocol_of(subject: Subject, **given: Any) -> Protocol:
     given = {key: value for key, value in given.items() if value is not None}
     size = given.pop("size", subject.image_size)
     resize = subject.run.eval.resize
-    if resize is not None and resize < size:  # eval.resize was set for another, smaller size
-        resize = size
+    if resize is not None and size != subject.image_size:  # the same share of an image at every size
+        resize = round(resize * size / subject.image_size)
     pooled = Reading(
         size,
         given.pop("resize", resize),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,6 @@ from torch import nn
 
 from nearfar.ssl import checkpoint_names
 from nearfar.ssl.backbones import choose_scan
-from nearfar.ssl.data.loaders.base import Batch
 from nearfar.ssl.data.sources.base import Source, passed_over
 from nearfar.ssl.data.sources.files import kinds_of
 from nearfar.ssl.defaults import Derived
@@ -77,12 +77,24 @@ def changed_versions(saved: dict[str, Any], versions: dict[str, str]) -> list[st
     return [f"Continued with other versions ({', '.join(changed)}): the same run, but sums may be rounded differently."]
 
 
-def not_finite(step: int, loss: float, grad_norm: float, batch: Batch, source: Source, folder: Path) -> str:
-    names = ", ".join(source.name(int(index)) for index in batch.index[:4])
+def not_finite(step: int, loss: float, grad_norm: float, names: list[str], record: Path | None, run: Run) -> str:
+    """names: of the first images of the batch. record: where the step was saved; None where that failed."""
+    again = f"`nearfar replay {record}` computes it again and names the part that failed first. " if record else ""
     return (
         f"At step {step} the loss is {loss} and the gradient's norm {grad_norm}: not finite, so the weights were left "
-        f"as they were and the run stopped. The batch began with {names}. {_last_checkpoint(folder)}"
+        f"as they were and the run stopped. The batch began with {', '.join(names)}. {again}"
+        f"{_last_checkpoint(run.path)} Or go on at half the rate with `{_way_on(run)}`."
     )
+
+
+def _way_on(run: Run) -> str:
+    """The command that starts again, from the backbone as it was last saved, in a folder of its own."""
+    words = ["nearfar", "pretrain", str(run.path / "config.yaml"), f"name={run.name}-again"]
+    if run.optim.lr is not None:
+        words.append(f"optim.lr={run.optim.lr / 2:g}")
+    if checkpoint_names.finished(run.path / "checkpoints"):
+        words.append(f"backbone.weights={run.path}")
+    return shlex.join(words)
 
 
 def not_saved(step: int, tensors: list[str], folder: Path) -> str:

@@ -192,6 +192,7 @@ def _fill(run: Run, images: int, cores: int) -> tuple[Run, list[Derived]]:
     prototypes = 2 ** round(math.log2(min(65536, max(128, images / 16))))
     temperature = 0.07 if images >= 100_000 and epochs >= 30 else 0.04
     momentum = round(min(0.996, max(0.98, 1 - 20 / steps)), 4)
+    size = run.eval.size or run.views.global_crops_size
     filled = {
         "data": {"workers": default("data", "workers", min(8, cores - 1), f"{cores} cores a rank")},
         "head": {
@@ -226,8 +227,8 @@ def _fill(run: Run, images: int, cores: int) -> tuple[Run, list[Derived]]:
             "threads": default("train", "threads", cores, f"{cores} cores a rank"),
         },
         "eval": {
-            "size": default("eval", "size", run.views.global_crops_size, "size of the global views"),
-            "resize": default("eval", "resize", run.eval.size or run.views.global_crops_size, "no border is cut away"),
+            "size": default("eval", "size", size, "size of the global views"),
+            "resize": default("eval", "resize", round(size * 256 / 224), f"{size} x 256 / 224, as is usual"),
             "knn_every_epochs": default("eval", "knn_every_epochs", max(1.0, epochs // 10), "about ten scores a run"),
         },
     }

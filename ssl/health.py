@@ -59,12 +59,22 @@ def rankme(features: Tensor) -> float:
     return float(torch.exp(-(share * share.log()).sum()))
 
 
-def collapse(metrics: dict[str, float]) -> str | None:
-    """What is wrong with these numbers of `teacher_health`, and what to do about it; None when nothing is."""
-    if metrics["feature_std"] < 0.05:
+ALIKE = 0.05  # std of features below which they count as equal, unless they began nearly so
+
+
+def collapse(metrics: dict[str, float], start: dict[str, float] | None = None) -> str | None:
+    """What is wrong with these numbers of `teacher_health`, and what to do about it; None when nothing is.
+
+    start: the numbers of the run's first line. The features of some untrained networks (LGP, PRR) are nearly alike, so
+        those of a run count as collapsed where they are three times as alike as they were.
+    """
+    alike, rank = ALIKE, 0.0
+    if start is not None:
+        alike, rank = min(ALIKE, start["feature_std"] / 3), min(5.0, start["rankme"] / 3)
+    if metrics["feature_std"] < alike:
         return (
-            f"Collapse: all images get nearly the same features (std {metrics['feature_std']:.3f}, healthy near 1). "
-            "Try a lower optim.lr or more warm-up."
+            f"Dimensional collapse: all images get nearly the same features (std {metrics['feature_std']:.3f}, healthy "
+            "near 1). Try a lower optim.lr or more warm-up."
         )
     if metrics["entropy"] > 0.98:
         return (
@@ -77,22 +87,37 @@ def collapse(metrics: dict[str, float]) -> str | None:
             "Collapse to one answer: the teacher does not tell images apart (KL to its own mean is "
             f"{metrics['kl']:.3f} nats). Try a higher loss.teacher_temp or a lower loss.center_momentum."
         )
+    if metrics["rankme"] < rank and start is not None:
+        return (
+            f"Dimensional collapse: the features share few directions (RankMe {metrics['rankme']:.1f}, "
+            f"{start['rankme']:.1f} at the start). Try loss.koleo_weight=0.02, a lower optim.lr or more warm-up."
+        )
     return None
 
 
 class CollapseWatch:
-    """Reports a collapse once it lasts, and the recovery; silent on single bad steps and before step `grace`."""
+    """Reports a collapse once it lasts, and the recovery; silent on single bad steps.
 
-    def __init__(self, grace: int, patience: int = 5) -> None:
-        """`grace`: first step that counts. `patience`: consecutive checks that must agree."""
-        self.grace = grace
-        self.patience = patience
+    Before step `grace` it is silent about a run that began like that, as many do until the learning rate has risen.
+    """
+
+    def __init__(self, grace: int, patience: int = 5, start: dict[str, float] | None = None) -> None:
+        """
+        Args:
+            grace: first step that counts in any case.
+            patience: consecutive checks that must agree.
+            start: the numbers of the run's first check, where that is over; else they are those of the first update.
+        """
+        self.grace, self.patience, self.start = grace, patience, start
         self._bad = 0
         self._reported = False
 
     def update(self, step: int, metrics: dict[str, float]) -> str | None:
         """The message to print after this step's `teacher_health`, or None."""
-        message = collapse(metrics) if step >= self.grace else None
+        self.start = self.start or metrics
+        message = collapse(metrics, self.start)
+        if step < self.grace and collapse(self.start, self.start):
+            message = None
         self._bad = self._bad + 1 if message else 0
         if self._reported and not message:
             self._reported = False
@@ -101,6 +126,47 @@ class CollapseWatch:
             self._reported = True
             return message
         return None
+
+
+def patience(log_every_steps: int) -> int:
+    """Checks that make up 50 steps, but at least 2, and 5 where there are more."""
+    return min(5, max(2, 50 // log_every_steps))
+
+
+SCORE_NOISE = 1.5  # points of accuracy between two scores that mean nothing: two standard errors of some 4,000 images
+
+
+def falling_score(metrics: list[dict[str, float]]) -> str | None:
+    """One sentence when the online k-NN has just been clearly below its best twice in a row; None elsewhere.
+
+    metrics: the lines of metrics.jsonl, in order; the last one is the newest score.
+    """
+    scored = [number for number, line in enumerate(metrics) if "knn_top1" in line]
+    scores = [metrics[number]["knn_top1"] for number in scored]
+    if not _is_falling(scores) or _is_falling(scores[:-1]):  # the second: it was told then
+        return None
+    best = scores.index(max(scores))
+    then, now = (_mean_loss(metrics[: scored[which]]) for which in (best, -1))
+    losses = ""
+    if then is not None and now is not None:
+        falls = "although the loss falls" if now < then else "and the loss does not fall either"
+        losses = f", {falls} ({then:.2f} -> {now:.2f})"
+    return (
+        f"The features get worse: the online k-NN was {scores[best]:.1f} at step {metrics[scored[best]]['step']:.0f} "
+        f"and is {scores[-2]:.1f} and {scores[-1]:.1f} now{losses}. The views may share something easier than what "
+        "is in the pictures. Try a lower optim.lr, less loss.koleo_weight, another loss.centering, stronger colors in "
+        "views, or fewer train.epochs."
+    )
+
+
+def _is_falling(scores: list[float]) -> bool:
+    """Are the last two clearly below the best of those before them?"""
+    return len(scores) > 2 and max(scores[-2:]) < max(scores[:-2]) - SCORE_NOISE
+
+
+def _mean_loss(metrics: list[dict[str, float]]) -> float | None:
+    losses = [line["loss"] for line in metrics if "loss" in line][-10:]
+    return sum(losses) / len(losses) if losses else None
 
 
 def nothing_learned(metrics: list[dict[str, float]], most_directions: int, batch_norm: bool = False) -> str | None:

@@ -80,12 +80,14 @@ def self_description(run: ResolvedRun, learner: Learner, fingerprint: str, preci
         "arch": learner.teacher.backbone.arch,
         "run": run.model_dump(mode="json"),
         "data": fingerprint,
-        "versions": {
-            "torch": torch.__version__,
-            "cuda": torch.version.cuda or "none",
-            "python": platform.python_version(),
-        },
+        "versions": versions(),
     }
+
+
+def versions() -> dict[str, str]:
+    """Of the libraries that a run's bits depend on."""
+    cuda = torch.version.cuda or "none"
+    return {"torch": torch.__version__, "cuda": cuda, "python": platform.python_version()}
 
 
 def _names(learner: Learner) -> dict[nn.Parameter, str]:

@@ -1,4 +1,9 @@
-"""The values that change from step to step: learning rate, weight decay, EMA momentum, teacher temperature."""
+"""The values that change from step to step: learning rate, weight decay, EMA momentum, teacher temperature.
+
+As in facebookresearch/dino for whole epochs (docs/methods.md section 5). Of a fractional number of epochs, the learning
+rate's warm-up and the frozen prototypes take the nearest number of whole steps, and the teacher's temperature, which is
+constant within an epoch, warms up over the next larger number of whole epochs.
+"""
 
 from __future__ import annotations
 
@@ -22,13 +27,13 @@ class Schedule:
     def at(self, step: int) -> dict[str, float]:
         optim, loss, steps = self.run.optim, self.run.loss, self.steps
         warmup = round(optim.warmup_epochs * self.steps_per_epoch)
-        temp_steps = round(loss.warmup_teacher_temp_epochs * self.steps_per_epoch)
+        temp_epochs = math.ceil(loss.warmup_teacher_temp_epochs)
         start = min(loss.warmup_teacher_temp, loss.teacher_temp)
         return {
             "lr": warmup_cosine(optim.lr, optim.min_lr, step, steps, warmup),
             "weight_decay": cosine(optim.weight_decay, optim.weight_decay_end, step, steps),
             "teacher_momentum": cosine(optim.teacher_momentum, 1.0, step, steps),
-            "teacher_temp": linear(start, loss.teacher_temp, step, temp_steps),
+            "teacher_temp": linear(start, loss.teacher_temp, step // self.steps_per_epoch, temp_epochs),
         }
 
     def prototypes_frozen(self, step: int) -> bool:
@@ -41,18 +46,19 @@ class Schedule:
 
 
 def cosine(start: float, end: float, step: int, steps: int) -> float:
-    """Half a cosine from `start` at step 0 to `end` at the last step."""
-    progress = min(1.0, step / max(1, steps - 1))
-    return end + 0.5 * (start - end) * (1 + math.cos(math.pi * progress))
+    """Half a cosine from `start` at step 0 towards `end`, which it would reach one step after the last one."""
+    return end + 0.5 * (start - end) * (1 + math.cos(math.pi * min(1.0, step / max(1, steps))))
 
 
 def warmup_cosine(peak: float, end: float, step: int, steps: int, warmup: int) -> float:
-    """Linear from 0 to `peak` over `warmup` steps, then half a cosine to `end`."""
+    """Linear from 0 to `peak` over `warmup` steps (a single one is at 0), then half a cosine towards `end`."""
     if step < warmup:
-        return peak * step / max(1, warmup - 1) if warmup > 1 else peak
+        return peak * (step / max(1, warmup - 1))
     return cosine(peak, end, step - warmup, steps - warmup)
 
 
-def linear(start: float, end: float, step: int, steps: int) -> float:
-    """Linear from `start` at step 0 to `end` at the last of `steps`, then constant."""
-    return end if step >= steps - 1 else start + (end - start) * step / (steps - 1)
+def linear(start: float, end: float, place: int, count: int) -> float:
+    """Linear over `count` places from `start` to `end`, which the last of them has; a single one is at `start`."""
+    if place >= count or place == count - 1 > 0:
+        return end
+    return start + (end - start) * (place / max(1, count - 1))

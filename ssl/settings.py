@@ -261,7 +261,8 @@ class EvalSettings(Section):
     resize: int | None = Field(
         None,
         ge=4,
-        description="shorter side to which an image is resized before its center is cut out; default: eval.size",
+        description="shorter side to which an image is resized before its center is cut out; default: 256 / 224 of "
+        "eval.size",
         json_schema_extra=FREE,
     )
     knn_every_epochs: float | None = Field(

@@ -15,8 +15,8 @@ from nearfar.ssl.data.loaders.base import Batch
 from nearfar.ssl.data.sources.base import Source
 from nearfar.ssl.distributed import ALONE, Ranks
 from nearfar.ssl.errors import UserError
-from nearfar.ssl.health import CollapseWatch, teacher_health
-from nearfar.ssl.run_folder import RunFolder
+from nearfar.ssl.health import CollapseWatch, patience, teacher_health
+from nearfar.ssl.run_folder import RunFolder, read_metrics
 from nearfar.ssl.run_log import NoLog, RunLog
 from nearfar.ssl.settings import Run
 from nearfar.ssl.step import StepResult
@@ -74,7 +74,10 @@ class Meter:
 
     def __init__(self, training: Training) -> None:
         self.training = training
-        self.watch = CollapseWatch(grace=training.schedule.steps // 10)
+        first = next((line for line in read_metrics(training.folder.metrics) if "feature_std" in line), None)
+        self.watch = CollapseWatch(
+            training.schedule.steps // 10, patience(training.run.train.log_every_steps), start=first
+        )
         self.restart()
 
     def restart(self) -> None:

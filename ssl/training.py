@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nearfar.ssl import announce, device, distributed, resume
+from nearfar.ssl import announce, device, distributed, failed_step, resume
 from nearfar.ssl.backbones import Backbone
 from nearfar.ssl.data import open_loader
 from nearfar.ssl.data.loaders.base import Batch, Loader, LoaderOptions
@@ -25,14 +25,14 @@ from nearfar.ssl.defaults import Derived, ResolvedRun, resolve
 from nearfar.ssl.device import Compute
 from nearfar.ssl.distributed import Ranks
 from nearfar.ssl.errors import UserError
-from nearfar.ssl.health import nothing_learned
+from nearfar.ssl.health import falling_score, nothing_learned
 from nearfar.ssl.learner import Learner, build_learner, share_batch_norm
 from nearfar.ssl.optim import adamw
 from nearfar.ssl.run_folder import RunFolder, read_metrics
 from nearfar.ssl.run_log import NoLog
 from nearfar.ssl.schedule import Schedule
 from nearfar.ssl.settings import Run
-from nearfar.ssl.step import Stepper, StepResult
+from nearfar.ssl.step import Numbers, Stepper, StepResult
 
 
 @dataclass(frozen=True)
@@ -104,7 +104,7 @@ class Training:
     def next_step(self, batch: Batch, values: dict[str, float], should_stop: Callable[[], bool]) -> StepResult:
         """Start the next step; `finish_steps` reads its report."""
         views = self.views(batch)
-        torch.manual_seed(_step_seed(self.run.train.seed, self.step, self.world.rank))
+        torch.manual_seed(step_seed(self.run.train.seed, self.step, self.world.rank))
         result = self.stepper(
             views,
             values,
@@ -130,9 +130,7 @@ class Training:
             batch, step, result = self.unread.popleft()
             numbers = result.report.read()
             if not numbers.finite:
-                raise UserError(
-                    announce.not_finite(step, numbers.loss, numbers.grad_norm, batch, self.source, self.folder.path)
-                )
+                raise UserError(self._not_finite(batch, step, numbers))
             stop_vote, any_bad = numbers.votes
             stop = stop or stop_vote > 0
             for text in distributed.gathered([json.dumps(item) for item in self.new_bad()]) if any_bad else ():
@@ -140,6 +138,14 @@ class Training:
                 self.log.say(f"Bad image {name}: {reason}. The next readable image is used instead.")
                 self.known_bad.add(name)
         return stop
+
+    def _not_finite(self, batch: Batch, step: int, numbers: Numbers) -> str:
+        """Save the batch and the state before it for `nearfar replay`, and say what happened."""
+        record = failed_step.save(
+            self.folder.path, step, numbers, batch, self.source, self.learner, self.optimizer, self.description
+        )
+        first = [self.source.name(int(index)) for index in batch.index[:4]]
+        return announce.not_finite(step, numbers.loss, numbers.grad_norm, first, record, self.run)
 
     def score(self) -> bool:
         """Score the teacher, once a step; True on all ranks where a stop was requested first, and the score put off."""
@@ -154,6 +160,8 @@ class Training:
         if scores:
             self.log.record(self.step, {"epoch": self.step / self.loader.steps_per_epoch, **scores})
             self.log.say(f"step {self.step}: " + ", ".join(f"{k} {v:.1f}" for k, v in scores.items()))
+            if message := falling_score(read_metrics(self.folder.metrics)):
+                self.log.say(message)
         return scores is None
 
     def save(self) -> None:
@@ -261,6 +269,6 @@ def loader_of(run: ResolvedRun, source: Source, world: Ranks, target: torch.devi
     return open_loader(source, run.views, options, loader=run.data.loader, color=run.data.color_on, device=target)
 
 
-def _step_seed(seed: int, step: int, rank: int = 0) -> int:
+def step_seed(seed: int, step: int, rank: int = 0) -> int:
     """Seed of a step's drop-path: no generator state is carried from step to step."""
     return (seed % 2**20 << 43) + (rank % 2**12 << 31) + step % 2**31

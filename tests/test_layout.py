@@ -28,8 +28,8 @@ FLOORS: list[set[str]] = [
     {"step"},
     {"checkpoint", "device", "run_log", "run_folder", "schedule"},
     {"announce"},
-    {"resume"},
-    {"training", "train"},
+    {"resume", "failed_step"},
+    {"training", "train", "replay"},
     {"eval"},
     {"launch"},
 ]

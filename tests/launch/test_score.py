@@ -88,10 +88,10 @@ def test_features_are_pooled_as_the_head_read_them_unless_told(tmp_path: Path) -
     assert protocol_of(subject(tmp_path, 0, "head.pooling=mean"), pooling="cls").pooled.pooling == "cls"
 
 
-def test_a_larger_size_takes_the_runs_resize_with_it(tmp_path: Path) -> None:
+def test_another_size_shows_the_same_share_of_an_image(tmp_path: Path) -> None:
     one = subject(tmp_path, 0, "eval.size=16", "eval.resize=20")
     assert protocol_of(one).pooled == Reading(16, 20)
-    assert protocol_of(one, size=32).pooled == Reading(32, 32)
+    assert protocol_of(one, size=32).pooled == Reading(32, 40) and protocol_of(one, size=8).pooled == Reading(8, 10)
     assert protocol_of(one, size=32, resize=24).pooled == Reading(32, 24)  # refused when it is read
 
 

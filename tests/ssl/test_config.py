@@ -340,6 +340,14 @@ def test_explicit_values_win() -> None:
     assert run.model_dump() == config.load(None, given).model_dump()
 
 
+@pytest.mark.parametrize(("size", "resize"), [(224, 256), (96, 110), (32, 37)])
+def test_scores_see_the_published_share_of_an_image(size: int, resize: int) -> None:
+    assert derived(2_000, f"eval.size={size}").eval.resize == resize
+    crops = derived(2_000, f"views.global_crops_size={size}", "views.local_crops_size=16")
+    assert (crops.eval.size, crops.eval.resize) == (size, resize)
+    assert derived(2_000, f"eval.size={size}", "eval.resize=500").eval.resize == 500
+
+
 def test_tiny_data_still_resolves() -> None:
     assert derived(1).head.prototypes == 128
 

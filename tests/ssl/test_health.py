@@ -12,7 +12,16 @@ import torch.nn.functional as F
 from scipy.stats import entropy as scipy_entropy
 from torch import Tensor
 
-from nearfar.ssl.health import CollapseWatch, collapse, feature_std, nothing_learned, rankme, teacher_health
+from nearfar.ssl.health import (
+    CollapseWatch,
+    collapse,
+    falling_score,
+    feature_std,
+    nothing_learned,
+    patience,
+    rankme,
+    teacher_health,
+)
 from nearfar.ssl.settings import all_settings
 
 HEALTHY = {"entropy": 0.6, "kl": 1.0, "feature_std": 0.9, "rankme": 30.0, "prototypes_used": 0.7}
@@ -107,7 +116,7 @@ def test_the_words_name_settings_that_exist() -> None:
 
 
 def test_the_watch_waits_until_a_collapse_lasts_tells_it_once_and_tells_the_recovery() -> None:
-    watch = CollapseWatch(grace=100, patience=3)
+    watch = CollapseWatch(grace=100, patience=3, start=FLAT)
     assert [watch.update(step, FLAT) for step in range(95, 100)] == [None] * 5  # before grace
     assert [watch.update(step, FLAT) for step in (100, 101)] == [None, None]
     assert watch.update(102, HEALTHY) is None  # single bad steps are no collapse, nor is this a recovery
@@ -117,6 +126,90 @@ def test_the_watch_waits_until_a_collapse_lasts_tells_it_once_and_tells_the_reco
     assert watch.update(111, HEALTHY) is None
     again = [watch.update(step, FLAT) for step in range(112, 116)]
     assert [bool(message) for message in again] == [False, False, True, False]
+
+
+def test_what_a_run_began_with_is_no_collapse_until_grace_and_what_came_later_is() -> None:
+    began_flat, became_flat = CollapseWatch(grace=1000, patience=2), CollapseWatch(grace=1000, patience=2)
+    assert not any(began_flat.update(step, FLAT) for step in range(10, 1000, 10))
+    assert became_flat.update(10, HEALTHY) is None
+    assert [bool(became_flat.update(step, FLAT)) for step in (20, 30, 40)] == [False, True, False]
+
+
+def test_features_that_began_alike_are_no_collapse_and_those_that_became_so_are() -> None:
+    start = {**HEALTHY, "feature_std": 0.06, "rankme": 2.0}
+    assert collapse({**start, "feature_std": 0.03, "rankme": 1.5}, start) is None
+    assert "Dimensional collapse: all images" in str(collapse({**start, "feature_std": 0.015}, start))
+    told = str(collapse({**HEALTHY, "rankme": 3.0}, HEALTHY))
+    assert "Dimensional collapse" in told and "RankMe 3.0, 30.0 at the start" in told
+    assert collapse({**HEALTHY, "rankme": 11.0}, HEALTHY) is None
+
+
+def teacher(kind: str, share: float, generator: torch.Generator) -> dict[str, float]:
+    """Numbers of a teacher of 64 images and 32 prototypes on the way (share 0 to 1) into a kind of collapse."""
+    logits, features = (torch.randn(2, 64, n, generator=generator) for n in (32, 48))
+    logits = 3 * logits
+    if kind == "flat":
+        logits = (1 - share) * logits
+    elif kind == "one answer":
+        logits = (1 - share) * logits + share * 9 * (torch.arange(32) == 5)
+    elif kind == "same features":
+        features = (1 - share) * features + share * torch.ones(48)
+    else:  # few directions
+        features = features * torch.where(torch.arange(48) < 2, 1.0, 1 - share)
+    return teacher_health(logits.softmax(-1), features)
+
+
+@pytest.mark.parametrize("log_every", [1, 5, 10, 25])
+@pytest.mark.parametrize(
+    ("kind", "words"),
+    [
+        ("flat", "flat answer"),
+        ("one answer", "one answer"),
+        ("same features", "nearly the same features"),
+        ("few directions", "few directions"),
+    ],
+)
+def test_each_collapse_is_named_within_fifty_steps(kind: str, words: str, log_every: int) -> None:
+    generator = torch.Generator().manual_seed(5)
+    watch, told = CollapseWatch(grace=10_000, patience=patience(log_every)), {}
+    for step in range(log_every, 401, log_every):
+        share = min(1.0, max(0.0, (step - 200) / 20)) * 0.995  # healthy until 200, collapsed from 220 on
+        if message := watch.update(step, teacher(kind, share, generator)):
+            told[step] = message
+    assert len(told) == 1
+    ((step, message),) = told.items()
+    assert 200 < step <= 270 and words in message
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_healthy_numbers_raise_no_alarm(seed: int) -> None:
+    generator, watch = torch.Generator().manual_seed(seed), CollapseWatch(grace=0)
+    assert not any(watch.update(step, teacher("flat", 0.0, generator)) for step in range(50))
+
+
+def scored(*scores: float, losses: tuple[float, ...] = (3.0, 2.5, 2.0, 1.5, 1.0)) -> list[dict[str, float]]:
+    """Metrics of a run that is scored after every ten lines."""
+    lines = []
+    for number, (score, loss) in enumerate(zip(scores, losses, strict=False), 1):
+        lines += [{"step": 10.0 * number, "loss": loss, "rankme": 9.0}] * 10
+        lines.append({"step": 10.0 * number, "epoch": number, "knn_top1": score})
+    return lines
+
+
+def test_a_score_that_falls_while_the_loss_falls_is_told_once() -> None:
+    told = falling_score(scored(35.0, 43.5, 41.0, 37.0))
+    assert told is not None and "was 43.5 at step 20 and is 41.0 and 37.0 now" in told
+    assert "although the loss falls (2.50 -> 1.50)" in told
+    assert falling_score(scored(35.0, 43.5, 41.0, 37.0, 36.0)) is None  # told before
+    assert "does not fall either" in str(falling_score(scored(43.5, 41.0, 37.0, losses=(1.0, 2.0, 3.0))))
+
+
+@pytest.mark.parametrize(
+    "scores",
+    [(), (40.0,), (40.0, 30.0), (30.0, 40.0, 35.0), (40.0, 35.0, 39.0), (40.0, 39.0, 38.6), (40.0, 30.0, 41.0)],
+)
+def test_noise_a_single_fall_and_a_recovery_are_not_told(scores: tuple[float, ...]) -> None:
+    assert falling_score(scored(*scores)) is None
 
 
 def line(**values: float) -> dict[str, float]:

@@ -17,9 +17,26 @@ EPOCHS, PER_EPOCH = 20, 13
 STEPS = EPOCHS * PER_EPOCH
 
 
+def dinos_cosine(base: float, final: float, epochs: int, per_epoch: int, warmup_epochs: int = 0) -> np.ndarray:
+    """A value at every step, as DINO makes it: numpy's linspace from 0, then half a cosine over what is left."""
+    warmup = np.linspace(0, base, warmup_epochs * per_epoch) if warmup_epochs else np.empty(0)
+    left = np.arange(epochs * per_epoch - len(warmup))
+    return np.concatenate([warmup, final + 0.5 * (base - final) * (1 + np.cos(np.pi * left / len(left)))])
+
+
+def dinos_temperature(start: float, end: float, epochs: int, warmup_epochs: int) -> np.ndarray:
+    """A value at every epoch."""
+    return np.concatenate([np.linspace(start, end, warmup_epochs), np.full(epochs - warmup_epochs, end)])
+
+
+def made(per_epoch: int, *settings: str) -> Schedule:
+    return Schedule(resolve(config.load(None, list(settings)), 2_000)[0], per_epoch)
+
+
 @pytest.fixture
 def schedule() -> Schedule:
-    settings = [
+    return made(
+        PER_EPOCH,
         f"train.epochs={EPOCHS}",
         "optim.lr=2e-3",
         "optim.min_lr=1e-6",
@@ -28,35 +45,56 @@ def schedule() -> Schedule:
         "loss.teacher_temp=0.07",
         "loss.warmup_teacher_temp_epochs=5",
         "optim.freeze_last_layer_epochs=1.5",
-    ]
-    return Schedule(resolve(config.load(None, settings), 2_000)[0], PER_EPOCH)
+    )
 
 
 def column(schedule: Schedule, key: str) -> np.ndarray:
     return np.array([schedule.at(step)[key] for step in range(schedule.steps)])
 
 
-def test_learning_rate_warms_up_from_zero_and_ends_exactly_at_min_lr(schedule: Schedule) -> None:
-    lr, warm = column(schedule, "lr"), 2 * PER_EPOCH
-    np.testing.assert_allclose(lr[:warm], np.linspace(0, 2e-3, warm), rtol=1e-12)  # as DINO's cosine_scheduler
-    t = np.arange(STEPS - warm) / (STEPS - warm - 1)
-    np.testing.assert_allclose(lr[warm:], 1e-6 + (2e-3 - 1e-6) * (1 + np.cos(np.pi * t)) / 2, rtol=1e-9)
-    assert lr[0] == 0 and lr[warm - 1] == lr[warm] == 2e-3 and lr[-1] == 1e-6
-    assert lr.max() == 2e-3
+@pytest.mark.parametrize("per_epoch", [1, 2, 13])
+@pytest.mark.parametrize(
+    ("epochs", "warmup", "temp", "frozen"), [(1, 0, 0, 0), (2, 1, 1, 1), (3, 0, 2, 1), (20, 2, 5, 1), (100, 10, 30, 3)]
+)
+def test_every_step_has_the_values_of_dinos_arrays(
+    per_epoch: int, epochs: int, warmup: int, temp: int, frozen: int
+) -> None:
+    schedule = made(
+        per_epoch,
+        f"train.epochs={epochs}",
+        "optim.lr=5e-4",
+        f"optim.warmup_epochs={warmup}",
+        "optim.teacher_momentum=0.996",
+        "loss.teacher_temp=0.07",
+        f"loss.warmup_teacher_temp_epochs={temp}",
+        f"optim.freeze_last_layer_epochs={frozen}",
+    )
+    wanted = {
+        "lr": dinos_cosine(5e-4, 1e-6, epochs, per_epoch, warmup),
+        "weight_decay": dinos_cosine(0.04, 0.4, epochs, per_epoch),
+        "teacher_momentum": dinos_cosine(0.996, 1, epochs, per_epoch),
+        "teacher_temp": dinos_temperature(0.04, 0.07, epochs, temp).repeat(per_epoch),
+    }
+    for key, values in wanted.items():
+        np.testing.assert_allclose(column(schedule, key), values, rtol=1e-14, atol=1e-18, err_msg=key)
+    held = [schedule.prototypes_frozen(step) for step in range(schedule.steps)]
+    assert held == [step // per_epoch < frozen for step in range(schedule.steps)]
 
 
-def test_weight_decay_and_momentum_follow_half_a_cosine_to_their_ends(schedule: Schedule) -> None:
-    t = np.arange(STEPS) / (STEPS - 1)
-    wd, ema = column(schedule, "weight_decay"), column(schedule, "teacher_momentum")
-    np.testing.assert_allclose(wd, 0.4 - 0.36 * (1 + np.cos(np.pi * t)) / 2, rtol=1e-12)
-    np.testing.assert_allclose(ema, 1 - 0.004 * (1 + np.cos(np.pi * t)) / 2, rtol=1e-12)
-    assert (wd[0], wd[-1]) == (pytest.approx(0.04), 0.4) and (ema[0], ema[-1]) == (pytest.approx(0.996), 1.0)
+def test_the_ends_are_where_they_are_in_dino(schedule: Schedule) -> None:
+    lr, temp, warm = column(schedule, "lr"), column(schedule, "teacher_temp"), 2 * PER_EPOCH
+    assert lr[0] == 0 and lr[warm - 1] == lr[warm] == lr.max() == 2e-3 and 1e-6 < lr[-1] < 2e-6
+    assert 0.39 < column(schedule, "weight_decay")[-1] < 0.4 and 0.9999 < column(schedule, "teacher_momentum")[-1] < 1
+    assert temp[0] == temp[PER_EPOCH - 1] == 0.04 < temp[PER_EPOCH] and (temp[4 * PER_EPOCH :] == 0.07).all()
 
 
-def test_teacher_temperature_rises_in_a_line_and_stays(schedule: Schedule) -> None:
-    temp, warm = column(schedule, "teacher_temp"), 5 * PER_EPOCH
-    np.testing.assert_allclose(temp[:warm], np.linspace(0.04, 0.07, warm), rtol=1e-12)
-    assert (temp[warm - 1 :] == 0.07).all()
+def test_fractional_epochs_are_whole_steps_of_the_rate_and_whole_epochs_of_the_temperature() -> None:
+    fractions = ["train.epochs=4", "optim.lr=1", "optim.warmup_epochs=0.4", "loss.teacher_temp=0.07"]
+    schedule = made(PER_EPOCH, *fractions, "loss.warmup_teacher_temp_epochs=1.2", "optim.freeze_last_layer_epochs=0.2")
+    lr, temp = column(schedule, "lr"), column(schedule, "teacher_temp")
+    np.testing.assert_allclose(lr[:6], [0, 0.25, 0.5, 0.75, 1, 1])  # .4 epochs of 13 steps: 5
+    np.testing.assert_allclose(temp[::PER_EPOCH], [0.04, 0.07, 0.07, 0.07])  # as two epochs of warm-up
+    assert [schedule.prototypes_frozen(step) for step in range(4)] == [True, True, True, False]
 
 
 def test_a_teacher_temperature_below_the_start_is_constant() -> None:
@@ -72,8 +110,12 @@ def test_prototypes_are_frozen_for_the_first_steps_only(schedule: Schedule) -> N
 
 def test_no_warm_up_begins_at_the_peak() -> None:
     assert warmup_cosine(1.0, 0.0, 0, 10, 0) == 1.0
-    assert warmup_cosine(1.0, 0.0, 0, 10, 1) == 1.0
     assert linear(0.04, 0.07, 0, 0) == 0.07
+
+
+def test_a_warm_up_of_one_place_is_at_its_start_as_in_numpys_linspace() -> None:
+    assert warmup_cosine(1.0, 0.0, 0, 10, 1) == 0.0 and warmup_cosine(1.0, 0.0, 1, 10, 1) == 1.0
+    assert linear(0.04, 0.07, 0, 1) == 0.04 and linear(0.04, 0.07, 1, 1) == 0.07
 
 
 @given(

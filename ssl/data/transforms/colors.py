@@ -1,6 +1,7 @@
 """The color half of a view, on a batch, on its device: jitter, gray, blur, solarize (docs/methods.md section 5).
 
-Each operation equals torchvision.transforms.functional on float images, with one factor per sample. Samples are grouped
+Each operation equals torchvision.transforms.functional on float images, with one factor per sample, but the blur, which
+has the taps of Pillow's. Samples are grouped
 by what they need: an operation costs nothing where it is not in the plan. On a GPU, which would wait for that and for
 every launch, Triton's kernels do the same (triton_colors.py) where Triton is installed, as it is with torch for CUDA.
 """
@@ -71,22 +72,24 @@ def color_views(batch: Batch, device: torch.device) -> list[Tensor]:
     return colored
 
 
-def pack(plan: Color) -> Tensor:
-    """The color parameters of N images as one float32 array (N, 12): the columns that triton_colors.py reads."""
+def pack(plan: Color, radius: int) -> Tensor:
+    """The color parameters of N images as one float32 array, which triton_colors.py reads.
+
+    Its 13 + radius columns are the factors, the order, jitter, gray, sigma, solarize, and the taps of the blur.
+    """
     flags = [plan.jitter, plan.gray, plan.sigma, plan.solarize]
-    return torch.cat([plan.factors.float(), plan.order.float(), *(flag.float()[:, None] for flag in flags)], 1)
+    columns = [plan.factors, plan.order, *(flag[:, None] for flag in flags), blur_taps(plan.sigma, radius)]
+    return torch.cat([column.float() for column in columns], 1)
 
 
 def color_by_kernels(images: Tensor, plan: Color) -> Tensor:
     """As `color`, by Triton's kernels on a GPU. The host waits for nothing: the plan is copied in one piece."""
     from nearfar.ssl.data.transforms.triton_colors import color_batch
 
-    packed = pack(plan)
+    packed = pack(plan, min(blur_reach(plan.sigma), min(images.shape[-2:]) - 1))
     if images.is_cuda:
         packed = packed.pin_memory().to(images.device, non_blocking=True)
-    reach = int(torch.ceil(3 * plan.sigma.max())) if len(plan.sigma) else 0
-    radius = -(-reach // 3) * 3  # a kernel is compiled for each: a wider one gives the same numbers
-    return color_batch(images.contiguous(), packed, radius, plan.solarize_threshold)
+    return color_batch(images.contiguous(), packed, plan.solarize_threshold)
 
 
 def color(images: Tensor, plan: Color) -> Tensor:
@@ -160,15 +163,12 @@ def shift_hue(x: Tensor, turns: Tensor) -> Tensor:
 
 
 def blur(x: Tensor, sigma: Tensor) -> Tensor:
-    """Gaussian blur of (N, 3, H, W) with one sigma (N,) a sample, cut at 3 sigma (rounded up), borders reflected.
+    """Pillow's `GaussianBlur` of (N, 3, H, W) with one sigma (N,) a sample, not rounded to 8 bits; borders reflected.
 
     Separable, one addition for each pair of taps: on CPUs faster than grouped convolutions and band matrices.
     """
-    reach = torch.ceil(3 * sigma)
-    radius = min(int(reach.max()), min(x.shape[-2:]) - 1)  # reflection cannot reach farther
-    taps = torch.arange(radius + 1, device=x.device)
-    weight = torch.exp(-0.5 * (taps / sigma[:, None]) ** 2) * (taps <= reach[:, None])
-    weight = (weight / (2 * weight.sum(1, keepdim=True) - 1))[:, :, None, None, None]  # the middle tap counts once
+    radius = min(blur_reach(sigma), min(x.shape[-2:]) - 1)  # reflection cannot reach farther
+    weight = blur_taps(sigma, radius).to(x.dtype)[:, :, None, None, None]
     for axis, pad in ((3, (radius, radius, 0, 0)), (2, (0, 0, radius, radius))):
         size = x.shape[axis]
         wide = F.pad(x, pad, mode="reflect")
@@ -176,3 +176,36 @@ def blur(x: Tensor, sigma: Tensor) -> Tensor:
         for r in range(1, radius + 1):
             x.addcmul_(wide.narrow(axis, radius - r, size) + wide.narrow(axis, radius + r, size), weight[:, r])
     return x
+
+
+def blur_reach(sigma: Tensor) -> int:
+    """The largest distance, in pixels, from which any of these blurs takes something: 3 for a sigma below 1.41."""
+    whole, _ = _extended_box(sigma.max() if len(sigma) else sigma.new_zeros(()))
+    return 3 * (int(whole) + 1)
+
+
+def blur_taps(sigma: Tensor, radius: int) -> Tensor:
+    """Weights of the pixels 0 ... radius away, (N, radius + 1) in float64, for sigmas (N,); 0 leaves the image as is.
+
+    As Pillow's GaussianBlur: three times a box of length 2 (l + a) + 1 whose end pixels count a, of the variance
+    sigma^2 / 3 (Gwosdek et al., *Theoretical Foundations of Gaussian Convolution by Extended Box Filtering*, 2011). A
+    Gaussian sampled at the pixels, as torchvision's, has lost most of that variance at a sigma of .3.
+    """
+    whole, part = (value[:, None] for value in _extended_box(sigma))
+    side = blur_reach(sigma) // 3
+    place = torch.arange(-side, side + 1, device=sigma.device).abs()
+    box = (place <= whole).double() + part * (place == whole + 1)
+    once = F.pad(box, (2 * side, 2 * side))  # (N, 6 side + 1), the middle at 3 side
+    for _ in range(2):
+        shifted = F.pad(once, (side, side)).unfold(1, 2 * side + 1, 1)
+        once = (shifted * box[:, None]).sum(2)
+    taps = F.pad(once[:, 3 * side :], (0, max(0, radius - 3 * side)))[:, : radius + 1]
+    return taps / (2 * taps.sum(1, keepdim=True) - taps[:, :1])  # the middle tap counts once
+
+
+def _extended_box(sigma: Tensor) -> tuple[Tensor, Tensor]:
+    """l and a of `blur_taps`, in float64."""
+    variance = sigma.double() ** 2 / 3
+    whole = (((12 * variance + 1).sqrt() - 1) / 2).floor()
+    rest = whole + 1
+    return whole, (2 * whole + 1) * (whole * rest - 3 * variance) / (6 * (variance - rest**2))

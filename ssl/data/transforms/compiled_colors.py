@@ -125,11 +125,23 @@ def _blur(x: NDArray, size: int, radius: int, taps: NDArray, line: NDArray, othe
 
 @njit(nogil=True)
 def _blur_taps(sigma: float, size: int, taps: NDArray) -> int:
-    radius = min(math.ceil(3 * sigma), size - 1)
+    """As `colors.blur_taps`, which explains the formula; the number of taps beside the middle one."""
+    variance = sigma * sigma / 3
+    whole = math.floor((math.sqrt(12 * variance + 1) - 1) / 2)
+    end = whole + 1
+    part = (2 * whole + 1) * (whole * end - 3 * variance) / (6 * (variance - end * end))
+    radius = min(3 * end, size - 1)
     total = 0.0
     for r in range(radius + 1):
-        taps[r] = math.exp(-0.5 * (r / sigma) ** 2)
-        total += taps[r] * (1 if r == 0 else 2)
+        tap = 0.0
+        for i in range(-end, end + 1):
+            for j in range(-end, end + 1):
+                k = abs(r - i - j)
+                if k <= end:
+                    ends = (abs(i) == end) + (abs(j) == end) + (k == end)
+                    tap += part**ends
+        taps[r] = tap
+        total += tap * (1 if r == 0 else 2)
     for r in range(radius + 1):
         taps[r] /= total
     return radius

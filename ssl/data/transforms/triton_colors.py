@@ -24,32 +24,31 @@ _JITTER = tl.constexpr(8)
 _GRAY = tl.constexpr(9)
 _SIGMA = tl.constexpr(10)
 _SOLARIZE = tl.constexpr(11)
-COLUMNS = tl.constexpr(12)
+_TAPS = tl.constexpr(12)  # and so on: the blur's, the middle one first
 _CONTRAST = tl.constexpr(1)
 _BLOCK = 1024
 
 
-def color_batch(images: Tensor, packed: Tensor, radius: int, threshold: int) -> Tensor:
+def color_batch(images: Tensor, packed: Tensor, threshold: int) -> Tensor:
     """uint8 (N, 3, H, W) -> float32 (N, 3, H, W) in [0, 1], as `colors.color` with the plan that was packed.
 
     Args:
         images: contiguous, on the GPU.
-        packed: (N, 12) of `colors.pack`, on the same device.
-        radius: pixels that the widest blur reaches, ceil(3 sigma), or more.
+        packed: (N, 13 + radius) of `colors.pack`, on the same device; the radius is below the side of an image.
         threshold: the gray level (0..256) from which solarizing inverts.
     """
     n, _, height, width = images.shape
-    pixels = height * width
+    pixels, columns = height * width, packed.shape[1]
     blocks = triton.cdiv(pixels, _BLOCK)
     sums = packed.new_empty(n, blocks)
     x, y = (torch.empty(images.shape, dtype=torch.float32, device=images.device) for _ in range(2))
-    _adjust_kernel[(n, blocks)](images, packed, sums, sums, x, pixels, SUMMING=True, BLOCK=_BLOCK)
+    _adjust_kernel[(n, blocks)](images, packed, sums, sums, x, pixels, columns, SUMMING=True, BLOCK=_BLOCK)
     mean = sums.sum(1) / pixels
-    _adjust_kernel[(n, blocks)](images, packed, mean, sums, x, pixels, SUMMING=False, BLOCK=_BLOCK)
-    radius = min(radius, min(height, width) - 1)  # reflection cannot reach farther
+    _adjust_kernel[(n, blocks)](images, packed, mean, sums, x, pixels, columns, SUMMING=False, BLOCK=_BLOCK)
+    radius = columns - 13
     grid = (3 * n, blocks)
-    _blur_kernel[grid](x, packed, y, height, width, 0.0, RADIUS=radius, ACROSS=True, BLOCK=_BLOCK)
-    _blur_kernel[grid](y, packed, x, height, width, threshold / 255, RADIUS=radius, ACROSS=False, BLOCK=_BLOCK)
+    _blur_kernel[grid](x, packed, y, height, width, columns, 0.0, RADIUS=radius, ACROSS=True, BLOCK=_BLOCK)
+    _blur_kernel[grid](y, packed, x, height, width, columns, threshold / 255, RADIUS=radius, ACROSS=False, BLOCK=_BLOCK)
     return x
 
 
@@ -73,7 +72,7 @@ def _hue_channel(hue, chroma, value, low, sixths, place):  # type: ignore[no-unt
 
 
 @triton.jit
-def _adjust_kernel(images, packed, mean, sums, out, pixels, SUMMING: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+def _adjust_kernel(images, packed, mean, sums, out, pixels, columns, SUMMING: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
     """One block of one sample: its gray sum before the contrast (SUMMING), or its adjusted colors."""
     sample = tl.program_id(0).to(tl.int64)
     block = tl.program_id(1)
@@ -83,7 +82,7 @@ def _adjust_kernel(images, packed, mean, sums, out, pixels, SUMMING: tl.constexp
     red = tl.load(base, inside, 0).to(tl.float32) / 255.0
     green = tl.load(base + pixels, inside, 0).to(tl.float32) / 255.0
     blue = tl.load(base + 2 * pixels, inside, 0).to(tl.float32) / 255.0
-    row = packed + sample * COLUMNS
+    row = packed + sample * columns
     going = tl.load(row + _JITTER) > 0
     for step in tl.static_range(4):
         op = tl.load(row + _ORDER + step).to(tl.int32)
@@ -125,25 +124,20 @@ def _adjust_kernel(images, packed, mean, sums, out, pixels, SUMMING: tl.constexp
 
 @triton.jit
 def _blur_kernel(  # type: ignore[no-untyped-def]
-    x, packed, out, height, width, threshold, RADIUS: tl.constexpr, ACROSS: tl.constexpr, BLOCK: tl.constexpr
+    x, packed, out, height, width, columns, threshold, RADIUS: tl.constexpr, ACROSS: tl.constexpr, BLOCK: tl.constexpr
 ):
     """One block of one channel, blurred along a row (ACROSS) or a column, with reflected borders; then solarized."""
     channel = tl.program_id(0).to(tl.int64)
     place = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = place < height * width
     plane = channel * height * width
-    row = packed + channel // 3 * COLUMNS
-    sigma = tl.load(row + _SIGMA)
+    row = packed + channel // 3 * columns
     middle = tl.load(x + plane + place, inside, 0.0)
-    if sigma > 0:
-        reach = tl.ceil(3.0 * sigma)
+    if tl.load(row + _SIGMA) > 0:
         line = place // width
         column = place - line * width
-        total = 1.0
-        blurred = middle
+        blurred = middle * tl.load(row + _TAPS)
         for tap in tl.static_range(1, RADIUS + 1):
-            weight = tl.where(tap <= reach, tl.exp(-0.5 * (tap / sigma) * (tap / sigma)), 0.0)
-            total += 2.0 * weight
             if ACROSS:
                 before = line * width + tl.abs(column - tap)
                 after = line * width + width - 1 - tl.abs(width - 1 - column - tap)
@@ -151,8 +145,8 @@ def _blur_kernel(  # type: ignore[no-untyped-def]
                 before = tl.abs(line - tap) * width + column
                 after = (height - 1 - tl.abs(height - 1 - line - tap)) * width + column
             pair = tl.load(x + plane + before, inside, 0.0) + tl.load(x + plane + after, inside, 0.0)
-            blurred += weight * pair
-        middle = blurred / total
+            blurred += tl.load(row + _TAPS + tap) * pair
+        middle = blurred
     if not ACROSS:
         if tl.load(row + _SOLARIZE) > 0:
             middle = tl.where(middle >= threshold, 1.0 - middle, middle)

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from nearfar.ssl.data.transforms.colors import Color, color, color_of, pack
+from nearfar.ssl.data.transforms.colors import Color, blur_taps, color, color_of, pack
 from nearfar.ssl.data.views import plan_views
 from nearfar.ssl.settings import ViewSettings
 
@@ -46,8 +46,10 @@ def build(kernel, signature, constants, capability):
     assert made.asm["cubin"], kernel
     print(capability, kernel.__name__, len(made.asm["cubin"]))
 
-adjust = {"images": "*u8", "packed": "*fp32", "mean": "*fp32", "sums": "*fp32", "out": "*fp32", "pixels": "i32"}
-blur = {"x": "*fp32", "packed": "*fp32", "out": "*fp32", "height": "i32", "width": "i32", "threshold": "fp32"}
+adjust = {"images": "*u8", "packed": "*fp32", "mean": "*fp32", "sums": "*fp32", "out": "*fp32"}
+adjust |= {"pixels": "i32", "columns": "i32"}
+blur = {"x": "*fp32", "packed": "*fp32", "out": "*fp32", "height": "i32", "width": "i32", "columns": "i32"}
+blur |= {"threshold": "fp32"}
 for capability in (80, 90, 100):
     for summing in (True, False):
         build(kernels._adjust_kernel, adjust, {"SUMMING": summing, "BLOCK": 1024}, capability)
@@ -74,7 +76,7 @@ def planned(n: int, size: int, seed: int) -> tuple[torch.Tensor, Color]:
 def packed(plan: Color) -> torch.Tensor:
     """The columns that the kernels read, written out by hand."""
     columns = [plan.factors.T, plan.order.T, plan.jitter[None], plan.gray[None], plan.sigma[None], plan.solarize[None]]
-    return torch.cat([column.float() for column in columns]).T.contiguous()
+    return torch.cat([*(column.float() for column in columns), blur_taps(plan.sigma, 6).float().T]).T.contiguous()
 
 
 def test_every_sample_is_colored_as_on_a_cpu(tmp_path: Path) -> None:
@@ -96,7 +98,7 @@ def test_every_sample_is_colored_as_on_a_cpu(tmp_path: Path) -> None:
 
 def test_packing_writes_the_columns_that_the_kernels_read() -> None:
     _, plan = planned(9, 16, 3)
-    assert torch.equal(pack(plan), packed(plan))
+    assert torch.equal(pack(plan, 6), packed(plan))
 
 
 @pytest.mark.slow

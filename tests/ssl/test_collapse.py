@@ -1,0 +1,58 @@
+"""Real tiny trainings: collapses that are forced are named, and healthy runs raise no alarm."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+from rich.console import Console
+
+from nearfar.ssl import train
+from nearfar.ssl.data.sources.base import ArraySource
+from nearfar.ssl.losses import DINOLoss
+from nearfar.ssl.settings import Run
+
+Make = Callable[..., Run]
+
+
+@pytest.fixture
+def tiles() -> ArraySource:
+    """40 images of 4 x 4 flat squares."""
+    rng = np.random.default_rng(0)
+    squares = rng.integers(0, 256, (40, 4, 4, 3))
+    return ArraySource(np.kron(squares, np.ones((1, 8, 8, 1))).astype(np.uint8), labels=np.arange(40) % 4)
+
+
+def alarms(run: Run, images: ArraySource, quiet: Console) -> list[str]:
+    train.pretrain(run, images, console=quiet)
+    return [line for line in (run.path / "run.log").read_text().splitlines() if "ollapse" in line]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(5))
+def test_healthy_runs_raise_no_alarm(tiny: Make, tiles: ArraySource, quiet: Console, seed: int) -> None:
+    assert alarms(tiny(f"train.seed={seed}", "train.epochs=12"), tiles, quiet) == []
+
+
+def test_a_teacher_that_is_too_warm_gives_the_flat_answer(tiny: Make, tiles: ArraySource, quiet: Console) -> None:
+    warm = tiny("loss.teacher_temp=5", "loss.warmup_teacher_temp=5", "train.epochs=10")
+    (told,) = alarms(warm, tiles, quiet)
+    assert "flat answer" in told
+
+
+def test_a_teacher_without_centering_gives_one_answer(
+    tiny: Make, tiles: ArraySource, quiet: Console, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(DINOLoss, "update_center", lambda *_: None)
+    uncentered = tiny(
+        "loss.teacher_temp=0.02", "head.batch_norm=false", "optim.teacher_momentum=0.5", "train.epochs=10"
+    )
+    told = alarms(uncentered, tiles, quiet)
+    assert "one answer" in told[0]
+
+
+def test_a_rate_that_is_far_too_high_makes_all_features_alike(tiny: Make, tiles: ArraySource, quiet: Console) -> None:
+    high = tiny("optim.lr=0.3", "optim.warmup_epochs=0", "head.batch_norm=false", "train.epochs=10")
+    told = " ".join(alarms(high, tiles, quiet))
+    assert "Dimensional collapse: all images get nearly the same features" in told or "one answer" in told
