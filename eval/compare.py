@@ -16,7 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from nearfar.eval import results
-from nearfar.eval.report import write_page
+from nearfar.eval.page import write_page
 from nearfar.eval.results import TITLES, Score
 from nearfar.eval.run_files import flat, read_numbers, read_settings
 from nearfar.ssl.errors import UserError
