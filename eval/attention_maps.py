@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from matplotlib import colormaps
 from numpy.typing import NDArray
 from PIL import Image
 from timm.layers import Attention as TimmAttention
@@ -37,11 +38,10 @@ def evaluating(model: nn.Module) -> Iterator[None]:
         model.train(was)
 
 
-def attention_maps(backbone: Backbone, images: Tensor, *, of_cls: bool = True) -> NDArray[np.float32]:
-    """What the last block attends to, the mean over its heads: (n, h, w), each map with sum 1.
+def attention_maps(backbone: Backbone, images: Tensor) -> NDArray[np.float32]:
+    """What CLS attends to in the last block, the mean over its heads: (n, h, w), each map with sum 1.
 
-    of_cls: as CLS sees it; otherwise, and where a network has no CLS, the mean over the patches as queries, which is
-    what decides features that are a mean over patches.
+    The mean over the patches as queries where a network has no CLS.
 
     Args:
         images: (n, 3, H, W), ImageNet-normalized.
@@ -53,7 +53,7 @@ def attention_maps(backbone: Backbone, images: Tensor, *, of_cls: bool = True) -
         attention = backbone.attention(images).float().mean(1)
         h, w = backbone.blocks(images[:1], 1)[-1].grid
     prefix = attention.shape[-1] - h * w
-    queries = attention[:, :1] if prefix and of_cls else attention[:, prefix:]
+    queries = attention[:, :1] if prefix else attention
     maps = queries.mean(1)[:, prefix:].unflatten(1, (h, w))
     maps = maps / maps.sum((1, 2), keepdim=True)
     return np.asarray(maps.cpu().numpy(), np.float32)
@@ -82,6 +82,18 @@ def spotlight(picture: Image.Image, values: NDArray[Any], mass: float = MASS) ->
     dim = np.repeat((0.38 * gray + 14)[..., None], 3, 2)
     shown = np.where(inside[..., None], pixels, dim)
     shown[_edge(inside, max(1, min(size) // 200))] = (255, 170, 40)
+    return Image.fromarray(shown.clip(0, 255).astype(np.uint8))
+
+
+def heated(picture: Image.Image, values: NDArray[Any]) -> Image.Image:
+    """The picture, gray and dim, under a glow where values (h, w) exceed an even share."""
+    excess = (values / values.mean() - 1).clip(0)
+    large = np.asarray(Image.fromarray(excess.astype(np.float32)).resize(picture.size, Image.Resampling.BICUBIC))
+    strength = (large / max(float(np.percentile(large, 99.5)), 1e-12)).clip(0, 1)[..., None]
+    gray = np.asarray(picture.convert("L"), np.float32)[..., None]
+    shown = (1 - strength) * (0.55 * gray + 10) + strength * 255 * colormaps["inferno"](0.35 + 0.6 * strength[..., 0])[
+        ..., :3
+    ]
     return Image.fromarray(shown.clip(0, 255).astype(np.uint8))
 
 

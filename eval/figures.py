@@ -1,6 +1,6 @@
 """figures.json: the pictures of a run, as data; drawn where the network is, put on a page anywhere.
 
-A run folder may come from anybody, so the file holds text and encoded pictures, never markup, and is checked on reading.
+A run folder may come from anybody, so the file holds text and encoded pictures, never markup, and is checked.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class Cell:
 
 @dataclass(frozen=True)
 class Group:
-    """What belongs to one image: rows of pictures, each with a label, beside the image itself where there is a `lead`."""
+    """What belongs to one image: labeled rows of pictures, beside the image itself where there is a `lead`."""
 
     strips: tuple[tuple[str, tuple[Cell, ...]], ...]
     lead: Cell | None = None

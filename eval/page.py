@@ -7,7 +7,7 @@ import html
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from nearfar.eval.figures import kind_of, Cell, Figure, Group
+from nearfar.eval.figures import Cell, Figure, Group, kind_of
 from nearfar.ssl import files
 from nearfar.ssl.errors import UserError
 
@@ -27,7 +27,8 @@ h3 { font-size: 1rem; margin: 1.6rem 0 .3rem; overflow-wrap: anywhere; font-weig
 p { margin: .3rem 0 .9rem; max-width: 46rem; overflow-wrap: anywhere } a { color: var(--accent) }
 .soft, small { color: var(--soft) } small { font-size: .8rem } .lede { font-size: 1.05rem; max-width: 50rem }
 dl { display: flex; flex-wrap: wrap; gap: .8rem 2.2rem; margin: 1.1rem 0 0 }
-dt { color: var(--soft); font-size: .8rem } dd { margin: 0; font-variant-numeric: tabular-nums; overflow-wrap: anywhere }
+dt { color: var(--soft); font-size: .8rem } dd { margin: 0; font-variant-numeric: tabular-nums;
+     overflow-wrap: anywhere }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums }
 th, td { padding: .4rem 1rem .4rem 0; text-align: right; border-bottom: 1px solid var(--rule) }
 th:first-child, td:first-child { text-align: left } thead th { color: var(--soft); font-weight: 500; font-size: .85rem }
@@ -46,7 +47,8 @@ details table { font-size: .85rem; margin-top: .6rem } .text td { padding-block:
 .bars b { font-weight: 600 } .bar { display: grid; grid-template-columns: 5.2rem 1fr 2.8rem; gap: .6rem;
         align-items: center; font-size: .85rem; font-variant-numeric: tabular-nums }
 .bar i { display: block; height: .7rem; border-radius: 2px; background: var(--gray); min-width: 1px }
-.bar.trained { font-weight: 650 } .bar.trained i { background: var(--accent) } .bar span:last-child { text-align: right }
+.bar.trained { font-weight: 650 } .bar.trained i { background: var(--accent) }
+.bar span:last-child { text-align: right }
 .bar .track { border-left: 1px solid var(--gray) }
 .curves { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(17rem, 100%), 1fr)); gap: 1.2rem 1.6rem }
 figure { margin: 0; break-inside: avoid } figcaption b { font-weight: 600 }
@@ -65,7 +67,8 @@ img { max-width: 100%; height: auto; display: block; border-radius: 3px }
 .lead { flex: 0 0 24% } .strips { flex: 1; min-width: 0 }
 .strip { display: grid; gap: .35rem; margin-bottom: .5rem } .strip > b { grid-column: 1 / -1; font-size: .8rem;
          font-weight: 500; color: var(--soft); line-height: 1.2 }
-.cell figcaption { font-size: .75rem; line-height: 1.25; color: var(--soft); overflow-wrap: anywhere; margin-top: .15rem }
+.cell figcaption { font-size: .75rem; line-height: 1.25; color: var(--soft); overflow-wrap: anywhere;
+        margin-top: .15rem }
 .cell img { width: 100% } .cell.right img, .cell.wrong img { border: 3px solid var(--right) }
 .cell.wrong img { border-color: var(--wrong); border-style: dashed }
 .cell.right figcaption { color: var(--right) } .cell.wrong figcaption { color: var(--wrong) }

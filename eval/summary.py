@@ -1,4 +1,4 @@
-"""What comes first on the page of a run: what was trained on what, for how long, how good it is, and what that means."""
+"""What comes first on the page of a run: what was trained on what, for how long, and how good it is."""
 
 from __future__ import annotations
 
@@ -168,8 +168,8 @@ def _table(table: Table) -> str:
         f"{html.escape(one.val.path)} ({one.val.images:,})</h3>"
     )
     return (
-        f'{data}<div class="scroll"><table><thead><tr><th></th>{heads}</tr></thead><tbody>{"".join(rows)}</tbody></table>'
-        "</div>"
+        f'{data}<div class="scroll"><table><thead><tr><th></th>{heads}</tr></thead><tbody>{"".join(rows)}</tbody>'
+        "</table></div>"
     )
 
 

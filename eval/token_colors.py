@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch.nn.functional as F
 from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
@@ -20,52 +21,53 @@ class TokenColors(NamedTuple):
     shown: NDArray[np.bool_]
 
 
+MARGIN = 2  # patches
+
+
 def patch_tokens(backbone: Backbone, images: Tensor) -> NDArray[np.float32]:
-    """The patch tokens (n, h, w, D) that the network puts out, after its final norm and PRR where that is on.
+    """The patch tokens (n, h, w, D) of the last block, after the final norm, without PRR.
+
+    The images are continued by their mirror image for `MARGIN` patches on each side, whose tokens are left out:
+    otherwise what a convolution makes of the black beyond the border outshines what is in the picture.
 
     Args:
-        images: (n, 3, H, W), ImageNet-normalized.
+        images: (n, 3, H, W), ImageNet-normalized, H and W multiples of the patch size.
     """
+    margin = MARGIN * backbone.patch_size
+    fits = min(images.shape[-2:]) > margin
+    padded = F.pad(images, (margin,) * 4, mode="reflect") if fits else images
     with evaluating(backbone):
-        tokens = backbone(images)
-    return np.asarray(tokens.patches.float().unflatten(1, tokens.grid).cpu().numpy(), np.float32)
+        tokens = backbone.blocks(padded, 1, norm=True)[-1]
+    found = tokens.patches.float().unflatten(1, tokens.grid).cpu().numpy()
+    inner = slice(MARGIN, -MARGIN) if fits else slice(None)
+    return np.asarray(found[:, inner, inner], np.float32)
 
 
 def token_colors(tokens: NDArray[np.floating[Any]]) -> TokenColors:
-    """One principal component analysis over all patches (n, h, w, D) of a batch, in two steps, as DINOv2 shows them
-    (Oquab et al. 2024, section 7.6).
-
-    The first component parts the foreground from the background; then the components of the foreground alone become
-    red, green and blue. What all images have alike at a place of the grid, such as the mark of a border, is no content:
-    with at least four images, its mean over them is taken away first.
-    """
-    flat = tokens.reshape(-1, tokens.shape[-1]).astype(np.float64)
-    if len(tokens) >= 4:
-        flat = (tokens - tokens.mean(0, keepdims=True, dtype=np.float64)).reshape(flat.shape)
-    shown = foreground(first_component(flat).reshape(tokens.shape[:3]))
-    colors = np.full((len(flat), 3), 0.5)
+    """The foreground's first three principal components over all patches (n, h, w, D) of a batch as red, green and
+    blue, so that alike colors are alike tokens across its images (after DINOv2, Oquab et al. 2024, section 7.6)."""
+    shown = foreground(tokens)
+    colors = np.full((shown.size, 3), 0.5)
     inside = shown.reshape(-1)
     if inside.any():
-        colors[inside] = principal_colors(flat[inside])
+        colors[inside] = principal_colors(tokens.reshape(-1, tokens.shape[-1])[inside])
     return TokenColors(colors.reshape(*tokens.shape[:3], 3), shown)
 
 
-def first_component(tokens: NDArray[np.floating[Any]]) -> NDArray[np.float64]:
-    """(m, D) -> (m,): the projection on the first principal component, of either sign."""
-    centered = tokens.astype(np.float64) - tokens.mean(0, dtype=np.float64)
-    _, directions = np.linalg.eigh(centered.T @ centered)  # the largest is the last
-    return np.asarray(centered @ directions[:, -1])
+def foreground(tokens: NDArray[np.floating[Any]]) -> NDArray[np.bool_]:
+    """The patches (n, h, w) that are unlike those along the borders of their own image; of tokens (n, h, w, D).
 
-
-def foreground(values: NDArray[np.floating[Any]]) -> NDArray[np.bool_]:
-    """The patches (n, h, w) on one side of Otsu's threshold: the side that is rarer along the borders of the images."""
-    above = values > otsu(values)
-    border = np.ones(values.shape[1:], bool)
+    Otsu's threshold of the distance to the mean of the border's tokens, one threshold for the batch. DINOv2 thresholds
+    the first principal component by hand. On the demo's masks that component parts left from right edges, not digits
+    from background (IoU .17 to .20, against .27 to .36 for the distance).
+    """
+    border = np.ones(tokens.shape[1:3], bool)
     border[1:-1, 1:-1] = False
     if border.all():
-        return np.ones(values.shape, bool)
-    inner = above[:, ~border].mean() - above[:, border].mean()
-    return np.asarray(above if inner > 0 else ~above)
+        return np.ones(tokens.shape[:3], bool)
+    outside = tokens[:, border].mean(1, dtype=np.float64)[:, None, None]
+    distance = np.linalg.norm(tokens - outside, axis=-1)
+    return np.asarray(distance > otsu(distance))
 
 
 def otsu(values: NDArray[np.floating[Any]], bins: int = 128) -> float:

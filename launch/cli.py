@@ -113,7 +113,7 @@ def build_parser() -> Parser:
     report.set_defaults(verb=run_report)
 
     data = verbs.add_parser(
-        "data", help="write images as a .beton for the ffcv loader; show what one holds; find bad images"
+        "data", help="write images as a .beton for the ffcv loader; show what one holds; find bad images; look at them"
     )
     _add_data(data.add_subparsers(required=True, metavar="WHAT"))
     add_launch(verbs)
@@ -309,6 +309,15 @@ def run_check(arguments: argparse.Namespace) -> None:
     data_verbs.check(arguments.source, min_side=arguments.min_side, workers=arguments.workers, console=Console())
 
 
+def run_look(arguments: argparse.Namespace) -> None:
+    from nearfar.launch.data_look import LookOptions, look
+
+    options = LookOptions(
+        arguments.most, arguments.clusters, arguments.duplicate, arguments.size, arguments.device, arguments.workers
+    )
+    look(arguments.source, arguments.weights, arguments.out, options, Console())
+
+
 def _add_eval(verbs: argparse._SubParsersAction) -> None:
     evaluate = verbs.add_parser(
         "eval",
@@ -369,6 +378,29 @@ def _add_data(verbs: argparse._SubParsersAction) -> None:
     check.add_argument("--min-side", type=int, default=8, help="data.min_side of the runs to come (default 8)")
     check.add_argument("--workers", type=int, default=2, help="threads (default 2)")
     check.set_defaults(verb=run_check)
+    _add_look(verbs)
+
+
+def _add_look(verbs: argparse._SubParsersAction) -> None:
+    look = verbs.add_parser(
+        "look", help="write a page with a map of the images by features, clusters, near duplicates and outliers"
+    )
+    look.add_argument("source", help="images, as for beton, or a .beton; labels are shown, not needed")
+    look.add_argument(
+        "--weights", type=Path, required=True, help="run folder, checkpoint folder or exported .safetensors"
+    )
+    look.add_argument("--out", type=Path, default=Path("look.html"), help="page to write (default look.html)")
+    look.add_argument(
+        "--most", type=int, default=5000, help="look at this many images, evenly spread, of more (default 5000)"
+    )
+    look.add_argument("--clusters", type=int, help="number of clusters (default: that of the classes, else 10)")
+    look.add_argument(
+        "--duplicate", type=float, default=0.98, help="cosine from which images are near duplicates (default 0.98)"
+    )
+    look.add_argument("--size", type=int, help="side of the image in pixels (default: eval.size of the run)")
+    look.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto", help="where to compute")
+    look.add_argument("--workers", type=int, help="threads or processes that decode images (default: by cores)")
+    look.set_defaults(verb=run_look)
 
 
 def _add_model(parser: argparse.ArgumentParser, also: str = "") -> None:

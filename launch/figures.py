@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from nearfar.eval import results
-from nearfar.eval.attention_maps import MASS, attention_maps, spotlight
+from nearfar.eval.attention_maps import MASS, attention_maps, heated, holding, spotlight
 from nearfar.eval.features import Features, Reading, extract
 from nearfar.eval.figures import Cell, Figure, Group, encoded
 from nearfar.eval.images import Decoding
@@ -20,9 +20,10 @@ from nearfar.eval.pixels import pixel_features
 from nearfar.eval.results import Score
 from nearfar.eval.scoring import PIXEL_SIDE, native_grid
 from nearfar.eval.segmentation import ProbeTraining, predict_masks
-from nearfar.eval.sheets import COLORS, mask_color, mask_group, mask_names, neighbor_groups, same_class
+from nearfar.eval.sheets import mask_color, mask_group, mask_names, neighbor_groups, same_class
 from nearfar.eval.token_colors import painted, patch_tokens, similarity, token_colors
 from nearfar.launch.score import Subject, protocol_of
+from nearfar.ssl.backbones import Backbone
 from nearfar.ssl.data import open_source
 from nearfar.ssl.data.sources.base import Source, Subset
 from nearfar.ssl.data.transforms.eval_view import eval_view
@@ -32,7 +33,7 @@ from nearfar.ssl.errors import BadImage, UserError
 SHOWN = 6  # images of each figure
 NEIGHBORS = 5
 MEMORY, QUERIES = 2000, 200  # images among which neighbors are looked for, and of which the share of right ones is told
-MASKED = 400  # images that train the head of the predicted masks
+MASKED = 1000  # images that train the head of the predicted masks
 TOGETHER = 24  # images of one principal component analysis
 LARGE = 480  # pixels of the picture under an attention map
 
@@ -99,9 +100,8 @@ def _neighbors(pictured: Pictured) -> Figure:
     chosen = _spread_rows(val, rows)
     groups = neighbor_groups((val, rows[chosen].tolist()), memory, {kind: near[chosen] for kind, near in found.items()})
     text = (
-        f"A query and the {NEIGHBORS} images nearest to it among {len(memory):,}, by trained features and by raw pixels. "
-        "Queries are evenly spread over the "
-        f"{'images' if itself else 'test images'}, not picked."
+        f"A query and the {NEIGHBORS} images nearest to it among {len(memory):,}, by trained features and by raw "
+        f"pixels. Queries are evenly spread over the {'images' if itself else 'test images'}, not picked."
     )
     if share["trained"] is not None:
         text += (
@@ -145,53 +145,66 @@ def _masks(pictured: Pictured) -> Figure:
     legend = tuple((names[number], mask_color(number, names)) for number in used)
     text = (
         f"Test images, evenly spread, with their masks and what a head on the frozen patch tokens makes of them: the "
-        f"scored kind ({training.head}), here trained on {len(grids[0].x):,} images. Over all {score.val.images:,} test "
-        f"images the score is {score.percent:.1f} % mIoU."
+        f"scored kind ({training.head}), here trained on {len(grids[0].x):,} images. Over all {score.val.images:,} "
+        f"test images the score is {score.percent:.1f} % mIoU."
     )
     return Figure("masks", title, text, groups, legend, "medium")
 
 
 def _attention(pictured: Pictured) -> Figure:
     subject = pictured.subject
-    side = larger_side(subject)
-    views = readable_views(pictured.val, side, SHOWN)
-    pooling = subject.run.head.pooling
-    maps = attention_maps(subject.backbone, on_device(views, subject), of_cls=pooling != "mean")
-    cells = []
+    views, maps = _enlarged(pictured, SHOWN, attention_maps)
+    groups = []
     for view, values in zip(views, maps, strict=True):
         picture = _picture(view).resize((LARGE, LARGE), Image.Resampling.BICUBIC)
-        cells.append(Cell(encoded(spotlight(picture, values)), f"attention of the last block on {_share(values)}"))
-    queries = "of CLS" if pooling != "mean" else "averaged over the patches as queries (features are their mean)"
+        share = f"{MASS:.0%} of the attention on {100 * holding(values).mean():.0f} % of the picture"
+        cells = (
+            Cell(encoded(heated(picture, values)), "the image under a glow of attention", "more than an even share"),
+            Cell(encoded(spotlight(picture, values)), "the most attended part of the image, in color", share),
+        )
+        groups.append(Group((("", cells),)))
     text = (
-        f"In color: the parts of the picture that get {MASS:.0%} of the last block's attention, {queries}, the mean over "
-        f"its heads; the rest is dimmed. Seen at {side} pixels, a grid of {maps.shape[1]}x{maps.shape[2]} patches; "
-        f"trained on views of {subject.run.views.global_crops_size}."
+        "What CLS attends to in the last block, the mean over its heads. Left a glow where attention exceeds an even "
+        f"share; right in color the least part of the picture that holds {MASS:.0%} of it, the rest dimmed. Seen at "
+        f"{views.shape[-1]} pixels, {maps.shape[1]}x{maps.shape[2]} patches; trained on views of "
+        f"{subject.run.views.global_crops_size}."
     )
-    return Figure("attention", "Attention", text, tuple(Group((("", (cell,)),)) for cell in cells), size="large")
-
-
-def _share(values: np.ndarray) -> str:
-    from nearfar.eval.attention_maps import holding
-
-    return f"{100 * holding(values).mean():.0f} % of the patches"
+    return Figure("attention", "Attention", text, tuple(groups), size="medium")
 
 
 def _tokens(pictured: Pictured) -> Figure:
-    subject = pictured.subject
-    side = larger_side(subject)
-    views = readable_views(pictured.val, side, TOGETHER)
-    images = on_device(views, subject)
-    tokens = np.concatenate([patch_tokens(subject.backbone, part) for part in images.split(8)])
+    views, tokens = _enlarged(pictured, TOGETHER, patch_tokens)
     found = token_colors(tokens)
     chosen = np.linspace(0, len(views) - 1, min(SHOWN, len(views))).astype(int)
     groups = tuple(_token_group(views[i], tokens[i], found.colors[i], found.shown[i]) for i in chosen)
     text = (
-        f"Left the image; in the middle the first three principal components of its patch tokens as red, green and "
-        f"blue, one analysis over {len(views)} images, so that alike colors are alike tokens; the background, by the "
-        "first component, is left out. Right how alike each place is to the marked one. Grids of "
-        f"{tokens.shape[1]}x{tokens.shape[2]} patches, at {side} pixels."
+        "Left the image; in the middle the first three principal components of its patch tokens as red, green and "
+        f"blue, one analysis over {len(views)} images, so that alike colors are alike tokens; patches like those along "
+        "the border of their image are left out as background. Right how alike each place is to the marked one. "
+        f"{tokens.shape[1]}x{tokens.shape[2]} patches, at {views.shape[-1]} pixels."
     )
     return Figure("tokens", "Patch tokens", text, groups, size="medium")
+
+
+def _enlarged(
+    pictured: Pictured, count: int, compute: Callable[[Backbone, torch.Tensor], np.ndarray]
+) -> tuple[torch.Tensor, np.ndarray]:
+    """Views (n, 3, S, S) of images, several times as large as in training where the network takes such, and what is
+    computed of them."""
+    subject = pictured.subject
+    patch = subject.backbone.patch_size
+    native = -(-subject.image_size // patch) * patch
+    larger = max(native, min(4 * subject.image_size, LARGE) // patch * patch)
+    for side in dict.fromkeys((larger, native)):
+        views = readable_views(pictured.val, side, count)
+        try:
+            found = [compute(subject.backbone, part) for part in on_device(views, subject).split(8)]
+        except UserError:
+            if side == native:
+                raise
+            continue
+        break
+    return views, np.concatenate(found)
 
 
 def _token_group(
@@ -236,12 +249,6 @@ def _cross(pixels: np.ndarray, at: tuple[float, float], arm: int = 9) -> np.ndar
 
 
 # --- images ----------------------------------------------------------------------------------------------------
-
-
-def larger_side(subject: Subject) -> int:
-    """The side in pixels at which maps are drawn: twice that of training, at most `LARGE`, in whole patches."""
-    patch = subject.backbone.patch_size
-    return max(subject.image_size, min(2 * subject.image_size, LARGE)) // patch * patch
 
 
 def spread(source: Source, most: int) -> Source:

@@ -45,7 +45,7 @@ class GaugBias(nn.Module):
             return tables
 
     def windows(self, q: Tensor, grid: tuple[int, int]) -> tuple[Tensor, Tensor]:
-        """The variances (..., h*w, 2), down and across in patches, and alphas (..., h*w, 1) that `tables` is made of."""
+        """The variances (..., h*w, 2), down and across in patches, and alphas (..., h*w, 1) of the windows."""
         with torch.autocast(q.device.type, enabled=False):
             return window_shapes(self._predicted(q), grid, self.grid, self.ceiling, self.shift, self.eps)
 
