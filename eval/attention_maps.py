@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from matplotlib import colormaps
 from numpy.typing import NDArray
 from PIL import Image
@@ -22,6 +23,8 @@ from nearfar.ssl.backbones.timm_grafts import attention_weights, split_heads
 from nearfar.ssl.backbones.vit import Attention
 from nearfar.ssl.errors import UserError
 
+MARGIN = 2  # patches
+OFFSET_LOCAL = 0.3  # of the attention between patches, at one fixed offset, makes a head offset-local
 MASS = 0.6  # of the attention, inside the marked region: DINO, Caron et al. 2021, Figures 1 and 10
 _PLAIN = (Attention, TimmAttention, AttentionRope, EvaAttention)
 
@@ -38,10 +41,22 @@ def evaluating(model: nn.Module) -> Iterator[None]:
         model.train(was)
 
 
+def mirrored(images: Tensor, patch_size: int) -> tuple[Tensor, slice]:
+    """Images continued by their mirror image for `MARGIN` patches on each side, and the rows (and columns) of patches
+    that are inside: what a convolution makes of the nothing beyond a border outshines what is in the picture.
+
+    Images too small to be mirrored stay as they are.
+    """
+    margin = MARGIN * patch_size
+    if min(images.shape[-2:]) <= margin:
+        return images, slice(None)
+    return F.pad(images, (margin,) * 4, mode="reflect"), slice(MARGIN, -MARGIN)
+
+
 def attention_maps(backbone: Backbone, images: Tensor) -> NDArray[np.float32]:
     """What CLS attends to in the last block, the mean over its heads: (n, h, w), each map with sum 1.
 
-    The mean over the patches as queries where a network has no CLS.
+    The mean over the patches as queries where a network has no CLS. Images are `mirrored`, and the margin left out.
 
     Args:
         images: (n, 3, H, W), ImageNet-normalized.
@@ -49,12 +64,13 @@ def attention_maps(backbone: Backbone, images: Tensor) -> NDArray[np.float32]:
     Raises:
         UserError: the network has no global attention to show.
     """
+    padded, inner = mirrored(images, backbone.patch_size)
     with evaluating(backbone):
-        attention = backbone.attention(images).float().mean(1)
-        h, w = backbone.blocks(images[:1], 1)[-1].grid
+        attention = backbone.attention(padded).float().mean(1)
+        h, w = backbone.blocks(padded[:1], 1)[-1].grid
     prefix = attention.shape[-1] - h * w
     queries = attention[:, :1] if prefix else attention
-    maps = queries.mean(1)[:, prefix:].unflatten(1, (h, w))
+    maps = queries.mean(1)[:, prefix:].unflatten(1, (h, w))[:, inner, inner]
     maps = maps / maps.sum((1, 2), keepdim=True)
     return np.asarray(maps.cpu().numpy(), np.float32)
 

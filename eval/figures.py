@@ -49,7 +49,8 @@ class Group:
 @dataclass(frozen=True)
 class Figure:
     """text: what is to be seen, in a sentence or two. missing: why there is nothing to see. legend: names with CSS
-    colors. size: of the pictures on the page."""
+    colors. size: of the pictures on the page. points: dots of a plot, whose `axes` have names. table: its first row
+    holds the heads."""
 
     key: str
     title: str
@@ -58,6 +59,9 @@ class Figure:
     legend: tuple[tuple[str, str], ...] = ()
     size: str = "small"
     missing: str = ""
+    points: tuple[tuple[float, float], ...] = ()
+    axes: tuple[str, str] = ("", "")
+    table: tuple[tuple[str, ...], ...] = ()
 
 
 def kind_of(content: bytes) -> str:
@@ -110,7 +114,8 @@ def _as_json(figure: Figure) -> dict[str, Any]:
         for group in figure.groups
     ]
     plain = {key: getattr(figure, key) for key in ("key", "title", "text", "size", "missing")}
-    return {**plain, "legend": [list(entry) for entry in figure.legend], "groups": groups}
+    numbers = {"points": figure.points, "axes": figure.axes, "table": figure.table}  # tuples become lists
+    return {**plain, **numbers, "legend": figure.legend, "groups": groups}
 
 
 def _cell_as_json(cell: Cell) -> dict[str, str]:
@@ -123,7 +128,11 @@ def _figure(entry: dict[str, Any]) -> Figure:
     if text["size"] not in SIZES:
         raise ValueError("unknown size of a figure")
     legend = tuple((_text(name), _color(color)) for name, color in entry["legend"])
-    return Figure(**text, legend=legend, groups=tuple(_group(group) for group in entry["groups"]))
+    points = tuple((_number(x), _number(y)) for x, y in entry["points"])
+    table = tuple(tuple(_text(cell) for cell in row) for row in entry["table"])
+    across, up = (_text(name) for name in entry["axes"])
+    groups = tuple(_group(group) for group in entry["groups"])
+    return Figure(**text, legend=legend, groups=groups, points=points, axes=(across, up), table=table)
 
 
 def _group(entry: dict[str, Any]) -> Group:
@@ -146,6 +155,12 @@ def _text(value: Any) -> str:
     if not isinstance(value, str):
         raise ValueError("text was expected")
     return value
+
+
+def _number(value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < 1e9:
+        raise ValueError("a number was expected")
+    return float(value)
 
 
 def _color(value: Any) -> str:

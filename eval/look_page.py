@@ -95,14 +95,14 @@ def _map(looked: Looked, look: DataLook) -> str:
     )
     what = "class" if by_class else "cluster"
     text = (
-        f"t-SNE of the features: near images look alike to the network, distances between islands mean little. A dot is "
-        f"an image, its color its {what}. Below, the same map in pictures: one image for each place."
+        f"t-SNE of the features: near images look alike to the network, distances between islands mean little. A dot "
+        f"is an image, its color its {what}. Beside or below it the same map in pictures: one image for each place."
     )
     return section(
         "Map",
-        f'{soft(text)}<ul class="legend">{legend}</ul><svg class="map" viewBox="0 0 600 600" role="img" '
+        f'{soft(text)}<ul class="legend">{legend}</ul><div class="maps"><svg viewBox="0 0 600 600" role="img" '
         f'aria-label="map of the data set, a dot an image, colored by {what}">{dots}</svg>'
-        f'<div class="map">{image(_picture_map(looked, look), "the same map in pictures")}</div>',
+        f"<div>{image(_picture_map(looked, look), 'the same map in pictures')}</div></div>",
     )
 
 

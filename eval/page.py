@@ -7,6 +7,7 @@ import html
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+from nearfar.eval.curves import scatter
 from nearfar.eval.figures import Cell, Figure, Group, kind_of
 from nearfar.ssl import files
 from nearfar.ssl.errors import UserError
@@ -57,7 +58,7 @@ figure { margin: 0; break-inside: avoid } figcaption b { font-weight: 600 }
 svg { width: 100%; display: block } svg text { font-size: 10px; fill: var(--soft) }
 .grid { stroke: var(--rule) } .guide { stroke: var(--wrong); stroke-dasharray: 4 3 }
 .line { fill: none; stroke: var(--accent); stroke-width: 1.6; stroke-linejoin: round }
-.curves circle { fill: var(--accent) }
+.curves circle, .dot { fill: var(--accent) }
 img { max-width: 100%; height: auto; display: block; border-radius: 3px }
 .groups { display: grid; gap: 1.4rem 2rem; margin-top: .8rem }
 .groups.small { grid-template-columns: repeat(auto-fill, minmax(min(29rem, 100%), 1fr)) }
@@ -78,7 +79,8 @@ img { max-width: 100%; height: auto; display: block; border-radius: 3px }
             vertical-align: -.08rem; border: 1px solid var(--gray) }
 .confusion td, .confusion th { padding: .18rem .4rem; text-align: center; border: 0; font-size: .8rem }
 .confusion td { min-width: 2rem } .confusion th { font-weight: 500; color: var(--soft) }
-.confusion th:first-child { text-align: right } .map { max-width: 46rem } .map text { font-size: 11px }
+.confusion th:first-child { text-align: right } .maps { display: grid; gap: 1.2rem; align-items: start;
+        grid-template-columns: repeat(auto-fit, minmax(min(26rem, 100%), 1fr)) } .plot { max-width: 34rem }
 @media (max-width: 30rem) { body { padding-inline: .9rem } h1 { font-size: 1.5rem } th, td { padding-right: .7rem }
   .lead { flex-basis: 22% } .group { gap: .6rem } }
 @media print { body { padding: 0; max-width: none; font-size: 11px } .curves { grid-template-columns: repeat(3, 1fr) }
@@ -145,7 +147,19 @@ def figure_section(figure: Figure) -> str:
     names = "".join(f'<li><i style="background:{color}"></i>{html.escape(name)}</li>' for name, color in figure.legend)
     legend = f'<ul class="legend">{names}</ul>' if names else ""
     groups = "".join(_group(group) for group in figure.groups)
-    return section(figure.title, f'{soft(figure.text)}{legend}<div class="groups {figure.size}">{groups}</div>')
+    parts = [soft(figure.text), legend, f'<div class="groups {figure.size}">{groups}</div>' if groups else ""]
+    if figure.points:
+        parts.append(f'<div class="plot">{scatter(figure.points, *figure.axes)}</div>')
+    if figure.table:
+        heads, *rows = figure.table
+        parts.append(_table(heads, rows))
+    return section(figure.title, "".join(parts))
+
+
+def _table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    top = "".join(f"<th>{html.escape(head)}</th>" for head in heads)
+    lines = "".join("<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
+    return f'<div class="scroll"><table><thead><tr>{top}</tr></thead><tbody>{lines}</tbody></table></div>'
 
 
 def _group(group: Group) -> str:

@@ -87,11 +87,7 @@ def _backbone(settings: Mapping[str, Any]) -> str:
 
 
 def _facts(settings: Mapping[str, Any], metrics: Sequence[Mapping[str, float]]) -> Iterator[tuple[str, str]]:
-    train, data = part(settings, "train"), part(settings, "data")
-    if backbone := _backbone(settings):
-        yield "Backbone", backbone
-    if data.get("path"):
-        yield "Data", str(data["path"])
+    train = part(settings, "train")
     logged = [line for line in metrics if "loss" in line]
     if logged:
         last = logged[-1]

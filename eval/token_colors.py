@@ -5,12 +5,11 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import numpy as np
-import torch.nn.functional as F
 from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from nearfar.eval.attention_maps import evaluating
+from nearfar.eval.attention_maps import evaluating, mirrored
 from nearfar.ssl.backbones import Backbone
 
 
@@ -21,25 +20,18 @@ class TokenColors(NamedTuple):
     shown: NDArray[np.bool_]
 
 
-MARGIN = 2  # patches
-
-
 def patch_tokens(backbone: Backbone, images: Tensor) -> NDArray[np.float32]:
     """The patch tokens (n, h, w, D) of the last block, after the final norm, without PRR.
 
-    The images are continued by their mirror image for `MARGIN` patches on each side, whose tokens are left out:
-    otherwise what a convolution makes of the black beyond the border outshines what is in the picture.
+    Images are `mirrored`, and the tokens of the margin are left out.
 
     Args:
         images: (n, 3, H, W), ImageNet-normalized, H and W multiples of the patch size.
     """
-    margin = MARGIN * backbone.patch_size
-    fits = min(images.shape[-2:]) > margin
-    padded = F.pad(images, (margin,) * 4, mode="reflect") if fits else images
+    padded, inner = mirrored(images, backbone.patch_size)
     with evaluating(backbone):
         tokens = backbone.blocks(padded, 1, norm=True)[-1]
     found = tokens.patches.float().unflatten(1, tokens.grid).cpu().numpy()
-    inner = slice(MARGIN, -MARGIN) if fits else slice(None)
     return np.asarray(found[:, inner, inner], np.float32)
 
 

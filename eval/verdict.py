@@ -45,7 +45,7 @@ def verdict(
     against = {"untrained": "untrained", "pixels": "raw pixels"}
     compared = ", ".join(f"{against[subject]} {other.percent:.1f} %" for subject, other in others.items())
     facts = f"{said} ({compared})" if compared else said
-    facts += _health(last)
+    facts += _health(last) + _other_tasks(table, task)
     lost = [
         against[subject]
         for subject, other in others.items()
@@ -65,6 +65,20 @@ def verdict(
         f"{score.percent - other.percent:+.1f} over {against[subject]}" for subject, other in others.items()
     )
     return Verdict(f"Training paid off: {gains}: {facts}.", "", True)
+
+
+def _other_tasks(table: Mapping[str, Mapping[str, Score]], decided: str) -> str:
+    """The other scores of the trained features beside those of the baselines."""
+    told = []
+    for task, score in table["trained"].items():
+        beside = [
+            f"{name} {table[subject][task].percent:.1f} %"
+            for subject, name in (("untrained", "untrained"), ("pixels", "raw pixels"))
+            if task in table.get(subject, {})
+        ]
+        if task != decided:
+            told.append(f"{TITLES[task]} {score.percent:.1f} %" + (f" ({', '.join(beside)})" if beside else ""))
+    return "; " + ", ".join(told) if told else ""
 
 
 def _health(last: Mapping[str, float]) -> str:

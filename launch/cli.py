@@ -109,7 +109,15 @@ def build_parser() -> Parser:
     export.set_defaults(verb=run_export)
 
     report = verbs.add_parser("report", help="write report.html: of a run, or a comparison of several")
-    report.add_argument("run", type=Path, help="run folder, or a folder of runs such as a sweep")
+    report.add_argument("run", type=Path, nargs="+", help="run folders, or folders of runs such as a sweep")
+    report.add_argument(
+        "--format", choices=["markdown", "latex"], help="of several runs: print a table for a paper, and write no page"
+    )
+    report.add_argument(
+        "--out",
+        type=Path,
+        help="page of a comparison (default: report.html in the folder of runs, else comparison.html)",
+    )
     report.set_defaults(verb=run_report)
 
     data = verbs.add_parser(
@@ -262,15 +270,36 @@ def run_export(arguments: argparse.Namespace) -> None:
 
 
 def run_report(arguments: argparse.Namespace) -> None:
-    from nearfar.eval.compare import compare, runs_in, table, write_comparison
-    from nearfar.eval.report import write_report
+    from nearfar.eval.compare import runs_in
 
-    if (arguments.run / "config.yaml").exists() or not (runs := runs_in(arguments.run)):
+    given: list[Path] = arguments.run
+    if len(given) == 1 and ((given[0] / "config.yaml").exists() or not runs_in(given[0])):
+        if arguments.format or arguments.out:
+            raise UserError("--format and --out are for several runs: name them, or a folder of runs.")
         from nearfar.launch.report import report_run  # loads torch, which a comparison does not need
 
-        print(report_run(arguments.run))
+        print(report_run(given[0]))
         return
+    for folder in given:
+        if not (folder / "config.yaml").exists() and not runs_in(folder):
+            raise UserError(
+                f"{folder} is neither a run nor a folder of runs (no config.yaml in it or one level below)."
+            )
+    page = given[0] / "report.html" if len(given) == 1 else Path("comparison.html")
+    runs = [run for each in given for run in ([each] if (each / "config.yaml").exists() else runs_in(each))]
+    _compare(runs, arguments.out or page, arguments.format)
+
+
+def _compare(runs: list[Path], page: Path, text_format: str | None) -> None:
+    from nearfar.eval.compare import compare, table
+    from nearfar.eval.comparison_page import write_comparison
+    from nearfar.eval.report import write_report
+    from nearfar.eval.seeds import latex, markdown
+
     found, console = compare(runs), Console()
+    if text_format:
+        print(latex(found) if text_format == "latex" else markdown(found))
+        return
     console.print(table(found, console))
     for run in runs:
         if not (run / "report.html").exists():
@@ -278,7 +307,7 @@ def run_report(arguments: argparse.Namespace) -> None:
                 write_report(run)
     for note in found.notes:
         _note(note)
-    print(write_comparison(arguments.run))
+    print(write_comparison(runs, page))
 
 
 def _note(text: str) -> None:

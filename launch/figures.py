@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from nearfar.eval import results
-from nearfar.eval.attention_maps import MASS, attention_maps, heated, holding, spotlight
+from nearfar.eval.attention_maps import MASS, OFFSET_LOCAL, attention_maps, heated, holding, looks, spotlight
 from nearfar.eval.features import Features, Reading, extract
 from nearfar.eval.figures import Cell, Figure, Group, encoded
 from nearfar.eval.images import Decoding
@@ -65,6 +65,7 @@ def draw_figures(run: Path, subject: Subject | None = None) -> list[Figure]:
         ("masks", "Predicted masks", _masks),
         ("attention", "Attention", _attention),
         ("tokens", "Patch tokens", _tokens),
+        ("layers", "Layers", _layers),
     )
     figures = []
     for key, title, draw in drawers:
@@ -157,7 +158,7 @@ def _attention(pictured: Pictured) -> Figure:
     groups = []
     for view, values in zip(views, maps, strict=True):
         picture = _picture(view).resize((LARGE, LARGE), Image.Resampling.BICUBIC)
-        share = f"{MASS:.0%} of the attention on {100 * holding(values).mean():.0f} % of the picture"
+        share = f"{100 * MASS:.0f} % of the attention on {100 * holding(values).mean():.0f} % of the picture"
         cells = (
             Cell(encoded(heated(picture, values)), "the image under a glow of attention", "more than an even share"),
             Cell(encoded(spotlight(picture, values)), "the most attended part of the image, in color", share),
@@ -165,7 +166,7 @@ def _attention(pictured: Pictured) -> Figure:
         groups.append(Group((("", cells),)))
     text = (
         "What CLS attends to in the last block, the mean over its heads. Left a glow where attention exceeds an even "
-        f"share; right in color the least part of the picture that holds {MASS:.0%} of it, the rest dimmed. Seen at "
+        f"share; right in color the least part of the picture that holds {100 * MASS:.0f} % of it, the rest dimmed. Seen at "
         f"{views.shape[-1]} pixels, {maps.shape[1]}x{maps.shape[2]} patches; trained on views of "
         f"{subject.run.views.global_crops_size}."
     )
@@ -184,6 +185,34 @@ def _tokens(pictured: Pictured) -> Figure:
         f"{tokens.shape[1]}x{tokens.shape[2]} patches, at {views.shape[-1]} pixels."
     )
     return Figure("tokens", "Patch tokens", text, groups, size="medium")
+
+
+def _layers(pictured: Pictured) -> Figure:
+    subject = pictured.subject
+    views = readable_views(pictured.val, subject.image_size, TOGETHER)
+    found = looks(subject.backbone, on_device(views, subject))
+    points = tuple((number, distance) for number, layer in enumerate(found, 1) for distance in layer.distance)
+    gaug = any(layer.std for layer in found)
+    heads = ["layer", "attention distance, pixels", "most at one offset", "offset-local heads"]
+    table = [tuple(heads + ["GAug std, patches (down x across)", "GAug strength"] * gaug)]
+    for number, layer in enumerate(found, 1):
+        share = max(layer.offset_share)
+        down, across = layer.offset[layer.offset_share.index(share)]
+        local = sum(each >= OFFSET_LOCAL for each in layer.offset_share)
+        row = [str(number), f"{np.mean(layer.distance):.1f}", f"{100 * share:.0f} % at ({down:+d}, {across:+d})"]
+        row.append(f"{local} of {len(layer.offset_share)}")
+        if gaug:
+            row.append(f"{layer.std[0]:.2f} x {layer.std[1]:.2f}" if layer.std else "")
+            row.append("" if layer.strength is None else f"{layer.strength:.2f}")
+        table.append(tuple(row))
+    text = (
+        f"How far each head (a dot) looks on average from a patch, over {len(views)} images of {views.shape[-1]} pixels. A "
+        f"head is offset-local where one fixed offset (rows, columns) gets at least {100 * OFFSET_LOCAL:.0f} % of a "
+        "patch's attention to patches."
+    )
+    if gaug:
+        text += " GAug: the mean standard deviation that queries ask for, and the bias on themselves."
+    return Figure("layers", "Layers", text, points=points, axes=("layer", "distance, pixels"), table=tuple(table))
 
 
 def _enlarged(
