@@ -22,7 +22,9 @@ def write_comparison(runs: Sequence[Path], target: Path) -> Path:
         UserError: there are no runs, or the page cannot be written.
     """
     if not runs:
-        raise UserError(f"There are no runs to compare in {target.parent} (no config.yaml one level below).")
+        raise UserError(
+            f"{target.parent} is neither a run nor a folder of runs (no config.yaml in it or one level below)."
+        )
     found = compare(runs)
     groups = by_seed(found)
     title = target.parent.resolve().name if target.name == "report.html" else target.stem

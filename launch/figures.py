@@ -166,8 +166,8 @@ def _attention(pictured: Pictured) -> Figure:
         groups.append(Group((("", cells),)))
     text = (
         "What CLS attends to in the last block, the mean over its heads. Left a glow where attention exceeds an even "
-        f"share; right in color the least part of the picture that holds {100 * MASS:.0f} % of it, the rest dimmed. Seen at "
-        f"{views.shape[-1]} pixels, {maps.shape[1]}x{maps.shape[2]} patches; trained on views of "
+        f"share; right in color the least part of the picture that holds {100 * MASS:.0f} % of it, the rest dimmed. "
+        f"Seen at {views.shape[-1]} pixels, {maps.shape[1]}x{maps.shape[2]} patches; trained on views of "
         f"{subject.run.views.global_crops_size}."
     )
     return Figure("attention", "Attention", text, tuple(groups), size="medium")
@@ -206,9 +206,9 @@ def _layers(pictured: Pictured) -> Figure:
             row.append("" if layer.strength is None else f"{layer.strength:.2f}")
         table.append(tuple(row))
     text = (
-        f"How far each head (a dot) looks on average from a patch, over {len(views)} images of {views.shape[-1]} pixels. A "
-        f"head is offset-local where one fixed offset (rows, columns) gets at least {100 * OFFSET_LOCAL:.0f} % of a "
-        "patch's attention to patches."
+        f"How far each head (a dot) looks on average from a patch, over {len(views)} images of {views.shape[-1]} "
+        f"pixels. A head is offset-local where one fixed offset (rows, columns) gets at least {100 * OFFSET_LOCAL:.0f} % "
+        "of a patch's attention to patches."
     )
     if gaug:
         text += " GAug: the mean standard deviation that queries ask for, and the bias on themselves."
