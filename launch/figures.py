@@ -207,8 +207,8 @@ def _layers(pictured: Pictured) -> Figure:
         table.append(tuple(row))
     text = (
         f"How far each head (a dot) looks on average from a patch, over {len(views)} images of {views.shape[-1]} "
-        f"pixels. A head is offset-local where one fixed offset (rows, columns) gets at least {100 * OFFSET_LOCAL:.0f} % "
-        "of a patch's attention to patches."
+        f"pixels. A head is offset-local where one fixed offset (rows, columns) gets at least {100 * OFFSET_LOCAL:.0f} "
+        "% of a patch's attention to patches."
     )
     if gaug:
         text += " GAug: the mean standard deviation that queries ask for, and the bias on themselves."
