@@ -34,7 +34,9 @@ SHOWN = 6  # images of each figure
 NEIGHBORS = 5
 MEMORY, QUERIES = 2000, 200  # images among which neighbors are looked for, and of which the share of right ones is told
 MASKED = 1000  # images that train the head of the predicted masks
-TOGETHER = 24  # images of one principal component analysis
+TOGETHER = (
+    26  # images of one principal component analysis; every fifth is shown, which makes them those of the attention
+)
 LARGE = 480  # pixels of the picture under an attention map
 
 
@@ -82,13 +84,11 @@ def _neighbors(pictured: Pictured) -> Figure:
     memory = val if itself else spread(pictured.train, MEMORY)
     reading = protocol_of(subject).pooled
     found, rows = {}, None
-    for kind in ("trained", "raw pixels"):
-
-        def features(source: Source, kind: str = kind) -> Features:
-            if kind == "trained":
-                return extract(subject.backbone, source, reading, Decoding())
-            return pixel_features(source, PIXEL_SIDE)
-
+    kinds: dict[str, Callable[[Source], Features]] = {
+        "trained": lambda source: extract(subject.backbone, source, reading, Decoding()),
+        "raw pixels": lambda source: pixel_features(source, PIXEL_SIDE),
+    }
+    for kind, features in kinds.items():
         known = features(memory)
         asked = known if itself else features(val)
         k = min(NEIGHBORS, len(known.x) - itself)
@@ -291,18 +291,20 @@ def readable_views(source: Source, size: int, most: int) -> torch.Tensor:
 
     Raises UserError where none of them can be read.
     """
-    views, told, n = [], "", len(source)
+    views, told, n = dict[int, torch.Tensor](), "", len(source)
     for i in np.linspace(0, n - 1, min(most, n)).astype(int).tolist():
         for j in range(i, min(i + 10, n)):  # a damaged image: the next one
+            if j in views:
+                continue
             try:
-                views.append(torch.as_tensor(eval_view(source.read(j), size, size)))
+                views[j] = torch.as_tensor(eval_view(source.read(j), size, size))
             except BadImage as error:
                 told = f" {error}"
                 continue
             break
     if not views:
         raise UserError(f"No image of the run could be read.{told}")
-    return torch.stack(views)
+    return torch.stack(list(views.values()))
 
 
 def on_device(views: torch.Tensor, subject: Subject) -> torch.Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nearfar.eval import figures
+from nearfar.eval import figures, results
 from nearfar.eval.report import write_report
 from nearfar.ssl import checkpoint
 from nearfar.ssl.errors import UserError
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def report_run(run: Path, subject: Subject | None = None) -> Path:
-    """Draw the figures that are not there or older than weights or scores, write report.html, and return its path.
+    """Draw the figures that are not there or older than the weights, write report.html, and return its path.
 
     subject: the run's weights, where they are loaded already. What cannot be drawn is named on the page, and why.
 
@@ -39,9 +39,10 @@ def report_run(run: Path, subject: Subject | None = None) -> Path:
 
 
 def _due(run: Path, weights: Path) -> bool:
-    """Are figures missing, or older than the weights or the scores?"""
+    """Are figures missing or older than the weights, or is there a score of segmentation now and no picture of it?"""
     file = run / figures.FILE
-    if not file.is_file():
+    if not file.is_file() or file.stat().st_mtime < weights.stat().st_mtime:
         return True
-    newest = max(each.stat().st_mtime for each in (weights, run / "results.json") if each.is_file())
-    return file.stat().st_mtime < newest
+    masks = any(figure.key == "masks" and not figure.missing for figure in figures.read(file))
+    scored = any(score.task == "segment" and score.subject == "trained" for score in results.read(run / "results.json"))
+    return scored and not masks

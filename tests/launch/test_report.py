@@ -11,6 +11,8 @@ import pytest
 import torch
 from PIL import Image
 
+from nearfar.eval import results
+from nearfar.eval.results import DataName, Score
 from nearfar.launch import cli
 from nearfar.launch.report import report_run
 from nearfar.ssl import checkpoint, config
@@ -54,6 +56,22 @@ def test_a_run_of_the_users_own_has_its_pictures(tmp_path: Path) -> None:
     os.utime(run / "teacher.safetensors", (2**31, 2**31))  # trained further
     report_run(run)
     assert (run / "figures.json").stat().st_mtime_ns > drawn
+
+
+def test_predicted_masks_appear_once_segmentation_is_scored(tmp_path: Path) -> None:
+    masks = np.zeros((6, 16, 16), np.uint8)
+    masks[::2, 4:12, 4:12], masks[1::2, :8] = 1, 2
+    path = tmp_path / "scenes.npz"
+    np.savez(path, images=np.repeat(80 * masks[..., None], 3, 3), label=np.arange(6) % 2, mask=masks)
+    run = make_run(tmp_path, "mine", **VIT)
+    (run / "config.yaml").write_text((run / "config.yaml").read_text().replace(str(tmp_path / "images"), str(path)))
+    assert "Segmentation is not scored" in report_run(run).read_text()
+    data = DataName(str(path), "f", 6)
+    reading = {"layer": "last-block", "size": 16, "head": "linear", "steps": 5}
+    results.add(run / "results.json", Score("trained", "segment", 12.5, "w", data, data, reading, 3, {"classes": 3}))
+    page = report_run(run).read_text()
+    assert "the score is 12.5 % mIoU" in page and page.count("truth: class 1") == 6  # 3 captions, 3 alternative texts
+    assert len(re.findall(r"predicted: [\w ,.]+ \(\d+ % of pixels right\)", page)) == 6 and "class 2</li>" in page
 
 
 def test_a_network_without_attention_and_a_run_without_images_say_so(tmp_path: Path) -> None:
