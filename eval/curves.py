@@ -23,11 +23,11 @@ class Panel(NamedTuple):
 
 PANELS = (
     Panel("loss", "Loss"),
+    Panel("knn_top1", "k-NN of the teacher, %"),
+    Panel("rankme", "RankMe (effective rank)"),
     Panel("entropy", "Teacher entropy / ln K", 1.0, "1 = flat, uniform collapse; 0 = one prototype only"),
     Panel("kl", "KL(teacher || its mean), nats", 0.0, "0 = every image gets the same answer"),
     Panel("feature_std", "Feature std x sqrt(d)", 1.0, "healthy near 1; 0 = collapse"),
-    Panel("rankme", "RankMe (effective rank)"),
-    Panel("knn_top1", "k-NN of the teacher, %"),
     Panel("lr", "Learning rate"),
     Panel("grad_norm", "Gradient norm"),
     Panel("img_per_s", "Images per second"),

@@ -80,7 +80,8 @@ img { max-width: 100%; height: auto; display: block; border-radius: 3px }
 .confusion td, .confusion th { padding: .18rem .4rem; text-align: center; border: 0; font-size: .8rem }
 .confusion td { min-width: 2rem } .confusion th { font-weight: 500; color: var(--soft) }
 .confusion th:first-child { text-align: right } .maps { display: grid; gap: 1.2rem; align-items: start;
-        grid-template-columns: repeat(auto-fit, minmax(min(26rem, 100%), 1fr)) } .plot { max-width: 34rem }
+        grid-template-columns: repeat(auto-fit, minmax(min(26rem, 100%), 1fr)) } .numbers td { white-space: nowrap }
+.plot { max-width: 24rem; margin: .6rem 0 1rem }
 @media (max-width: 30rem) { body { padding-inline: .9rem } h1 { font-size: 1.5rem } th, td { padding-right: .7rem }
   .lead { flex-basis: 22% } .group { gap: .6rem } }
 @media print { body { padding: 0; max-width: none; font-size: 11px } .curves { grid-template-columns: repeat(3, 1fr) }
@@ -159,7 +160,9 @@ def figure_section(figure: Figure) -> str:
 def _table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     top = "".join(f"<th>{html.escape(head)}</th>" for head in heads)
     lines = "".join("<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
-    return f'<div class="scroll"><table><thead><tr>{top}</tr></thead><tbody>{lines}</tbody></table></div>'
+    return (
+        f'<div class="scroll"><table class="numbers"><thead><tr>{top}</tr></thead><tbody>{lines}</tbody></table></div>'
+    )
 
 
 def _group(group: Group) -> str:

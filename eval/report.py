@@ -45,13 +45,15 @@ def write_report(run: Path, reason: str = "", about: Mapping[str, Any] = {}) -> 
     metrics = read_numbers(run / "metrics.jsonl")
     tables = list(results.tables(scores))
     name = str(settings.get("name") or run.resolve().name)
+    drawn = figures.read(run / figures.FILE)
     judged = verdict(tables[0], metrics, flat(settings)) if tables else None
     body = [
         summary(name, settings, metrics, tables, judged),
-        *_pictures(figures.read(run / figures.FILE), reason),
+        *_pictures([figure for figure in drawn if figure.key != "layers"], reason),
         _curves(metrics),
         scores_section(tables, scores),
         confusion_section(tables[0] if tables else {}),
+        *(figure_section(figure) for figure in drawn if figure.key == "layers"),
         _views(run / "views.png"),
         _settings(settings),
         _environment(about),

@@ -29,8 +29,9 @@ def summary(
     )
     sentence = ""
     if judged:
+        rest = f"{judged.others} {judged.advice}".strip()
         kind = "verdict" if judged.good else "verdict bad"
-        sentence = f'<p class="{kind}"><b>{html.escape(judged.finding)}</b> {html.escape(judged.advice)}</p>'
+        sentence = f'<p class="{kind}"><b>{html.escape(judged.finding)}</b> {html.escape(rest)}</p>'
     lede = html.escape(_lede(settings, metrics, tables[0] if tables else {}))
     bars = _bars(tables[0]) if tables else ""
     return (

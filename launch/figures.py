@@ -166,8 +166,9 @@ def _attention(pictured: Pictured) -> Figure:
         groups.append(Group((("", cells),)))
     text = (
         "What CLS attends to in the last block, the mean over its heads. Left a glow where attention exceeds an even "
-        f"share; right in color the least part of the picture that holds {100 * MASS:.0f} % of it, the rest dimmed. "
-        f"Seen at {views.shape[-1]} pixels, {maps.shape[1]}x{maps.shape[2]} patches; trained on views of "
+        f"share; right in color the least part of the picture that holds {100 * MASS:.0f} % of it, the rest dimmed "
+        f"(evenly spread attention would need {100 * MASS:.0f} %). Seen at {views.shape[-1]} pixels, "
+        f"{maps.shape[1]}x{maps.shape[2]} patches; trained on views of "
         f"{subject.run.views.global_crops_size}."
     )
     return Figure("attention", "Attention", text, tuple(groups), size="medium")

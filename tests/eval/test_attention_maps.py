@@ -105,8 +105,8 @@ def test_distances_and_offsets_are_those_of_a_count_over_all_pairs(name: str) ->
     h, w = 48 // p, 64 // p
     *_, last = found = looks(model, images)
     assert len(found) == 2 and last.std is None
-    weights = model.attention(images)[:, :, 1:, 1:].mean(0)
-    weights = (weights / weights.sum(-1, keepdim=True)).tolist()
+    between = model.attention(images)[:, :, 1:, 1:].mean(0)
+    weights = (between / between.sum(-1, keepdim=True)).tolist()
     places = [(y, x) for y in range(h) for x in range(w)]
     for head, rows in enumerate(weights):
         far = [

@@ -39,7 +39,15 @@ def test_photographs_are_jpeg_and_what_must_be_exact_is_png() -> None:
 def entry(**changed: Any) -> dict[str, Any]:
     cell = {"image": base64.b64encode(PHOTO).decode(), "alt": "", "caption": "", "mark": ""}
     cell |= {key: changed.pop(key) for key in ("image", "mark") if key in changed}
-    plain = {"key": "k", "title": "t", "text": "", "size": "small", "missing": "", "legend": [], "points": []}
+    plain: dict[str, Any] = {
+        "key": "k",
+        "title": "t",
+        "text": "",
+        "size": "small",
+        "missing": "",
+        "legend": [],
+        "points": [],
+    }
     plain |= {"axes": ["", ""], "table": [], "groups": [{"lead": None, "strips": [["", [cell]]]}]}
     return plain | changed
 
