@@ -11,7 +11,7 @@ from rich.console import Console
 from nearfar.eval.data_look import FEWEST, look_at
 from nearfar.eval.features import extract
 from nearfar.eval.images import Decoding
-from nearfar.eval.look_page import Looked, look_page
+from nearfar.eval.look_page import Looked, look_page, pairs_of
 from nearfar.eval.page import write_page
 from nearfar.launch.computing import compute_for
 from nearfar.launch.progress import progress, summed
@@ -59,8 +59,8 @@ def look(path: str, weights: Path, out: Path, options: LookOptions, console: Con
     looked = Looked(path, seen, features.index, len(source), network, features.manifest["bad"])
     write_page(out, look_page(looked, found, options.duplicate))
     _say(
-        f"{len(found.center)} clusters, {len(found.pairs):,} pairs of near duplicates (cosine {options.duplicate:g} or "
-        f"more), {len(looked.bad):,} unreadable images: {out}",
+        f"{len(found.center)} clusters, {pairs_of(len(found.pairs))} of near duplicates (cosine {options.duplicate:g} "
+        f"or more), {len(looked.bad):,} unreadable images: {out}",
         console,
     )
     return out
