@@ -79,8 +79,8 @@ def draw_figures(run: Path, subject: Subject | None = None) -> list[Figure]:
 
 
 def _neighbors(pictured: Pictured) -> Figure:
-    subject, val = pictured.subject, spread(pictured.val, QUERIES)
     itself = pictured.val is pictured.train
+    subject, val = pictured.subject, spread(pictured.val, MEMORY if itself else QUERIES)
     memory = val if itself else spread(pictured.train, MEMORY)
     reading = protocol_of(subject).pooled
     found, rows = {}, None
