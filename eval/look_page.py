@@ -8,11 +8,10 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 
 from nearfar.eval.data_look import DataLook, purity, thinned_grid
 from nearfar.eval.figures import Cell, Figure, Group, encoded
-from nearfar.eval.page import figure_section, folded, image, missing, page, section, soft, text_table
+from nearfar.eval.page import as_address, figure_section, folded, missing, page, section, soft, text_table
 from nearfar.eval.sheets import COLORS, sample, square
 from nearfar.ssl.data.sources.base import Source
 from nearfar.ssl.errors import BadImage
@@ -106,7 +105,7 @@ def _map(looked: Looked, look: DataLook) -> str:
         "Map",
         f'{soft(text)}<ul class="legend">{legend}</ul><div class="maps"><svg viewBox="0 0 600 600" role="img" '
         f'aria-label="map of the data set, a dot an image, colored by {what}">{dots}</svg>'
-        f"<div>{image(_picture_map(looked, look), 'the same map in pictures')}</div></div>",
+        f"{_picture_map(looked, look)}</div>",
     )
 
 
@@ -114,18 +113,18 @@ def _radius(count: int) -> float:
     return 5 if count < 300 else 3.5 if count < 1500 else 2.4
 
 
-def _picture_map(looked: Looked, look: DataLook) -> bytes:
-    side = _CELLS * _CELL_SIDE
-    sheet = Image.new("RGBA", (side, side), (0, 0, 0, 0))
+def _picture_map(looked: Looked, look: DataLook) -> str:
+    side, pictures = _CELLS * _CELL_SIDE, []
     for at in thinned_grid(look.place, _CELLS).tolist():
         x, y = np.minimum((look.place[at] * _CELLS).astype(int), _CELLS - 1) * _CELL_SIDE
         try:
-            sheet.paste(square(looked.source, int(looked.index[at]), _CELL_SIDE - 2), (int(x) + 1, int(y) + 1))
+            content = encoded(square(looked.source, int(looked.index[at]), _CELL_SIDE - 2))
         except BadImage:
             continue
-    flat = Image.new("RGB", sheet.size, (244, 247, 249))  # as JPEG a tenth of the size; the ground of light pages
-    flat.paste(sheet, mask=sheet.getchannel("A"))
-    return encoded(flat)
+        pictures.append(f'<image x="{x + 1}" y="{y + 1}" width="{_CELL_SIDE - 2}" href="{as_address(content)}"/>')
+    return (
+        f'<svg viewBox="0 0 {side} {side}" role="img" aria-label="the same map in pictures">{"".join(pictures)}</svg>'
+    )
 
 
 def _clusters(looked: Looked, look: DataLook) -> Figure:

@@ -138,8 +138,12 @@ def folded(summary: str, content: str) -> str:
 
 def image(content: bytes, alt: str) -> str:
     """An <img> that holds its picture. Raises ValueError for what is neither PNG nor JPEG."""
-    data = base64.b64encode(content).decode("ascii")
-    return f'<img alt="{html.escape(alt)}" src="data:image/{kind_of(content)};base64,{data}">'
+    return f'<img alt="{html.escape(alt)}" src="{as_address(content)}">'
+
+
+def as_address(content: bytes) -> str:
+    """The address of a picture that is its own content. Raises ValueError for what is neither PNG nor JPEG."""
+    return f"data:image/{kind_of(content)};base64,{base64.b64encode(content).decode('ascii')}"
 
 
 def figure_section(figure: Figure) -> str:
