@@ -11,7 +11,7 @@ from urllib.parse import quote
 from nearfar.eval.compare import Comparison, Row, compare
 from nearfar.eval.page import page, section, soft, write_page
 from nearfar.eval.results import TITLES
-from nearfar.eval.seeds import SeedGroup, best, by_seed
+from nearfar.eval.seeds import SeedGroup, best, by_seed, repeated_seeds
 from nearfar.ssl.errors import UserError
 
 
@@ -38,7 +38,7 @@ def write_comparison(runs: Sequence[Path], target: Path) -> Path:
             section("Over seeds", soft("Percent: mean \u00b1 standard deviation.") + _means(groups, found.tasks))
         )
     body.append(section("Every run", _every_run(found, target.parent)))
-    body += [soft(note) for note in found.notes]
+    body += [soft(note) for note in [*found.notes, *repeated_seeds(groups)]]
     body.append(soft("For a paper: nearfar report RUN RUN ... --format markdown (or latex)."))
     return write_page(target, page(title, body))
 

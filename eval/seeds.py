@@ -46,6 +46,15 @@ def by_seed(found: Comparison) -> list[SeedGroup]:
     return [SeedGroup(_name(rows), rows, _means(rows, found.tasks)) for rows in groups.values()]
 
 
+def repeated_seeds(groups: Sequence[SeedGroup]) -> list[str]:
+    """A note for each group of which several runs have one seed: these are no independent runs."""
+    return [
+        f"Runs of {group.name} share a seed: their spread says less than that of different seeds."
+        for group in groups
+        if len({row.settings.get(SEED) for row in group.rows}) < len(group.rows)
+    ]
+
+
 def _means(rows: Sequence[Row], tasks: Sequence[str]) -> dict[str, Mean]:
     means = {}
     for task in tasks:
@@ -107,7 +116,7 @@ def latex(found: Comparison) -> str:
 
 
 def _caption(found: Comparison) -> str:
-    notes = " ".join(" ".join(note.split()) for note in found.notes)
+    notes = " ".join(" ".join(note.split()) for note in [*found.notes, *repeated_seeds(by_seed(found))])
     said = "Percent; mean and standard deviation over runs that differ only in their seed."
     return f"{said} {notes}".strip()
 

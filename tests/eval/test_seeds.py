@@ -13,7 +13,7 @@ from nearfar.eval import results
 from nearfar.eval.compare import compare, runs_in
 from nearfar.eval.comparison_page import write_comparison
 from nearfar.eval.results import DataName, Score
-from nearfar.eval.seeds import by_seed, latex, markdown
+from nearfar.eval.seeds import by_seed, latex, markdown, repeated_seeds
 
 LGP, PLAIN = (60.0, 62.5, 64.0), (50.0, 53.0)
 
@@ -60,6 +60,13 @@ def test_latex_can_be_pasted(runs: list[Path]) -> None:
 def test_one_run_has_no_spread_and_nothing_to_beat(runs: list[Path]) -> None:
     text = markdown(compare(runs[:1]))
     assert "| a_lgp-seed0 | 60.0 | 1 |" in text and "**" not in text
+
+
+def test_runs_of_one_seed_are_not_taken_for_independent_ones(runs: list[Path]) -> None:
+    assert repeated_seeds(by_seed(compare(runs))) == []
+    (runs[1] / "config.yaml").write_text((runs[1] / "config.yaml").read_text().replace("seed: 1", "seed: 0"))
+    (note,) = repeated_seeds(by_seed(compare(runs)))
+    assert note.startswith("Runs of a_lgp share a seed") and note in markdown(compare(runs))
 
 
 def test_the_page_has_both_tables(runs: list[Path], tmp_path: Path) -> None:
