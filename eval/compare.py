@@ -1,14 +1,12 @@
-"""Several runs side by side: their outcomes, and the settings in which they differ, as a table and as a page."""
+"""Several runs side by side: their outcomes, and the settings in which they differ."""
 
 from __future__ import annotations
 
-import html
 import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
-from urllib.parse import quote
 
 from rich.console import Console
 from rich.measure import Measurement
@@ -16,7 +14,6 @@ from rich.table import Table
 from rich.text import Text
 
 from nearfar.eval import results
-from nearfar.eval.report import write_page
 from nearfar.eval.results import TITLES, Score
 from nearfar.eval.run_files import flat, read_numbers, read_settings
 from nearfar.ssl.errors import UserError
@@ -27,15 +24,6 @@ _ONLINE_TASK = {"knn": "knn_top1"}
 # Settings that change no result are not shown, except for the images on which a run was trained and scored.
 _NOT_COMPARED = {"name", "folder"} | {s.key for s in all_settings() if s.free} - {"data.path", "data.val"}
 _AMBIGUOUS = {"name", "path", "val", "size"}
-_STYLE = (
-    "body{font:16px/1.5 system-ui,-apple-system,'Segoe UI',Roboto,'DejaVu Sans',sans-serif;margin:2.5rem auto;"
-    "max-width:66rem;padding:0 1.5rem;color:#1d2430}h1{overflow-wrap:anywhere;font-size:1.9rem;font-weight:650}"
-    "div{overflow-x:auto}table{border-collapse:collapse;font-variant-numeric:tabular-nums}"
-    "th{color:#667080;font-weight:500;font-size:.85rem;vertical-align:bottom}"
-    "th,td{padding:.45rem 1.1rem .45rem 0;text-align:right;border-bottom:1px solid #e3e7ec}"
-    "th:first-child,td:first-child{text-align:left;overflow-wrap:anywhere;min-width:8rem}"
-    "td.best{font-weight:700;color:#0b6e99}a{color:#0b6e99}p{color:#667080;font-size:.9rem}"
-)
 
 
 DataPair = tuple[str, str]  # what was learned from and what was scored: `Score.data`
@@ -126,38 +114,6 @@ def comparison_table(found: Comparison, console: Console) -> Table:
     return wide if fits else _table(found, columns=False)
 
 
-def write_comparison(folder: Path) -> Path:
-    """`compare` of the runs in a folder as report.html, with links to the reports of the runs; its path.
-
-    Raises:
-        UserError: there are no runs, or the page cannot be written.
-    """
-    if not (runs := runs_in(folder)):
-        raise UserError(f"{folder} is neither a run nor a folder of runs (no config.yaml in it or one level below).")
-    found = compare(runs)
-    heads = ["run", *(TITLES[task] for task in found.tasks), "loss", "step", *found.keys]
-    lines = ["<tr>" + "".join(f"<th>{html.escape(head)}</th>" for head in heads) + "</tr>"]
-    for row in found.rows:
-        name = html.escape(row.run.name)
-        if (row.run / "report.html").is_file():
-            # "./" and quoting: a name with a colon would be read as a scheme, such as javascript:
-            name = f'<a href="./{html.escape(_quoted(row.run.name), quote=True)}/report.html">{name}</a>'
-        cells = [f"<td>{name}</td>"]
-        for task in found.tasks:
-            mark = ' class="best"' if found.is_best(row, task) else ""
-            cells.append(f"<td{mark}>{html.escape(row.score(task))}</td>")
-        cells += [f"<td>{html.escape(text)}</td>" for text in row.outcome]
-        cells += [f"<td>{html.escape(row.settings.get(key, ''))}</td>" for key in found.keys]
-        lines.append("<tr>" + "".join(cells) + "</tr>")
-    title = html.escape(folder.resolve().name)
-    notes = "".join(f"<p>{html.escape(note)}</p>" for note in found.notes)
-    page = (
-        f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{title}</title><style>{_STYLE}</style>'
-        f"<h1>{title}</h1><div><table>{''.join(lines)}</table></div>{notes}</html>\n"
-    )
-    return write_page(folder / "report.html", page)
-
-
 def _table(found: Comparison, columns: bool) -> Table:
     shown = Table()
     shown.add_column("run", overflow="fold", min_width=8)
@@ -184,11 +140,17 @@ def _table(found: Comparison, columns: bool) -> Table:
 
 
 def _settings(run: Path, notes: list[str]) -> dict[str, object]:
+    """Flat settings. Data inside the run's own folder, as the demo draws it, is named relative to that folder."""
     try:
-        return flat(read_settings(run))
+        settings = flat(read_settings(run))
     except UserError as error:
         notes.append(str(error))
         return {}
+    own = f"{settings.get('folder')}/{settings.get('name')}/"
+    for key in ("data.path", "data.val"):
+        if isinstance(value := settings.get(key), str) and value.startswith(own):
+            settings[key] = f"RUN/{value.removeprefix(own)}"
+    return settings
 
 
 def _scores(run: Path, notes: list[str]) -> Scores:
@@ -253,7 +215,3 @@ def _short(keys: Sequence[str]) -> dict[str, str]:
 def _printable(text: str) -> str:
     """Without characters that a terminal would obey, such as an escape sequence in a folder's name."""
     return "".join(letter if letter.isprintable() else "?" for letter in text)
-
-
-def _quoted(name: str) -> str:
-    return quote(name, safe="", errors="surrogateescape")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import html
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 _WIDTH, _HEIGHT = 320, 150
@@ -23,11 +23,11 @@ class Panel(NamedTuple):
 
 PANELS = (
     Panel("loss", "Loss"),
+    Panel("knn_top1", "k-NN of the teacher, %"),
+    Panel("rankme", "RankMe (effective rank)"),
     Panel("entropy", "Teacher entropy / ln K", 1.0, "1 = flat, uniform collapse; 0 = one prototype only"),
     Panel("kl", "KL(teacher || its mean), nats", 0.0, "0 = every image gets the same answer"),
     Panel("feature_std", "Feature std x sqrt(d)", 1.0, "healthy near 1; 0 = collapse"),
-    Panel("rankme", "RankMe (effective rank)"),
-    Panel("knn_top1", "k-NN of the teacher, %"),
     Panel("lr", "Learning rate"),
     Panel("grad_norm", "Gradient norm"),
     Panel("img_per_s", "Images per second"),
@@ -86,6 +86,30 @@ def _drawing(points: list[tuple[float, float]], panel: Panel) -> str:
         parts.append(f'<path class="line" d="M{"L".join(f"{x:.1f} {y:.1f}" for x, y in shown)}"/>')
     if len(shown) <= 40:
         parts += [f'<circle cx="{x:.1f}" cy="{y:.1f}" r="2"/>' for x, y in shown]
+    return "".join([*parts, "</svg>"])
+
+
+def scatter(points: Sequence[tuple[float, float]], across: str, up: str) -> str:
+    """An SVG of dots (x, y), x in whole numbers such as layers; `across` and `up` name the axes."""
+    ticks = nice_ticks(0.0, max(y for _, y in points) or 1.0)
+    first, last = min(x for x, _ in points), max(x for x, _ in points)
+    width = (_WIDTH - _LEFT - _RIGHT) / (last - first + 1)
+    height = _HEIGHT - _TOP - _BOTTOM
+
+    def x_of(x: float) -> float:
+        return _LEFT + (x - first + 0.5) * width
+
+    def y_of(y: float) -> float:
+        return _HEIGHT - _BOTTOM - height * y / ticks[-1]
+
+    name = html.escape(f"{up} by {across}")
+    parts = [f'<svg viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" aria-label="{name}">']
+    for tick in ticks:
+        parts.append(f'<path class="grid" d="M{_LEFT} {y_of(tick):.1f}H{_WIDTH - _RIGHT}"/>')
+        parts.append(f'<text x="{_LEFT - 6}" y="{y_of(tick) + 3.5:.1f}" text-anchor="end">{number(tick)}</text>')
+    for x in sorted({x for x, _ in points}):
+        parts.append(f'<text x="{x_of(x):.1f}" y="{_HEIGHT - 6}" text-anchor="middle">{x:g}</text>')
+    parts += [f'<circle class="dot" cx="{x_of(x):.1f}" cy="{y_of(y):.1f}" r="2.6"/>' for x, y in points]
     return "".join([*parts, "</svg>"])
 
 

@@ -183,7 +183,9 @@ def _mistakes(predicted: Tensor, truth: Tensor, names: list[str] | None) -> dict
         if images
     ]
     found: dict[str, Any] = {"per_class": per_class(predicted, truth, classes), "most_confused": most}
-    return found | ({"confusion": table.tolist()} if classes <= _MOST_IN_A_TABLE else {})
+    if classes > _MOST_IN_A_TABLE:
+        return found
+    return found | {"confusion": table.tolist(), "classes": known[:classes]}
 
 
 def _same_images(train: Features, test: Features) -> bool:

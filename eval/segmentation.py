@@ -81,6 +81,23 @@ def segment_probe(
     return {**iou_scores(table), "steps": training.steps_taken, "train": len(train_grid), "test": len(test_grid)}
 
 
+def predict_masks(
+    train_set: tuple[np.ndarray, Masks],
+    test_set: tuple[np.ndarray, Sequence[tuple[int, int]]],
+    classes: int,
+    training: ProbeTraining = ProbeTraining(),
+    *,
+    device: torch.device | str = "cpu",
+) -> list[np.ndarray]:
+    """The classes that the head of `segment_probe` gives to test grids, int64 (H, W) at the size asked for each."""
+    check_grid(*train_set, classes, training.ignore, "training set of the segmentation probe")
+    statistics = _statistics(train_set[0], torch.device(device))
+    model = train_head(*train_set, statistics, classes, training)
+    grid, sizes = test_set
+    logits = (predict(model, _map(grid[i : i + 1], statistics), size) for i, size in enumerate(sizes))
+    return [each.max(1).indices[0].cpu().numpy() for each in logits]
+
+
 def train_head(
     grid: np.ndarray, masks: Masks, statistics: GridStatistics, classes: int, training: ProbeTraining
 ) -> SegmentationHead:

@@ -13,15 +13,17 @@ _FEW_STEPS = 3000
 
 
 class Verdict(NamedTuple):
-    """finding: one sentence. advice: what to try; empty where nothing is wrong. good: nothing to worry about."""
+    """finding: one sentence. advice: what to try; empty where nothing is wrong. good: nothing to worry about. others:
+    the scores that did not decide, in a sentence."""
 
     finding: str
     advice: str
     good: bool
+    others: str = ""
 
     @property
     def text(self) -> str:
-        return f"{self.finding} {self.advice}".strip()
+        return " ".join(part for part in (self.finding, self.others, self.advice) if part)
 
 
 def verdict(
@@ -46,6 +48,7 @@ def verdict(
     compared = ", ".join(f"{against[subject]} {other.percent:.1f} %" for subject, other in others.items())
     facts = f"{said} ({compared})" if compared else said
     facts += _health(last)
+    besides = _other_tasks(table, task)
     lost = [
         against[subject]
         for subject, other in others.items()
@@ -54,17 +57,31 @@ def verdict(
     advice = _advice(last, settings, score.step)
     if not others:
         if _weak(last):
-            return Verdict(f"{facts}: the features vary little from image to image.", advice, False)
-        return Verdict(f"{facts}.", "What training added is not known: score again with --baselines.", True)
+            return Verdict(f"{facts}: the features vary little from image to image.", advice, False, besides)
+        return Verdict(f"{facts}.", "What training added is not known: score again with --baselines.", True, besides)
     if lost:
         behind = " and than ".join(lost)
         return Verdict(
-            f"Training has not paid off yet: the features are no better than {behind}: {facts}.", advice, False
+            f"Training has not paid off yet: the features are no better than {behind}: {facts}.", advice, False, besides
         )
     gains = ", ".join(
         f"{score.percent - other.percent:+.1f} over {against[subject]}" for subject, other in others.items()
     )
-    return Verdict(f"Training paid off: {gains}: {facts}.", "", True)
+    return Verdict(f"Training paid off: {gains}: {facts}.", "", True, besides)
+
+
+def _other_tasks(table: Mapping[str, Mapping[str, Score]], decided: str) -> str:
+    """The other scores of the trained features beside those of the baselines."""
+    told = []
+    for task, score in table["trained"].items():
+        beside = [
+            f"{name} {table[subject][task].percent:.1f} %"
+            for subject, name in (("untrained", "untrained"), ("pixels", "raw pixels"))
+            if task in table.get(subject, {})
+        ]
+        if task != decided:
+            told.append(f"{TITLES[task]} {score.percent:.1f} %" + (f" ({', '.join(beside)})" if beside else ""))
+    return f"Besides, {', '.join(told)}." if told else ""
 
 
 def _health(last: Mapping[str, float]) -> str:

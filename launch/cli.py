@@ -109,11 +109,19 @@ def build_parser() -> Parser:
     export.set_defaults(verb=run_export)
 
     report = verbs.add_parser("report", help="write report.html: of a run, or a comparison of several")
-    report.add_argument("run", type=Path, help="run folder, or a folder of runs such as a sweep")
+    report.add_argument("run", type=Path, nargs="+", help="run folders, or folders of runs such as a sweep")
+    report.add_argument(
+        "--format", choices=["markdown", "latex"], help="of several runs: print a table for a paper, and write no page"
+    )
+    report.add_argument(
+        "--out",
+        type=Path,
+        help="page of a comparison (default: report.html in the folder of runs, else comparison.html)",
+    )
     report.set_defaults(verb=run_report)
 
     data = verbs.add_parser(
-        "data", help="write images as a .beton for the ffcv loader; show what one holds; find bad images"
+        "data", help="write images as a .beton for the ffcv loader; show what one holds; find bad images; look at them"
     )
     _add_data(data.add_subparsers(required=True, metavar="WHAT"))
     add_launch(verbs)
@@ -280,15 +288,36 @@ def run_export(arguments: argparse.Namespace) -> None:
 
 
 def run_report(arguments: argparse.Namespace) -> None:
-    from nearfar.eval.compare import compare, comparison_table, runs_in, write_comparison
-    from nearfar.eval.report import write_report
+    from nearfar.eval.compare import runs_in
 
-    if (arguments.run / "config.yaml").exists() or not (runs := runs_in(arguments.run)):
+    given: list[Path] = arguments.run
+    if len(given) == 1 and ((given[0] / "config.yaml").exists() or not runs_in(given[0])):
+        if arguments.format or arguments.out:
+            raise UserError("--format and --out are for several runs: name them, or a folder of runs.")
         from nearfar.launch.report import report_run  # loads torch, which a comparison does not need
 
-        print(report_run(arguments.run))
+        print(report_run(given[0]))
         return
+    for folder in given:
+        if not (folder / "config.yaml").exists() and not runs_in(folder):
+            raise UserError(
+                f"{folder} is neither a run nor a folder of runs (no config.yaml in it or one level below)."
+            )
+    page = given[0] / "report.html" if len(given) == 1 else Path("comparison.html")
+    runs = [run for each in given for run in ([each] if (each / "config.yaml").exists() else runs_in(each))]
+    _compare(runs, arguments.out or page, arguments.format)
+
+
+def _compare(runs: list[Path], page: Path, text_format: str | None) -> None:
+    from nearfar.eval.compare import compare, comparison_table
+    from nearfar.eval.comparison_page import write_comparison
+    from nearfar.eval.report import write_report
+    from nearfar.eval.seeds import latex, markdown
+
     found, console = compare(runs), Console()
+    if text_format:
+        print(latex(found) if text_format == "latex" else markdown(found))
+        return
     console.print(comparison_table(found, console))
     for run in runs:
         if not (run / "report.html").exists():
@@ -296,7 +325,7 @@ def run_report(arguments: argparse.Namespace) -> None:
                 write_report(run)
     for note in found.notes:
         _note(note)
-    print(write_comparison(arguments.run))
+    print(write_comparison(runs, page))
 
 
 def _note(text: str) -> None:
@@ -325,6 +354,15 @@ def run_check(arguments: argparse.Namespace) -> None:
     from nearfar.launch import data_verbs
 
     data_verbs.check(arguments.source, min_side=arguments.min_side, workers=arguments.workers, console=Console())
+
+
+def run_look(arguments: argparse.Namespace) -> None:
+    from nearfar.launch.data_look import LookOptions, look
+
+    options = LookOptions(
+        arguments.most, arguments.clusters, arguments.duplicate, arguments.size, arguments.device, arguments.workers
+    )
+    look(arguments.source, arguments.weights, arguments.out, options, Console())
 
 
 def _add_eval(verbs: argparse._SubParsersAction) -> None:
@@ -387,6 +425,29 @@ def _add_data(verbs: argparse._SubParsersAction) -> None:
     check.add_argument("--min-side", type=int, default=8, help="data.min_side of the runs to come (default 8)")
     check.add_argument("--workers", type=int, default=2, help="threads (default 2)")
     check.set_defaults(verb=run_check)
+    _add_look(verbs)
+
+
+def _add_look(verbs: argparse._SubParsersAction) -> None:
+    look = verbs.add_parser(
+        "look", help="write a page with a map of the images by features, clusters, near duplicates and outliers"
+    )
+    look.add_argument("source", help="images, as for beton, or a .beton; labels are shown, not needed")
+    look.add_argument(
+        "--weights", type=Path, required=True, help="run folder, checkpoint folder or exported .safetensors"
+    )
+    look.add_argument("--out", type=Path, default=Path("look.html"), help="page to write (default look.html)")
+    look.add_argument(
+        "--most", type=int, default=5000, help="look at this many images, evenly spread, of more (default 5000)"
+    )
+    look.add_argument("--clusters", type=int, help="number of clusters (default: that of the classes, else 10)")
+    look.add_argument(
+        "--duplicate", type=float, default=0.98, help="cosine from which images are near duplicates (default 0.98)"
+    )
+    look.add_argument("--size", type=int, help="side of the image in pixels (default: eval.size of the run)")
+    look.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto", help="where to compute")
+    look.add_argument("--workers", type=int, help="threads or processes that decode images (default: by cores)")
+    look.set_defaults(verb=run_look)
 
 
 def _add_model(parser: argparse.ArgumentParser, also: str = "") -> None:

@@ -71,7 +71,7 @@ def train_rank(run: Run, console: Console, world: Ranks) -> train.Outcome:
 
 def save_views(batch: Batch, colored: list[Tensor], folder: Path) -> np.ndarray:
     """The first batch as the networks see it, one row an image: runs/NAME/views.png, and its pixels (H, W, 3)."""
-    picture = contact_sheet(batch, colored)
+    picture = contact_sheet(colored)
     save(picture, folder / "views.png")
     return np.asarray(picture.convert("RGB"))
 

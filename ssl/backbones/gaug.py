@@ -38,14 +38,23 @@ class GaugBias(nn.Module):
         `q` is (..., h*w, head_dim), queries of patch tokens before scaling and before any rotation. Returns
         (..., h*w, h), which carries alpha, and (..., h*w, w).
         """
-        precise = torch.promote_types(q.dtype, torch.float32)
         with torch.autocast(q.device.type, enabled=False):
-            weight = torch.cat([self.var.weight, self.alpha.weight]).to(precise)
-            bias = torch.cat([self.var.bias, self.alpha.bias]).to(precise)
             make = compiled(window_tables) if q.device.type == "cuda" else window_tables
-            u = F.linear(q.to(precise), weight, bias)
+            u = self._predicted(q)
             tables: tuple[Tensor, Tensor] = make(u, grid, self.grid, self.ceiling, self.shift, self.eps)
             return tables
+
+    def windows(self, q: Tensor, grid: tuple[int, int]) -> tuple[Tensor, Tensor]:
+        """The variances (..., h*w, 2), down and across in patches, and alphas (..., h*w, 1) of the windows."""
+        with torch.autocast(q.device.type, enabled=False):
+            return window_shapes(self._predicted(q), grid, self.grid, self.ceiling, self.shift, self.eps)
+
+    def _predicted(self, q: Tensor) -> Tensor:
+        """(..., 3) from queries (..., head_dim), in float32 or float64."""
+        precise = torch.promote_types(q.dtype, torch.float32)
+        weight = torch.cat([self.var.weight, self.alpha.weight]).to(precise)
+        bias = torch.cat([self.var.bias, self.alpha.bias]).to(precise)
+        return F.linear(q.to(precise), weight, bias)
 
     def forward(self, q: Tensor, grid: tuple[int, int]) -> Tensor:
         """Queries (B, heads, R + h*w, head_dim) to a bias (B, heads, R + h*w, R + h*w).
@@ -71,15 +80,23 @@ def window_tables(
     Squared distances count at most (max(made_for) - 1)**2, the largest of the initial grid, as in the published code.
     """
     height, width = grid
-    if grid != made_for:
-        ceiling = ceiling * (min(grid) / min(made_for))
     farthest = (max(made_for) - 1) ** 2
     y, x = (torch.arange(side, device=u.device) for side in grid)
     down, across = ((v[:, None] - v).square().clamp(max=farthest).to(u.dtype) for v in (y, x))
     rows, columns = down.repeat_interleave(width, 0), across.repeat(height, 1)  # (h*w, h) and (h*w, w)
-    precision = -0.5 / (ceiling * torch.sigmoid(u[..., :2] - shift) + eps)
-    alpha = F.softplus(u[..., 2:]).clamp(max=LARGEST)
+    variance, alpha = window_shapes(u, grid, made_for, ceiling, shift, eps)
+    precision = -0.5 / variance
     return alpha * torch.exp(precision[..., :1] * rows), torch.exp(precision[..., 1:] * columns)
+
+
+def window_shapes(
+    u: Tensor, grid: tuple[int, int], made_for: tuple[int, int], ceiling: float, shift: float, eps: float
+) -> tuple[Tensor, Tensor]:
+    """Variances (..., h*w, 2) and alphas (..., h*w, 1) from what the predictor says, u (..., h*w, 3)."""
+    if grid != made_for:
+        ceiling = ceiling * (min(grid) / min(made_for))
+    variance = ceiling * torch.sigmoid(u[..., :2] - shift) + eps
+    return variance, F.softplus(u[..., 2:]).clamp(max=LARGEST)
 
 
 def patch_queries(q: Tensor, grid: tuple[int, int]) -> Tensor:

@@ -72,6 +72,10 @@ class Attention(nn.Module):
             logits = logits + self.gaug(gaug_q, grid)
         return logits.softmax(-1)
 
+    def queries(self, x: Tensor) -> Tensor:
+        """(B, heads, N, head_dim): the queries that GAug reads, before scaling and any rotation."""
+        return self._heads(x)[0]
+
     def _heads(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
         return q, k, v

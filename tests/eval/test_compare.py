@@ -13,7 +13,8 @@ import yaml
 from rich.console import Console
 
 from nearfar.eval import results
-from nearfar.eval.compare import ONLINE, compare, comparison_table, runs_in, write_comparison
+from nearfar.eval.compare import ONLINE, compare, comparison_table, runs_in
+from nearfar.eval.comparison_page import write_comparison
 from nearfar.eval.results import DataName, Score
 from nearfar.ssl.errors import UserError
 
@@ -80,7 +81,7 @@ def test_what_came_out_and_what_differs(tmp_path: Path) -> None:
     make(tmp_path, "b<", 5e-4, 2.25, None, 41.0)
     (tmp_path / "cluster").mkdir()
     page = Cells()
-    page.feed(write_comparison(tmp_path).read_text())
+    page.feed(write_comparison(runs_in(tmp_path), tmp_path / "report.html").read_text())
     assert page.rows == [
         ["run", "k-NN top-1", "linear top-1", "loss", "step", "optim.lr"],
         ["a", "40.1", "60.0", "2.5000", "1,200", "0.0001"],
@@ -95,7 +96,7 @@ def test_a_link_leads_to_the_run_whatever_its_name(tmp_path: Path, name: str) ->
     make(tmp_path, name, 1e-4, 2.5, None, None)
     (tmp_path / name / "report.html").write_text("")
     page = Cells()
-    text = write_comparison(tmp_path).read_text()
+    text = write_comparison(runs_in(tmp_path), tmp_path / "report.html").read_text()
     page.feed(text)
     (link,) = page.links
     assert link.startswith("./") and urlsplit(link).scheme == ""
@@ -140,7 +141,7 @@ def test_one_broken_run_does_not_hide_the_others(tmp_path: Path) -> None:
 
 def test_what_is_no_run_is_told(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="neither a run nor a folder of runs"):
-        write_comparison(tmp_path)
+        write_comparison(runs_in(tmp_path), tmp_path / "report.html")
 
 
 def test_scores_on_several_data_sets_are_all_there_and_like_is_shown_beside_like(tmp_path: Path) -> None:

@@ -13,6 +13,8 @@ from typing import Any
 import pytest
 from PIL import Image
 
+from nearfar.eval import figures
+from nearfar.eval.figures import Cell, Figure, Group, encoded
 from nearfar.eval.report import write_report
 from nearfar.eval.results import FORMAT
 from nearfar.ssl import files
@@ -35,6 +37,13 @@ RESULTS = [
         ("trained", (64.6, 84.6, 30.0)), ("untrained", (30.6, 65.5, 20.5)), ("pixels", (90.1, 12.2, 9.1)),
     )
     for task, percent in zip(("knn", "linear", "segment"), row, strict=True)
+]  # fmt: skip
+GREEN = Cell(encoded(Image.new("RGB", (8, 8), "green")), "query", "<cat>")
+BLUE = Cell(encoded(Image.new("RGB", (8, 8), "blue"), exact=True), "neighbor 1", "dog", "wrong")
+NEIGHBORS = Figure("neighbors", "Nearest neighbors", "A & B", (Group((("trained", (BLUE,)),), GREEN),))
+SECTIONS = [
+    "Nearest neighbors", "Attention", "Curves", "Frozen features", "Confusion", "Views", "Settings", "Environment",
+    "Lineage",
 ]  # fmt: skip
 VOID = {"meta", "img", "br", "path", "circle"}
 
@@ -78,8 +87,8 @@ def run(tmp_path: Path) -> Path:
     ]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"step": 310, "lo')
     (folder / "results.json").write_text(held(*RESULTS))
-    for name, color in (("views", "red"), ("attention", "green"), ("pca", "blue")):
-        Image.new("RGB", (40, 30), color).save(folder / f"{name}.png")
+    Image.new("RGB", (40, 30), "red").save(folder / "views.png")
+    figures.write(folder / figures.FILE, [NEIGHBORS, Figure("attention", "Attention", missing="no <attention> maps.")])
     return folder
 
 
@@ -96,13 +105,37 @@ def test_everything_is_inside_the_one_file(run: Path) -> None:
     page = path.read_text()
     parsed(page)
     assert not re.search(r"<script|<link|https?://|@import|url\(", page)
-    pictures = re.findall(r'src="data:image/png;base64,([^"]+)"', page)
-    assert [base64.b64decode(p) for p in pictures] == [
-        (run / f"{name}.png").read_bytes() for name in ("views", "attention", "pca")
-    ]
+    pictures = re.findall(r'src="data:image/(?:png|jpeg);base64,([^"]+)"', page)
+    assert [base64.b64decode(p) for p in pictures] == [GREEN.image, BLUE.image, (run / "views.png").read_bytes()]
     assert page.count("<svg") == 4
-    assert 'class="missing"' not in page
     assert [file.name for file in run.glob(f"{files.PARTIAL}*")] == []
+
+
+def test_the_sections_come_in_order_and_every_picture_has_words(run: Path) -> None:
+    page = write_report(run, about={"versions": {"torch": "2.13"}, "step": 300, "data": "abc"}).read_text()
+    assert re.findall(r"<h2>(.*?)</h2>", page) == SECTIONS
+    assert len(re.findall(r"<img ", page)) == len(re.findall(r'<img alt="[^"]+"', page)) == 3
+    assert (
+        "\u2717 dog" in page and 'alt="neighbor 1, wrong"' in page
+    )  # told by a symbol and in words, not by color only
+    assert "&lt;cat&gt;" in page and "no &lt;attention&gt; maps." in page
+    rows = {row[0]: row[1:] for row in parsed(page).rows}
+    assert (
+        rows["torch"] == ["2.13"] and rows["weights of step"] == ["300"] and rows["/data/val, 1,000 images"] == ["val"]
+    )
+
+
+def test_a_confusion_matrix_is_shown_with_its_names(run: Path) -> None:
+    detail = {
+        "confusion": [[9, 1], [4, 6]],
+        "classes": ["cat", "<dog>"],
+        "most_confused": [{"class": "<dog>", "images": 4}],
+    }
+    (run / "results.json").write_text(held(entry("trained", "knn", 75.0, detail=detail)))
+    rows = {row[0]: row[1:] for row in parsed(write_report(run).read_text()).rows}
+    assert rows["cat"] == ["90", "10"] and rows["<dog>"] == ["40", "60"]
+    (run / "results.json").write_text(held(entry("trained", "knn", 75.0, detail={"confusion": [[1], "x"]})))
+    assert "is not scored yet" in write_report(run).read_text()
 
 
 def test_the_table_has_the_scores_the_best_and_the_differences(run: Path) -> None:
@@ -117,7 +150,8 @@ def test_the_table_has_the_scores_the_best_and_the_differences(run: Path) -> Non
 
 def test_the_head_tells_the_facts_and_holds_all_settings(run: Path) -> None:
     page = write_report(run).read_text()
-    for fact in ("vit_tiny_patch8 + LGP + PRR", "<dd>300</dd>", "<dd>10 of 10</dd>", "<dd>30 s</dd>"):
+    lede = "vit_tiny_patch8 + LGP + PRR, pretrained without labels for 10 epochs (300 steps), in 30 s."
+    for fact in (lede, "<dd>300</dd>", "<dd>10 of 10</dd>", "<dd>30 s</dd>"):
         assert fact in page
     rows = {row[0]: row[1:] for row in parsed(page).rows}
     assert rows["backbone.depth"] == ["default"]
@@ -127,9 +161,9 @@ def test_the_head_tells_the_facts_and_holds_all_settings(run: Path) -> None:
 def test_what_is_missing_is_said_and_the_rest_is_shown(tmp_path: Path) -> None:
     page = write_report(tmp_path).read_text()
     parsed(page)
-    for file in ("config.yaml", "metrics.jsonl", "results.json", "views.png", "attention.png", "pca.png"):
+    for file in ("config.yaml", "metrics.jsonl", "results.json", "views.png", "figures.json"):
         assert file in page
-    assert page.count('class="missing"') == 6
+    assert page.count('class="missing"') == 8
 
 
 def test_part_of_the_scores_is_enough(run: Path) -> None:
@@ -165,16 +199,16 @@ def test_scores_on_other_images_stand_in_a_table_of_their_own(run: Path) -> None
 
 def test_what_the_scores_mean_stands_at_the_top(run: Path) -> None:
     page = write_report(run).read_text()
-    top = page[: page.index("All settings")]
+    top = page[: page.index("<h2>")]
     assert '<p class="verdict bad"><b>Training has not paid off yet: the features are no better than raw pixels' in top
     assert "k-NN top-1 64.6 % (untrained 30.6 %, raw pixels 90.1 %)" in top
 
 
-def test_the_reason_of_a_missing_picture_is_told(run: Path) -> None:
-    (run / "attention.png").unlink()
-    (run / "pca.png").write_bytes(b"<script>")
-    page = write_report(run, {"attention.png": "resnet18 has no <attention> maps."}).read_text()
-    assert "resnet18 has no &lt;attention&gt; maps." in page and "pca.png is not a PNG" in page
+def test_the_reason_of_missing_figures_is_told(run: Path) -> None:
+    (run / figures.FILE).unlink()
+    (run / "views.png").write_bytes(b"<script>")
+    page = write_report(run, "There is nothing at <here>.").read_text()
+    assert "There is nothing at &lt;here&gt;." in page and "views.png is not a PNG" in page
 
 
 def test_a_loss_that_is_not_finite_does_not_stop_the_page(run: Path) -> None:
@@ -194,6 +228,8 @@ BOMB = "a: &a [x, x]\n" + "".join(f"{b}: &{b} [*{a}, *{a}]\n" for a, b in pairwi
 @pytest.mark.parametrize(
     ("file", "content"),
     [
+        ("figures.json", b"{"),
+        ("figures.json", json.dumps({"format": figures.FORMAT, "figures": [{"key": "x"}]}).encode()),
         ("results.json", b"{"),
         ("results.json", b"[1]"),
         ("results.json", b"\xff\xfe{}"),

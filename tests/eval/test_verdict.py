@@ -35,6 +35,16 @@ def test_what_paid_off_is_said_with_the_gains() -> None:
     assert "+34.0 over untrained, +24.6 over raw pixels" in got.finding
 
 
+def test_the_scores_that_do_not_decide_are_told_besides() -> None:
+    given = table(trained=64.6, pixels=40.0)
+    for subject, percent in (("trained", 80.0), ("pixels", 17.4)):
+        knn = given[subject]["knn"]
+        given[subject]["linear"] = Score(subject, "linear", percent, "w", knn.train, knn.val, {}, 500)
+    got = verdict(given, WELL, {})
+    assert got is not None and got.others == "Besides, linear top-1 80.0 % (raw pixels 17.4 %)."
+    assert got.others in got.text and "linear" not in got.finding
+
+
 @pytest.mark.parametrize(("images", "good"), [(100, False), (10_000, True)])
 def test_a_difference_that_luck_can_make_is_none(images: int, good: bool) -> None:
     got = verdict(table(images, trained=35.0, untrained=30.0), WELL, {})

@@ -41,10 +41,11 @@ def test_it_scores_trained_untrained_and_pixels_in_percent(run: Path) -> None:
 
 @pytest.mark.slow
 def test_it_leaves_a_whole_run_and_its_report(run: Path) -> None:
-    for file in ("teacher.safetensors", "views.png", "attention.png", "pca.png", "run.log"):
+    for file in ("teacher.safetensors", "views.png", "figures.json", "run.log"):
         assert (run / file).stat().st_size > 0
     page = (run / "report.html").read_text()
-    assert page.count("data:image/png;base64,") == 3
+    # 6 queries with 2 x 5 neighbors, 6 masks of 3, 6 attentions of 2, 6 token pictures of 3, the views
+    assert page.count("data:image/") == 6 * 11 + 6 * 3 + 6 * 2 + 6 * 3 + 1 and 'class="missing"' not in page
     assert "http://" not in page.replace("http://www.w3.org", "") and "https://" not in page
     assert list(run.glob("events.out.tfevents.*"))
     assert yaml.safe_load((run / "config.yaml").read_text())["head"]["batch_norm"] is True  # derived, and written

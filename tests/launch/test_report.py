@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,8 @@ import pytest
 import torch
 from PIL import Image
 
+from nearfar.eval import results
+from nearfar.eval.results import DataName, Score
 from nearfar.launch import cli
 from nearfar.launch.report import report_run
 from nearfar.ssl import checkpoint, config
@@ -44,20 +47,40 @@ VIT = {"name": "vit_tiny_patch4", "embed_dim": 24, "depth": 1, "num_heads": 2}
 def test_a_run_of_the_users_own_has_its_pictures(tmp_path: Path) -> None:
     run = make_run(tmp_path, "mine", **VIT)
     page = report_run(run).read_text()
-    assert page.count("data:image/png;base64,") == 2  # the views are training's to draw
-    drawn = (run / "pca.png").stat().st_mtime_ns
+    titles = re.findall(r"<h2>(.*?)</h2>", page)
+    assert titles[:5] == ["Nearest neighbors", "Predicted masks", "Attention", "Patch tokens", "Curves"]
+    assert "Layers" in titles
+    assert page.count("data:image/") == 2 * (1 + 2 * 1) + 2 * 2 + 2 * 3  # 2 images; the views are training's to draw
+    drawn = (run / "figures.json").stat().st_mtime_ns
     report_run(run)
-    assert (run / "pca.png").stat().st_mtime_ns == drawn
+    assert (run / "figures.json").stat().st_mtime_ns == drawn
     os.utime(run / "teacher.safetensors", (2**31, 2**31))  # trained further
     report_run(run)
-    assert (run / "pca.png").stat().st_mtime_ns > drawn
+    assert (run / "figures.json").stat().st_mtime_ns > drawn
+
+
+def test_predicted_masks_appear_once_segmentation_is_scored(tmp_path: Path) -> None:
+    masks = np.zeros((6, 16, 16), np.uint8)
+    masks[::2, 4:12, 4:12], masks[1::2, :8] = 1, 2
+    path = tmp_path / "scenes.npz"
+    np.savez(path, images=np.repeat(80 * masks[..., None], 3, 3), label=np.arange(6) % 2, mask=masks)
+    run = make_run(tmp_path, "mine", **VIT)
+    assert "Segmentation is not scored" in report_run(run).read_text()
+    data = DataName(str(path), "f", 6)
+    reading = {"layer": "last-block", "size": 16, "head": "linear", "steps": 5}
+    results.add(run / "results.json", Score("trained", "segment", 12.5, "w", data, data, reading, 3, {"classes": 3}))
+    page = report_run(run).read_text()
+    assert (
+        "the score is 12.5 % mIoU" in page and page.count("truth: class 0, class 1") == 6
+    )  # 3 captions, 3 alternative texts
+    assert len(re.findall(r"predicted: [\w ,.]+ \(\d+ % of pixels right\)", page)) == 6 and "class 2</li>" in page
 
 
 def test_a_network_without_attention_and_a_run_without_images_say_so(tmp_path: Path) -> None:
     vim = make_run(tmp_path, "vim", name="vim_tiny_patch4", embed_dim=24, depth=1)
     for _ in range(2):  # the second page has to say it as well
         page = report_run(vim).read_text()
-        assert page.count("data:image/png;base64,") == 1 and "attention.png is not in" not in page
+        assert "vim_tiny_patch4 has no plain global attention" in page and "Patch tokens" in page
     mine = make_run(tmp_path, "mine", **VIT)
     (tmp_path / "images").rename(tmp_path / "elsewhere")
     assert "There is nothing at" in report_run(mine).read_text()
@@ -90,7 +113,7 @@ def test_what_kept_the_scores_from_a_run_is_told_and_not_what_kept_its_page(
     (tmp_path / "images" / "0a.png").unlink()
     labeled = tmp_path / "labeled.txt"
     labeled.write_text("images/0.png\t0\nimages/1.png\t1\n")
-    for name in ("results.json", "report.html", "attention.png"):  # also in the way of root
+    for name in ("results.json", "report.html", "figures.json"):  # also in the way of root
         (run / name).mkdir()
     assert cli.main(["eval", "knn", str(run), "--train", str(labeled), "--val", str(labeled)]) == 2
     told = capsys.readouterr().err
