@@ -30,6 +30,14 @@ TINY: dict[str, dict[str, Any]] = {
 CLOCK = {"img_per_s", "data_wait", "time"}
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests marked `cuda` are skipped where there is no CUDA device."""
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("cuda"):
+                item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+
+
 @pytest.fixture(autouse=True)
 def seeded() -> None:
     """Seeds the generators that the process shares; a test that draws from one of its own seeds that itself."""
