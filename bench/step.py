@@ -85,12 +85,17 @@ def step_of(name: str, asked: StepOptions, compute: Compute) -> Callable[[], flo
         step, _ = dino_step(f"{asked.model}_224", asked.prototypes, compute.device, compute.autocast)
         flat = [view for group in views for view in group]
         return lambda: step(flat)
+    stepper = stepper_of(name, asked, compute)
+    return lambda: stepper(views, VALUES, votes=lambda: (0.0, 0.0)).report.read().loss
+
+
+def stepper_of(name: str, asked: StepOptions, compute: Compute) -> Stepper:
+    """Ours, by the name it has in the table."""
     run = resolve(config.load(None, settings_of(name, asked)), 100_000, world_size=distributed.count())[0]
     learner = build_learner(run).to(compute.device)
     if distributed.count() > 1:
         share_batch_norm(learner)
-    stepper = Stepper(learner, adamw(learner.student), 3.0, compute.autocast)
-    return lambda: stepper(views, VALUES, votes=lambda: (0.0, 0.0)).report.read().loss
+    return Stepper(learner, adamw(learner.student), 3.0, compute.autocast)
 
 
 def choose_compute(asked: StepOptions) -> Compute:

@@ -94,7 +94,7 @@ def predict_masks(
     statistics = _statistics(train_set[0], torch.device(device))
     model = train_head(*train_set, statistics, classes, training)
     grid, sizes = test_set
-    logits = (predict(model, _map(grid[i : i + 1], statistics), size) for i, size in enumerate(sizes))
+    logits = (mask_logits(model, _map(grid[i : i + 1], statistics), size) for i, size in enumerate(sizes))
     return [each.max(1).indices[0].cpu().numpy() for each in logits]
 
 

@@ -44,5 +44,31 @@ def clip_gradients(parameters: list[nn.Parameter], limit: float) -> Tensor:
     norms = torch.stack(torch._foreach_norm(gradients))
     if limit > 0:
         scales = (limit / (norms + 1e-6)).clamp(max=1.0)
-        torch._foreach_mul_(gradients, list(scales.unbind()))
+        if scales.is_cuda:
+            multiply_alike(gradients, list(scales.unbind()))
+        else:  # a loop over the tensors in any case
+            torch._foreach_mul_(gradients, list(scales.unbind()))
     return norms.norm()
+
+
+def multiply_alike(tensors: list[Tensor], factors: list[Tensor]) -> None:
+    """tensors[i] *= factors[i] in place; the factors are scalars on the tensors' device. Same bits as one by one.
+
+    `_foreach_mul_` takes all tensors in a few launches only if every factor has the shape of its tensor; otherwise it
+    starts a kernel for each. So tensors of equal shapes, of which the blocks of a backbone give most, share one tensor
+    of spread factors, which takes as much memory as they do until this returns.
+    """
+    alike: dict[tuple[torch.Size, tuple[int, ...]], list[int]] = {}
+    for number, tensor in enumerate(tensors):
+        alike.setdefault((tensor.shape, tensor.stride()), []).append(number)
+    many, spread = list[Tensor](), list[Tensor]()
+    for (shape, _), numbers in alike.items():
+        if len(numbers) == 1 or not tensors[numbers[0]].is_contiguous():
+            for number in numbers:
+                tensors[number].mul_(factors[number])
+        else:
+            many += [tensors[number] for number in numbers]
+            each = torch.stack([factors[number] for number in numbers])
+            spread += each.view(-1, *(1 for _ in shape)).expand(-1, *shape).contiguous().unbind()
+    if many:
+        torch._foreach_mul_(many, spread)

@@ -6,16 +6,14 @@ import json
 import os
 import time
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any
 
 import numpy as np
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Column
-from torch.utils.tensorboard import SummaryWriter
-from torch.utils.tensorboard.summary import hparams
 
 from nearfar.ssl.errors import UserError
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 
 class NoLog:
@@ -53,6 +51,11 @@ class RunLog(NoLog):
     """
 
     def __init__(self, folder: Path, steps: int, start: int, console: Console, every: float = 10.0) -> None:
+        # Here, so that whoever takes steps without a log (a benchmark, a later rank) needs neither package.
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+        from rich.table import Column
+        from torch.utils.tensorboard import SummaryWriter
+
         try:
             self._metrics: IO[str] = (folder / "metrics.jsonl").open("a")
             self._log: IO[str] = (folder / "run.log").open("a")
@@ -117,6 +120,8 @@ class RunLog(NoLog):
 
     def settings(self, values: dict[str, Any]) -> None:
         """The settings of the run for TensorBoard's table of runs, beside their loss and k-NN score."""
+        from torch.utils.tensorboard.summary import hparams
+
         shown = {}
         for section, part in values.items():
             for key, value in part.items() if isinstance(part, dict) else ():

@@ -7,8 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-
-from rich.console import Console
+from typing import TYPE_CHECKING
 
 from nearfar.ssl import announce, distributed
 from nearfar.ssl.data.loaders.base import Batch
@@ -16,11 +15,15 @@ from nearfar.ssl.data.sources.base import Source
 from nearfar.ssl.distributed import ALONE, Ranks
 from nearfar.ssl.errors import UserError
 from nearfar.ssl.health import CollapseWatch, patience, teacher_health
+from nearfar.ssl.prefetch import Prefetch, side_stream
 from nearfar.ssl.run_folder import RunFolder, read_metrics
 from nearfar.ssl.run_log import NoLog, RunLog
 from nearfar.ssl.settings import Run
 from nearfar.ssl.step import StepResult
 from nearfar.ssl.training import NO_OBSERVERS, Observers, Training, set_up
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 
 @dataclass(frozen=True)
@@ -53,6 +56,8 @@ def pretrain(
         UserError: settings, data, folder, disk, memory or checkpoint are wrong, or the loss is no longer finite.
         PeerError: another rank ended.
     """
+    from rich.console import Console
+
     console = console or Console(quiet=not world.first)
     with distributed.joined(world), _out_of_memory_explained(), RunFolder(run.path, owns=world.first) as folder:
         training = set_up(run, source, observers, folder, world)
@@ -123,11 +128,15 @@ def _loop(training: Training, should_stop: Callable[[], bool]) -> None:
     saved_at = time.monotonic()
     training.loader.seek(*divmod(training.step, training.loader.steps_per_epoch))
     batches = iter(training.loader)
+    prefetch = Prefetch(lambda: meter.waiting(batches), training.views, side_stream(training.compute.device))
     stop = training.resumed and schedule.scores_due(training.step) and training.score()
     while training.step < schedule.steps and not stop:
-        batch = meter.waiting(batches)
+        batch, views = prefetch.take()
         values = schedule.at(training.step)
-        trained = training.next_step(batch, values, should_stop)
+        trained = training.next_step(batch, views, values, should_stop)
+        del views  # before the next ones are made
+        if training.step < schedule.steps:
+            prefetch.begin()
         logs = training.step % run.train.log_every_steps == 0 or training.step == schedule.steps
         stop = training.finish_steps(0 if logs or schedule.scores_due(training.step) else training.steps_behind)
         if logs:

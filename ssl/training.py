@@ -101,9 +101,10 @@ class Training:
                 self.log.picture("views", 0, picture)
         return [normalize(group) for group in colored]
 
-    def next_step(self, batch: Batch, values: dict[str, float], should_stop: Callable[[], bool]) -> StepResult:
-        """Start the next step; `finish_steps` reads its report."""
-        views = self.views(batch)
+    def next_step(
+        self, batch: Batch, views: list[Tensor], values: dict[str, float], should_stop: Callable[[], bool]
+    ) -> StepResult:
+        """Start the next step, on the `views` of a batch; `finish_steps` reads its report."""
         torch.manual_seed(step_seed(self.run.train.seed, self.step, self.world.rank))
         result = self.stepper(
             views,

@@ -31,8 +31,15 @@ CLOCK = {"img_per_s", "data_wait", "time"}
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The cluster's files first: they are the longest and mostly wait, while a second process runs the others."""
+    """The cluster's files first: they are the longest and mostly wait, while a second process runs the others.
+
+    Tests marked `cuda` are skipped where there is no CUDA device.
+    """
     items.sort(key=lambda item: not item.path.is_relative_to(Path(__file__).parent / "slurm"))
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("cuda"):
+                item.add_marker(pytest.mark.skip(reason="no CUDA device"))
 
 
 @pytest.fixture(autouse=True)

@@ -25,7 +25,7 @@ FLOORS: list[set[str]] = [
     {"data"},
     {"losses", "optim", "gradients"},
     {"learner", "health"},
-    {"step"},
+    {"step", "prefetch"},
     {"checkpoint", "device", "run_log", "run_folder", "schedule"},
     {"announce"},
     {"resume", "failed_step"},

@@ -6,18 +6,20 @@ import signal
 from collections.abc import Callable, Iterator
 from io import StringIO
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
 from PIL import Image
-from rich.console import Console
 
 from nearfar.ssl import config
 from nearfar.ssl.data import libjpeg, open_source
 from nearfar.ssl.data.beton_writer import write_beton
 from nearfar.ssl.data.sources.base import ArraySource
 from nearfar.ssl.settings import Run
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 
 @pytest.fixture
@@ -43,6 +45,8 @@ def images() -> ArraySource:
 
 @pytest.fixture
 def quiet() -> Console:
+    from rich.console import Console  # bench/gpu.py runs tests that need no run where it is not installed
+
     return Console(file=StringIO())
 
 

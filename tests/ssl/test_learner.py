@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from nearfar.ssl import config
 from nearfar.ssl.defaults import resolve
 from nearfar.ssl.learner import Learner, build_learner
 from nearfar.ssl.losses import koleo
-from nearfar.ssl.optim import clip_gradients, parameter_groups
+from nearfar.ssl.optim import clip_gradients, multiply_alike, parameter_groups
 from nearfar.ssl.settings import Run
 
 Make = Callable[..., Learner]
@@ -157,6 +159,47 @@ def test_each_tensor_is_clipped_alone() -> None:
         assert p.grad is not None and old is not None
         torch.testing.assert_close(p.grad, old * min(1.0, 3.0 / (length + 1e-6)))
     assert parameters[3].grad is None
+
+
+class Launches(TorchDispatchMode):
+    """How many kernels a GPU would start, and bring no numbers elsewhere: an operation on many tensors is one where
+    all lists agree in shapes and strides, as torch's fast route asks, and one for each tensor otherwise.
+    """
+
+    VIEWS: ClassVar[set[str]] = {"view", "expand", "unbind", "detach", "alias", "select"}
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func._schema.name.removeprefix("aten::")
+        lists = [each for each in args if isinstance(each, (list, tuple)) and each and isinstance(each[0], Tensor)]
+        if name.startswith("_foreach"):
+            forms = [[(each.shape, each.stride()) for each in tensors] for tensors in lists]
+            self.count += 1 if all(form == forms[0] for form in forms) else len(forms[0])
+        else:
+            self.count += name not in self.VIEWS
+        return func(*args, **(kwargs or {}))
+
+
+def test_many_tensors_are_scaled_in_few_launches_with_the_bits_of_one_by_one() -> None:
+    """The gradients of a ViT of 12 blocks, a scalar, and two whose numbers are not in a row."""
+    generator = torch.Generator().manual_seed(0)
+    block = [(48,), (48, 16), (16, 16), (16,), (16,), (64, 16), (64,), (16, 64), (16,)]
+    shapes = [*block * 12, (1, 1, 16), (), (7, 16)]
+    tensors = [torch.randn(shape, generator=generator) for shape in shapes]
+    tensors += [torch.randn(3, 5, generator=generator).T for _ in range(2)]
+    factors = list(torch.rand(len(tensors), generator=generator).unbind())
+    wanted = [tensor * factor for tensor, factor in zip(tensors, factors, strict=True)]
+    with Launches() as one_by_one:
+        torch._foreach_mul_(copy.deepcopy(tensors), factors)
+    with Launches() as ours:
+        multiply_alike(tensors, factors)
+    assert all(torch.equal(a, b) for a, b in zip(tensors, wanted, strict=True))
+    assert one_by_one.count >= 113
+    # seven shapes: a stack and a spread each; five tensors alone; the product
+    assert ours.count == 7 * 2 + 5 + 1
 
 
 def test_no_limit_only_measures_and_a_number_that_is_not_finite_shows() -> None:

@@ -138,7 +138,7 @@ def test_flex_attention_agrees_with_the_explicit_path() -> None:
     torch.testing.assert_close(found, attend_in_windows(*leaves), rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="FlexAttention's kernels and their gradients need a GPU")
+@pytest.mark.cuda
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_gpus_path_agrees_with_the_explicit_one(dtype: torch.dtype) -> None:
     leaves = [x.detach().float() for x in tables((14, 14), 199)]

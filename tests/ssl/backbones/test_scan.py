@@ -198,7 +198,7 @@ def test_the_kernel_gets_what_it_expects(monkeypatch: pytest.MonkeyPatch) -> Non
     torch.testing.assert_close(selective_scan(*leaves, scan="mamba"), stepwise(*leaves), rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.cuda
 @pytest.mark.parametrize("backend", ["torch", "triton", "mamba"])
 def test_equals_the_recurrence_on_a_gpu(backend: Any) -> None:
     if backend == "mamba":

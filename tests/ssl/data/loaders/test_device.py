@@ -14,7 +14,7 @@ from nearfar.ssl.settings import ViewSettings
 
 VIEWS = ViewSettings(global_crops_size=32, local_crops_size=16, local_crops_number=4)
 OPTIONS = {"batch_size": 8, "epochs": 2, "seed": 3}
-DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)]
 
 
 def noise(n=40, height=30, width=44):

@@ -210,7 +210,7 @@ def test_one_pixel_no_images_and_gray():
     assert gray(torch.ones(1, 3, 2, 2)).mean() == pytest.approx(0.9999)  # as torchvision's
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
+@pytest.mark.cuda
 def test_the_gpu_gives_the_same():
     plan = plan_views(ViewSettings(), 0, 0, np.arange(12), np.full((12, 2), 20))
     for view in range(3):
