@@ -11,9 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
 
-import torch
-
-from nearfar.ssl import defaults
+from nearfar.ssl import defaults, gpus
 from nearfar.ssl.defaults import Derived
 from nearfar.ssl.distributed import ALONE, Ranks, available_cores
 from nearfar.ssl.errors import EXIT_PEER, PeerError
@@ -22,9 +20,13 @@ from nearfar.ssl.settings import Run
 
 
 def world_size(run: Run) -> Derived:
-    """Processes for a run on this machine: as set, as the run was started, or by the cores."""
+    """Processes for a run on this machine: as set, as the run was started, or by its GPUs or cores.
+
+    Raises:
+        UserError: the device is not there, or has not as many GPUs as processes are set.
+    """
     saved = RunFolder(run.path).saved_settings()
-    return defaults.world_size(run, saved, available_cores(), torch.cuda.is_available())
+    return defaults.world_size(run, saved, available_cores(), gpus.visible(run.train.device))
 
 
 @contextmanager

@@ -54,7 +54,8 @@ def pretrain(
         PeerError: another rank ended.
     """
     console = console or Console(quiet=not world.first)
-    with distributed.joined(world), _out_of_memory_explained(), RunFolder(run.path, owns=world.first) as folder:
+    joined = distributed.joined(world, device=run.train.device, silence=run.train.rank_timeout)
+    with joined, _out_of_memory_explained(), RunFolder(run.path, owns=world.first) as folder:
         training = set_up(run, source, observers, folder, world)
         steps, start = training.schedule.steps, training.step
         with RunLog(folder.path, steps, start, console) if world.first else NoLog() as log:
@@ -118,6 +119,7 @@ def _loop(training: Training, should_stop: Callable[[], bool]) -> None:
             training.score()
         return
     saved_at = time.monotonic()
+    distributed.at_step(training.step)
     training.loader.seek(*divmod(training.step, training.loader.steps_per_epoch))
     batches = iter(training.loader)
     stop = training.resumed and schedule.scores_due(training.step) and training.score()
@@ -125,6 +127,7 @@ def _loop(training: Training, should_stop: Callable[[], bool]) -> None:
         batch = meter.waiting(batches)
         values = schedule.at(training.step)
         trained = training.next_step(batch, values, should_stop)
+        distributed.at_step(training.step)
         logs = training.step % run.train.log_every_steps == 0 or training.step == schedule.steps
         stop = training.finish_steps(0 if logs or schedule.scores_due(training.step) else training.steps_behind)
         if logs:

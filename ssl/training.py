@@ -159,10 +159,11 @@ class Training:
     def save(self) -> None:
         """Write a checkpoint, on the first rank, unless a step whose report is not read yet was not finite."""
         if self.world.first and all(result.report.read().finite for _, _, result in self.unread):
-            self.log.sync()
-            resume.save(
-                self.folder, self.step, self.learner, self.optimizer, self.description, self.run.train.keep_last
-            )
+            with distributed.finishing():
+                self.log.sync()
+                resume.save(
+                    self.folder, self.step, self.learner, self.optimizer, self.description, self.run.train.keep_last
+                )
 
     def save_due(self, saved_at: float) -> bool:
         every = self.run.train.save_every_steps
