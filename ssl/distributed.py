@@ -29,6 +29,7 @@ T = TypeVar("T")
 JOIN_TIMEOUT = timedelta(minutes=5)  # until all ranks must have come together
 COLLECTIVE_TIMEOUT = timedelta(minutes=20)  # for a rank that scores or saves while the others wait
 _beats: Heartbeat | None = None  # of the ranks that are joined now
+_met = False
 
 
 @dataclass(frozen=True)
@@ -98,7 +99,7 @@ def joined(
         PeerError: another rank ended first. Where connections break with the process, this is raised at once.
         UserError: another rank ended first, because of a mistake of the user's; or two ranks share a GPU.
     """
-    global _beats
+    global _beats, _met
     if ranks.size == 1:
         yield
         return
@@ -112,7 +113,7 @@ def joined(
         raise PeerError(f"Rank {ranks.rank} did not meet the other {ranks.size - 1}: {_short(error)}") from error
     with beats:
         try:
-            _beats = beats
+            _beats, _met = beats, True
             with _told_to_others(ranks, of_attempt(store), beats):
                 if cuda:
                     _refuse_shared_gpu(of_attempt(store))
@@ -161,8 +162,8 @@ def _refuse_shared_gpu(store: dist.Store) -> None:
     if store.add(f"gpu/{socket.gethostname()}/{name}", 1) > 1:
         raise UserError(
             f"Two processes of this run share the GPU {name} of {socket.gethostname()}: more processes were started "
-            f"there than the {torch.cuda.device_count()} that each of them sees ({gpus.HIDING}). Start as many as there "
-            "are GPUs, or train on the CPU with train.device=cpu."
+            f"there than the {torch.cuda.device_count()} that each of them sees ({gpus.HIDING}). Start as many as "
+            "there are GPUs, or compute on the CPU (train.device=cpu, or --device cpu)."
         )
 
 
@@ -224,6 +225,11 @@ def lost(message: str) -> bool:
         return False
     _beats.lost(message)
     return True
+
+
+def met() -> bool:
+    """Has this process ever met the other ranks? From then on the first one tells what goes wrong in any."""
+    return _met
 
 
 def count() -> int:

@@ -71,8 +71,8 @@ def require_room(device: torch.device, needed: int, what: str) -> None:
         return
     index = torch.cuda.current_device() if device.index is None else device.index
     advice = (
-        f"Wait for them or end them, choose another GPU with {HIDING}, or take less: a smaller backbone.name, "
-        "head.prototypes or train.batch_size, train.accumulate_steps=2."
+        f"Wait for what is on it or end it, choose another GPU with {HIDING}, take a smaller network, or compute on "
+        "the CPU."
     )
     try:
         free, total = torch.cuda.mem_get_info(index)

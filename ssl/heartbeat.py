@@ -199,6 +199,7 @@ class Heartbeat:
             if first is None:
                 self.lost(_ends(f"Lost the store through which the ranks met: {how}."))
             elif first.beat != _LEFT:
+                self._tells = self._tells or self.rank == 1  # on a machine that lost its own first rank
                 self.lost(_ends(f"Lost rank 0{_on(first.host)}: {how}; {first.last_step()}."))
             return
         for rank, seen in self._others.items():

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nearfar.ssl import announce, device, distributed, resume
+from nearfar.ssl import announce, device, distributed, gpus, resume
 from nearfar.ssl.backbones import Backbone
 from nearfar.ssl.data import open_loader
 from nearfar.ssl.data.loaders.base import Batch, Loader, LoaderOptions
@@ -194,6 +194,9 @@ def set_up(run: Run, source: Source, observers: Observers, folder: RunFolder, wo
     saved = resume.latest(folder, world, warnings)
     learner = build_learner(resolved, weights=saved is None)
     compute = device.choose(resolved.train.device, resolved.train.precision, learner.teacher.backbone.embed_dim)
+    # Student, its gradients and AdamW's two moments; the teacher.
+    weights = 4 * _size(learner.student) + _size(learner.teacher)
+    gpus.require_room(compute.device, weights, "the weights and the optimizer's state")
     learner.to(compute.device)
     if compute.device.type == "cpu":
         device.keep_freed_memory()
@@ -228,6 +231,11 @@ def set_up(run: Run, source: Source, observers: Observers, folder: RunFolder, wo
         derived=derived,
         warnings=warnings,
     )
+
+
+def _size(module: torch.nn.Module) -> int:
+    """Bytes of the parameters."""
+    return sum(parameter.numel() * parameter.element_size() for parameter in module.parameters())
 
 
 def _settings(run: Run, folder: RunFolder, images: int, world: Ranks) -> tuple[ResolvedRun, list[Derived]]:

@@ -147,7 +147,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         (["--cpu", "--then", "knn"], "--then knn: write eval="),
         (["--cpu", "--then", "eval=color"], "any of knn, linear, segment"),
         (["--cpu", "--parallel", "2"], "--parallel is the number of runs of a --sweep"),
-        (["--nodes", "2"], "say --gpus-per-node N, or --cpu"),
+        (["--nodes", "2"], "Say --gpus-per-node 8"),
         (["--cpu", "optim.lrr=1"], "did you mean optim.lr?"),
     ],
 )
