@@ -138,6 +138,8 @@ def _told_to_others(ranks: Ranks, store: dist.Store, beats: Heartbeat) -> Iterat
     this_rank = f"Rank {ranks.rank} on {socket.gethostname()}"
     try:
         yield
+    except PeerError:  # they did not meet
+        raise
     except RuntimeError as error:
         if not _broken_connection(error):
             _publish_failure(store, f"{this_rank} ended: {_short(error)}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -106,6 +107,29 @@ def test_logs(run: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest
     monkeypatch.setattr(control, "POLL", 0.0)
     assert cli.main(["launch", "logs", str(run), "-f"]) == 0
     assert capsys.readouterr().out == "one\nmore\nmore\n"
+
+
+def test_a_followed_log_ends_with_its_reader(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`nearfar launch logs -f RUN | head`, of a job that runs on and writes nothing more."""
+    log = run / "cluster" / "now" / "log" / "5_0_log.out"
+    log.parent.mkdir(parents=True)
+    log.write_text("one\n")
+    reader, writer = os.pipe()
+    looks: list[object] = []
+
+    def entries(ids: object) -> dict[str, QueueEntry]:
+        looks.append(ids)
+        if len(looks) == 3:
+            os.close(reader)
+        assert len(looks) < 9
+        return {"5": QueueEntry("RUNNING", "mine")}
+
+    monkeypatch.setattr(queue, "entries", entries)
+    monkeypatch.setattr(control, "POLL", 0.0)
+    with os.fdopen(writer, "w") as pipe:
+        monkeypatch.setattr(sys, "stdout", pipe)
+        control.logs(run, follow=True)
+    assert len(looks) == 3
 
 
 @pytest.mark.parametrize(
