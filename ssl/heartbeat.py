@@ -28,7 +28,7 @@ import torch.distributed as dist
 
 from nearfar.ssl.errors import EXIT_PEER, EXIT_USER
 
-SILENCE = 45.0  # seconds without a beat after which a rank counts as lost
+SILENCE = 40.0  # seconds without a beat after which a rank counts as lost
 ARRIVAL = 300.0  # seconds in which every rank must have come
 SAVING = 300.0  # seconds that a checkpoint in the making may take when another rank is lost
 FAILURE = "failure"  # key of the store under which the first rank to fail, or to find one lost, leaves its message
@@ -211,7 +211,7 @@ class Heartbeat:
 
     def _end(self) -> None:
         """End the process, unless the main thread does within a moment: where it can, it ends in better order."""
-        moment = (6 if self.rank == 0 else 4) * self.every  # the first keeps the store, in which the others read
+        moment = (3 if self.rank == 0 else 2) * self.every  # the first keeps the store, in which the others read
         if self._leaving.wait(moment):
             return
         mistake = self.verdict.startswith(MISTAKE)

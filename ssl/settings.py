@@ -250,7 +250,7 @@ class TrainSettings(Section):
         json_schema_extra=FREE,
     )
     rank_timeout: float = Field(
-        45.0,
+        40.0,
         ge=0,
         description="seconds without a sign of life after which a process counts as lost, is named, and the others "
         "end; 0 = never, for a debugger that stops a process whole (gdb, SIGSTOP; a breakpoint of pdb does not)",
