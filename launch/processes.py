@@ -15,7 +15,7 @@ from typing import Any
 from nearfar.ssl import defaults, distributed, gpus
 from nearfar.ssl.defaults import Derived
 from nearfar.ssl.distributed import ALONE, Ranks, available_cores
-from nearfar.ssl.errors import EXIT_PEER, PeerError
+from nearfar.ssl.errors import EXIT_PEER, EXIT_USER, PeerError
 from nearfar.ssl.run_folder import RunFolder
 from nearfar.ssl.settings import Run
 
@@ -88,7 +88,8 @@ def _watch(others: dict[int, subprocess.Popen[bytes]], ended: threading.Event) -
             told = f"Lost rank {rank} of this machine: rank {rank} {_how(process)}. Checkpoints saved are intact."
             if not distributed.lost(told):  # the ranks have not met yet, or nothing watches them
                 print(f"nearfar: {told}", file=sys.stderr, flush=True)
-                os._exit(EXIT_PEER)  # the others notice within a second
+                # The others notice within a second. A mistake of the user's was told by the rank that met it.
+                os._exit(EXIT_USER if process.returncode == EXIT_USER else EXIT_PEER)
             return
 
 

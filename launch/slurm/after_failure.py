@@ -37,9 +37,10 @@ def first_failure(log: str, code: int) -> FirstFailure:
     if found := _NODE.search(last):
         return FirstFailure(f"node {found['node']} failed", 0, found["node"])
     ended = list(_SRUN.finditer(last))
-    # A rank with this exit code only noticed that another one is lost: its node is not to blame.
+    # A rank with this exit code only noticed that another one is lost: its node is not to blame. Where it is the first
+    # to end, srun then kills the lost one as well.
     to_blame = [each for each in ended if each["how"].strip() != f"Exited with exit code {EXIT_PEER}"]
-    if ended and not to_blame and (lost := _LOST.search(last)):
+    if ended and ended[0] not in to_blame and (lost := _LOST.search(last)):
         node = lost["node"].partition(".")[0]
         return FirstFailure(f"rank {lost['rank']} on {node} was lost: {lost['how']}", int(lost["rank"]), node)
     if to_blame:

@@ -26,7 +26,7 @@ from nearfar.ssl.errors import UserError
         ("srun: error: a-1: task 3: Exited with exit code 1", "rank 3 on a-1 ended: exited with exit code 1", "a-1"),
         (
             "nearfar: Lost rank 3 on node2.cluster: no sign of life for 45 s; its last step was 1,234. Its process\n"
-            "srun: error: node1: tasks 0-1: Exited with exit code 3",
+            "srun: error: node1: tasks 0-1: Exited with exit code 3\nsrun: error: node2: task 3: Killed",
             "rank 3 on node2 was lost: no sign of life for 45 s; its last step was 1,234",
             "node2",
         ),
