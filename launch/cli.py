@@ -178,6 +178,7 @@ def run_pretrain(arguments: argparse.Namespace) -> None:
     from nearfar.ssl import config
 
     run = config.load(find_recipe(arguments.recipe), arguments.settings)
+    config.require_images(run)  # here too: before torch is loaded
     if arguments.dry_run:
         from nearfar.launch.dry_run import dry_run
 
@@ -211,7 +212,9 @@ def run_features(arguments: argparse.Namespace) -> None:
         for name, why in list(bad.items())[:3]:
             _note(f"Left out: {name}: {why}")
 
-    by_all_ranks(write, lambda: [subject.on(compute).backbone], [source], Decoding(workers=arguments.workers))
+    by_all_ranks(
+        write, lambda: [subject.on(compute).backbone], [source], Decoding(workers=arguments.workers), arguments.device
+    )
 
 
 def run_eval(arguments: argparse.Namespace) -> None:
@@ -271,7 +274,8 @@ def _eval_model(arguments: argparse.Namespace, tasks: tuple[str, ...] | None) ->
         placed = subject.on(compute)
         return [placed.backbone, *([untrained(placed)] if arguments.baselines else [])]
 
-    by_all_ranks(score_it, backbones, [train.source, val.source], Decoding(workers=arguments.workers))
+    images = [train.source, val.source]
+    by_all_ranks(score_it, backbones, images, Decoding(workers=arguments.workers), arguments.device)
 
 
 def run_export(arguments: argparse.Namespace) -> None:

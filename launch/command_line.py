@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 from nearfar.launch.failures import tell
 from nearfar.launch.recipes import bundled
 from nearfar.ssl.errors import EXIT_USER
-from nearfar.ssl.setting_errors import nearest
+from nearfar.ssl.setting_errors import meant, nearest
 
 
 class Parser(argparse.ArgumentParser):
@@ -37,7 +37,7 @@ class Parser(argparse.ArgumentParser):
         """End with the usage and the mistake, in words of our own where argparse's are hard to read."""
         if wrong := re.search(r"invalid choice: '(.*)' \(choose from (.*)\)", message):
             choices = re.findall(r"[\w-]+", wrong[2])
-            message = f"'{wrong[1]}' is not one of {', '.join(choices)}{_did_you_mean(nearest(wrong[1], choices))}"
+            message = f"'{wrong[1]}' is not one of {', '.join(choices)}{_did_you_mean(meant(wrong[1], choices))}"
         elif missing := re.search(r"the following arguments are required: (.*)", message):
             names = [name for name in missing[1].split(", ") if name != "key=value"]
             verb, last = ("is", names[-1]) if len(names) == 1 else ("are", f"{', '.join(names[:-1])} and {names[-1]}")

@@ -14,7 +14,7 @@ from nearfar.ssl.data.sources.base import Source
 from nearfar.ssl.device import Compute, choose
 from nearfar.ssl.distributed import from_environment, joined
 
-# The other ranks wait while the first one trains probes; if it dies, their connection to it breaks at once.
+# The other ranks wait while the first one trains probes; if it dies, they notice by its heartbeat.
 PATIENCE = timedelta(days=2)
 
 
@@ -31,16 +31,19 @@ def by_all_ranks(
     backbones: Callable[[], Iterable[Backbone]],
     sources: Iterable[Source],
     decoding: Decoding,
+    device: str = "auto",
 ) -> None:
     """Do `work`; under torchrun or srun with several processes the first one does it, and the others compute their
     share of its extractions, of these backbones (a function, called when each rank knows its GPU) and images.
+
+    device: auto, cpu or cuda, as the user chose.
 
     Raises:
         UserError: raised by the work, in every rank.
         PeerError: another rank ended.
     """
     world = from_environment()
-    with joined(world, PATIENCE):
+    with joined(world, PATIENCE, device=device):
         if world.first:
             shared = world.size > 1
             work(replace(decoding, shared=shared))

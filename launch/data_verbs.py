@@ -68,7 +68,7 @@ def info(path: Path, console: Console) -> None:
 def check(path: str, *, min_side: int, workers: int, console: Console) -> None:
     """List the images (and masks) that a run with this `data.min_side` cannot use; raises UserError if there are any.
 
-    Files that are passed over for their type are counted and named, and are no error.
+    Files that are skipped because of their type are counted and named, and are no error.
     """
     source = open_source(path)
     bad = []
@@ -115,7 +115,7 @@ def _list(bad: list[tuple[str, str]], console: Console) -> None:
 
 def _list_passed_over(source: Source, console: Console) -> None:
     if names := passed_over(source):
-        _say(f"passed over for their type  {kinds_of(names)}", console)
+        _say(f"skipped because of their type  {kinds_of(names)}", console)
 
 
 def _say(line: str, console: Console) -> None:

@@ -15,7 +15,7 @@ from rich.console import Console
 from torch import nn
 
 from nearfar.launch import processes
-from nearfar.ssl import checkpoint_names, device
+from nearfar.ssl import checkpoint_names, config, device
 from nearfar.ssl.announce import passed_over_line
 from nearfar.ssl.data import open_source
 from nearfar.ssl.data.loaders.base import Batch, Loader
@@ -25,7 +25,6 @@ from nearfar.ssl.data.transforms.normalize import normalize
 from nearfar.ssl.defaults import Derived, ResolvedRun, resolve
 from nearfar.ssl.device import Compute
 from nearfar.ssl.distributed import Ranks, available_cores
-from nearfar.ssl.errors import UserError
 from nearfar.ssl.learner import Learner, build_learner
 from nearfar.ssl.optim import adamw
 from nearfar.ssl.run_folder import RunFolder
@@ -59,8 +58,7 @@ def dry_run(run: Run, console: Console) -> None:
     Raises:
         UserError: as `nearfar.launch.pretrain.run_pretraining` would at its start.
     """
-    if not run.data.path:
-        raise UserError("data.path is not set: name the training images, for example data.path=~/pictures.")
+    config.require_images(run)
     source = open_source(run.data.path)
     labeled = bool(run.data.val) and source.labels is not None and open_source(str(run.data.val)).labels is not None
     ranks = processes.world_size(run)

@@ -16,25 +16,25 @@ from nearfar.eval.knn import knn
 from nearfar.eval.pictures import contact_sheet, save
 from nearfar.launch import processes
 from nearfar.launch.stop_signals import StopFlag
-from nearfar.ssl import device, train
+from nearfar.ssl import config, device, train
 from nearfar.ssl.backbones import Backbone
 from nearfar.ssl.data import open_source
 from nearfar.ssl.data.loaders.base import Batch
 from nearfar.ssl.data.sources.base import Source, Subset
 from nearfar.ssl.defaults import ResolvedRun
 from nearfar.ssl.distributed import ALONE, Ranks, from_environment
-from nearfar.ssl.errors import UserError
 from nearfar.ssl.settings import Run
 
 
 def run_pretraining(run: Run, console: Console) -> train.Outcome:
     """Train `run`, or continue it. SIGTERM, SIGUSR2 and Ctrl-C save a checkpoint and return an unfinished outcome.
 
-    Under torchrun or srun this is one of the processes they started; otherwise it starts the others, if
-    `train.world_size` asks for more than one.
+    Under torchrun or srun this is one of the processes they started; otherwise it starts the others: one for each
+    visible GPU, or by the cores, unless `train.world_size` says how many.
 
     Raises:
-        UserError: as `nearfar.ssl.train.pretrain`, and when `data.path` or `data.val` holds no images.
+        UserError: as `nearfar.ssl.train.pretrain`; `data.path` or `data.val` holds no images; the device is not there,
+            or has fewer GPUs than `train.world_size`.
         PeerError: another of the run's processes ended.
     """
     world = from_environment()
@@ -53,8 +53,7 @@ def run_pretraining(run: Run, console: Console) -> train.Outcome:
 
 def train_rank(run: Run, console: Console, world: Ranks) -> train.Outcome:
     """The part of `run_pretraining` that each process of the run does."""
-    if not run.data.path:
-        raise UserError("data.path is not set: name the training images, for example data.path=~/pictures.")
+    config.require_images(run)
     source = open_source(run.data.path)
     with StopFlag() as stop:
         probe = None

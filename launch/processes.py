@@ -7,24 +7,29 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
 
-import torch
-
-from nearfar.ssl import defaults
+from nearfar.ssl import defaults, distributed, gpus
 from nearfar.ssl.defaults import Derived
 from nearfar.ssl.distributed import ALONE, Ranks, available_cores
-from nearfar.ssl.errors import EXIT_PEER, PeerError
+from nearfar.ssl.errors import EXIT_PEER, EXIT_USER, PeerError
 from nearfar.ssl.run_folder import RunFolder
 from nearfar.ssl.settings import Run
 
+HEARD_WITHIN = 5.0  # seconds in which the main thread must have noticed that another rank died
+
 
 def world_size(run: Run) -> Derived:
-    """Processes for a run on this machine: as set, as the run was started, or by the cores."""
+    """Processes for a run on this machine: as set, as the run was started, or by its GPUs or cores.
+
+    Raises:
+        UserError: the device is not there, or has not as many GPUs as processes are set.
+    """
     saved = RunFolder(run.path).saved_settings()
-    return defaults.world_size(run, saved, available_cores(), torch.cuda.is_available())
+    return defaults.world_size(run, saved, available_cores(), gpus.visible(run.train.device))
 
 
 @contextmanager
@@ -32,7 +37,9 @@ def started(run: Run, size: int) -> Iterator[Ranks]:
     """The other `size - 1` processes of `run` work while this is open; yields the rank of this one.
 
     They get no Ctrl-C (a session of their own): the first rank hears it, and all agree to stop. When this process ends,
-    however it dies, they end too: their connection to it breaks, and they check for it every second.
+    however it dies, they end too: their connection to it breaks, and they check for it every second. One of them that
+    dies is noticed within a second; where the main thread waits for it in a collective, this process says so and ends
+    (exit code 3).
 
     Raises:
         PeerError: naming the process that died, when one did.
@@ -48,6 +55,8 @@ def started(run: Run, size: int) -> Iterator[Ranks]:
         shared = {"WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
         shared |= {"OMP_NUM_THREADS": cores, "TORCH_CPP_LOG_LEVEL": os.environ.get("TORCH_CPP_LOG_LEVEL", "ERROR")}
         others = {rank: _start(run, shared | {"RANK": rank, "LOCAL_RANK": rank}) for rank in range(1, size)}
+        ended = threading.Event()
+        threading.Thread(target=_watch, args=(others, ended), daemon=True).start()
         try:
             yield Ranks(0, size, 0, cores, f"tcp://127.0.0.1:{port}", os.dup(server.fileno()))
             for process in others.values():
@@ -55,12 +64,33 @@ def started(run: Run, size: int) -> Iterator[Ranks]:
                     process.wait(timeout=60)
         except PeerError as error:
             dead = [f"rank {rank} {_how(process)}" for rank, process in others.items() if _ended_badly(process)]
-            raise PeerError(f"{error} {'; '.join(dead)}".strip()) from error
+            untold = [text for text in dead if text not in str(error)]
+            raise PeerError(f"{error} {'; '.join(untold)}".strip()) from error
         finally:
+            ended.set()
             for process in others.values():
                 if process.poll() is None:
                     process.kill()
                 process.wait()
+
+
+def _watch(others: dict[int, subprocess.Popen[bytes]], ended: threading.Event) -> None:
+    """End this process, the first rank, soon after another one died: it may wait in a collective where nothing tells.
+
+    The main thread has time to end in better order where its connection to the dead rank broke.
+    """
+    while not ended.wait(1.0):
+        for rank, process in others.items():
+            if process.poll() in (None, 0, EXIT_PEER):
+                continue
+            if ended.wait(HEARD_WITHIN):
+                return
+            told = f"Lost rank {rank} of this machine: rank {rank} {_how(process)}. Checkpoints saved are intact."
+            if not distributed.lost(told):  # the ranks have not met yet, or nothing watches them
+                print(f"nearfar: {told}", file=sys.stderr, flush=True)
+                # The others notice within a second. A mistake of the user's was told by the rank that met it.
+                os._exit(EXIT_USER if process.returncode == EXIT_USER else EXIT_PEER)
+            return
 
 
 def _start(run: Run, environment: dict[str, Any]) -> subprocess.Popen[bytes]:

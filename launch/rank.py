@@ -25,7 +25,7 @@ def main(argv: Sequence[str]) -> int:
 
     from nearfar.launch.pretrain import train_rank
     from nearfar.ssl import config
-    from nearfar.ssl.distributed import from_environment
+    from nearfar.ssl.distributed import from_environment, met
     from nearfar.ssl.settings import Run
 
     world = from_environment()
@@ -33,7 +33,7 @@ def main(argv: Sequence[str]) -> int:
         run = Run.model_validate_json(sys.stdin.read()) if argv[0] == "-" else config.load(Path(argv[0]))
         train_rank(run, Console(quiet=not world.first), world)
     except UserError as error:
-        if world.first:  # which has received the message of the others
+        if world.first or not met():  # the first has received the message of the others
             print(f"nearfar: {error}", file=sys.stderr)
         return EXIT_USER
     except PeerError as error:

@@ -24,7 +24,7 @@ from nearfar.eval.scoring import Protocol, TaskScore, evaluate, evaluate_pixels,
 from nearfar.eval.store import FeatureStore, is_store
 from nearfar.eval.tasks import TASKS, Data, Plan, plan
 from nearfar.eval.verdict import Verdict, verdict
-from nearfar.ssl import checkpoint, config, digests
+from nearfar.ssl import checkpoint, config, digests, gpus
 from nearfar.ssl.backbones import Backbone
 from nearfar.ssl.data import open_source
 from nearfar.ssl.defaults import ResolvedRun
@@ -44,7 +44,12 @@ class Subject(NamedTuple):
     amp: bool = False  # bfloat16 autocast where features are read
 
     def on(self, compute: Compute) -> Subject:
-        """These weights on a device, with the precision that features are read in there."""
+        """These weights on a device, with the precision that features are read in there.
+
+        Raises UserError where others have filled it.
+        """
+        size = sum(parameter.numel() * parameter.element_size() for parameter in self.backbone.parameters())
+        gpus.require_room(compute.device, size, "the weights")
         return self._replace(backbone=self.backbone.to(compute.device), amp=compute.bf16)
 
     @property

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import select
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,6 +16,7 @@ class PipeSafe:
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
+        self.silenced = False
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stream, name)
@@ -34,9 +36,23 @@ class PipeSafe:
 
     def _silence(self) -> None:
         """Whatever is still buffered, here and in child processes, is discarded without an error."""
+        self.silenced = True
         nowhere = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nowhere, self._stream.fileno())
         os.close(nowhere)
+
+
+def reader_left(stream: TextIO) -> bool:
+    """Is `stream` a pipe that nobody reads any more?"""
+    try:
+        number = stream.fileno()
+    except (OSError, ValueError):  # not a file
+        return False
+    if getattr(stream, "silenced", False):
+        return True
+    asked = select.poll()
+    asked.register(number, 0)
+    return any(event & select.POLLERR for _, event in asked.poll(0))
 
 
 @contextmanager

@@ -49,6 +49,12 @@ def load(recipe: Path | None, overrides: list[str] | tuple[str, ...] = ()) -> Ru
     return validate(tree, problems)
 
 
+def require_images(run: Run) -> None:
+    """Raises UserError where `run` names no training images. Quick: nothing is looked up."""
+    if not run.data.path:
+        raise UserError("data.path is not set: name the training images, for example data.path=~/pictures.")
+
+
 def _typed(key: str, text: str) -> Any:
     """The value of `key=text`: as YAML reads it, but text is kept as it is unless quoted; empty is the default."""
     if key in TEXTS:

@@ -101,7 +101,10 @@ def resolve(
 def on_ranks(run: Run, world_size: int) -> Run:
     """The run on `world_size` ranks. Raises UserError where that contradicts its settings."""
     if run.train.batch_size % world_size:
-        raise UserError(f"train.batch_size={run.train.batch_size} does not divide into {world_size} ranks.")
+        sizes = " and ".join(map(str, dividing(run.train.batch_size, run.train.accumulate_steps, world_size)))
+        raise UserError(
+            f"train.batch_size={run.train.batch_size} does not divide into {world_size} ranks; {sizes} would."
+        )
     if run.train.batch_size // world_size % run.train.accumulate_steps:
         raise UserError(
             f"The {run.train.batch_size // world_size} images of a step in each of {world_size} ranks do not divide "
@@ -157,18 +160,60 @@ def _get(run: Run, key: str) -> Any:
     return node
 
 
-def world_size(run: Run, saved: Run | None, cores: int, gpu: bool) -> Derived:
-    """Ranks of a run on this machine: as set, as the run was begun, or by the cores. Known before images are read."""
-    if run.train.world_size:
-        count, reason = run.train.world_size, "as set"
-    elif saved and saved.train.world_size:
-        count, reason = saved.train.world_size, "as the run was begun"
-    elif run.train.device != "cpu" and gpu:
-        count, reason = 1, "with a GPU; torchrun or `nearfar launch` start one for each"
-    else:
+def world_size(run: Run, saved: Run | None, cores: int, gpus: int) -> Derived:
+    """Ranks of a run on this machine: as set, as the run was begun, or by its GPUs or cores. Known before images are
+    read.
+
+    gpus: that the run may use; 0: it trains on the CPU.
+
+    Raises:
+        UserError: more ranks are set than there are GPUs.
+    """
+    key, asked, begun = "train.world_size", run.train.world_size, saved and saved.train.world_size
+    if asked:
+        if gpus and asked > gpus:
+            raise UserError(
+                f"train.world_size={asked}, but {_gpus(gpus)} visible here, and each process needs one of its own. "
+                f"Leave train.world_size out or say {gpus}, see that CUDA_VISIBLE_DEVICES hides none, or train on the "
+                "CPU with train.device=cpu."
+            )
+        return Derived(key, asked, "as set")
+    if begun and (not gpus or begun <= gpus):
+        return Derived(key, begun, "as the run was begun" + (_unused(gpus - begun) if gpus else ""))
+    if not gpus:
         count = local_ranks(run.train.batch_size // run.train.accumulate_steps, cores)
-        reason = f"{cores} cores, and equal slices of at least 16 of {run.train.batch_size} images"
-    return Derived("train.world_size", count, reason)
+        return Derived(key, count, f"{cores} cores, and equal slices of at least 16 of {run.train.batch_size} images")
+    count = gpu_ranks(run.train.batch_size, run.train.accumulate_steps, gpus)
+    reason = f"one for each of {gpus} GPUs" if count == gpus > 1 else "the GPU of this machine" if gpus == 1 else ""
+    if not reason:
+        sizes = " or ".join(map(str, dividing(run.train.batch_size, run.train.accumulate_steps, gpus)))
+        one = "1 of" if count == 1 else f"equal slices of {run.train.batch_size} images on {count} of"
+        reason = f"{one} {gpus} GPUs{_unused(gpus - count)}; train.batch_size={sizes} would use all"
+    if begun:
+        reason += f"; the run was begun by {begun} processes, for which there are not enough GPUs here"
+    return Derived(key, count, reason)
+
+
+def _gpus(count: int) -> str:
+    return "one GPU is" if count == 1 else f"{count} GPUs are"
+
+
+def _unused(count: int) -> str:
+    return f", {count} left unused" if count > 0 else ""
+
+
+def gpu_ranks(batch_size: int, accumulate_steps: int, gpus: int) -> int:
+    """Processes for a run on this machine's GPUs: as many as GPUs, with equal slices of at least 2 images a part."""
+    part = 2 * accumulate_steps
+    fits = (n for n in range(gpus, 1, -1) if batch_size % (n * accumulate_steps) == 0 and batch_size >= n * part)
+    return next(fits, 1)
+
+
+def dividing(batch_size: int, accumulate_steps: int, ranks: int) -> list[int]:
+    """The batch sizes nearest to this one, below and above, that `ranks` processes share in equal slices."""
+    share = ranks * accumulate_steps
+    below = batch_size // share * share
+    return [size for size in (below, below + share) if size >= 2 * share and size != batch_size] or [2 * share]
 
 
 def _fill(run: Run, images: int, cores: int) -> tuple[Run, list[Derived]]:

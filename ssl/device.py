@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from nearfar.ssl import gpus
 from nearfar.ssl.errors import UserError
 
 # Below this width, casting costs what bf16 matrix products save on a CPU (a ViT of width 96 still gains 1.65x).
@@ -36,7 +37,7 @@ def choose(device: str, precision: str, width: int, asked: str = "train.device="
         UserError: an explicit choice that the hardware does not support.
     """
     if device == "cuda" and not torch.cuda.is_available():
-        raise UserError(f"{asked}cuda, but torch sees no CUDA device here. Use {asked}cpu or auto.")
+        raise UserError(gpus.none_visible(asked))
     chosen = torch.device("cuda" if device != "cpu" and torch.cuda.is_available() else "cpu")
     supported = has_bf16(chosen)
     if precision == "bf16" and not supported:

@@ -11,7 +11,7 @@ import os
 import socket
 import subprocess
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -20,14 +20,16 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from nearfar.ssl import gpus, heartbeat
 from nearfar.ssl.errors import PeerError, UserError
+from nearfar.ssl.heartbeat import FAILURE, MISTAKE, Heartbeat, of_attempt
 
 T = TypeVar("T")
 
 JOIN_TIMEOUT = timedelta(minutes=5)  # until all ranks must have come together
 COLLECTIVE_TIMEOUT = timedelta(minutes=20)  # for a rank that scores or saves while the others wait
-_FAILURE = "failure"  # key of the store under which the first rank to fail leaves its message
-_MISTAKE = "mistake: "  # in front of such a message that is for the user
+_beats: Heartbeat | None = None  # of the ranks that are joined now
+_met = False
 
 
 @dataclass(frozen=True)
@@ -82,45 +84,89 @@ def _first_host(nodes: str) -> str:
 
 
 @contextmanager
-def joined(ranks: Ranks, timeout: timedelta = COLLECTIVE_TIMEOUT) -> Iterator[None]:
-    """Within it the ranks of a run can communicate; timeout: how long one may keep the others waiting.
+def joined(
+    ranks: Ranks, timeout: timedelta = COLLECTIVE_TIMEOUT, *, device: str = "auto", silence: float = heartbeat.SILENCE
+) -> Iterator[None]:
+    """Within it the ranks of a run can communicate.
+
+    Args:
+        timeout: how long one may keep the others waiting.
+        device: auto, cpu or cuda: on a CPU no GPU is touched.
+        silence: seconds without a sign of life after which a rank counts as lost; 0: none ever does. A process that
+            cannot be called back from waiting for a lost rank says which one it was, and ends (exit code 3).
 
     Raises:
-        PeerError: another rank ended first. Where connections break with the process, this is raised at once, otherwise
-            after `timeout`.
-        UserError: another rank ended first, because of a mistake of the user's.
+        PeerError: another rank ended first. Where connections break with the process, this is raised at once.
+        UserError: another rank ended first, because of a mistake of the user's; or two ranks share a GPU.
     """
+    global _beats, _met
     if ranks.size == 1:
         yield
         return
-    cuda = torch.cuda.is_available()
+    cuda = device != "cpu" and torch.cuda.is_available()
     if cuda:
         torch.cuda.set_device(ranks.local_rank % torch.cuda.device_count())
     try:
         store = _store(ranks)
-        backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
+        beats = Heartbeat(store, ranks.rank, ranks.size, first_of_machine=ranks.local_rank == 0, silence=silence)
+    except (RuntimeError, ValueError) as error:
+        raise PeerError(f"Rank {ranks.rank} did not meet the other {ranks.size - 1}: {_short(error)}") from error
+    with beats:
+        try:
+            _beats, _met = beats, True
+            with _told_to_others(ranks, of_attempt(store), beats):
+                if cuda:
+                    _refuse_shared_gpu(of_attempt(store))
+                _connect("cpu:gloo,cuda:nccl" if cuda else "gloo", store, ranks, timeout)
+                yield
+        finally:
+            _beats = None
+            if dist.is_initialized():
+                dist.destroy_process_group()
+
+
+def _connect(backend: str, store: dist.Store, ranks: Ranks, timeout: timedelta) -> None:
+    try:
         dist.init_process_group(backend, store=store, rank=ranks.rank, world_size=ranks.size, timeout=timeout)
     except (RuntimeError, ValueError) as error:
         raise PeerError(f"Rank {ranks.rank} did not meet the other {ranks.size - 1}: {_short(error)}") from error
+
+
+@contextmanager
+def _told_to_others(ranks: Ranks, store: dist.Store, beats: Heartbeat) -> Iterator[None]:
+    """An error of this rank is left in the store; where another one ended first, its message is raised here."""
     this_rank = f"Rank {ranks.rank} on {socket.gethostname()}"
     try:
         yield
+    except PeerError:  # they did not meet
+        raise
     except RuntimeError as error:
         if not _broken_connection(error):
             _publish_failure(store, f"{this_rank} ended: {_short(error)}")
             raise
-        message = _published_failure(store)
-        if message.startswith(_MISTAKE):
-            raise UserError(message.removeprefix(_MISTAKE)) from error
+        message = beats.verdict or _published_failure(store)
+        if not message and ranks.listening is None:  # else this process started the others, and knows which one died
+            message = beats.wait_for_verdict()
+        if message.startswith(MISTAKE):
+            raise UserError(message.removeprefix(MISTAKE)) from error
         raise PeerError(message or f"{this_rank} lost another rank, which ended without a message.") from error
     except UserError as error:
-        _publish_failure(store, f"{_MISTAKE}{this_rank}: {_short(error)}")
+        _publish_failure(store, f"{MISTAKE}{this_rank}: {_short(error)}")
         raise
     except BaseException as error:
         _publish_failure(store, f"{this_rank} ended: {_short(error) or type(error).__name__}")
         raise
-    finally:
-        dist.destroy_process_group()
+
+
+def _refuse_shared_gpu(store: dist.Store) -> None:
+    """NCCL refuses two ranks on one GPU in words that few understand, and training on it would be slower anyway."""
+    name = gpus.identity(torch.cuda.current_device())
+    if store.add(f"gpu/{socket.gethostname()}/{name}", 1) > 1:
+        raise UserError(
+            f"Two processes of this run share the GPU {name} of {socket.gethostname()}: more processes were started "
+            f"there than the {torch.cuda.device_count()} that each of them sees ({gpus.HIDING}). Start as many as "
+            "there are GPUs, or compute on the CPU (train.device=cpu, or --device cpu)."
+        )
 
 
 def _store(ranks: Ranks) -> dist.Store:
@@ -144,19 +190,48 @@ def _broken_connection(error: RuntimeError) -> bool:
 
 def _publish_failure(store: dist.Store, message: str) -> None:
     with suppress(RuntimeError):  # the rank that serves the store is gone already
-        store.set(_FAILURE, message)
+        store.set(FAILURE, message)
 
 
 def _published_failure(store: dist.Store) -> str:
     try:
-        store.wait([_FAILURE], timedelta(seconds=3))
-        return str(store.get(_FAILURE).decode())
+        store.wait([FAILURE], timedelta(seconds=3))
+        return str(store.get(FAILURE).decode())
     except RuntimeError:
         return ""
 
 
 def _short(error: BaseException) -> str:
     return " ".join(str(error).split())[:1000]
+
+
+def at_step(step: int) -> None:
+    """So many steps are done: what the other ranks say of this one if it is lost."""
+    if _beats:
+        _beats.step = step
+
+
+@contextmanager
+def finishing() -> Iterator[None]:
+    """What is done within it, such as writing a checkpoint, is finished first where another rank is lost meanwhile.
+
+    Nothing within may wait for another rank.
+    """
+    with _beats.finishing() if _beats else nullcontext():
+        yield
+
+
+def lost(message: str) -> bool:
+    """Another rank is known to be lost: this one says so and ends, and so do all. False where nothing watches."""
+    if _beats is None or not _beats.watches:
+        return False
+    _beats.lost(message)
+    return True
+
+
+def met() -> bool:
+    """Has this process ever met the other ranks? From then on the first one tells what goes wrong in any."""
+    return _met
 
 
 def count() -> int:

@@ -59,9 +59,11 @@ class RunLog(NoLog):
         try:
             self._metrics: IO[str] = (folder / "metrics.jsonl").open("a")
             self._log: IO[str] = (folder / "run.log").open("a")
-            self._board = SummaryWriter(str(folder), purge_step=start + 1)
+            # A finished run that is only called again has nothing to show, and each writer makes a file.
+            self._board = None if start >= steps else SummaryWriter(str(folder), purge_step=start + 1)
         except OSError as error:
             raise UserError(f"The log of the run cannot be written to {folder}: {error}.") from None
+        self._folder = folder
         self._console = console
         self._every = every
         self._last_line = float("-inf")
@@ -86,7 +88,8 @@ class RunLog(NoLog):
 
     def __exit__(self, *_: object) -> None:
         self._bar.stop()
-        self._board.close()
+        if self._board:
+            self._board.close()
         self._metrics.close()
         self._log.close()
 
@@ -99,6 +102,7 @@ class RunLog(NoLog):
         """A line of metrics after `step` finished steps."""
         self._metrics.write(json.dumps({"step": step, **values}) + "\n")
         self._metrics.flush()
+        self._board = self._board or SummaryWriter(str(self._folder))  # a score that a finished run still lacked
         for key, value in values.items():
             if isinstance(value, int | float):
                 self._board.add_scalar(key, value, step)
@@ -120,6 +124,8 @@ class RunLog(NoLog):
 
     def settings(self, values: dict[str, Any]) -> None:
         """The settings of the run for TensorBoard's table of runs, beside their loss and k-NN score."""
+        if self._board is None:
+            return
         from torch.utils.tensorboard.summary import hparams
 
         shown = {}
@@ -133,7 +139,8 @@ class RunLog(NoLog):
 
     def picture(self, name: str, step: int, pixels: np.ndarray) -> None:
         """A picture (H, W, 3), uint8, for TensorBoard."""
-        self._board.add_image(name, pixels, step, dataformats="HWC")
+        if self._board:
+            self._board.add_image(name, pixels, step, dataformats="HWC")
 
     def sync(self) -> None:
         """fsync the metrics: no checkpoint may exist before the lines of its steps."""

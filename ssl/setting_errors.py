@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -32,6 +33,8 @@ def in_words(error: ValidationError, keys: Sequence[str], command: str = PRETRAI
             unknowns.add(path)
         bounds = {key: f"{v:g}" if isinstance(v, float) else v for key, v in found.get("ctx", {}).items()}
         reason = _PLAIN_WORDS[found["type"]].format_map(bounds) if found["type"] in _PLAIN_WORDS else found["msg"]
+        if found["type"] == "literal_error":
+            reason += _did_you_mean(found["input"], re.findall(r"'([^']*)'", str(bounds["expected"])))
         reasons.setdefault(path, []).append(f"{reason[:1].lower()}{reason[1:]}")
         values.setdefault(path, found["input"])
     return [
@@ -72,6 +75,29 @@ def nearest_setting(key: str, keys: Sequence[str]) -> str | None:
         return near
     leaf = nearest(key.rpartition(".")[2], list(leaves), 0.6)
     return leaves[leaf] if leaf else None
+
+
+# what other libraries call it
+_SYNONYMS = {
+    "gpu": "cuda", "nvidia": "cuda", "cpus": "cpu", "float32": "fp32", "float": "fp32", "32": "fp32", "f32": "fp32",
+    "bfloat16": "bf16", "amp": "auto", "mixed": "auto", "half": "fp16", "float16": "fp16", "f16": "fp16",
+}  # fmt: skip
+
+
+def meant(word: str, choices: Sequence[str]) -> str | None:
+    """The choice that `word` was probably meant to be, by another name or misspelled; None where none is."""
+    same = _SYNONYMS.get(word.lower(), word.partition(":")[0].lower())
+    if same in choices:
+        return same
+    return None if word.lower() in _SYNONYMS else nearest(word, choices)
+
+
+def _did_you_mean(value: Any, choices: Sequence[str]) -> str:
+    if not isinstance(value, str) or (near := meant(value, choices)) is None:
+        return ""
+    number = value.partition(":")[2]
+    chosen = f", and CUDA_VISIBLE_DEVICES={number} to choose the GPU" if near == "cuda" and number.isdigit() else ""
+    return f"; did you mean {near}{chosen}?"
 
 
 def nearest(word: str, words: Sequence[str], cutoff: float = 0.6) -> str | None:

@@ -227,7 +227,8 @@ class TrainSettings(Section):
     world_size: int | None = Field(
         None,
         ge=1,
-        description="processes that share each batch; default: by the cores on a CPU, 1 on a GPU, as started by SLURM",
+        description="processes that share each batch; default: one for each GPU, by the cores on a CPU; under "
+        "SLURM and torchrun as many as they start",
         json_schema_extra=FREE,  # sums in another order: the same run up to rounding, and said so when it is continued
     )
     seed: int = Field(0, ge=0, description="seed of the weights, the order of the images, the views and drop-path")
@@ -246,6 +247,13 @@ class TrainSettings(Section):
         None,
         ge=1,
         description="steps between two checkpoints, besides those by save_every_minutes",
+        json_schema_extra=FREE,
+    )
+    rank_timeout: float = Field(
+        40.0,
+        ge=0,
+        description="seconds without a sign of life after which a process counts as lost, is named, and the others "
+        "end; 0 = never, for a debugger that stops a process whole (gdb, SIGSTOP; a breakpoint of pdb does not)",
         json_schema_extra=FREE,
     )
     keep_last: int = Field(2, ge=1, description="number of checkpoints that are kept", json_schema_extra=FREE)

@@ -59,7 +59,8 @@ def pretrain(
     from rich.console import Console
 
     console = console or Console(quiet=not world.first)
-    with distributed.joined(world), _out_of_memory_explained(), RunFolder(run.path, owns=world.first) as folder:
+    joined = distributed.joined(world, device=run.train.device, silence=run.train.rank_timeout)
+    with joined, _out_of_memory_explained(), RunFolder(run.path, owns=world.first) as folder:
         training = set_up(run, source, observers, folder, world)
         steps, start = training.schedule.steps, training.step
         with RunLog(folder.path, steps, start, console) if world.first else NoLog() as log:
@@ -126,6 +127,7 @@ def _loop(training: Training, should_stop: Callable[[], bool]) -> None:
             training.score()
         return
     saved_at = time.monotonic()
+    distributed.at_step(training.step)
     training.loader.seek(*divmod(training.step, training.loader.steps_per_epoch))
     batches = iter(training.loader)
     prefetch = Prefetch(lambda: meter.waiting(batches), training.views, side_stream(training.compute.device))
@@ -134,6 +136,7 @@ def _loop(training: Training, should_stop: Callable[[], bool]) -> None:
         batch, views = prefetch.take()
         values = schedule.at(training.step)
         trained = training.next_step(batch, views, values, should_stop)
+        distributed.at_step(training.step)
         del views  # before the next ones are made
         if training.step < schedule.steps:
             prefetch.begin()

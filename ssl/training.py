@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nearfar.ssl import announce, device, distributed, failed_step, resume
+from nearfar.ssl import announce, device, distributed, failed_step, gpus, resume
 from nearfar.ssl.backbones import Backbone
 from nearfar.ssl.data import open_loader
 from nearfar.ssl.data.loaders.base import Batch, Loader, LoaderOptions
@@ -168,10 +168,11 @@ class Training:
     def save(self) -> None:
         """Write a checkpoint, on the first rank, unless a step whose report is not read yet was not finite."""
         if self.world.first and all(result.report.read().finite for _, _, result in self.unread):
-            self.log.sync()
-            resume.save(
-                self.folder, self.step, self.learner, self.optimizer, self.description, self.run.train.keep_last
-            )
+            with distributed.finishing():
+                self.log.sync()
+                resume.save(
+                    self.folder, self.step, self.learner, self.optimizer, self.description, self.run.train.keep_last
+                )
 
     def save_due(self, saved_at: float) -> bool:
         every = self.run.train.save_every_steps
@@ -202,6 +203,9 @@ def set_up(run: Run, source: Source, observers: Observers, folder: RunFolder, wo
     saved = resume.latest(folder, world, warnings)
     learner = build_learner(resolved, weights=saved is None)
     compute = device.choose(resolved.train.device, resolved.train.precision, learner.teacher.backbone.embed_dim)
+    # Student, its gradients and AdamW's two moments; the teacher.
+    weights = 4 * _size(learner.student) + _size(learner.teacher)
+    gpus.require_room(compute.device, weights, "the weights and the optimizer's state")
     learner.to(compute.device)
     if compute.device.type == "cpu":
         device.keep_freed_memory()
@@ -236,6 +240,11 @@ def set_up(run: Run, source: Source, observers: Observers, folder: RunFolder, wo
         derived=derived,
         warnings=warnings,
     )
+
+
+def _size(module: torch.nn.Module) -> int:
+    """Bytes of the parameters."""
+    return sum(parameter.numel() * parameter.element_size() for parameter in module.parameters())
 
 
 def _settings(run: Run, folder: RunFolder, images: int, world: Ranks) -> tuple[ResolvedRun, list[Derived]]:

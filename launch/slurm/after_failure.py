@@ -16,9 +16,10 @@ from typing import NamedTuple
 
 from nearfar.launch.slurm import queue, records
 from nearfar.launch.slurm.records import ATTEMPT_BEGINS, AttemptEnd, Ending, Kind, SubmissionRecord
-from nearfar.ssl.errors import UserError
+from nearfar.ssl.errors import EXIT_PEER, UserError
 
 _SRUN = re.compile(r"srun: error: (?P<node>\S+): tasks? (?P<rank>\d+)\S*: (?P<how>.+)")
+_LOST = re.compile(r"nearfar: Lost rank (?P<rank>\d+) on (?P<node>[^\s:]+): (?P<how>[^.]+)")
 _NODE = re.compile(r"srun: error: Node failure on (?P<node>\S+)")
 
 
@@ -35,7 +36,15 @@ def first_failure(log: str, code: int) -> FirstFailure:
     last = log.rpartition(ATTEMPT_BEGINS)[2]
     if found := _NODE.search(last):
         return FirstFailure(f"node {found['node']} failed", 0, found["node"])
-    if found := _SRUN.search(last):
+    ended = list(_SRUN.finditer(last))
+    # A rank with this exit code only noticed that another one is lost: its node is not to blame. Where it is the first
+    # to end, srun then kills the lost one as well.
+    to_blame = [each for each in ended if each["how"].strip() != f"Exited with exit code {EXIT_PEER}"]
+    if ended and ended[0] not in to_blame and (lost := _LOST.search(last)):
+        node = lost["node"].partition(".")[0]
+        return FirstFailure(f"rank {lost['rank']} on {node} was lost: {lost['how']}", int(lost["rank"]), node)
+    if to_blame:
+        found = to_blame[0]
         how, node = found["how"].strip(), found["node"]
         if how.startswith("Killed"):
             how = "was killed by SIGKILL (often too little memory: --mem-gb)"

@@ -14,6 +14,7 @@ from rich.console import Console
 from nearfar.launch.slurm import queue, records
 from nearfar.launch.slurm.records import Job, SubmissionRecord
 from nearfar.launch.slurm.status import last_end, statuses
+from nearfar.launch.streams import reader_left
 from nearfar.ssl.errors import UserError
 
 POLL = 1.0  # seconds between two looks at a log that is followed
@@ -83,6 +84,8 @@ def logs(run: Path, follow: bool, kind: records.Kind = "train") -> None:
             place += len(text)
             sys.stdout.write(text.decode(errors="replace"))
             sys.stdout.flush()
+        if follow and reader_left(sys.stdout):
+            return
         if ending:
             break
         entry = queue.entries([job.job]).get(job.job)

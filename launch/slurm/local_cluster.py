@@ -47,14 +47,16 @@ def dry_run(runs: Sequence[Run], given: dict[str, Any], then: Sequence[str], con
     """Say what `launch` would do, and do nothing.
 
     Raises:
-        UserError: more than one machine is asked for.
+        UserError: more than one machine is asked for, or more GPUs than this one has.
     """
+    from nearfar.launch import processes
+
     _of_this_machine(given)
     for run in runs:
         run = _as_given(run, given, debug=False)
-        processes = run.train.world_size or "as many processes as the cores allow"
+        count, why = processes.world_size(run)[1:]
         told = f"{run.path}: pretrain on {run.data.path or 'no images (data.path= is not set)'}, {run.train.device}, "
-        told += f"{processes} process{'es' if processes != 1 else ''}" if run.train.world_size else str(processes)
+        told += f"{count} process{'es' if count != 1 else ''} ({why})"
         told += f", {run.train.epochs} epochs" + (f"; then {', '.join(then)}" if then else "")
         console.print(told, highlight=False, soft_wrap=True)
     console.print("Nothing was started. Leave out --dry-run to begin.", highlight=False, soft_wrap=True)
@@ -72,9 +74,9 @@ def _as_given(run: Run, given: dict[str, Any], debug: bool) -> Run:
     update: dict[str, Any] = {}
     if given.get("cpu"):
         update["device"] = "cpu"
-    processes = given.get("tasks_per_node") or gpu_count(given.get("gpus_per_node"))
-    if processes and not debug:
-        update["world_size"] = processes
+    asked = given.get("tasks_per_node") or gpu_count(given.get("gpus_per_node"))
+    if asked and not debug:
+        update["world_size"] = asked
     return run.model_copy(update={"train": run.train.model_copy(update=update)})
 
 

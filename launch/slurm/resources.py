@@ -142,7 +142,10 @@ def check(tree: dict[str, Any], where: str) -> Resources:
         if found.cpu and found.gpus_per_node:
             problems.append("--cpu asks for no GPU, and gpus_per_node asks for some: choose one")
         if not found.cpu and not found.gpus_per_node:
-            problems.append("say --gpus-per-node N, or --cpu to train on CPUs")
+            raise UserError(
+                "What should the job run on? Say --gpus-per-node 8, or how many GPUs each node has for it (one process "
+                f"is started on each), or --cpu. `gpus_per_node: 8` in {site_file()} says it for every job."
+            )
         if not problems:
             return found
     raise UserError(f"The resources {where} cannot be used: {'; '.join(problems)}.")

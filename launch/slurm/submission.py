@@ -17,7 +17,7 @@ from nearfar.launch.slurm.executor import JobOptions
 from nearfar.launch.slurm.records import Ending, Job, SubmissionRecord
 from nearfar.launch.slurm.resources import Resources
 from nearfar.ssl import config
-from nearfar.ssl.defaults import continued
+from nearfar.ssl.defaults import continued, dividing
 from nearfar.ssl.errors import UserError
 from nearfar.ssl.run_folder import RunFolder
 from nearfar.ssl.settings import Run
@@ -63,8 +63,7 @@ def for_cluster(run: Run, resources: Resources) -> Run:
 
 
 def _check(run: Run, resources: Resources) -> None:
-    if not run.data.path:
-        raise UserError("data.path is not set: name the training images, for example data.path=~/pictures.")
+    config.require_images(run)
     if not run.name:
         raise UserError("The run has no name: set name=.")
     if resources.cpu and run.train.device == "cuda":
@@ -72,9 +71,10 @@ def _check(run: Run, resources: Resources) -> None:
     if not resources.cpu and run.train.device == "cpu":
         raise UserError("train.device=cpu and --gpus-per-node contradict each other: say --cpu, or leave the device.")
     if run.train.batch_size % resources.world:
+        sizes = dividing(run.train.batch_size, run.train.accumulate_steps, resources.world)
         raise UserError(
             f"train.batch_size={run.train.batch_size} does not divide into {resources.world} processes "
-            f"({resources.nodes} nodes x {resources.tasks})."
+            f"({resources.nodes} nodes x {resources.tasks}); the nearest that do: {' and '.join(map(str, sizes))}."
         )
 
 

@@ -133,7 +133,7 @@ def test_both_routes_of_attention_with_a_window(
     if route == "tables":
         found = flex_windows(compiled(_flex()), *here)
     else:
-        found = attend(*here[:3], window_bias(*here[3:], here[0].shape[-2]).to(dtype))
+        found = attend(here[0], here[1], here[2], window_bias(here[3], here[4], here[0].shape[-2]).to(dtype))
     up = torch.randn(wanted.shape, generator=torch.Generator().manual_seed(1)).to(dtype)
     gradients = torch.autograd.grad(found, here, up.to(device))
     compare(

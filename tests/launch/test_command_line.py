@@ -27,6 +27,7 @@ LIGHT = {"torch", "torchvision", "timm", "numpy", "matplotlib", "safetensors", "
         ["pretrain", "demo", "--epochs", "3"],
         ["pretrain", "demo", "train.epoch=3"],
         ["pretrain", "nosuch"],
+        ["pretrain", "cifar10", "data.path="],
         ["eval", "lienar", "x"],
         ["launch", "demo", "--cpu", "--dry-run", "train.epoch=3"],
     ],
@@ -64,6 +65,7 @@ def test_help_and_mistakes_load_none_of_the_slow_packages(argv: list[str]) -> No
         (["export", "a", "b", "c"], "'c' is not expected by `nearfar export`"),
         (["export"], "model and out are missing"),
         (["eval", "lienar", "x"], "'lienar' is not one of knn, linear, segment, all; did you mean linear?"),
+        (["features", "a", "b", "c", "--device", "gpu"], "'gpu' is not one of auto, cpu, cuda; did you mean cuda?"),
         (["launch", "demo", "--cluster", "slrum"], "did you mean slurm?"),
     ],
 )

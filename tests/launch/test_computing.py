@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -11,10 +12,10 @@ import torch
 from PIL import Image
 
 from nearfar.eval import features as extraction
-from nearfar.launch import cli
+from nearfar.launch import cli, computing
 from nearfar.launch.computing import compute_for
 from nearfar.launch.slurm import job
-from nearfar.ssl import checkpoint, config, device
+from nearfar.ssl import checkpoint, config, device, gpus
 from nearfar.ssl.backbones import create
 from nearfar.ssl.errors import UserError
 
@@ -49,7 +50,7 @@ def test_a_device_that_is_not_there_is_a_paragraph_and_exit_code_2(
     rest = ["knn", str(run)] if verb == "eval" else [str(run), str(tmp_path / "images"), str(tmp_path / "store")]
     assert cli.main([verb, *rest, "--device", "cuda"]) == 2
     said = " ".join(capsys.readouterr().err.split())
-    assert "--device cuda, but torch sees no CUDA device here. Use --device cpu or auto." in said
+    assert "--device cuda, but torch sees no CUDA device here: " in said and "Or use --device cpu or auto" in said
     assert not (tmp_path / "store").exists()
 
 
@@ -73,6 +74,20 @@ def test_the_evaluation_after_a_job_takes_the_jobs_device(run: Path) -> None:
     checkpoint.export(run / "teacher.safetensors", checkpoint.load(run), about)
     with pytest.raises(UserError, match=r"train\.device=cuda, but torch sees no CUDA device"):
         job.score_run(run, ["knn"])
+
+
+@pytest.mark.parametrize("verb", ["eval", "features"])
+def test_a_full_gpu_is_a_paragraph_and_exit_code_2(
+    verb: str, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(computing, "choose", lambda *_: device.Compute(torch.device("cuda"), nullcontext, "float32"))
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda index: (1000, 80 * 10**9))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: "H100")
+    monkeypatch.setattr(gpus, "identity", lambda index: "uuid")
+    rest = ["knn", str(run)] if verb == "eval" else [str(run), str(tmp_path / "images"), str(tmp_path / "store")]
+    assert cli.main([verb, *rest, "--device", "cuda"]) == 2
+    assert "GPU 0 (H100) has 0.0 of its 80.0 GB free, and the weights take" in capsys.readouterr().err
 
 
 def test_the_backbone_is_where_the_features_are_computed(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:

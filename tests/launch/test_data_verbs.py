@@ -105,7 +105,7 @@ def test_files_passed_over_for_their_type_are_told(folder, tmp_path, capsys):
     for command in (["check", str(folder)], ["beton", str(folder), str(tmp_path / "out.beton")]):
         assert main(["data", *command]) == 0
         told = capsys.readouterr().out
-        assert "passed over for their type  2 .avif (class1/a.avif), 2 without an ending (class1/" in told
+        assert "skipped because of their type  2 .avif (class1/a.avif), 2 without an ending (class1/" in told
         assert "1 .jp2 (class1/b.jp2)" in told and "\x1b" not in told
 
 

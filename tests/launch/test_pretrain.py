@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import textwrap
+import threading
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -11,17 +13,18 @@ from typing import Any
 import numpy as np
 import psutil
 import pytest
+import torch
 from rich.console import Console
 
 from nearfar.eval.features import Reading, extract
 from nearfar.eval.knn import knn
 from nearfar.launch import pretrain, processes
 from nearfar.launch.pretrain import OnlineKNN
-from nearfar.ssl import config
+from nearfar.ssl import config, distributed
 from nearfar.ssl.backbones import create
 from nearfar.ssl.data.sources.base import ArraySource
 from nearfar.ssl.distributed import Ranks
-from nearfar.ssl.errors import EXIT_PEER
+from nearfar.ssl.errors import EXIT_PEER, UserError
 from nearfar.ssl.settings import Run
 
 
@@ -38,6 +41,90 @@ def test_processes_follow_the_cores_and_the_batch(
 ) -> None:
     monkeypatch.setattr(processes, "available_cores", lambda: cores)
     assert processes.world_size(make(tmp_path, *settings)).value == size
+
+
+@pytest.mark.parametrize(
+    ("settings", "size", "told"),
+    [
+        (["train.device=auto"], 2, "one for each of 2 GPUs"),
+        (["train.device=cuda"], 2, "one for each of 2 GPUs"),
+        (["train.device=cpu"], 4, "4 cores"),
+        (["train.device=auto", "train.world_size=1"], 1, ""),
+    ],
+)
+def test_pretrain_starts_a_process_for_each_visible_gpu(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, settings: list[str], size: int, told: str
+) -> None:
+    started: list[dict[str, object]] = []
+
+    class Child:
+        def __init__(self, run: Run, environment: dict[str, object]) -> None:
+            started.append(environment)
+
+        def poll(self) -> int:
+            return 0
+
+        def wait(self, timeout: float | None = None) -> int:
+            return 0
+
+    worlds: list[Ranks] = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(processes, "available_cores", lambda: 4)
+    monkeypatch.setattr(processes, "_start", Child)
+    monkeypatch.setattr(pretrain, "train_rank", lambda run, console, world: worlds.append(world))
+    said = StringIO()
+    pretrain.run_pretraining(make(tmp_path, *settings), Console(file=said, width=200))
+    assert [(world.rank, world.size, world.cores) for world in worlds] == [(0, size, 4 // size if size > 1 else 0)]
+    assert [(each["LOCAL_RANK"], each["WORLD_SIZE"]) for each in started] == [(r, size) for r in range(1, size)]
+    assert told in said.getvalue() and ("derived" in said.getvalue()) == bool(told)
+
+
+def test_more_processes_than_gpus_or_none_at_all_are_told_before_anything_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    nowhere = ["train.device=auto", "data.path=/nowhere"]
+    with pytest.raises(UserError, match=r"train.world_size=4, but 2 GPUs are visible"):
+        pretrain.run_pretraining(make(tmp_path, *nowhere, "train.world_size=4"), Console(file=StringIO()))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(UserError, match="torch sees no CUDA device here"):
+        pretrain.run_pretraining(make(tmp_path, *nowhere, "train.device=cuda"), Console(file=StringIO()))
+
+
+def test_a_dead_process_is_reported_where_the_first_one_would_wait_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    lost: list[str] = []
+    monkeypatch.setattr(processes, "HEARD_WITHIN", 0.01)
+    monkeypatch.setattr(distributed, "lost", lambda message: lost.append(message) or True)
+    fine = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+    dead = subprocess.Popen([sys.executable, "-c", "import os; os.kill(os.getpid(), 9)"])
+    try:
+        processes._watch({1: fine, 2: dead}, threading.Event())
+    finally:
+        fine.kill()
+        fine.wait()
+    assert len(lost) == 1 and "Lost rank 2 of this machine: rank 2 was killed by SIGKILL" in lost[0]
+
+
+def test_a_process_that_dies_before_the_ranks_meet_is_named_at_once(tmp_path: Path) -> None:
+    """The first rank waits for it where no thread of Python runs; its children end with it."""
+    code = """
+        import os, sys
+        from nearfar.launch import processes
+        from nearfar.ssl import distributed, config
+
+        start = processes.subprocess.Popen
+        dead = [sys.executable, "-c", "import os; os.kill(os.getpid(), 9)"]
+        processes.subprocess.Popen = lambda command, **options: start(dead, **options)
+        with processes.started(config.load(None, ["name=r"]), 3) as world, distributed.joined(world):
+            print("met")
+    """
+    script = tmp_path / "start.py"
+    script.write_text(textwrap.dedent(code))
+    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=120)
+    assert done.returncode == EXIT_PEER and done.stdout == ""
+    assert "Lost rank 1 of this machine: rank 1 was killed by SIGKILL" in done.stderr
 
 
 def test_a_run_goes_on_with_as_many_processes_as_it_was_begun(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

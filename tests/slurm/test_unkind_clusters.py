@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import time
 from collections.abc import Callable
@@ -72,6 +73,21 @@ def test_a_killed_process_is_tried_again_elsewhere(
     (end, *_) = records.attempt_ends(run.run)
     assert end.why == f"rank 1 on {node} was killed by SIGKILL (often too little memory: --mem-gb)"
     assert queue.details(run.job)["ExcNodeList"] == node
+    assert run.finish().lost <= 5
+    same(run.run, reference(2))
+
+
+def test_a_process_that_stands_still_is_named_and_the_job_tried_again(
+    cluster: Any, launch: Launch, reference: Callable[[int], Path], same: Callable[..., None]
+) -> None:
+    """SLURM sees nothing wrong with it, and no connection breaks: the other rank notices by itself."""
+    run = launch("--nodes", "2", "train.save_every_steps=5", "train.rank_timeout=6", name="still", pace=PACE)
+    run.reach(7)
+    processes(run.job)[1].suspend()
+    run.wait("another attempt", lambda status: len(status.attempts) == 2)
+    (end, *_) = records.attempt_ends(run.run)
+    assert end.why.startswith(f"rank 1 on {socket.gethostname().partition('.')[0]} was lost: no sign of life for ")
+    assert end.rank == 1 and end.infrastructure and "its last step was " in end.why
     assert run.finish().lost <= 5
     same(run.run, reference(2))
 

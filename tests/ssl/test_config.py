@@ -236,7 +236,11 @@ def test_a_date_in_a_recipe_is_text(tmp_path: Path) -> None:
         ("train.epochs=many", "train.epochs='many' is not possible: it should be a whole number"),
         ("train.epochs=0", "train.epochs=0 is not possible: it should be 1 or more"),
         ("train.epochs=1.5", "train.epochs=1.5 is not possible: it should be a whole number"),
-        ("train.device=gpu", "train.device='gpu' is not possible: it should be 'auto', 'cpu' or 'cuda'"),
+        ("train.device=gpu", "it should be 'auto', 'cpu' or 'cuda'; did you mean cuda?"),
+        ("train.device=cuda:1", "did you mean cuda, and CUDA_VISIBLE_DEVICES=1 to choose the GPU?"),
+        ("train.precision=bfloat16", "'fp32'; did you mean bf16?"),
+        ("train.precision=float32", "did you mean fp32?"),
+        ("train.precision=bf61", "did you mean bf16?"),
         ("backbone.lgp=perhaps", "it should be true or false"),
         ("optim=3", "optim=3 is not possible: it should be a section with settings in it"),
         (
@@ -386,6 +390,7 @@ def test_differences_name_every_setting_that_changes_weights_and_no_free_one() -
         "train.save_every_minutes",
         "train.save_every_steps",
         "train.keep_last",
+        "train.rank_timeout",
         "train.world_size",
         "eval.size",
         "eval.resize",
@@ -404,6 +409,7 @@ def test_differences_name_every_setting_that_changes_weights_and_no_free_one() -
         "train.save_every_minutes=1",
         "train.save_every_steps=1",
         "train.keep_last=9",
+        "train.rank_timeout=0",
         "train.world_size=4",
         "eval.knn_every_epochs=3",
         "eval.knn_max_images=10",
@@ -429,6 +435,45 @@ def test_a_cpu_run_takes_a_process_a_core_with_equal_slices_of_16_images_or_more
     batch: int, cores: int, ranks: int
 ) -> None:
     assert local_ranks(batch, cores) == ranks
+
+
+def gpu_run(*settings: str) -> Run:
+    return config.load(None, ["data.path=x", *settings])
+
+
+@pytest.mark.parametrize(
+    ("settings", "gpus", "ranks", "why"),
+    [
+        ([], 1, 1, "the GPU of this machine"),
+        ([], 8, 8, "one for each of 8 GPUs"),
+        (["train.batch_size=60"], 8, 6, "60 images on 6 of 8 GPUs, 2 left unused; train.batch_size=56 or 64 would"),
+        (["train.batch_size=61"], 2, 1, "1 of 2 GPUs, 1 left unused; train.batch_size=60 or 62 would use all"),
+        (["train.batch_size=64", "train.accumulate_steps=4"], 8, 8, "one for each of 8 GPUs"),
+        (["train.batch_size=64", "train.accumulate_steps=8"], 8, 4, "4 of 8 GPUs, 4 left unused"),
+        (["train.batch_size=4"], 8, 2, "2 of 8 GPUs, 6 left unused; train.batch_size=16 would use all"),
+        (["train.world_size=2"], 8, 2, "as set"),
+    ],
+)
+def test_a_run_takes_every_gpu_that_gets_an_equal_slice(settings: list[str], gpus: int, ranks: int, why: str) -> None:
+    found = defaults.world_size(gpu_run(*settings), None, 2, gpus)
+    assert found.value == ranks and why in found.reason
+    defaults.on_ranks(gpu_run(*settings), ranks)  # which would refuse what does not divide
+
+
+def test_a_run_on_gpus_goes_on_as_it_was_begun_where_there_are_enough() -> None:
+    begun = gpu_run("train.world_size=4")
+    assert defaults.world_size(gpu_run(), begun, 2, 4)[1:] == (4, "as the run was begun")
+    assert defaults.world_size(gpu_run(), begun, 2, 8)[1:] == (4, "as the run was begun, 4 left unused")
+    fewer = defaults.world_size(gpu_run(), begun, 2, 2)
+    assert fewer.value == 2 and "begun by 4 processes, for which there are not enough GPUs here" in fewer.reason
+    assert defaults.world_size(gpu_run(), begun, 1, 0).value == 4  # on CPUs as ever
+
+
+def test_more_processes_than_gpus_are_a_mistake() -> None:
+    with pytest.raises(UserError, match=r"train.world_size=4, but 2 GPUs are visible here.*CUDA_VISIBLE_DEVICES"):
+        defaults.world_size(gpu_run("train.world_size=4"), None, 16, 2)
+    with pytest.raises(UserError, match=r"train.world_size=2, but one GPU is visible here"):
+        defaults.world_size(gpu_run("train.world_size=2"), None, 16, 1)
 
 
 def test_a_batch_that_does_not_divide_among_the_ranks_is_a_mistake() -> None:

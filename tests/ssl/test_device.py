@@ -53,7 +53,7 @@ def test_a_context_may_be_entered_again_and_again(bf16: bool) -> None:
 
 def test_cuda_where_there_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(UserError, match=r"train.device=cuda.*Use train.device=cpu or auto"):
+    with pytest.raises(UserError, match=r"train.device=cuda, but .* Or use train.device=cpu or auto"):
         device.choose("cuda", "auto", 384)
     assert device.choose("auto", "fp32", 384).device.type == "cpu"
 

@@ -110,7 +110,7 @@ def test_a_run_with_prefetch_has_the_same_bits_and_shows_its_first_views_once(
         assert all(len(group) == len(views) for group, views in zip(batch.groups, colored, strict=True))
         shown.append([group.clone() for group in colored])
 
-    folders = []
+    folders: list[Path] = []
     for side in (None, Notes()):
         monkeypatch.setattr(train, "side_stream", lambda device, side=side: side)
         if side is not None:
@@ -120,6 +120,6 @@ def test_a_run_with_prefetch_has_the_same_bits_and_shows_its_first_views_once(
         folders.append(run.path)
         if side is not None:
             assert side.calls == ["mark", "hand over"] * 10
-    same_runs(*folders, 10)
+    same_runs(folders[0], folders[1], 10)
     assert len(shown) == 2
     assert all(torch.equal(a, b) for a, b in zip(*shown, strict=True))

@@ -40,6 +40,15 @@ def test_without_a_terminal_the_same_lines_are_printed(tmp_path: Path) -> None:
     assert [line.split()[1] for line in said.getvalue().splitlines()] == ["1/9", "9/9"]
 
 
+def test_a_finished_run_makes_a_file_for_tensorboard_only_for_a_score(tmp_path: Path) -> None:
+    with RunLog(tmp_path, 9, 9, Console(file=StringIO())) as log:
+        log.settings({"name": "r"})
+    assert not list(tmp_path.glob("events*"))
+    with RunLog(tmp_path, 9, 9, Console(file=StringIO())) as log:
+        log.record(9, {"knn_top1": 50.0})
+    assert EventAccumulator(str(tmp_path)).Reload().Scalars("knn_top1")[0].value == 50.0
+
+
 def test_tensorboard_gets_numbers_pictures_and_settings(tmp_path: Path) -> None:
     with RunLog(tmp_path, 9, 0, Console(file=StringIO())) as log:
         log.settings({"name": "r", "optim": {"lr": 0.1, "betas": [1, 2]}, "loss": {"koleo_weight": None}})

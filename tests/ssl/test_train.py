@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from rich.console import Console
 from torch import Tensor, nn
 
-from nearfar.ssl import checkpoint, learner, train, training
+from nearfar.ssl import checkpoint, gpus, learner, train, training
 from nearfar.ssl.backbones import Backbone, Tokens
 from nearfar.ssl.data.loaders.base import Batch
 from nearfar.ssl.data.sources.base import ArraySource
@@ -286,7 +286,8 @@ def test_a_finished_run_does_nothing_again(tiny: Make, images: ArraySource, quie
 
     def state() -> dict[str, bytes]:
         files = [run.path / "metrics.jsonl", run.path / "teacher.safetensors", *run.path.glob("checkpoints/*/*")]
-        return {str(file): file.read_bytes() for file in files}
+        states = {str(file): file.read_bytes() for file in files}
+        return states | {str(file): file.read_bytes() for file in run.path.glob("events.out.tfevents*")}
 
     before = state()
     calls: list[Any] = []
@@ -304,6 +305,25 @@ def test_the_seed_of_a_step_differs_from_step_to_step_and_from_run_to_run() -> N
 
 
 # What goes wrong
+
+
+def test_the_weights_must_fit_beside_what_is_on_the_gpu(
+    tiny: Make, images: ArraySource, quiet: Console, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Five times the student's 4 bytes a parameter, the teacher's among them."""
+    asked: list[int] = []
+
+    def full(device: torch.device, needed: int, what: str) -> None:
+        asked.append(needed)
+        raise UserError(f"The GPU is full: {what}.")
+
+    monkeypatch.setattr(gpus, "require_room", full)
+    run = tiny()
+    with pytest.raises(UserError, match="the weights and the optimizer's state"):
+        train.pretrain(run, images, console=quiet)
+    made = learner.build_learner(resolve(run, len(images))[0])
+    one = sum(parameter.numel() for parameter in made.student.parameters())
+    assert asked == [4 * 5 * one] and not list(run.path.glob("checkpoints/*"))
 
 
 def poisoned(seen: list[Batch]) -> Callable[..., list[Tensor]]:

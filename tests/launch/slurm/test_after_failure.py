@@ -24,6 +24,18 @@ from nearfar.ssl.errors import UserError
         ("srun: error: n7: tasks 8-15: Out Of Memory", "rank 8 on n7 ran out of memory (--mem-gb)", "n7"),
         ("srun: error: Node failure on node3\nsrun: error: node1: task 0: Killed", "node node3 failed", "node3"),
         ("srun: error: a-1: task 3: Exited with exit code 1", "rank 3 on a-1 ended: exited with exit code 1", "a-1"),
+        (
+            "nearfar: Lost rank 3 on node2.cluster: no sign of life for 45 s; its last step was 1,234. Its process\n"
+            "srun: error: node1: tasks 0-1: Exited with exit code 3\nsrun: error: node2: task 3: Killed",
+            "rank 3 on node2 was lost: no sign of life for 45 s; its last step was 1,234",
+            "node2",
+        ),
+        (
+            "srun: error: node1: task 0: Exited with exit code 3\nsrun: error: node2: task 1: Killed",
+            "rank 1 on node2 was killed by SIGKILL (often too little memory: --mem-gb)",
+            "node2",
+        ),
+        ("srun: error: n1: task 0: Exited with exit code 3", "srun ended with exit code 9: see the log", ""),
         ("nothing", "srun ended with exit code 9: see the log", ""),
     ],
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -108,6 +109,29 @@ def test_logs(run: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest
     assert capsys.readouterr().out == "one\nmore\nmore\n"
 
 
+def test_a_followed_log_ends_with_its_reader(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`nearfar launch logs -f RUN | head`, of a job that runs on and writes nothing more."""
+    log = run / "cluster" / "now" / "log" / "5_0_log.out"
+    log.parent.mkdir(parents=True)
+    log.write_text("one\n")
+    reader, writer = os.pipe()
+    looks: list[object] = []
+
+    def entries(ids: object) -> dict[str, QueueEntry]:
+        looks.append(ids)
+        if len(looks) == 3:
+            os.close(reader)
+        assert len(looks) < 9
+        return {"5": QueueEntry("RUNNING", "mine")}
+
+    monkeypatch.setattr(queue, "entries", entries)
+    monkeypatch.setattr(control, "POLL", 0.0)
+    with os.fdopen(writer, "w") as pipe:
+        monkeypatch.setattr(sys, "stdout", pipe)
+        control.logs(run, follow=True)
+    assert len(looks) == 3
+
+
 @pytest.mark.parametrize(
     ("words", "told"),
     [
@@ -147,7 +171,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         (["--cpu", "--then", "knn"], "--then knn: write eval="),
         (["--cpu", "--then", "eval=color"], "any of knn, linear, segment"),
         (["--cpu", "--parallel", "2"], "--parallel is the number of runs of a --sweep"),
-        (["--nodes", "2"], "say --gpus-per-node N, or --cpu"),
+        (["--nodes", "2"], "Say --gpus-per-node 8"),
         (["--cpu", "optim.lrr=1"], "did you mean optim.lr?"),
     ],
 )
@@ -195,7 +219,8 @@ def test_local_dry_run_trains_nothing(here: Path, capsys: pytest.CaptureFixture[
     for cluster in ("local", "debug"):
         assert cli.main(["launch", "mine.yaml", *words, cluster]) == 0
         said = capsys.readouterr().out
-        assert "runs/mine: pretrain on pictures, cpu, 2 processes, 3 epochs" in said and "Nothing was started" in said
+        assert "runs/mine: pretrain on pictures, cpu, 2 processes (as set), 3 epochs" in said
+        assert "Nothing was started" in said
     assert sorted(here.rglob("*")) == before
 
 

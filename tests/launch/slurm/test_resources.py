@@ -44,7 +44,7 @@ def test_processes() -> None:
 @pytest.mark.parametrize(
     ("given", "words"),
     [
-        ({}, "say --gpus-per-node N, or --cpu"),
+        ({}, "Say --gpus-per-node 8"),
         ({"cpu": True, "gpus_per_node": 2}, "choose one"),
         ({"cpu": True, "nodes": 0, "hours": -1}, "nodes=0 is not possible: it should be 1 or more; hours=-1"),
         ({"gpus_per_node": "a100"}, "write a number, or type:number such as a100:8"),
