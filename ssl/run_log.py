@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import time
+from functools import partial
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
@@ -63,7 +64,7 @@ class RunLog(NoLog):
             self._board = None if start >= steps else SummaryWriter(str(folder), purge_step=start + 1)
         except OSError as error:
             raise UserError(f"The log of the run cannot be written to {folder}: {error}.") from None
-        self._folder = folder
+        self._board_of_late_score = partial(SummaryWriter, str(folder))
         self._console = console
         self._every = every
         self._last_line = float("-inf")
@@ -102,7 +103,7 @@ class RunLog(NoLog):
         """A line of metrics after `step` finished steps."""
         self._metrics.write(json.dumps({"step": step, **values}) + "\n")
         self._metrics.flush()
-        self._board = self._board or SummaryWriter(str(self._folder))  # a score that a finished run still lacked
+        self._board = self._board or self._board_of_late_score()  # of a score that a finished run still lacked
         for key, value in values.items():
             if isinstance(value, int | float):
                 self._board.add_scalar(key, value, step)
