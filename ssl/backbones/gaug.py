@@ -42,7 +42,8 @@ class GaugBias(nn.Module):
         with torch.autocast(q.device.type, enabled=False):
             weight = torch.cat([self.var.weight, self.alpha.weight]).to(precise)
             bias = torch.cat([self.var.bias, self.alpha.bias]).to(precise)
-            make = compiled(window_tables) if q.device.type == "cuda" else window_tables
+            own_graph = q.device.type == "cuda" and not torch.compiler.is_compiling()
+            make = compiled(window_tables) if own_graph else window_tables
             u = F.linear(q.to(precise), weight, bias)
             tables: tuple[Tensor, Tensor] = make(u, grid, self.grid, self.ceiling, self.shift, self.eps)
             return tables
