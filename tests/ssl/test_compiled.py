@@ -169,7 +169,7 @@ def test_auto_goes_on_without_a_compiler_and_says_so(monkeypatch: pytest.MonkeyP
     assert said == ["Nothing is compiled (train.compile=auto), so steps are slower: there is no compiler."]
     assert not compiled.switch_on([backbone], "auto", CPU, said) and len(said) == 1
     assert not compiled.switch_on([backbone], False, torch.device("cuda"), said) and len(said) == 1
-    assert backbone.model.compiled is None  # type: ignore[union-attr]
+    assert backbone.model.compiled is None
 
 
 def test_what_is_not_ours_is_named() -> None:

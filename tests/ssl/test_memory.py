@@ -121,7 +121,7 @@ def test_a_run_may_be_continued_with_activations_computed_twice(
 
 def test_a_network_of_timm_without_the_switch_is_named() -> None:
     backbone = create("timm/test_vit.r160_in1k", img_size=32)
-    backbone.model = torch.nn.Identity()  # type: ignore[assignment]
+    backbone.model = torch.nn.Identity()
     with pytest.raises(UserError, match=r"test_vit.*leave out|Leave out train\.checkpoint_activations"):
         memory.recompute_activations(backbone)
 
