@@ -236,7 +236,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--local-crops", type=int, default=8)
     parser.add_argument("--prototypes", type=int, default=65536)
     parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"])
-    parser.add_argument("--precision", default="auto", choices=["auto", "bf16", "fp32"])
+    parser.add_argument("--precision", default="auto", choices=["auto", "bf16", "fp16", "fp32"])
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument(

@@ -153,7 +153,9 @@ def _add_training(verbs: argparse._SubParsersAction) -> None:
     replay.add_argument("record", type=Path, help="RUN/not_finite/step-XXXXXXXXX, or the run's folder for its newest")
     replay.add_argument("--data", help="training images, if they were moved (default: data.path of the run)")
     replay.add_argument("--device", choices=["auto", "cpu", "cuda"], help="where to compute (default: as the run)")
-    replay.add_argument("--precision", choices=["auto", "bf16", "fp32"], help="in which numbers (default: as the run)")
+    replay.add_argument(
+        "--precision", choices=["auto", "bf16", "fp16", "fp32"], help="in which numbers (default: as the run)"
+    )
     replay.set_defaults(verb=run_replay)
 
 

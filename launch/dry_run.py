@@ -31,7 +31,7 @@ from nearfar.ssl.run_folder import RunFolder
 from nearfar.ssl.schedule import Schedule
 from nearfar.ssl.settings import Run, all_settings
 from nearfar.ssl.step import Stepper
-from nearfar.ssl.training import loader_of
+from nearfar.ssl.training import compile_learner, loader_of, prepare_learner
 
 FEWEST_STEPS, MOST_STEPS, LONGEST = (
     3,
@@ -75,10 +75,13 @@ def dry_run(run: Run, console: Console) -> None:
         learner = build_learner(resolved, weights=not done)
         width = learner.teacher.backbone.embed_dim
         compute = device.choose(resolved.train.device, resolved.train.precision, width)
-        learner.to(compute.device)
+        prepare_learner(learner, resolved, compute)
+        warnings: list[str] = []
+        compute = compile_learner(learner, resolved, compute, warnings)
         loader = loader_of(resolved, source, Ranks(0, ranks.value), compute.device)
         schedule = Schedule(resolved, loader.steps_per_epoch)
-        for line in _settings(resolved, derived) + _sizes(resolved, learner, source, schedule, done, labeled):
+        sizes = _sizes(resolved, learner, source, schedule, done, labeled)
+        for line in warnings + _settings(resolved, derived) + sizes:
             console.print(line, highlight=False, markup=False, soft_wrap=True)
         with console.status("Measuring a few steps ..."):
             measured = measure(learner, loader, schedule, resolved, compute)
@@ -163,7 +166,7 @@ def _costs(run: Run, learner: Learner, steps: int, compute: Compute, measured: M
         "",
         f"Estimates, from {count} on the first images{by}:",
         f"Time       about {_duration(steps * measured.seconds)} for {steps:,} steps of {measured.seconds:.2f} s on "
-        f"{compute.device.type} in {compute.precision} ({100 * measured.waiting:.0f} % of it waiting for images), "
+        f"{compute.device.type} in {compute.rounding} ({100 * measured.waiting:.0f} % of it waiting for images), "
         "without scores and checkpoints",
         f"Memory     about {_size(ranks * measured.memory)} {place}{each}, besides that of the data workers",
         f"Disk       about {_size((run.train.keep_last + 1) * one + backbone)}: {run.train.keep_last} checkpoints, and "

@@ -13,10 +13,12 @@ from nearfar.ssl import checkpoint_names
 from nearfar.ssl.backbones import choose_scan
 from nearfar.ssl.data.sources.base import Source, passed_over
 from nearfar.ssl.data.sources.files import kinds_of
-from nearfar.ssl.defaults import Derived
+from nearfar.ssl.defaults import Derived, ResolvedRun
 from nearfar.ssl.device import Compute
 from nearfar.ssl.learner import Learner
+from nearfar.ssl.memory import Need
 from nearfar.ssl.settings import Run
+from nearfar.ssl.step import Numbers
 
 
 def start_lines(
@@ -33,7 +35,7 @@ def start_lines(
     parameters = sum(p.numel() for p in learner.student.backbone.parameters())
     lines.append(
         f"{run.name}: {run.backbone.name}, {parameters / 1e6:.2f} M parameters, on {len(source):,} images; "
-        f"{run.train.epochs} epochs = {steps:,} steps; {compute.device.type}, {compute.precision}, "
+        f"{run.train.epochs} epochs = {steps:,} steps; {compute.device.type}, {compute.rounding}, "
         f"ranks: {run.train.world_size}, each with threads: {run.train.threads}, workers: {run.data.workers}, {loader}"
     )
     if names := passed_over(source):
@@ -77,12 +79,21 @@ def changed_versions(saved: dict[str, Any], versions: dict[str, str]) -> list[st
     return [f"Continued with other versions ({', '.join(changed)}): the same run, but sums may be rounded differently."]
 
 
-def not_finite(step: int, loss: float, grad_norm: float, names: list[str], record: Path | None, run: Run) -> str:
+def step_skipped(step: int, scale: float) -> str:
+    """Under fp16, once for every new low of the scale."""
+    return (
+        f"Step {step} was skipped: its gradient overflowed in fp16, so the loss is scaled by {scale:,.0f} from now on, "
+        f"half as much as before. Nothing else changed; a few such steps are how the scale is found."
+    )
+
+
+def not_finite(step: int, numbers: Numbers, names: list[str], record: Path | None, run: Run) -> str:
     """names: of the first images of the batch. record: where the step was saved; None where that failed."""
     again = f"`nearfar replay {record}` computes it again and names the part that failed first. " if record else ""
+    scaled = f" (fp16, with the loss scaled by {numbers.loss_scale:,.0f})" if numbers.loss_scale else ""
     return (
-        f"At step {step} the loss is {loss} and the gradient's norm {grad_norm}: not finite, so the weights were left "
-        f"as they were and the run stopped. The batch began with {', '.join(names)}. {again}"
+        f"At step {step} the loss is {numbers.loss} and the gradient's norm {numbers.grad_norm}{scaled}: not finite, "
+        f"so the weights were left as they were and the run stopped. The batch began with {', '.join(names)}. {again}"
         f"{_last_checkpoint(run.path)} Or go on at half the rate with `{_way_on(run)}`."
     )
 
@@ -113,16 +124,52 @@ def _last_checkpoint(folder: Path) -> str:
     return f"{last} {advice}, under another name= (a run keeps its settings)."
 
 
-def out_of_memory(error: BaseException) -> str | None:
+# What torch says of the CPU's memory, of CUDA's and of cuBLAS's, where the class of the error does not.
+NO_MEMORY = ("can't allocate memory", "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
+
+
+def out_of_memory(error: BaseException, run: Run, ranks: int = 1) -> str | None:
     """What to try when an error of torch or Python says that memory ran out; None for any other error."""
     text = " ".join(str(error).split())
-    if not isinstance(error, MemoryError | torch.OutOfMemoryError) and "can't allocate memory" not in text:
+    told = any(words in text for words in NO_MEMORY)
+    if not told and not isinstance(error, MemoryError | torch.OutOfMemoryError):
         return None
     return (
-        f"There is not enough memory ({text[:200] or 'MemoryError'}). Try train.accumulate_steps=2, a smaller "
-        "train.batch_size, fewer views.local_crops_number, smaller head.prototypes or a smaller backbone.name; "
-        "checkpoints that were written are intact."
+        f"There is not enough memory ({text[:200] or 'MemoryError'}). {less_memory(run, ranks)} Smaller "
+        "head.prototypes or a smaller backbone.name need less as well. Checkpoints that were written are intact."
     )
+
+
+def less_memory(run: Run, ranks: int) -> str:
+    """The settings that make a step need less memory, with what they are now: the cheapest first."""
+    train, each = run.train, run.train.batch_size // ranks
+    ways = []
+    if more := next((n for n in range(train.accumulate_steps + 1, each + 1) if each % n == 0), None):
+        ways.append(
+            f"train.accumulate_steps={more} (now {train.accumulate_steps}: {each // train.accumulate_steps} images at "
+            "a time in each process)"
+        )
+    if not train.checkpoint_activations:
+        ways.append("train.checkpoint_activations=true (now false; a run may be continued with it)")
+    ways.append(f"a smaller train.batch_size (now {train.batch_size})")
+    if run.views.local_crops_number:
+        ways.append(f"a smaller views.local_crops_number (now {run.views.local_crops_number})")
+    return f"Try {', '.join(ways[:-1])} or {ways[-1]}."
+
+
+def memory_line(run: ResolvedRun, need: Need, free: int | None) -> str:
+    """What a step needs, before the first one."""
+    images = run.train.batch_size // run.train.world_size // run.train.accumulate_steps
+    each = "A step" if run.train.world_size == 1 else f"A step of each of {run.train.world_size} processes"
+    have = "" if free is None else f"; {_in_units(free)} are free"
+    line = (
+        f"{each} needs about {_in_units(need.total)} of memory: weights {_in_units(need.weights)}, gradients "
+        f"{_in_units(need.gradients)}, AdamW {_in_units(need.moments)}, activations {_in_units(need.activations)} for "
+        f"{images} images at a time, logits {_in_units(need.logits)}; besides libraries and data workers{have}."
+    )
+    if free is None or need.total <= free:
+        return line
+    return f"{line} That is more than there is. {less_memory(run, run.train.world_size)}"
 
 
 def disk_line(learner: Learner, keep: int) -> str:

@@ -15,17 +15,28 @@ from nearfar.ssl.errors import UserError
 
 # Below this width, casting costs what bf16 matrix products save on a CPU (a ViT of width 96 still gains 1.65x).
 MIN_BF16_WIDTH = 64
-BF16 = "bf16 autocast"
+BF16, FP16 = "bf16 autocast", "fp16 autocast"
 
 
 class Compute(NamedTuple):
     device: torch.device
     autocast: Callable[[], AbstractContextManager[Any]]  # a fresh context for every forward pass
     precision: str  # in words
+    compiled: bool = False  # what blocks do in training
 
     @property
     def bf16(self) -> bool:
         return self.precision == BF16
+
+    @property
+    def fp16(self) -> bool:
+        """The loss has to be scaled (`loss_scale`)."""
+        return self.precision == FP16
+
+    @property
+    def rounding(self) -> str:
+        """All that decides how sums are rounded, in words: a run is continued bit for bit where it is the same."""
+        return f"{self.precision}, compiled" if self.compiled else self.precision
 
 
 def choose(device: str, precision: str, width: int, asked: str = "train.device=") -> Compute:
@@ -42,9 +53,13 @@ def choose(device: str, precision: str, width: int, asked: str = "train.device="
     supported = has_bf16(chosen)
     if precision == "bf16" and not supported:
         raise UserError(f"train.precision=bf16, but this {chosen.type} does not multiply bf16. Use fp32 or auto.")
+    if precision == "fp16" and not has_fp16(chosen):
+        raise UserError(f"train.precision=fp16, but this {chosen.type} does not multiply fp16. Use fp32 or auto.")
     worthwhile = chosen.type == "cuda" or width >= MIN_BF16_WIDTH
     if precision == "bf16" or (precision == "auto" and supported and worthwhile):
         return Compute(chosen, lambda: torch.autocast(chosen.type, torch.bfloat16), BF16)
+    if precision == "fp16" or (precision == "auto" and chosen.type == "cuda" and has_fp16(chosen)):
+        return Compute(chosen, lambda: torch.autocast(chosen.type, torch.float16), FP16)
     return Compute(chosen, nullcontext, "float32")
 
 
@@ -54,6 +69,14 @@ def has_bf16(device: torch.device) -> bool:
         return torch.cuda.is_bf16_supported(including_emulation=False)
     capabilities = torch.cpu.get_capabilities()
     return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
+
+
+def has_fp16(device: torch.device) -> bool:
+    """Does the hardware have fp16 matrix products?"""
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (5, 3)
+    capabilities = torch.cpu.get_capabilities()
+    return bool(capabilities.get("avx512_fp16") or capabilities.get("amx_fp16"))
 
 
 def keep_freed_memory() -> None:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from nearfar.ssl.backbones import Backbone, Tokens, create
 from nearfar.ssl.defaults import ResolvedRun
 from nearfar.ssl.heads.dino import DINOHead
+from nearfar.ssl.loss_scale import LossScale
 from nearfar.ssl.losses import DINOLoss, koleo
 
 
@@ -55,6 +56,7 @@ class Learner(nn.Module):
         self.teacher = teacher
         self.loss = loss
         self.koleo_weight = koleo_weight
+        self.loss_scale: LossScale | None = None  # under fp16
         self.teacher.load_state_dict(self.student.state_dict())
         self.teacher.requires_grad_(False)
 

@@ -21,7 +21,7 @@ from nearfar.ssl.learner import Learner, build_learner
 from nearfar.ssl.optim import adamw
 from nearfar.ssl.schedule import Schedule
 from nearfar.ssl.step import Stepper
-from nearfar.ssl.training import loader_of, step_seed
+from nearfar.ssl.training import loader_of, prepare_learner, step_seed
 
 
 def settings_of(saved: Checkpoint) -> ResolvedRun:
@@ -33,7 +33,7 @@ def replay(
     saved: Checkpoint,
     source: Source,
     where: Literal["auto", "cpu", "cuda"] | None = None,
-    precision: Literal["auto", "bf16", "fp32"] | None = None,
+    precision: Literal["auto", "bf16", "fp16", "fp32"] | None = None,
 ) -> list[str]:
     """Compute the step of `failed_step.read` again, in one process, and say in lines what failed first.
 
@@ -48,7 +48,7 @@ def replay(
     learner = build_learner(run, weights=False)
     width = learner.teacher.backbone.embed_dim
     compute = device.choose(where or run.train.device, precision or run.train.precision, width, "--device ")
-    learner.to(compute.device)
+    prepare_learner(learner, run, compute)
     optimizer = adamw(learner.student)
     resume.restore(saved, learner, optimizer, source.fingerprint)
     loader = loader_of(run, source, ALONE, compute.device)
@@ -72,14 +72,14 @@ def replay(
     first = first or (found[0] if found else None)
     if first is None and not numbers.finite:
         first = "the sum of the squared gradients, each of which is finite: they are too large for float32"
-    return [*lines, _verdict(first, saved, run, compute.precision)]
+    return [*lines, _verdict(first, saved, run, compute.rounding)]
 
 
-def _verdict(first: str | None, saved: Checkpoint, run: ResolvedRun, precision: str) -> str:
+def _verdict(first: str | None, saved: Checkpoint, run: ResolvedRun, rounding: str) -> str:
     if first:
         return f"The first numbers that are not finite: {first}."
     changes = announce.changed_versions(saved.state, resume.versions())
-    changes += announce.continuation_changes(saved.state, run.model_copy(update={"train": _alone(run)}), precision)
+    changes += announce.continuation_changes(saved.state, run.model_copy(update={"train": _alone(run)}), rounding)
     other = f" What differs from the run: {' '.join(changes)}" if changes else ""
     return f"Everything is finite this time, so the same numbers do not fail again: suspect the machine.{other}"
 

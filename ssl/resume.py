@@ -16,6 +16,7 @@ from nearfar.ssl.defaults import ResolvedRun
 from nearfar.ssl.distributed import Ranks
 from nearfar.ssl.errors import UserError
 from nearfar.ssl.learner import Learner
+from nearfar.ssl.loss_scale import fitted
 from nearfar.ssl.run_folder import TEACHER, RunFolder
 
 
@@ -41,7 +42,7 @@ def restore(saved: Checkpoint, learner: Learner, optimizer: torch.optim.Optimize
     for full, tensor in saved.tensors.items():
         part, _, name = full.partition("/")
         parts[part][name] = tensor
-    checkpoint.load_strict(learner, parts["learner"], str(saved.path))
+    checkpoint.load_strict(learner, fitted(parts["learner"], learner.loss_scale), str(saved.path))
     checkpoint.load_optimizer(optimizer, _names(learner), parts["optimizer"])
     return int(saved.state["step"])
 

@@ -69,7 +69,7 @@ class RunLog(NoLog):
         self._every = every
         self._last_line = float("-inf")
         self._steps = steps
-        self._begun, self._start = time.monotonic(), start
+        self._begun, self._start, self._warm = time.monotonic(), start, False
         # What must not be cut off on a narrow terminal comes first; the numbers take what is left.
         self._bar = Progress(
             BarColumn(bar_width=10),
@@ -116,8 +116,9 @@ class RunLog(NoLog):
             return
         self._last_line = now
         left = (now - self._begun) / max(1, step - self._start) * (self._steps - step)
-        minutes, seconds = divmod(round(left), 60)
-        line = f"step {step}/{self._steps}  {numbers}  {minutes}:{seconds:02d} left"
+        if not self._warm:  # from here on: the first steps also start workers and compile
+            self._begun, self._start, self._warm = now, step, True
+        line = f"step {step}/{self._steps}  {numbers}  {_time_left(left)}"
         if self._console.is_terminal:
             self._write(line)
         else:
@@ -150,3 +151,14 @@ class RunLog(NoLog):
     def _write(self, text: str) -> None:
         self._log.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")
         self._log.flush()
+
+
+def _time_left(seconds: float) -> str:
+    """`m:ss left`; from ten minutes on with the hour, and from a day on the day, at which the run is to end."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    left = f"{hours}:{minutes:02d}:{rest:02d} left" if hours else f"{minutes}:{rest:02d} left"
+    if seconds < 600:
+        return left
+    form = "%H:%M" if seconds < 86400 else "%Y-%m-%d %H:%M"
+    return f"{left}, ends about {time.strftime(form, time.localtime(time.time() + seconds))}"

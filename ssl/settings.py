@@ -233,8 +233,21 @@ class TrainSettings(Section):
     )
     seed: int = Field(0, ge=0, description="seed of the weights, the order of the images, the views and drop-path")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="where to train")
-    precision: Literal["auto", "bf16", "fp32"] = Field(
-        "auto", description="numbers used in the forward pass; auto = bf16 where the hardware multiplies it, else fp32"
+    precision: Literal["auto", "bf16", "fp16", "fp32"] = Field(
+        "auto",
+        description="numbers used in the forward pass; auto = bf16 where the hardware multiplies it, else fp16 with a "
+        "scaled loss on a GPU, and fp32 on a CPU",
+    )
+    compile: bool | Literal["auto"] = Field(
+        "auto",
+        description="blocks through torch.compile, one graph for each size of view; auto = on a GPU with a compiler",
+        json_schema_extra=FREE,  # sums are rounded differently, and said so when the run is continued
+    )
+    checkpoint_activations: bool = Field(
+        False,
+        description="keep only the inputs of the student's blocks and compute the rest again in the backward pass: "
+        "far less memory, about a third more time, the same gradients",
+        json_schema_extra=FREE,
     )
     threads: int | None = Field(
         None,

@@ -22,13 +22,20 @@ class Numbers(NamedTuple):
     grad_norm: float  # before clipping
     finite: bool  # False: this step, or one before it, was not finite and changed nothing
     votes: tuple[float, ...]  # each the mean over the ranks
+    skipped: bool = False  # under fp16: the scaled gradient overflowed, so the step changed the scale alone
+    loss_scale: float = 0.0  # under fp16: what the next loss is multiplied by
+
+    def metrics(self) -> dict[str, float]:
+        """What a line of metrics holds of them; a skipped step has no norm."""
+        scale = {"loss_scale": self.loss_scale} if self.loss_scale else {}
+        return {"loss": self.loss, **({} if self.skipped else {"grad_norm": self.grad_norm}), **scale}
 
 
 class Report:
     """A step's numbers on their way to the host. Reading them waits for that step, and for none after it."""
 
     def __init__(self, numbers: Tensor) -> None:
-        """`numbers`: loss, norm of the gradient, 1 where not finite, and the votes."""
+        """`numbers`: loss, norm of the gradient, 1 where not finite, 1 where skipped, scale, and the votes."""
         self._numbers, self._arrived = numbers, None
         if numbers.device.type == "cuda":
             self._numbers = torch.empty(numbers.shape, dtype=numbers.dtype, pin_memory=True)
@@ -39,9 +46,10 @@ class Report:
     def read(self) -> Numbers:
         if self._arrived is not None:
             self._arrived.synchronize()
-        loss, grad_norm, not_finite, *votes = self._numbers.tolist()
+        loss, grad_norm, not_finite, skipped, scale, *votes = self._numbers.tolist()
         # Compared with 0, and the numbers checked again, since a flag that is itself NaN must not pass.
-        return Numbers(loss, grad_norm, not_finite == 0 and math.isfinite(loss + grad_norm), tuple(votes))
+        finite = not_finite == 0 and (skipped == 1 or math.isfinite(loss + grad_norm))
+        return Numbers(loss, grad_norm, finite, tuple(votes), skipped == 1, scale)
 
 
 class StepResult(NamedTuple):
@@ -57,6 +65,7 @@ class Stepper:
     A step whose loss or gradient is not finite is found on the device and leaves weights, moments, teacher and center
     as they are; so do all steps after it, because the host learns of it only when it reads the report. (Running
     statistics of batch norm are written by the forward pass and not taken back: a run ends there and saves nothing.)
+    Under fp16 a step whose scaled gradient overflows leaves them as they are too, and the next one goes on.
     """
 
     def __init__(
@@ -82,6 +91,7 @@ class Stepper:
         self.not_finite = torch.zeros(
             (), dtype=torch.float32, device=self.parameters[0].device
         )  # 1 from the first such step on
+        self._zero = torch.zeros_like(self.not_finite)
 
     def __call__(
         self,
@@ -103,15 +113,23 @@ class Stepper:
         outputs = self._passes(views, values["teacher_temp"])
         loss = outputs.loss.to(self.parameters[0].dtype)
         means = self.gradients.finish(torch.stack([loss, *(torch.full_like(loss, vote) for vote in votes())]))
+        scaling = learner.loss_scale
+        if scaling is not None:
+            scaling.unscale(self.parameters)
         grad_norm = clip_gradients(self.parameters, self.clip_grad)
-        finite = torch.isfinite(means[0] + grad_norm)
-        self.not_finite = torch.maximum(self.not_finite, 1 - finite.float())
+        bad = 1 - torch.isfinite(means[0] + grad_norm).float()
+        skipped = self._zero if scaling is None else scaling.overflowed(means[0], bad)
+        self.not_finite = torch.maximum(self.not_finite, bad - skipped)
+        unchanged = torch.maximum(self.not_finite, skipped)
         set_rates(self.optimizer, values["lr"], values["weight_decay"])
-        self.optimizer.found_inf = self.not_finite  # type: ignore[attr-defined]  # as torch's GradScaler hands it over
+        self.optimizer.found_inf = unchanged  # type: ignore[attr-defined]  # as torch's GradScaler hands it over
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        learner.after_step(values["teacher_momentum"], self.not_finite)
-        numbers = torch.cat([torch.stack([means[0], grad_norm, self.not_finite.to(means.dtype)]), means[1:]])
+        learner.after_step(values["teacher_momentum"], unchanged)
+        if scaling is not None:
+            scaling.update(skipped, self.not_finite)
+        said = (means[0], grad_norm, self.not_finite, skipped, self._zero if scaling is None else scaling.scale)
+        numbers = torch.cat([torch.stack([each.to(means.dtype) for each in said]), means[1:]])
         return StepResult(Report(numbers), outputs)
 
     def _passes(self, views: list[Tensor], teacher_temp: float) -> Outputs:
@@ -123,7 +141,8 @@ class Stepper:
                 outputs = self.learner(list(part), teacher_temp)
             if number == len(parts):
                 self.gradients.begin()
-            (outputs.loss / len(parts) if len(parts) > 1 else outputs.loss).backward()
+            loss = outputs.loss / len(parts) if len(parts) > 1 else outputs.loss
+            (loss if self.learner.loss_scale is None else self.learner.loss_scale.scaled(loss)).backward()
             done.append(outputs._replace(loss=outputs.loss.detach()))
         return _joined(done) if len(done) > 1 else done[0]
 

@@ -60,7 +60,7 @@ def pretrain(
 
     console = console or Console(quiet=not world.first)
     joined = distributed.joined(world, device=run.train.device, silence=run.train.rank_timeout)
-    with joined, _out_of_memory_explained(), RunFolder(run.path, owns=world.first) as folder:
+    with joined, _out_of_memory_explained(run, world), RunFolder(run.path, owns=world.first) as folder:
         training = set_up(run, source, observers, folder, world)
         steps, start = training.schedule.steps, training.step
         with RunLog(folder.path, steps, start, console) if world.first else NoLog() as log:
@@ -107,7 +107,7 @@ class Meter:
             "data_wait": self.waited / seconds,
             "time": time.time(),
         }
-        measured = {"loss": numbers.loss, "grad_norm": numbers.grad_norm, **values, **health}
+        measured = {**numbers.metrics(), **values, **health}
         training.log.record(step, {"epoch": step / training.loader.steps_per_epoch, **measured, **speed})
         training.log.progress(
             step,
@@ -153,10 +153,10 @@ def _loop(training: Training, should_stop: Callable[[], bool]) -> None:
 
 
 @contextmanager
-def _out_of_memory_explained() -> Iterator[None]:
+def _out_of_memory_explained(run: Run, world: Ranks) -> Iterator[None]:
     try:
         yield
     except (MemoryError, RuntimeError) as error:
-        if message := announce.out_of_memory(error):
+        if message := announce.out_of_memory(error, run, world.size):
             raise UserError(message) from error
         raise

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections import deque
 from collections.abc import Callable
@@ -14,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nearfar.ssl import announce, device, distributed, failed_step, gpus, resume
+from nearfar.ssl import announce, compiled, device, distributed, failed_step, gpus, memory, resume
 from nearfar.ssl.backbones import Backbone
 from nearfar.ssl.data import open_loader
 from nearfar.ssl.data.loaders.base import Batch, Loader, LoaderOptions
@@ -27,6 +28,7 @@ from nearfar.ssl.distributed import Ranks
 from nearfar.ssl.errors import UserError
 from nearfar.ssl.health import falling_score, nothing_learned
 from nearfar.ssl.learner import Learner, build_learner, share_batch_norm
+from nearfar.ssl.loss_scale import LossScale
 from nearfar.ssl.optim import adamw
 from nearfar.ssl.run_folder import RunFolder, read_metrics
 from nearfar.ssl.run_log import NoLog
@@ -71,6 +73,7 @@ class Training:
     known_bad: set[str] = field(default_factory=set)
     unread: deque[tuple[Batch, int, StepResult]] = field(default_factory=deque)  # steps whose reports are not read yet
     steps_behind: int = 0  # how many of them there may be between two lines of metrics
+    lowest_scale: float = math.inf  # of the loss under fp16, in this process
 
     def __post_init__(self) -> None:
         self.stepper = Stepper(
@@ -132,6 +135,9 @@ class Training:
             numbers = result.report.read()
             if not numbers.finite:
                 raise UserError(self._not_finite(batch, step, numbers))
+            if numbers.skipped and numbers.loss_scale < self.lowest_scale:
+                self.lowest_scale = numbers.loss_scale
+                self.log.say(announce.step_skipped(step, numbers.loss_scale))
             stop_vote, any_bad = numbers.votes
             stop = stop or stop_vote > 0
             for text in distributed.gathered([json.dumps(item) for item in self.new_bad()]) if any_bad else ():
@@ -146,7 +152,7 @@ class Training:
             self.folder.path, step, numbers, batch, self.source, self.learner, self.optimizer, self.description
         )
         first = [self.source.name(int(index)) for index in batch.index[:4]]
-        return announce.not_finite(step, numbers.loss, numbers.grad_norm, first, record, self.run)
+        return announce.not_finite(step, numbers, first, record, self.run)
 
     def score(self) -> bool:
         """Score the teacher, once a step; True on all ranks where a stop was requested first, and the score put off."""
@@ -206,7 +212,7 @@ def set_up(run: Run, source: Source, observers: Observers, folder: RunFolder, wo
     # Student, its gradients and AdamW's two moments; the teacher.
     weights = 4 * _size(learner.student) + _size(learner.teacher)
     gpus.require_room(compute.device, weights, "the weights and the optimizer's state")
-    learner.to(compute.device)
+    prepare_learner(learner, resolved, compute)
     if compute.device.type == "cpu":
         device.keep_freed_memory()
     loader = loader_of(resolved, source, world, compute.device)
@@ -214,9 +220,12 @@ def set_up(run: Run, source: Source, observers: Observers, folder: RunFolder, wo
         share_batch_norm(learner)
     optimizer = adamw(learner.student)
     step = resume.restore(saved, learner, optimizer, source.fingerprint) if saved else 0
-    description = resume.self_description(resolved, learner, source.fingerprint, compute.precision)
+    if step < resolved.train.epochs * loader.steps_per_epoch:
+        warnings.append(announce.memory_line(resolved, *needed(learner, resolved, compute)))
+    compute = compile_learner(learner, resolved, compute, warnings)
+    description = resume.self_description(resolved, learner, source.fingerprint, compute.rounding)
     if saved:
-        warnings += announce.continuation_changes(saved.state, resolved, compute.precision)
+        warnings += announce.continuation_changes(saved.state, resolved, compute.rounding)
         warnings += announce.changed_versions(saved.state, description["versions"])
     if world.first:
         folder.record(resolved)
@@ -245,6 +254,30 @@ def set_up(run: Run, source: Source, observers: Observers, folder: RunFolder, wo
 def _size(module: torch.nn.Module) -> int:
     """Bytes of the parameters."""
     return sum(parameter.numel() * parameter.element_size() for parameter in module.parameters())
+
+
+def prepare_learner(learner: Learner, run: ResolvedRun, compute: Compute) -> None:
+    """To the device, with a scaled loss under fp16, and with activations that are computed twice where set."""
+    if compute.fp16:
+        learner.loss_scale = LossScale()
+    if run.train.checkpoint_activations:
+        memory.recompute_activations(learner.student.backbone)
+    learner.to(compute.device)
+
+
+def needed(learner: Learner, run: ResolvedRun, compute: Compute) -> tuple[memory.Need, int | None]:
+    """What a step of one rank keeps in memory, to be asked before anything is compiled; and what is free."""
+    sizes = [(2, run.views.global_crops_size), (run.views.local_crops_number, run.views.local_crops_size)]
+    images = run.train.batch_size // run.train.world_size // run.train.accumulate_steps
+    recompute = run.train.checkpoint_activations
+    views = [(number, side) for number, side in sizes if number]
+    return memory.estimate(learner, views, images, compute.autocast, recompute), memory.free(compute.device)
+
+
+def compile_learner(learner: Learner, run: ResolvedRun, compute: Compute, warnings: list[str]) -> Compute:
+    """Compile what student and teacher do in training, as `train.compile` says. Returns how the run computes now."""
+    backbones = (learner.student.backbone, learner.teacher.backbone)
+    return compute._replace(compiled=compiled.switch_on(backbones, run.train.compile, compute.device, warnings))
 
 
 def _settings(run: Run, folder: RunFolder, images: int, world: Ranks) -> tuple[ResolvedRun, list[Derived]]:

@@ -2,6 +2,7 @@
 
 import inspect
 import logging
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -30,6 +31,8 @@ class Adapter(Backbone):
     embed_dim // 64 (at least 1). `patch_size` is the total stride. Networks with windows of a fixed number (MaxViT,
     GCViT, MLP-Mixer) run at the one size they are made for, and smaller images are padded to it, which the log says.
     """
+
+    compiled: Callable[..., Tensor] | None = None  # timm's forward_features: `nearfar.ssl.compiled` sets it
 
     def __init__(self, model: nn.Module, arch: dict[str, Any], *, prr: bool = False) -> None:
         super().__init__()
@@ -106,7 +109,8 @@ class Adapter(Backbone):
     def _final_tokens(self, images: Tensor) -> Tokens:
         """After the final norm, before PRR (but our own models have their PRR inside)."""
         images = self._fit(images)
-        return self._tokens(self.final_norm(self.model.forward_features(images)), tuple(images.shape[-2:]))  # type: ignore[operator]
+        forward: Any = (self.training and self.compiled) or self.model.forward_features
+        return self._tokens(self.final_norm(forward(images)), tuple(images.shape[-2:]))
 
     def _fit(self, images: Tensor) -> Tensor:
         """Images of a size that the network runs at: padded to its stride, or to the size it is made for."""

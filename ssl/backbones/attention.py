@@ -21,7 +21,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Tenso
     if q.device.type == "cpu":
         if torch.is_autocast_enabled("cpu"):  # after a norm they are still float32
             q, k, v = (x.to(torch.get_autocast_dtype("cpu")) for x in (q, k, v))
-        if bias is not None or q.dtype == torch.bfloat16:
+        if bias is not None or q.dtype in (torch.bfloat16, torch.float16):
             batch, heads = q.shape[:2]
             q, k, v = (x.flatten(0, 1) for x in (q * q.shape[-1] ** -0.5, k, v))
             keys = k.transpose(1, 2)
@@ -40,7 +40,8 @@ def attend_in_windows(q: Tensor, k: Tensor, v: Tensor, rows: Tensor, columns: Te
     oracle of the second.
     """
     if reads_tables(q.shape[-2], q.shape[-1], q.device.type):
-        return flex_windows(compiled(_flex()), q, k, v, rows, columns)
+        flex = _flex() if torch.compiler.is_compiling() else compiled(_flex())
+        return flex_windows(flex, q, k, v, rows, columns)
     return attend(q, k, v, window_bias(rows, columns, q.shape[-2]).to(q.dtype))
 
 
@@ -56,7 +57,7 @@ def reads_tables(tokens: int, head_dim: int, device: str) -> bool:
     written out, and long ones (1,025: 2.1 MB a head and layer, kept for the backward pass) are not. The
     bound is reasoned, not measured.
     """
-    return device == "cuda" and head_dim >= 16 and tokens > LONG and not compiler_missing()
+    return device == "cuda" and head_dim >= 16 and tokens > LONG and _has_compiler()
 
 
 def flex_windows(flex: Callable[..., Any], q: Tensor, k: Tensor, v: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
@@ -99,6 +100,11 @@ def _flex() -> Callable[..., Any]:
 def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     """`function` compiled for CUDA, one graph for each shape; `function` itself where there is no compiler."""
     return function if compiler_missing() else torch.compile(function, dynamic=False)
+
+
+@torch.compiler.assume_constant_result
+def _has_compiler() -> bool:
+    return not compiler_missing()
 
 
 @lru_cache(maxsize=1)

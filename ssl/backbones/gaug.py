@@ -39,7 +39,8 @@ class GaugBias(nn.Module):
         (..., h*w, h), which carries alpha, and (..., h*w, w).
         """
         with torch.autocast(q.device.type, enabled=False):
-            make = compiled(window_tables) if q.device.type == "cuda" else window_tables
+            own_graph = q.device.type == "cuda" and not torch.compiler.is_compiling()
+            make = compiled(window_tables) if own_graph else window_tables
             u = self._predicted(q)
             tables: tuple[Tensor, Tensor] = make(u, grid, self.grid, self.ceiling, self.shift, self.eps)
             return tables

@@ -48,12 +48,12 @@ def selective_scan(
     if reverse:
         return selective_scan(x.flip(1), dt.flip(1), A, B.flip(1), C.flip(1), D, scan).flip(1)
     if chosen == "mamba":
-        u, delta, b, c = (v.transpose(1, 2).float().contiguous() for v in (x, dt, B, C))
-        return _mamba_kernel()(u, delta, A.float(), b, c, D.float()).transpose(1, 2).to(x.dtype)
+        return _mamba_scan(x, dt, A, B, C, D)
     y: Tensor = _SelectiveScan.apply(x, dt, A, B, C, D)
     return y
 
 
+@torch.compiler.assume_constant_result
 def choose_scan(wanted: Scan, device: str) -> Literal["torch", "triton", "mamba"]:
     """The scan that runs on tensors of a device type ("cpu", "cuda", ...).
 
@@ -86,11 +86,18 @@ def choose_scan(wanted: Scan, device: str) -> Literal["torch", "triton", "mamba"
     return "triton"
 
 
+@torch.compiler.disable  # Triton's own launches are not for torch.compile to trace
 def _triton_scan(*inputs: Any) -> Tensor:
     from nearfar.ssl.backbones.scan_triton import TritonScan  # needs Triton, which a CPU has no use for
 
     y: Tensor = TritonScan.apply(*inputs)
     return y
+
+
+@torch.compiler.disable
+def _mamba_scan(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor) -> Tensor:
+    u, delta, b, c = (v.transpose(1, 2).float().contiguous() for v in (x, dt, B, C))
+    return _mamba_kernel()(u, delta, A.float(), b, c, D.float()).transpose(1, 2).to(x.dtype)
 
 
 def _mamba_kernel() -> Callable[..., Tensor]:
@@ -206,7 +213,7 @@ def scan_backward(
         to_dt[rows] = g_dt.addcmul_(g_drive, steps.x).transpose(0, 1)
         to_x[rows] = g_drive.mul_(steps.dt).addcmul_(gy, skip).transpose(0, 1)
         to_skip += torch.mul(gy, steps.x, out=g_drive).sum((0, 1))
-    return to_x, to_dt, to_rates.t().to(A.dtype, memory_format=torch.contiguous_format), to_b, to_c, to_skip.to(D.dtype)
+    return to_x, to_dt, to_rates.t().to(A.dtype).contiguous(), to_b, to_c, to_skip.to(D.dtype)
 
 
 class _Steps:

@@ -1,13 +1,16 @@
 """timm's interface for a model of one width: a sequence of tokens through `blocks`, then `norm`, then `head`."""
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.layers import DropPath
 from timm.models import FeatureInfo, register_model
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from nearfar.ssl.errors import UserError
 
@@ -25,6 +28,7 @@ class TokenModel(nn.Module):
     num_prefix_tokens: int
     feature_info: list[dict[str, Any]]
     grad_checkpointing = False
+    compiled: Callable[..., Tensor] | None = None  # what a block computes, compiled: `nearfar.ssl.compiled` sets it
 
     def run(self, images: Tensor, keep: Sequence[int] = ()) -> tuple[Tensor, list[Tensor], Grid]:
         """Tokens (B, prefix + h*w, D), prefix first, after the last block and after those in `keep`; and the grid.
@@ -32,6 +36,18 @@ class TokenModel(nn.Module):
         No norm and no PRR.
         """
         raise NotImplementedError
+
+    def through(self, block: nn.Module, *inputs: Any) -> Tensor:
+        """One block; in training mode compiled and computed again in the backward pass, where these are switched on.
+
+        What scores and pictures read is never compiled: their images come in other numbers and sizes.
+        """
+        run = partial(block, compiled=self.compiled) if self.compiled and self.training else block
+        if self.grad_checkpointing and self.training:
+            y: Tensor = checkpoint(run, *inputs, use_reentrant=False)  # drop-path draws the same numbers again
+            return y
+        out: Tensor = run(*inputs)
+        return out
 
     def forward_features(self, x: Tensor) -> Tensor:
         """Images to tokens (B, prefix + h*w, D), prefix first, after the final norm and after PRR when it is on."""
@@ -123,6 +139,25 @@ def decays(name: str, parameter: Tensor) -> bool:
     Not to biases and other tensors of at most one dimension, nor to the decay rates of a state-space model (`A_log`).
     """
     return parameter.ndim > 1 and not name.endswith((".bias", "_log"))
+
+
+def drawn_scale(drop_path: nn.Module, x: Tensor) -> Tensor | None:
+    """What timm's DropPath multiplies a branch of `x` (B, ...) by, (B, 1, ..): the same draws in the same type.
+
+    0 for the samples that skip the branch, 1 / keep for the others; None where no sample does. Drawn by itself it is an
+    input of the block, whose probability a compiled graph would otherwise hold as a constant: one graph a block.
+    """
+    if not (isinstance(drop_path, DropPath) and drop_path.training and drop_path.drop_prob):
+        return None
+    device = x.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+    keep = 1 - drop_path.drop_prob
+    scale = torch.empty((x.shape[0],) + (1,) * (x.ndim - 1), dtype=dtype, device=x.device).bernoulli_(keep)
+    return scale.div_(keep)
+
+
+def add_scaled(x: Tensor, branch: Tensor, scale: Tensor | None) -> Tensor:
+    return x + (branch if scale is None else branch * scale)
 
 
 class FeatureMaps(nn.Module):

@@ -6,7 +6,7 @@ Parameter names are the public Vim's, but for timm's `blocks` and `norm` where i
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import product
 from typing import Literal
@@ -15,12 +15,18 @@ import torch
 import torch.nn.functional as F
 from timm.layers import DropPath, lecun_normal_
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from nearfar.ssl.backbones.lgp_vim import VimLGPPatchEmbed
 from nearfar.ssl.backbones.prr import prr
 from nearfar.ssl.backbones.scan import Scan, choose_scan, selective_scan
-from nearfar.ssl.backbones.token_model import Grid, TokenModel, register, resize_positions
+from nearfar.ssl.backbones.token_model import (
+    Grid,
+    TokenModel,
+    add_scaled,
+    drawn_scale,
+    register,
+    resize_positions,
+)
 from nearfar.ssl.backbones.tokens import check_size, pad_to_multiple
 from nearfar.ssl.backbones.vit import WIDTHS, PatchEmbed
 from nearfar.ssl.errors import UserError
@@ -98,10 +104,13 @@ class VimBlock(nn.Module):
         self.mixer = Mixer(dim, bidirectional, scan)
         self.drop_path = DropPath(drop_path) if drop_path else nn.Identity()
 
-    def forward(self, x: Tensor) -> Tensor:
-        branch = self.mixer(self.norm(x.to(self.norm.weight.dtype)))
-        x = x + self.drop_path(branch)
-        return x
+    def forward(self, x: Tensor, compiled: Callable[..., Tensor] | None = None) -> Tensor:
+        """`compiled`: a compiled `residual`; random numbers are drawn out here, so that it draws none."""
+        return (compiled or VimBlock.residual)(self, x, drawn_scale(self.drop_path, x))
+
+    def residual(self, x: Tensor, scale: Tensor | None) -> Tensor:
+        """The branch, scaled by its draw of stochastic depth (B, 1, 1); None leaves it as it is."""
+        return add_scaled(x, self.mixer(self.norm(x.to(self.norm.weight.dtype))), scale)
 
 
 def make_norm(dim: int, bidirectional: bool) -> nn.RMSNorm | nn.LayerNorm:
@@ -211,10 +220,7 @@ class VisionMamba(TokenModel):
         x, grid = self.embed(images)
         kept = []
         for index, block in enumerate(self.blocks):
-            if self.grad_checkpointing and self.training:
-                x = checkpoint(block, x, use_reentrant=False)
-            else:
-                x = block(x)
+            x = self.through(block, x)
             if index in keep:
                 kept.append(x)
         last, *kept = (torch.cat(_take(y), 1).to(self.cls_token.dtype) for y in (x, *kept))

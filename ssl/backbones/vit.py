@@ -4,7 +4,7 @@ Parameter names are timm's, so plain timm and DINO weights load strictly. Import
 `vit_{tiny,small,base}_patch16` + `_lgp` + `_locat` (GAug and PRR) + `_reg4` + `_rope` with timm.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import product
 from typing import Literal
@@ -13,14 +13,20 @@ import torch
 import torch.nn.functional as F
 from timm.layers import DropPath
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from nearfar.ssl.backbones.attention import attend
 from nearfar.ssl.backbones.gaug import GaugBias
 from nearfar.ssl.backbones.lgp import LGPPatchEmbed
 from nearfar.ssl.backbones.prr import prr
 from nearfar.ssl.backbones.rope import AxialRope, rotate
-from nearfar.ssl.backbones.token_model import Grid, TokenModel, register, resize_positions
+from nearfar.ssl.backbones.token_model import (
+    Grid,
+    TokenModel,
+    add_scaled,
+    drawn_scale,
+    register,
+    resize_positions,
+)
 from nearfar.ssl.backbones.tokens import check_size, pad_to_multiple
 from nearfar.ssl.errors import UserError
 
@@ -103,10 +109,23 @@ class Block(nn.Module):
         self.mlp = Mlp(dim)
         self.drop_path = DropPath(drop_path) if drop_path else nn.Identity()
 
-    def forward(self, x: Tensor, grid: Grid, rotation: Rotation | None = None) -> Tensor:
-        x = x + self.drop_path(self.attn(self.norm1(x), grid, rotation))
-        x = x + self.drop_path(self.mlp(self.norm2(x)))
-        return x
+    def forward(
+        self,
+        x: Tensor,
+        grid: Grid,
+        rotation: Rotation | None = None,
+        compiled: Callable[..., Tensor] | None = None,
+    ) -> Tensor:
+        """`compiled`: a compiled `residuals`; random numbers are drawn out here, so that it draws none."""
+        residuals = compiled or Block.residuals
+        return residuals(self, x, grid, rotation, drawn_scale(self.drop_path, x), drawn_scale(self.drop_path, x))
+
+    def residuals(
+        self, x: Tensor, grid: Grid, rotation: Rotation | None, first: Tensor | None, second: Tensor | None
+    ) -> Tensor:
+        """Both branches, each scaled by its draw of stochastic depth (B, 1, 1); None leaves it as it is."""
+        x = add_scaled(x, self.attn(self.norm1(x), grid, rotation), first)
+        return add_scaled(x, self.mlp(self.norm2(x)), second)
 
 
 class VisionTransformer(TokenModel):
@@ -207,10 +226,7 @@ class VisionTransformer(TokenModel):
         rotation = None if self.rope is None else self.rope(grid)
         kept = []
         for index, block in enumerate(self.blocks):
-            if self.grad_checkpointing and self.training:
-                x = checkpoint(block, x, grid, rotation, use_reentrant=False)
-            else:
-                x = block(x, grid, rotation)
+            x = self.through(block, x, grid, rotation)
             if index in keep:
                 kept.append(x)
         return x, kept, grid

@@ -5,10 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
 
 from nearfar.ssl import config
-from nearfar.ssl.announce import changed_versions, continuation_changes, start_lines
+from nearfar.ssl.announce import changed_versions, continuation_changes, out_of_memory, start_lines
 from nearfar.ssl.data import open_source
 from nearfar.ssl.defaults import resolve
 from nearfar.ssl.device import choose
@@ -25,6 +26,30 @@ def test_only_what_differs_is_said() -> None:
     assert "drop-path" not in ranks
     (precision,) = continuation_changes({"world_size": 2, "precision": "bf16 autocast"}, run, "float32")
     assert "Saved in bf16 autocast, continued in float32" in precision
+
+
+def test_what_needs_less_memory_is_named_with_what_it_is_now() -> None:
+    run = config.load(None, ["name=r", "train.batch_size=96", "train.accumulate_steps=2"])
+    for error in (
+        RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes"),
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB."),
+        RuntimeError("CUDA error: out of memory"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+        MemoryError(),
+    ):
+        said = out_of_memory(error, run, ranks=2)
+        assert said is not None and (str(error)[:200] or "MemoryError") in said and "\n" not in said
+        assert "train.accumulate_steps=3 (now 2: 24 images at a time in each process)" in said
+        assert "train.checkpoint_activations=true (now false; a run may be continued with it)" in said
+        assert "train.batch_size (now 96) or a smaller views.local_crops_number (now 8)." in said
+    assert out_of_memory(RuntimeError("a bug"), run) is None
+
+
+def test_what_cannot_be_set_lower_is_not_named() -> None:
+    settings = ["train.batch_size=2", "train.accumulate_steps=2", "train.checkpoint_activations=true"]
+    said = out_of_memory(MemoryError(), config.load(None, ["name=r", *settings, "views.local_crops_number=1"]))
+    assert said is not None and "accumulate_steps" not in said and "checkpoint_activations" not in said
+    assert "Try a smaller train.batch_size (now 2) or a smaller views.local_crops_number (now 1)." in said
 
 
 def test_another_torch_or_cuda_is_told() -> None:

@@ -45,6 +45,50 @@ def test_an_explicit_bf16_is_met_or_refused(bf16: bool) -> None:
             device.choose("cpu", "bf16", 384)
 
 
+@pytest.mark.parametrize("supported", [True, False])
+def test_an_explicit_fp16_is_met_or_refused(supported: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(device, "has_fp16", lambda _: supported)
+    if supported:
+        compute = device.choose("cpu", "fp16", 24)
+        assert in_autocast(compute) == torch.float16
+        assert compute.fp16 and not compute.bf16 and compute.precision == "fp16 autocast"
+    else:
+        with pytest.raises(UserError, match=r"train.precision=fp16, but this cpu does not multiply fp16.*fp32 or auto"):
+            device.choose("cpu", "fp16", 384)
+
+
+@pytest.mark.parametrize(("bf16", "wanted"), [(True, "bf16 autocast"), (False, "fp16 autocast")], ids=["new", "old"])
+def test_auto_takes_fp16_on_a_gpu_without_bf16(bf16: bool, wanted: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: bf16)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (7, 5))
+    assert device.choose("auto", "auto", 24).precision == wanted
+    assert device.choose("auto", "fp32", 24).precision == "float32"
+    assert device.choose("auto", "fp16", 24).precision == "fp16 autocast"
+
+
+def test_auto_takes_no_fp16_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(device, "has_bf16", lambda _: False)
+    monkeypatch.setattr(device, "has_fp16", lambda _: True)
+    assert device.choose("auto", "auto", 384).precision == "float32"
+
+
+@pytest.mark.parametrize(
+    ("capabilities", "answer"), [({}, False), ({"avx512_fp16": True}, True), ({"amx_fp16": True}, True)]
+)
+def test_a_cpu_has_fp16_when_it_multiplies_it(
+    capabilities: dict[str, bool], answer: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities)
+    assert device.has_fp16(torch.device("cpu")) is answer
+
+
+def test_what_is_compiled_is_part_of_the_rounding() -> None:
+    compute = device.choose("cpu", "fp32", 24)
+    assert compute.rounding == "float32" and compute._replace(compiled=True).rounding == "float32, compiled"
+
+
 def test_a_context_may_be_entered_again_and_again(bf16: bool) -> None:
     compute = device.choose("cpu", "auto", 384)
     assert [in_autocast(compute) for _ in range(3)] == [torch.bfloat16 if bf16 else torch.float32] * 3

@@ -12,6 +12,7 @@ import pytest
 from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from nearfar.ssl import run_log
 from nearfar.ssl.errors import UserError
 from nearfar.ssl.run_log import RunLog
 
@@ -47,6 +48,23 @@ def test_a_finished_run_makes_a_file_for_tensorboard_only_for_a_score(tmp_path: 
     with RunLog(tmp_path, 9, 9, Console(file=StringIO())) as log:
         log.record(9, {"knn_top1": 50.0})
     assert EventAccumulator(str(tmp_path)).Reload().Scalars("knn_top1")[0].value == 50.0
+
+
+def test_the_end_is_told_from_the_speed_after_the_first_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ten first steps in 1000 s, in which the run is also compiled, and then a step a second."""
+    clock = [0.0]
+    monkeypatch.setattr(run_log.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(run_log.time, "time", lambda: 1_000_000_000.0)
+    monkeypatch.setattr(run_log.time, "localtime", lambda seconds: run_log.time.gmtime(seconds))
+    said = StringIO()
+    with RunLog(tmp_path, 4000, 0, Console(file=said, width=200)) as log:
+        for step, now in ((10, 1000.0), (20, 1010.0), (3970, 4960.0)):
+            clock[0] = now
+            log.progress(step, NUMBERS)
+    first, second, last = said.getvalue().splitlines()
+    assert first.endswith("110:50:00 left, ends about 2001-09-13 16:36")
+    assert second.endswith("1:06:20 left, ends about 02:53")
+    assert last.endswith("  0:30 left")
 
 
 def test_tensorboard_gets_numbers_pictures_and_settings(tmp_path: Path) -> None:
