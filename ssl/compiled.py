@@ -16,8 +16,7 @@ import torch
 
 from nearfar.ssl.backbones import Backbone
 from nearfar.ssl.backbones.adapter import Adapter
-from nearfar.ssl.backbones.vim import VimBlock
-from nearfar.ssl.backbones.vim import VisionMamba
+from nearfar.ssl.backbones.vim import VimBlock, VisionMamba
 from nearfar.ssl.backbones.vit import Block as VitBlock
 from nearfar.ssl.backbones.vit import VisionTransformer
 from nearfar.ssl.errors import UserError
