@@ -113,6 +113,24 @@ def out_of_memory(error: BaseException) -> str | None:
     )
 
 
+def no_room_for_copy(name: str, size: int, error: BaseException) -> str:
+    """A checkpoint's copy for the background did not fit into memory; `name` and `size` (bytes) of what did not."""
+    return (
+        "There is not enough memory for the copy of weights and optimizer that a checkpoint is written from: it ended "
+        f"at {name}, {_in_units(size)} ({' '.join(str(error).split())[:120] or 'MemoryError'}). Checkpoints that were "
+        "written are intact. Give the job more memory, or set train.save_in_background=false, which needs no copy and "
+        "lets the training wait; then start the same command again."
+    )
+
+
+def saving_line(count: int, waited: float, seconds: float) -> str:
+    """What the checkpoints of a process cost it."""
+    return (
+        f"Checkpoints: {count}, for which the training waited {waited:.1f} s, "
+        f"{100 * waited / max(1e-9, seconds):.2f} % of {seconds:.0f} s."
+    )
+
+
 def disk_line(learner: Learner, keep: int) -> str:
     """What a checkpoint holds, and how much disk space the run will take."""
 

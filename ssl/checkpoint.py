@@ -160,9 +160,13 @@ def load_optimizer(
 
 def export(path: Path, backbone: Backbone, about: dict[str, Any]) -> None:
     """Write a backbone as one safetensors file that records its architecture; `load` reads it."""
-    metadata = {"format": "pt", "nearfar": json.dumps({"arch": backbone.arch, **about})}
+    export_tensors(path, backbone.state_dict(), {"arch": backbone.arch, **about})
+
+
+def export_tensors(path: Path, tensors: Mapping[str, Tensor], about: dict[str, Any]) -> None:
+    """`export` of a backbone's state; `about` must hold its `arch`."""
     try:
-        _write_tensors(path, backbone.state_dict(), metadata)
+        _write_tensors(path, tensors, {"format": "pt", "nearfar": json.dumps(about)})
     except (OSError, SafetensorError) as error:
         raise UserError(f"{path} could not be written: {error}.") from error
 

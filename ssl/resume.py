@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import platform
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -46,30 +48,38 @@ def restore(saved: Checkpoint, learner: Learner, optimizer: torch.optim.Optimize
     return int(saved.state["step"])
 
 
-def save(
-    folder: RunFolder,
-    step: int,
-    learner: Learner,
-    optimizer: torch.optim.Optimizer,
-    description: dict[str, Any],
-    keep: int,
-) -> None:
-    """Write the checkpoint of `step`, then the teacher's backbone beside it.
+def contents(learner: Learner, optimizer: torch.optim.Optimizer) -> Iterator[tuple[str, Tensor]]:
+    """All that a checkpoint holds, by name: the tensors themselves, and no copies."""
+    for name, tensor in learner.state_dict().items():
+        yield f"learner/{name}", tensor
+    for name, tensor in checkpoint.optimizer_tensors(optimizer, _names(learner)).items():
+        yield f"optimizer/{name}", tensor
+
+
+def write(folder: RunFolder, step: int, tensors: dict[str, Tensor], description: dict[str, Any], keep: int) -> None:
+    """Write the checkpoint of `step` from its `contents`, then the teacher's backbone beside it.
 
     Raises:
         UserError: the disk refused, or some weight is not finite: such a checkpoint could never be continued.
     """
-    tensors = {f"learner/{name}": tensor for name, tensor in learner.state_dict().items()}
-    state = checkpoint.optimizer_tensors(optimizer, _names(learner))
-    tensors |= {f"optimizer/{name}": tensor for name, tensor in state.items()}
-    if bad := [name for name, tensor in tensors.items() if not bool(torch.isfinite(tensor).all())]:
+    if bad := [name for name, tensor in tensors.items() if not _finite(tensor)]:
         raise UserError(not_saved(step, bad, folder.path))
     checkpoint.save(folder.checkpoints, step, tensors, description | {"step": step}, keep)
-    export(folder, step, learner, description)
+    export(folder, step, tensors, description)
 
 
-def export(folder: RunFolder, step: int, learner: Learner, description: dict[str, Any]) -> None:
-    checkpoint.export(folder.path / TEACHER, learner.teacher.backbone, description | {"step": step})
+def export(folder: RunFolder, step: int, tensors: Mapping[str, Tensor], description: dict[str, Any]) -> None:
+    """Write teacher.safetensors from the `contents` of a checkpoint."""
+    prefix = "learner/teacher.backbone."
+    backbone = {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
+    checkpoint.export_tensors(folder.path / TEACHER, backbone, description | {"step": step})
+
+
+def _finite(tensor: Tensor) -> bool:
+    """Are all its numbers? On the host by NumPy, whose loops take one core and let other threads run."""
+    if tensor.device.type == "cpu" and tensor.dtype is not torch.bfloat16:
+        return bool(np.isfinite(tensor.detach().numpy()).all())
+    return bool(torch.isfinite(tensor).all())
 
 
 def describe(run: ResolvedRun, learner: Learner, fingerprint: str, precision: str) -> dict[str, Any]:

@@ -248,6 +248,11 @@ class TrainSettings(Section):
         description="steps between two checkpoints, besides those by save_every_minutes",
         json_schema_extra=FREE,
     )
+    save_in_background: bool = Field(
+        True,
+        description="train on while a checkpoint is written, from a copy of weights and optimizer in the host's memory",
+        json_schema_extra=FREE,
+    )
     keep_last: int = Field(2, ge=1, description="number of checkpoints that are kept", json_schema_extra=FREE)
 
 

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from nearfar.ssl import announce, device, distributed, resume
 from nearfar.ssl.backbones import Backbone
+from nearfar.ssl.background_save import Saver
 from nearfar.ssl.data import open_loader
 from nearfar.ssl.data.loaders.base import Batch, Loader, LoaderOptions
 from nearfar.ssl.data.sources.base import Source
@@ -71,6 +72,9 @@ class Training:
     known_bad: set[str] = field(default_factory=set)
     unread: deque[tuple[Batch, int, StepResult]] = field(default_factory=deque)  # steps whose reports are not read yet
     steps_behind: int = 0  # how many of them there may be between two lines of metrics
+    saved_step: int = 0  # where the last checkpoint of this process was taken
+    saved_at: float = field(default_factory=time.monotonic)
+    late_save: bool = False  # did the ranks agree in a step after `saved_step` that it is time for one?
 
     def __post_init__(self) -> None:
         self.stepper = Stepper(
@@ -82,6 +86,7 @@ class Training:
         )
         if self.compute.device.type != "cpu":  # where reading the report of the step just started would wait for it
             self.steps_behind = 1
+        self.saver = Saver(self._write, lambda text: self.log.say(text), self.run.train.save_in_background)
 
     def log_start(self) -> None:
         lines = announce.start_lines(
@@ -109,7 +114,7 @@ class Training:
             views,
             values,
             freeze_last_layer=self.schedule.prototypes_frozen(self.step),
-            votes=lambda: (float(should_stop()), float(len(self.new_bad()))),
+            votes=lambda: (float(should_stop()), float(len(self.new_bad())), float(self._late_for_save())),
         )
         self.unread.append((batch, self.step, result))
         self.step += 1
@@ -133,8 +138,9 @@ class Training:
                 raise UserError(
                     announce.not_finite(step, numbers.loss, numbers.grad_norm, batch, self.source, self.folder.path)
                 )
-            stop_vote, any_bad = numbers.votes
+            stop_vote, any_bad, save_vote = numbers.votes
             stop = stop or stop_vote > 0
+            self.late_save = self.late_save or (save_vote > 0 and step >= self.saved_step)
             for text in distributed.gathered([json.dumps(item) for item in self.new_bad()]) if any_bad else ():
                 name, reason = json.loads(text)
                 self.log.say(f"Bad image {name}: {reason}. The next readable image is used instead.")
@@ -159,18 +165,23 @@ class Training:
     def save(self) -> None:
         """Write a checkpoint, on the first rank, unless a step whose report is not read yet was not finite."""
         if self.world.first and all(result.report.read().finite for _, _, result in self.unread):
-            self.log.sync()
-            resume.save(
-                self.folder, self.step, self.learner, self.optimizer, self.description, self.run.train.keep_last
-            )
+            self.saver.save(self.step, resume.contents(self.learner, self.optimizer))
+        self.saved_step, self.saved_at, self.late_save = self.step, time.monotonic(), False
 
-    def save_due(self, saved_at: float) -> bool:
+    def _write(self, step: int, tensors: dict[str, Tensor]) -> None:
+        """In the thread that writes. The metrics come first: no checkpoint may exist before the lines of its steps."""
+        self.log.sync()
+        resume.write(self.folder, step, tensors, self.description, self.run.train.keep_last)
+
+    def _late_for_save(self) -> bool:
+        """By the first rank's clock. While a checkpoint is being written the next one is put off."""
+        late = time.monotonic() - self.saved_at > 60 * self.run.train.save_every_minutes
+        return self.world.first and late and not self.saver.writing
+
+    def save_due(self) -> bool:
+        """The same on all ranks."""
         every = self.run.train.save_every_steps
-        return (
-            self.step == self.schedule.steps
-            or (every is not None and self.step % every == 0)
-            or time.monotonic() - saved_at > 60 * self.run.train.save_every_minutes
-        )
+        return self.step == self.schedule.steps or (every is not None and self.step % every == 0) or self.late_save
 
     def verdict(self) -> str | None:
         """One sentence where a finished run learned little; None elsewhere."""
@@ -209,7 +220,7 @@ def set_up(run: Run, source: Source, observers: Observers, folder: RunFolder, wo
         folder.record(resolved)
         folder.forget_metrics_after(step)
         if saved and folder.exported_step() != step:  # killed, or out of space, between the two files of a save
-            resume.export(folder, step, learner, description)
+            resume.export(folder, step, dict(resume.contents(learner, optimizer)), description)
     return Training(
         run=resolved,
         source=source,

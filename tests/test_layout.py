@@ -28,7 +28,7 @@ FLOORS: list[set[str]] = [
     {"step"},
     {"checkpoint", "device", "run_log", "run_folder", "schedule"},
     {"announce"},
-    {"resume"},
+    {"resume", "background_save"},
     {"training", "train"},
     {"eval"},
     {"launch"},

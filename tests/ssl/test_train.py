@@ -237,6 +237,7 @@ def test_a_whole_run_leaves_what_it_promises(
         "grad_norm",
         "img_per_s",
         "data_wait",
+        "save_wait",
         "entropy",
         "feature_std",
         "rankme",
@@ -458,9 +459,10 @@ def test_the_metrics_are_on_the_disk_before_their_checkpoint(
             synced.append(os.fstat(handle).st_size)
         fsync(handle)
 
-    def checked(folder: Path, *rest: Any) -> Path:
-        assert synced[-1] == (folder.parent / "metrics.jsonl").stat().st_size > 0
-        return save(folder, *rest)
+    def checked(folder: Path, step: int, *rest: Any) -> Path:
+        on_disk = (folder.parent / "metrics.jsonl").read_bytes()[: synced[-1]].splitlines()
+        assert [json.loads(line)["step"] for line in on_disk][:step] == list(range(1, step + 1))
+        return save(folder, step, *rest)
 
     monkeypatch.setattr(os, "fsync", noted)
     monkeypatch.setattr(checkpoint, "save", checked)
