@@ -39,6 +39,12 @@ def start_lines(
     if names := passed_over(source):
         lines.append(passed_over_line(names))
     lines.append(disk_line(learner, run.train.keep_last))
+    if run.train.shard:
+        lines.append(
+            f"train.shard: each of {run.train.world_size} ranks holds its rows of student, teacher and AdamW's moments."
+            if (run.train.world_size or 1) > 1
+            else "train.shard=true changes nothing: this process is alone."
+        )
     if run.backbone.name.startswith("vim_"):
         chosen = choose_scan(run.backbone.scan, compute.device.type)
         lines.append(f"selective scan: {chosen} (backbone.scan={run.backbone.scan})")
@@ -63,6 +69,8 @@ def continuation_changes(saved: dict[str, Any], run: Run, precision: str) -> lis
             f"Saved by {ranks} ranks, continued by {run.train.world_size}: the same run, but sums are rounded "
             f"differently{drawn}."
         )
+    if bool(saved.get("run", {}).get("train", {}).get("shard")) != run.train.shard:
+        lines.append(f"Continued with train.shard={str(run.train.shard).lower()}: the same run, but not the same bits.")
     if (before := saved.get("precision", precision)) != precision:
         lines.append(f"Saved in {before}, continued in {precision}: the same run, but not the same bits.")
     return lines

@@ -230,6 +230,11 @@ class TrainSettings(Section):
         description="processes that share each batch; default: by the cores on a CPU, 1 on a GPU, as started by SLURM",
         json_schema_extra=FREE,  # sums in another order: the same run up to rounding, and said so when it is continued
     )
+    shard: bool = Field(
+        False,
+        description="split student, teacher and optimizer over the processes (FSDP2), for backbones that no GPU can hold",
+        json_schema_extra=FREE,  # sums in another order, and said so
+    )
     seed: int = Field(0, ge=0, description="seed of the weights, the order of the images, the views and drop-path")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="where to train")
     precision: Literal["auto", "bf16", "fp32"] = Field(

@@ -33,6 +33,7 @@ from nearfar.ssl.run_folder import RunFolder, read_metrics
 from nearfar.ssl.run_log import NoLog
 from nearfar.ssl.schedule import Schedule
 from nearfar.ssl.settings import Run
+from nearfar.ssl.sharding import is_sharded, shard
 from nearfar.ssl.step import Stepper, StepResult
 
 
@@ -87,6 +88,10 @@ class Training:
         if self.compute.device.type != "cpu":  # where reading the report of the step just started would wait for it
             self.steps_behind = 1
         self.saver = Saver(self._write, lambda text: self.log.say(text), self.run.train.save_in_background)
+
+    @property
+    def sharded(self) -> bool:
+        return is_sharded(next(self.learner.parameters()))
 
     def log_start(self) -> None:
         lines = announce.start_lines(
@@ -149,14 +154,15 @@ class Training:
 
     def score(self) -> bool:
         """Score the teacher, once a step; True on all ranks where a stop was requested first, and the score put off."""
-        return distributed.from_first(self._score)
-
-    def _score(self) -> bool:
-        if self.observers.probe is None or self.folder.scored(self.step):
+        if not distributed.from_first(lambda: self.observers.probe is not None and not self.folder.scored(self.step)):
             return False
-        self.learner.teacher.eval()
-        scores = self.observers.probe(self.learner.teacher.backbone, self.run)
-        self.learner.teacher.train()
+        backbone = resume.whole_teacher(self.learner, self.world)
+        return distributed.from_first(lambda: self._score(backbone))
+
+    def _score(self, backbone: Backbone) -> bool:
+        assert self.observers.probe is not None
+        scores = self.observers.probe(backbone.eval(), self.run)
+        backbone.train()
         if scores:
             self.log.record(self.step, {"epoch": self.step / self.loader.steps_per_epoch, **scores})
             self.log.say(f"step {self.step}: " + ", ".join(f"{k} {v:.1f}" for k, v in scores.items()))
@@ -164,8 +170,12 @@ class Training:
 
     def save(self) -> None:
         """Write a checkpoint, on the first rank, unless a step whose report is not read yet was not finite."""
-        if self.world.first and all(result.report.read().finite for _, _, result in self.unread):
-            self.saver.save(self.step, resume.contents(self.learner, self.optimizer))
+        if (self.world.first or self.sharded) and all(result.report.read().finite for _, _, result in self.unread):
+            contents = resume.contents(self.learner, self.optimizer)
+            if self.world.first:
+                self.saver.save(self.step, contents)
+            else:
+                deque(contents, maxlen=0)  # its part in making them whole
         self.saved_step, self.saved_at, self.late_save = self.step, time.monotonic(), False
 
     def _write(self, step: int, tensors: dict[str, Tensor]) -> None:
@@ -210,6 +220,9 @@ def set_up(run: Run, source: Source, observers: Observers, folder: RunFolder, wo
     loader = loader_of(resolved, source, world, compute.device)
     if world.size > 1:
         share_batch_norm(learner)
+        if resolved.train.shard:
+            shard(learner.student, learns=True)
+            shard(learner.teacher, learns=False)
     optimizer = adamw(learner.student)
     step = resume.restore(saved, learner, optimizer, source.fingerprint) if saved else 0
     description = resume.describe(resolved, learner, source.fingerprint, compute.precision)
@@ -219,8 +232,11 @@ def set_up(run: Run, source: Source, observers: Observers, folder: RunFolder, wo
     if world.first:
         folder.record(resolved)
         folder.forget_metrics_after(step)
-        if saved and folder.exported_step() != step:  # killed, or out of space, between the two files of a save
-            resume.export(folder, step, dict(resume.contents(learner, optimizer)), description)
+    # Killed, or out of space, between the two files of a save.
+    if saved and distributed.from_first(lambda: folder.exported_step() != step):
+        backbone = resume.teacher_backbone(learner)
+        if world.first:
+            resume.export(folder, step, backbone, description)
     return Training(
         run=resolved,
         source=source,

@@ -19,7 +19,7 @@ ROOMS = {"nearfar.ssl": ROOT / "ssl", "nearfar.eval": ROOT / "eval", "nearfar.la
 FLOORS: list[set[str]] = [
     {"errors", "files", "file_lock", "bounded_files", "digests", "checkpoint_names"},
     {"backbones"},
-    {"heads", "setting_errors", "distributed"},
+    {"heads", "setting_errors", "distributed", "sharding"},
     {"settings", "config"},
     {"defaults"},
     {"data"},
