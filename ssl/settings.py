@@ -232,7 +232,7 @@ class TrainSettings(Section):
     )
     shard: bool = Field(
         False,
-        description="split student, teacher and optimizer over the processes (FSDP2), for backbones that no GPU can hold",
+        description="split student, teacher and optimizer over the processes (FSDP2), for backbones that no GPU holds",
         json_schema_extra=FREE,  # sums in another order, and said so
     )
     seed: int = Field(0, ge=0, description="seed of the weights, the order of the images, the views and drop-path")
