@@ -38,7 +38,7 @@ def start_lines(
     )
     if names := passed_over(source):
         lines.append(passed_over_line(names))
-    lines.append(disk_line(learner, run.train.keep_last))
+    lines.append(disk_line(learner, run.train.keep_last, run.train.save_in_background))
     if run.train.shard:
         lines.append(
             f"train.shard: each of {run.train.world_size} ranks holds its rows of student, teacher and AdamW's moments."
@@ -139,8 +139,8 @@ def saving_line(count: int, waited: float, seconds: float) -> str:
     )
 
 
-def disk_line(learner: Learner, keep: int) -> str:
-    """What a checkpoint holds, and how much disk space the run will take."""
+def disk_line(learner: Learner, keep: int, copied: bool) -> str:
+    """What a checkpoint holds, and how much disk space the run will take; `copied`: it is written from a copy."""
 
     def size(module: nn.Module) -> int:
         return sum(tensor.numel() * tensor.element_size() for tensor in module.state_dict().values())
@@ -152,6 +152,7 @@ def disk_line(learner: Learner, keep: int) -> str:
         f"A checkpoint takes {_in_units(one)}: student, teacher and AdamW's two moments, each a backbone of "
         f"{_in_units(backbone)} and a head of {_in_units(head)}. With train.keep_last={keep}, one more while it is "
         f"written, and teacher.safetensors the run takes up to {_in_units(most)} of disk."
+        + (f" It is written from a copy, which takes {_in_units(one)} of the host's memory." if copied else "")
     )
 
 
