@@ -366,7 +366,7 @@ def test_a_step_that_is_asked_about_late_is_still_the_one_that_is_named(
     same_bits: SameBits,
 ) -> None:
     """With a checkpoint due after every step: none holds what followed the bad one."""
-    settings = ["train.log_every_steps=100", "train.save_every_minutes=1e-9", f"head.batch_norm={batch_norm}"]
+    settings = ["train.log_every_steps=100", "train.save_every_steps=1", f"head.batch_norm={batch_norm}"]
     clean, run = tiny(*settings, folder="clean"), tiny(*settings, "train.keep_last=99")
     train.pretrain(clean, images, console=quiet)
     seen: list[Batch] = []
