@@ -168,7 +168,11 @@ def _costs(run: Run, learner: Learner, steps: int, compute: Compute, measured: M
         f"Time       about {_duration(steps * measured.seconds)} for {steps:,} steps of {measured.seconds:.2f} s on "
         f"{compute.device.type} in {compute.rounding} ({100 * measured.waiting:.0f} % of it waiting for images), "
         "without scores and checkpoints",
-        f"Memory     about {_size(ranks * measured.memory)} {place}{each}, besides that of the data workers",
+        f"Memory     about {_size(ranks * measured.memory)} {place}{each}, besides that of the data workers"
+        + (
+            f" and {_size(one)} on the host for the copy from which checkpoints are written"
+            * run.train.save_in_background
+        ),
         f"Disk       about {_size((run.train.keep_last + 1) * one + backbone)}: {run.train.keep_last} checkpoints, and "
         f"one being written, of {_size(one)} each (student, teacher, and two moments of the optimizer, each a backbone "
         f"of {_size(backbone)} and a head of {_size(head)}), and the exported teacher",

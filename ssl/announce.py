@@ -40,7 +40,13 @@ def start_lines(
     )
     if names := passed_over(source):
         lines.append(passed_over_line(names))
-    lines.append(disk_line(learner, run.train.keep_last))
+    lines.append(disk_line(learner, run.train.keep_last, run.train.save_in_background))
+    if run.train.shard:
+        lines.append(
+            f"train.shard: each of {run.train.world_size} ranks holds its rows of student, teacher and AdamW's moments."
+            if (run.train.world_size or 1) > 1
+            else "train.shard=true changes nothing: this process is alone."
+        )
     if run.backbone.name.startswith("vim_"):
         chosen = choose_scan(run.backbone.scan, compute.device.type)
         lines.append(f"selective scan: {chosen} (backbone.scan={run.backbone.scan})")
@@ -65,6 +71,8 @@ def continuation_changes(saved: dict[str, Any], run: Run, precision: str) -> lis
             f"Saved by {ranks} ranks, continued by {run.train.world_size}: the same run, but sums are rounded "
             f"differently{drawn}."
         )
+    if bool(saved.get("run", {}).get("train", {}).get("shard")) != run.train.shard:
+        lines.append(f"Continued with train.shard={str(run.train.shard).lower()}: the same run, but not the same bits.")
     if (before := saved.get("precision", precision)) != precision:
         lines.append(f"Saved in {before}, continued in {precision}: the same run, but not the same bits.")
     return lines
@@ -172,8 +180,26 @@ def memory_line(run: ResolvedRun, need: Need, free: int | None) -> str:
     return f"{line} That is more than there is. {less_memory(run, run.train.world_size)}"
 
 
-def disk_line(learner: Learner, keep: int) -> str:
-    """What a checkpoint holds, and how much disk space the run will take."""
+def no_room_for_copy(name: str, size: int, error: BaseException) -> str:
+    """A checkpoint's copy for the background did not fit into memory; `name` and `size` (bytes) of what did not."""
+    return (
+        "There is not enough memory for the copy of weights and optimizer that a checkpoint is written from: it ended "
+        f"at {name}, {_in_units(size)} ({' '.join(str(error).split())[:120] or 'MemoryError'}). Checkpoints that were "
+        "written are intact. Give the job more memory, or set train.save_in_background=false, which needs no copy and "
+        "lets the training wait; then start the same command again."
+    )
+
+
+def saving_line(count: int, waited: float, seconds: float) -> str:
+    """What the checkpoints of a process cost it."""
+    return (
+        f"Checkpoints: {count}, for which the training waited {waited:.1f} s, "
+        f"{100 * waited / max(1e-9, seconds):.2f} % of {seconds:.0f} s."
+    )
+
+
+def disk_line(learner: Learner, keep: int, copied: bool) -> str:
+    """What a checkpoint holds, and how much disk space the run will take; `copied`: it is written from a copy."""
 
     def size(module: nn.Module) -> int:
         return sum(tensor.numel() * tensor.element_size() for tensor in module.state_dict().values())
@@ -185,6 +211,7 @@ def disk_line(learner: Learner, keep: int) -> str:
         f"A checkpoint takes {_in_units(one)}: student, teacher and AdamW's two moments, each a backbone of "
         f"{_in_units(backbone)} and a head of {_in_units(head)}. With train.keep_last={keep}, one more while it is "
         f"written, and teacher.safetensors the run takes up to {_in_units(most)} of disk."
+        + (f" It is written from a copy, which takes {_in_units(one)} of the host's memory." if copied else "")
     )
 
 

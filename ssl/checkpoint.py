@@ -27,6 +27,7 @@ from nearfar.ssl import checkpoint_names, digests, files
 from nearfar.ssl.backbones import Backbone, create_described
 from nearfar.ssl.backbones.weights import misfits
 from nearfar.ssl.errors import UserError
+from nearfar.ssl.sharding import is_sharded, split_like
 
 TENSORS, STATE, MANIFEST = "tensors.safetensors", "state.json", "manifest.json"
 
@@ -125,10 +126,11 @@ def load_strict(module: nn.Module, tensors: Mapping[str, Tensor], what: str) -> 
     Raises:
         UserError: naming the missing, unexpected and misshapen tensors.
     """
-    problems = misfits(module.state_dict(), tensors)
+    own = module.state_dict()
+    problems = misfits(own, tensors)
     if problems:
         raise UserError(f"The weights of {what} do not fit this model: {'; '.join(problems)}.")
-    module.load_state_dict(dict(tensors), strict=True)
+    module.load_state_dict({name: _split(t, own[name]) for name, t in tensors.items()}, strict=True)
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer, names: dict[nn.Parameter, str]) -> dict[str, Tensor]:
@@ -154,15 +156,22 @@ def load_optimizer(
             raise UserError(
                 f"The optimizer state {full} has shape {tuple(value.shape)} instead of {tuple(parameter.shape)}."
             )
-        device = "cpu" if key == "step" and not _capturable(optimizer) else parameter.device
-        optimizer.state[parameter][key] = value.to(device, copy=True)  # a copy: the tensor may be mapped from the file
+        if key == "step":
+            device = parameter.device if _capturable(optimizer) else "cpu"
+            optimizer.state[parameter][key] = value.to(device, copy=True)
+        else:  # a copy: the tensor may be mapped from the file
+            optimizer.state[parameter][key] = split_like(value, parameter)
 
 
 def export(path: Path, backbone: Backbone, about: dict[str, Any]) -> None:
     """Write a backbone as one safetensors file that records its architecture; `load` reads it."""
-    metadata = {"format": "pt", "nearfar": json.dumps({"arch": backbone.arch, **about})}
+    export_tensors(path, backbone.state_dict(), {"arch": backbone.arch, **about})
+
+
+def export_tensors(path: Path, tensors: Mapping[str, Tensor], about: dict[str, Any]) -> None:
+    """`export` of a backbone's state; `about` must hold its `arch`."""
     try:
-        _write_tensors(path, backbone.state_dict(), metadata)
+        _write_tensors(path, tensors, {"format": "pt", "nearfar": json.dumps(about)})
     except (OSError, SafetensorError) as error:
         raise UserError(f"{path} could not be written: {error}.") from error
 
@@ -252,6 +261,10 @@ def _write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str
     """Through `files.atomic`, since safetensors makes its files readable by their owner only, whatever the umask."""
     with files.atomic(path) as partial:
         save_file({name: t.detach().contiguous() for name, t in tensors.items()}, partial, metadata)
+
+
+def _split(tensor: Tensor, like: Tensor) -> Tensor:
+    return split_like(tensor, like) if is_sharded(like) else tensor
 
 
 def _capturable(optimizer: torch.optim.Optimizer) -> bool:

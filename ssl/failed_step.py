@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from nearfar.ssl import checkpoint, checkpoint_names, distributed
+from nearfar.ssl import checkpoint, checkpoint_names, distributed, resume
 from nearfar.ssl.checkpoint import Checkpoint, DamagedError
 from nearfar.ssl.data.loaders.base import Batch
 from nearfar.ssl.data.sources.base import Source
@@ -52,11 +52,9 @@ def save(
         "names": [source.name(i) for i in samples],
     }
 
+    tensors = dict(resume.contents(learner, optimizer))  # every rank takes part in making sharded ones whole
+
     def write() -> str | None:
-        names = {parameter: name for name, parameter in learner.student.named_parameters()}
-        state = checkpoint.optimizer_tensors(optimizer, names)
-        tensors = {f"learner/{name}": tensor for name, tensor in learner.state_dict().items()}
-        tensors |= {f"optimizer/{name}": tensor for name, tensor in state.items()}
         about = description | {"step": step, "failed": failed}
         try:
             return str(checkpoint.save(folder / FOLDER, step, tensors, about, KEPT))

@@ -31,10 +31,11 @@ class GradientMean:
 
     def __init__(self, parameters: Iterable[nn.Parameter], bucket_bytes: int = BUCKET_BYTES) -> None:
         """`parameters`: all that learn at any time of the run; those without a gradient in a step are left out of it.
+                Without any, only the extra numbers of `finish` are sent.
 
         A single rank sends nothing and registers no hooks.
         """
-        self.buckets = in_buckets([p for p in parameters if p.requires_grad], bucket_bytes)
+        self.buckets = in_buckets([p for p in parameters if p.requires_grad], bucket_bytes) or [[]]
         self._missing: list[int] = []  # gradients of each bucket that are still to come
         self._sent: list[_Sent | None] = []
         if distributed.count() > 1:

@@ -12,6 +12,7 @@ from nearfar.ssl.defaults import ResolvedRun
 from nearfar.ssl.heads.dino import DINOHead
 from nearfar.ssl.loss_scale import LossScale
 from nearfar.ssl.losses import DINOLoss, koleo
+from nearfar.ssl.sharding import local
 
 
 class Outputs(NamedTuple):
@@ -100,8 +101,8 @@ class Learner(nn.Module):
     @torch.no_grad()
     def update_teacher(self, momentum: float, not_finite: Tensor | None = None) -> None:
         """theta_teacher <- momentum * theta_teacher + (1 - momentum) * theta_student, unless `not_finite` is 1."""
-        teacher: list[Tensor] = list(self.teacher.parameters())
-        student: list[Tensor] = list(self.student.parameters())
+        teacher = [local(p) for p in self.teacher.parameters()]
+        student = [local(p) for p in self.student.parameters()]
         # A step of gradient descent on |teacher - student|^2 / 2 from decay (teacher) and gradient (-student): the one
         # kernel of torch that takes all tensors in a few launches and is cancelled by a flag on the device.
         torch._fused_sgd_(

@@ -30,6 +30,12 @@ class Need(NamedTuple):
     def total(self) -> int:
         return sum(self)
 
+    def split(self, ranks: int) -> Need:
+        """With weights, gradients and moments spread over so many ranks (train.shard)."""
+        whole = (self.weights, self.gradients, self.moments)
+        weights, gradients, moments = (-(-each // ranks) for each in whole)
+        return self._replace(weights=weights, gradients=gradients, moments=moments)
+
 
 class Activations(NamedTuple):
     """Bytes that autograd keeps of one forward pass."""

@@ -7,7 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from nearfar.ssl import distributed
 from nearfar.ssl.backbones.token_model import decays
+from nearfar.ssl.sharding import is_sharded, local
 
 
 def parameter_groups(student: nn.Module) -> list[dict[str, Any]]:
@@ -40,8 +42,10 @@ def clip_gradients(parameters: list[nn.Parameter], limit: float) -> Tensor:
     Returns:
         The norm of the whole gradient before clipping: not finite as soon as one of its numbers is not.
     """
-    gradients = [p.grad for p in parameters if p.grad is not None]
+    gradients = [local(p.grad) for p in parameters if p.grad is not None]
     norms = torch.stack(torch._foreach_norm(gradients))
+    if is_sharded(parameters[0]):  # the squares of all ranks' rows, in float64: in float32 they may overflow
+        norms = distributed.all_sum_(norms.double().square()).sqrt().to(norms.dtype)
     if limit > 0:
         scales = (limit / (norms + 1e-6)).clamp(max=1.0)
         if scales.is_cuda:

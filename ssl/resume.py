@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import platform
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from nearfar.ssl import checkpoint, distributed
 from nearfar.ssl.announce import not_saved
+from nearfar.ssl.backbones import Backbone, create_described
 from nearfar.ssl.checkpoint import Checkpoint
 from nearfar.ssl.defaults import ResolvedRun
 from nearfar.ssl.distributed import Ranks
@@ -18,6 +21,7 @@ from nearfar.ssl.errors import UserError
 from nearfar.ssl.learner import Learner
 from nearfar.ssl.loss_scale import fitted
 from nearfar.ssl.run_folder import TEACHER, RunFolder
+from nearfar.ssl.sharding import is_sharded, whole
 
 
 def latest(folder: RunFolder, world: Ranks, warnings: list[str]) -> Checkpoint | None:
@@ -47,30 +51,63 @@ def restore(saved: Checkpoint, learner: Learner, optimizer: torch.optim.Optimize
     return int(saved.state["step"])
 
 
-def save(
-    folder: RunFolder,
-    step: int,
-    learner: Learner,
-    optimizer: torch.optim.Optimizer,
-    description: dict[str, Any],
-    keep: int,
-) -> None:
-    """Write the checkpoint of `step`, then the teacher's backbone beside it.
+def contents(learner: Learner, optimizer: torch.optim.Optimizer) -> Iterator[tuple[str, Tensor]]:
+    """All that a checkpoint holds, by name: the tensors themselves, and no copies.
+
+    Where they are sharded, every rank must go through all of them: one after the other is made whole.
+    """
+    for name, tensor in learner.state_dict().items():
+        yield f"learner/{name}", whole(tensor)
+    for name, tensor in checkpoint.optimizer_tensors(optimizer, _names(learner)).items():
+        yield f"optimizer/{name}", whole(tensor)
+
+
+def teacher_backbone(learner: Learner) -> dict[str, Tensor]:
+    """The teacher's backbone by name; where it is sharded every rank must ask, and gets it whole in its own memory."""
+    state = learner.teacher.backbone.state_dict()
+    return {name: whole(tensor).cpu() if is_sharded(tensor) else tensor for name, tensor in state.items()}
+
+
+def whole_teacher(learner: Learner, world: Ranks) -> Backbone:
+    """The teacher's backbone, fit to be run by the first rank alone: itself, or a copy where it is sharded.
+
+    Then every rank must ask, and only the first has the copy.
+    """
+    backbone = learner.teacher.backbone
+    parameter = next(backbone.parameters())
+    if not is_sharded(parameter):
+        return backbone
+    tensors = teacher_backbone(learner)
+    if not world.first:
+        return backbone
+    copy = create_described(backbone.arch, tensors, "the teacher")
+    checkpoint.load_strict(copy, tensors, "the teacher")
+    return copy.to(parameter.device).requires_grad_(False)
+
+
+def write(folder: RunFolder, step: int, tensors: dict[str, Tensor], description: dict[str, Any], keep: int) -> None:
+    """Write the checkpoint of `step` from its `contents`, then the teacher's backbone beside it.
 
     Raises:
         UserError: the disk refused, or some weight is not finite: such a checkpoint could never be continued.
     """
-    tensors = {f"learner/{name}": tensor for name, tensor in learner.state_dict().items()}
-    state = checkpoint.optimizer_tensors(optimizer, _names(learner))
-    tensors |= {f"optimizer/{name}": tensor for name, tensor in state.items()}
-    if bad := [name for name, tensor in tensors.items() if not bool(torch.isfinite(tensor).all())]:
+    if bad := [name for name, tensor in tensors.items() if not _finite(tensor)]:
         raise UserError(not_saved(step, bad, folder.path))
     checkpoint.save(folder.checkpoints, step, tensors, description | {"step": step}, keep)
-    export(folder, step, learner, description)
+    prefix = "learner/teacher.backbone."
+    export(folder, step, {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}, description)
 
 
-def export(folder: RunFolder, step: int, learner: Learner, description: dict[str, Any]) -> None:
-    checkpoint.export(folder.path / TEACHER, learner.teacher.backbone, description | {"step": step})
+def export(folder: RunFolder, step: int, backbone: Mapping[str, Tensor], description: dict[str, Any]) -> None:
+    """Write teacher.safetensors from the tensors of the teacher's backbone."""
+    checkpoint.export_tensors(folder.path / TEACHER, backbone, description | {"step": step})
+
+
+def _finite(tensor: Tensor) -> bool:
+    """Are all its numbers? On the host by NumPy, whose loops take one core and let other threads run."""
+    if tensor.device.type == "cpu" and tensor.dtype is not torch.bfloat16:
+        return bool(np.isfinite(tensor.detach().numpy()).all())
+    return bool(torch.isfinite(tensor).all())
 
 
 def self_description(run: ResolvedRun, learner: Learner, fingerprint: str, precision: str) -> dict[str, Any]:

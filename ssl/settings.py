@@ -231,6 +231,11 @@ class TrainSettings(Section):
         "SLURM and torchrun as many as they start",
         json_schema_extra=FREE,  # sums in another order: the same run up to rounding, and said so when it is continued
     )
+    shard: bool = Field(
+        False,
+        description="split student, teacher and optimizer over the processes (FSDP2), for backbones that no GPU holds",
+        json_schema_extra=FREE,  # sums in another order, and said so
+    )
     seed: int = Field(0, ge=0, description="seed of the weights, the order of the images, the views and drop-path")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="where to train")
     precision: Literal["auto", "bf16", "fp16", "fp32"] = Field(
@@ -267,6 +272,11 @@ class TrainSettings(Section):
         ge=0,
         description="seconds without a sign of life after which a process counts as lost, is named, and the others "
         "end; 0 = never, for a debugger that stops a process whole (gdb, SIGSTOP; a breakpoint of pdb does not)",
+        json_schema_extra=FREE,
+    )
+    save_in_background: bool = Field(
+        True,
+        description="train on while a checkpoint is written, from a copy of weights and optimizer in the host's memory",
         json_schema_extra=FREE,
     )
     keep_last: int = Field(2, ge=1, description="number of checkpoints that are kept", json_schema_extra=FREE)

@@ -13,6 +13,7 @@ from torch import Tensor
 from nearfar.ssl.gradients import GradientMean
 from nearfar.ssl.learner import Learner, Outputs
 from nearfar.ssl.optim import clip_gradients, set_rates
+from nearfar.ssl.sharding import is_sharded
 
 
 class Numbers(NamedTuple):
@@ -87,7 +88,8 @@ class Stepper:
         self.learner, self.optimizer, self.clip_grad, self.autocast = learner, optimizer, clip_grad, autocast
         self.accumulate_steps = accumulate_steps
         self.parameters = list(learner.student.parameters())
-        self.gradients = GradientMean(self.parameters)
+        # A sharded gradient is the mean over all ranks when the backward pass ends (sharding.py).
+        self.gradients = GradientMean(p for p in self.parameters if not is_sharded(p))
         self.not_finite = torch.zeros(
             (), dtype=torch.float32, device=self.parameters[0].device
         )  # 1 from the first such step on

@@ -67,12 +67,16 @@ def pretrain(
             training.log = log
             training.log_start()
             begun = time.monotonic()
-            _loop(training, should_stop)
+            with training.saver:
+                _loop(training, should_stop)
+            seconds = time.monotonic() - begun
+            if training.saver.count:
+                log.say(announce.saving_line(training.saver.count, training.saver.seconds, seconds))
             finished = training.step >= steps
             if finished and start < steps and (message := training.verdict()):
                 log.say(message)
             log.say(announce.what_next(training.run, finished, training.step, steps))
-            return Outcome(folder.path, training.step, steps, time.monotonic() - begun)
+            return Outcome(folder.path, training.step, steps, seconds)
 
 
 class Meter:
@@ -88,6 +92,7 @@ class Meter:
 
     def restart(self) -> None:
         self.waited, self.since, self.first_step = 0.0, time.monotonic(), self.training.step
+        self.saving = self.training.saver.seconds
 
     def waiting(self, batches: Iterator[Batch]) -> Batch:
         asked = time.monotonic()
@@ -105,6 +110,7 @@ class Meter:
         speed = {
             "img_per_s": (step - self.first_step) * training.run.train.batch_size / seconds,
             "data_wait": self.waited / seconds,
+            "save_wait": (training.saver.seconds - self.saving) / seconds,
             "time": time.time(),
         }
         measured = {**numbers.metrics(), **values, **health}
@@ -126,7 +132,7 @@ def _loop(training: Training, should_stop: Callable[[], bool]) -> None:
         if training.resumed and schedule.scores_due(training.step):
             training.score()
         return
-    saved_at = time.monotonic()
+    training.saved_step, training.saved_at = training.step, time.monotonic()
     distributed.at_step(training.step)
     training.loader.seek(*divmod(training.step, training.loader.steps_per_epoch))
     batches = iter(training.loader)
@@ -147,9 +153,9 @@ def _loop(training: Training, should_stop: Callable[[], bool]) -> None:
         if schedule.scores_due(training.step) and not stop:
             stop = training.score()
             meter.restart()
-        if stop or training.save_due(saved_at):
+        training.saver.check()
+        if stop or training.save_due():
             training.save()
-            saved_at = time.monotonic()
 
 
 @contextmanager

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from nearfar.ssl import announce, compiled, device, distributed, failed_step, gpus, memory, resume
 from nearfar.ssl.backbones import Backbone
+from nearfar.ssl.background_save import Saver
 from nearfar.ssl.data import open_loader
 from nearfar.ssl.data.loaders.base import Batch, Loader, LoaderOptions
 from nearfar.ssl.data.sources.base import Source
@@ -34,6 +35,7 @@ from nearfar.ssl.run_folder import RunFolder, read_metrics
 from nearfar.ssl.run_log import NoLog
 from nearfar.ssl.schedule import Schedule
 from nearfar.ssl.settings import Run
+from nearfar.ssl.sharding import is_sharded, shard
 from nearfar.ssl.step import Numbers, Stepper, StepResult
 
 
@@ -74,6 +76,9 @@ class Training:
     unread: deque[tuple[Batch, int, StepResult]] = field(default_factory=deque)  # steps whose reports are not read yet
     steps_behind: int = 0  # how many of them there may be between two lines of metrics
     lowest_scale: float = math.inf  # of the loss under fp16, in this process
+    saved_step: int = 0  # where the last checkpoint of this process was taken
+    saved_at: float = field(default_factory=time.monotonic)
+    late_save: bool = False  # did the ranks agree in a step after `saved_step` that it is time for one?
 
     def __post_init__(self) -> None:
         self.stepper = Stepper(
@@ -85,6 +90,11 @@ class Training:
         )
         if self.compute.device.type != "cpu":  # where reading the report of the step just started would wait for it
             self.steps_behind = 1
+        self.saver = Saver(self._write, lambda text: self.log.say(text), self.run.train.save_in_background)
+
+    @property
+    def sharded(self) -> bool:
+        return is_sharded(next(self.learner.parameters()))
 
     def log_start(self) -> None:
         lines = announce.start_lines(
@@ -113,7 +123,7 @@ class Training:
             views,
             values,
             freeze_last_layer=self.schedule.prototypes_frozen(self.step),
-            votes=lambda: (float(should_stop()), float(len(self.new_bad()))),
+            votes=lambda: (float(should_stop()), float(len(self.new_bad())), float(self._late_for_save())),
         )
         self.unread.append((batch, self.step, result))
         self.step += 1
@@ -138,8 +148,9 @@ class Training:
             if numbers.skipped and numbers.loss_scale < self.lowest_scale:
                 self.lowest_scale = numbers.loss_scale
                 self.log.say(announce.step_skipped(step, numbers.loss_scale))
-            stop_vote, any_bad = numbers.votes
+            stop_vote, any_bad, save_vote = numbers.votes
             stop = stop or stop_vote > 0
+            self.late_save = self.late_save or (save_vote > 0 and step >= self.saved_step)
             for text in distributed.gathered([json.dumps(item) for item in self.new_bad()]) if any_bad else ():
                 name, reason = json.loads(text)
                 self.log.say(f"Bad image {name}: {reason}. The next readable image is used instead.")
@@ -156,14 +167,15 @@ class Training:
 
     def score(self) -> bool:
         """Score the teacher, once a step; True on all ranks where a stop was requested first, and the score put off."""
-        return distributed.from_first(self._score)
-
-    def _score(self) -> bool:
-        if self.observers.probe is None or self.folder.scored(self.step):
+        if not distributed.from_first(lambda: self.observers.probe is not None and not self.folder.scored(self.step)):
             return False
-        self.learner.teacher.eval()
-        scores = self.observers.probe(self.learner.teacher.backbone, self.run)
-        self.learner.teacher.train()
+        backbone = resume.whole_teacher(self.learner, self.world)
+        return distributed.from_first(lambda: self._score(backbone))
+
+    def _score(self, backbone: Backbone) -> bool:
+        assert self.observers.probe is not None
+        scores = self.observers.probe(backbone.eval(), self.run)
+        backbone.train()
         if scores:
             self.log.record(self.step, {"epoch": self.step / self.loader.steps_per_epoch, **scores})
             self.log.say(f"step {self.step}: " + ", ".join(f"{k} {v:.1f}" for k, v in scores.items()))
@@ -173,20 +185,29 @@ class Training:
 
     def save(self) -> None:
         """Write a checkpoint, on the first rank, unless a step whose report is not read yet was not finite."""
-        if self.world.first and all(result.report.read().finite for _, _, result in self.unread):
-            with distributed.finishing():
-                self.log.sync()
-                resume.save(
-                    self.folder, self.step, self.learner, self.optimizer, self.description, self.run.train.keep_last
-                )
+        if (self.world.first or self.sharded) and all(result.report.read().finite for _, _, result in self.unread):
+            contents = resume.contents(self.learner, self.optimizer)
+            if self.world.first:
+                self.saver.save(self.step, contents)
+            else:
+                deque(contents, maxlen=0)  # its part in making them whole
+        self.saved_step, self.saved_at, self.late_save = self.step, time.monotonic(), False
 
-    def save_due(self, saved_at: float) -> bool:
+    def _write(self, step: int, tensors: dict[str, Tensor]) -> None:
+        """In the thread that writes. The metrics come first: no checkpoint may exist before the lines of its steps."""
+        with distributed.finishing():
+            self.log.sync()
+            resume.write(self.folder, step, tensors, self.description, self.run.train.keep_last)
+
+    def _late_for_save(self) -> bool:
+        """By the first rank's clock. While a checkpoint is being written the next one is put off."""
+        late = time.monotonic() - self.saved_at > 60 * self.run.train.save_every_minutes
+        return self.world.first and late and not self.saver.writing
+
+    def save_due(self) -> bool:
+        """The same on all ranks."""
         every = self.run.train.save_every_steps
-        return (
-            self.step == self.schedule.steps
-            or (every is not None and self.step % every == 0)
-            or time.monotonic() - saved_at > 60 * self.run.train.save_every_minutes
-        )
+        return self.step == self.schedule.steps or (every is not None and self.step % every == 0) or self.late_save
 
     def verdict(self) -> str | None:
         """One sentence where a finished run learned little; None elsewhere."""
@@ -216,12 +237,16 @@ def set_up(run: Run, source: Source, observers: Observers, folder: RunFolder, wo
     if compute.device.type == "cpu":
         device.keep_freed_memory()
     loader = loader_of(resolved, source, world, compute.device)
+    need, free = needed(learner, resolved, compute), memory.free(compute.device)
     if world.size > 1:
         share_batch_norm(learner)
+        if resolved.train.shard:
+            shard(learner.student, learns=True)
+            shard(learner.teacher, learns=False)
     optimizer = adamw(learner.student)
     step = resume.restore(saved, learner, optimizer, source.fingerprint) if saved else 0
     if step < resolved.train.epochs * loader.steps_per_epoch:
-        warnings.append(announce.memory_line(resolved, *needed(learner, resolved, compute)))
+        warnings.append(announce.memory_line(resolved, need, free))
     compute = compile_learner(learner, resolved, compute, warnings)
     description = resume.self_description(resolved, learner, source.fingerprint, compute.rounding)
     if saved:
@@ -230,8 +255,11 @@ def set_up(run: Run, source: Source, observers: Observers, folder: RunFolder, wo
     if world.first:
         folder.record(resolved)
         folder.forget_metrics_after(step)
-        if saved and folder.exported_step() != step:  # killed, or out of space, between the two files of a save
-            resume.export(folder, step, learner, description)
+    # Killed, or out of space, between the two files of a save.
+    if saved and distributed.from_first(lambda: folder.exported_step() != step):
+        backbone = resume.teacher_backbone(learner)
+        if world.first:
+            resume.export(folder, step, backbone, description)
     return Training(
         run=resolved,
         source=source,
@@ -265,19 +293,21 @@ def prepare_learner(learner: Learner, run: ResolvedRun, compute: Compute) -> Non
     learner.to(compute.device)
 
 
-def needed(learner: Learner, run: ResolvedRun, compute: Compute) -> tuple[memory.Need, int | None]:
-    """What a step of one rank keeps in memory, to be asked before anything is compiled; and what is free."""
+def needed(learner: Learner, run: ResolvedRun, compute: Compute) -> memory.Need:
+    """What a step of one rank keeps in memory; to be asked before anything is split over ranks or compiled."""
     sizes = [(2, run.views.global_crops_size), (run.views.local_crops_number, run.views.local_crops_size)]
     images = run.train.batch_size // run.train.world_size // run.train.accumulate_steps
-    recompute = run.train.checkpoint_activations
     views = [(number, side) for number, side in sizes if number]
-    return memory.estimate(learner, views, images, compute.autocast, recompute), memory.free(compute.device)
+    need = memory.estimate(learner, views, images, compute.autocast, run.train.checkpoint_activations)
+    return need.split(run.train.world_size) if run.train.shard else need
 
 
 def compile_learner(learner: Learner, run: ResolvedRun, compute: Compute, warnings: list[str]) -> Compute:
     """Compile what student and teacher do in training, as `train.compile` says. Returns how the run computes now."""
-    backbones = (learner.student.backbone, learner.teacher.backbone)
-    return compute._replace(compiled=compiled.switch_on(backbones, run.train.compile, compute.device, warnings))
+    backbones, wanted = (learner.student.backbone, learner.teacher.backbone), run.train.compile
+    if run.train.shard and wanted == "auto":
+        wanted = False  # compiled blocks of sharded networks were never tried
+    return compute._replace(compiled=compiled.switch_on(backbones, wanted, compute.device, warnings))
 
 
 def _settings(run: Run, folder: RunFolder, images: int, world: Ranks) -> tuple[ResolvedRun, list[Derived]]:

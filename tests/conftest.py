@@ -27,7 +27,7 @@ TINY: dict[str, dict[str, Any]] = {
     "head": {"prototypes": 20, "hidden_dim": 16, "bottleneck_dim": 8},
     "train": {"epochs": 4, "batch_size": 8, "device": "cpu", "precision": "fp32", "threads": 1, "log_every_steps": 1},
 }  # fmt: skip
-CLOCK = {"img_per_s", "data_wait", "time"}
+CLOCK = {"img_per_s", "data_wait", "save_wait", "time"}
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -19,7 +19,7 @@ ROOMS = {"nearfar.ssl": ROOT / "ssl", "nearfar.eval": ROOT / "eval", "nearfar.la
 FLOORS: list[set[str]] = [
     {"errors", "files", "file_lock", "bounded_files", "digests", "checkpoint_names"},
     {"backbones"},
-    {"heads", "setting_errors", "gpus", "heartbeat", "distributed"},
+    {"heads", "setting_errors", "gpus", "heartbeat", "distributed", "sharding"},
     {"settings", "config"},
     {"defaults"},
     {"data"},
@@ -28,7 +28,8 @@ FLOORS: list[set[str]] = [
     {"step", "prefetch"},
     {"checkpoint", "device", "compiled", "memory", "run_log", "run_folder", "schedule"},
     {"announce"},
-    {"resume", "failed_step"},
+    {"resume", "background_save"},
+    {"failed_step"},
     {"training", "train", "replay"},
     {"eval"},
     {"launch"},

@@ -237,6 +237,7 @@ def test_a_whole_run_leaves_what_it_promises(
         "grad_norm",
         "img_per_s",
         "data_wait",
+        "save_wait",
         "entropy",
         "feature_std",
         "rankme",
@@ -387,7 +388,7 @@ def test_a_step_that_is_asked_about_late_is_still_the_one_that_is_named(
     same_bits: SameBits,
 ) -> None:
     """With a checkpoint due after every step: none holds what followed the bad one."""
-    settings = ["train.log_every_steps=100", "train.save_every_minutes=1e-9", f"head.batch_norm={batch_norm}"]
+    settings = ["train.log_every_steps=100", "train.save_every_steps=1", f"head.batch_norm={batch_norm}"]
     clean, run = tiny(*settings, folder="clean"), tiny(*settings, "train.keep_last=99")
     train.pretrain(clean, images, console=quiet)
     seen: list[Batch] = []
@@ -480,9 +481,10 @@ def test_the_metrics_are_on_the_disk_before_their_checkpoint(
             synced.append(os.fstat(handle).st_size)
         fsync(handle)
 
-    def checked(folder: Path, *rest: Any) -> Path:
-        assert synced[-1] == (folder.parent / "metrics.jsonl").stat().st_size > 0
-        return save(folder, *rest)
+    def checked(folder: Path, step: int, *rest: Any) -> Path:
+        on_disk = (folder.parent / "metrics.jsonl").read_bytes()[: synced[-1]].splitlines()
+        assert [json.loads(line)["step"] for line in on_disk][:step] == list(range(1, step + 1))
+        return save(folder, step, *rest)
 
     monkeypatch.setattr(os, "fsync", noted)
     monkeypatch.setattr(checkpoint, "save", checked)
