@@ -90,9 +90,7 @@ def made(tiny: Make, *settings: str, parts: int = 1) -> tuple[Learner, Stepper, 
 
 @pytest.mark.parametrize("settings", EVERY_KIND, ids=KINDS)
 @pytest.mark.parametrize(("frozen", "parts"), [(False, 1), (True, 1), (False, 2)])
-def test_no_operation_of_a_step_has_to_be_waited_for(
-    tiny: Make, settings: list[str], frozen: bool, parts: int
-) -> None:
+def test_no_operation_of_a_step_has_to_be_waited_for(tiny: Make, settings: list[str], frozen: bool, parts: int) -> None:
     _, stepper, views = made(tiny, *settings, parts=parts)
     stepper(views, VALUES)  # the optimizer makes its moments in the first step
     with Watch() as watch:
