@@ -67,6 +67,8 @@ def has_bf16(device: torch.device) -> bool:
     """Does the hardware have bf16 matrix products (and not only emulate them)?"""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
+    if not hasattr(torch.cpu, "get_capabilities"):  # an older torch: a processor with AMX has AVX-512's bf16 too
+        return bool(torch.cpu._is_avx512_bf16_supported())
     capabilities = torch.cpu.get_capabilities()
     return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
 

@@ -110,7 +110,14 @@ def test_cuda_where_there_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_cpu_has_bf16_when_it_multiplies_it(
     capabilities: dict[str, bool], answer: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities, raising=False)
+    assert device.has_bf16(torch.device("cpu")) is answer
+
+
+@pytest.mark.parametrize("answer", [True, False])
+def test_a_torch_without_capabilities_is_asked_in_the_older_way(answer: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(torch.cpu, "get_capabilities", raising=False)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: answer)
     assert device.has_bf16(torch.device("cpu")) is answer
 
 

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext, suppress
+from importlib import import_module
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from nearfar.ssl.defaults import resolve
 from nearfar.ssl.errors import UserError
@@ -24,28 +27,56 @@ WAITS = {
     "aten::_local_scalar_dense", "aten::is_nonzero", "aten::nonzero", "aten::equal", "aten::masked_select",
     "aten::_unique2", "aten::unique_consecutive", "aten::bincount", "aten::_linalg_svd", "aten::linalg_lstsq",
 }  # fmt: skip
+COPIES = {"aten::_to_copy", "aten::copy_"}
+INDEXING = {"aten::index", "aten::index_put_", "aten::index_select", "aten::gather", "aten::scatter_"}
+IN_PLACE = {"aten::_fused_adamw_", "aten::_fused_sgd_"}
+EVERY_KIND = [
+    ["head.batch_norm=false"],
+    ["backbone.lgp=true", "backbone.gaug=true", "backbone.prr=true", "backbone.drop_path=0.2"],
+    ["loss.centering=sinkhorn_knopp", "loss.koleo_weight=0.1"],
+    ["backbone.name=vim_tiny_patch16", "backbone.lgp=true", "backbone.prr=true", "backbone.gaug=false"],
+]
+KINDS = ["plain", "ideas", "sinkhorn and koleo", "vim"]
 
 
 class Watch(TorchDispatchMode):
-    """Counts the operations that a GPU would have to be waited for, and those that bring numbers to another device."""
+    """Counts the operations that a GPU would have to be waited for, those that bring numbers to another device, and
+    those whose tensors lie on several.
+
+    On the meta device nothing is computed, so what is on it meets what was left on the CPU as on a GPU. The two
+    in-place operations that return nothing, of which one has no kernel there, are left out.
+    """
 
     def __init__(self) -> None:
         super().__init__()
         self.waits: list[str] = []
+        self.mixed: list[str] = []
         self.count = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
         name = func._schema.name
         self.count += 1
+        tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        # A number may come from the host: it is an argument of the kernel. Of an index it is copied, and waited for.
+        arrays = tensors if name in INDEXING else [tensor for tensor in tensors if tensor.dim()]
+        devices = {tensor.device for tensor in arrays}
+        to = kwargs.get("device")
+        if name == "aten::copy_":
+            devices, to = set(), args[0].device if args[0].device != args[1].device else None
         mask = any(
             isinstance(index, Tensor) and index.dtype == torch.bool
             for index in (args[1] if name in ("aten::index", "aten::index_put_") else ())
         )
-        moved = name == "aten::_to_copy" and (kwargs or {}).get("device") is not None
+        moved = name in COPIES and to is not None
         fresh = name == "aten::lift_fresh"  # torch.tensor([...]): on a GPU a copy that the host waits for
         if name in WAITS or mask or moved or fresh:
             self.waits.append(name)
-        return func(*args, **(kwargs or {}))
+        if len(devices) > 1:
+            self.mixed.append(name)
+        if name in IN_PLACE and devices == {torch.device("meta")}:
+            return None
+        return func(*args, **kwargs)
 
 
 def made(tiny: Make, *settings: str, parts: int = 1) -> tuple[Learner, Stepper, list[Tensor]]:
@@ -57,18 +88,10 @@ def made(tiny: Make, *settings: str, parts: int = 1) -> tuple[Learner, Stepper, 
     return learner, Stepper(learner, adamw(learner.student), run.optim.clip_grad, accumulate_steps=parts), views
 
 
-@pytest.mark.parametrize(
-    "settings",
-    [
-        ["head.batch_norm=false"],
-        ["backbone.lgp=true", "backbone.gaug=true", "backbone.prr=true", "backbone.drop_path=0.2"],
-        ["loss.centering=sinkhorn_knopp", "loss.koleo_weight=0.1"],
-    ],
-    ids=["plain", "ideas", "sinkhorn and koleo"],
-)
-@pytest.mark.parametrize("frozen", [False, True])
-def test_no_operation_of_a_step_has_to_be_waited_for(tiny: Make, settings: list[str], frozen: bool) -> None:
-    _, stepper, views = made(tiny, *settings)
+@pytest.mark.parametrize("settings", EVERY_KIND, ids=KINDS)
+@pytest.mark.parametrize(("frozen", "parts"), [(False, 1), (True, 1), (False, 2)])
+def test_no_operation_of_a_step_has_to_be_waited_for(tiny: Make, settings: list[str], frozen: bool, parts: int) -> None:
+    _, stepper, views = made(tiny, *settings, parts=parts)
     stepper(views, VALUES)  # the optimizer makes its moments in the first step
     with Watch() as watch:
         trained = stepper(views, VALUES, freeze_last_layer=frozen, votes=lambda: (0.0, 1.0))
@@ -77,16 +100,56 @@ def test_no_operation_of_a_step_has_to_be_waited_for(tiny: Make, settings: list[
     assert numbers.finite and numbers.votes == (0, 1) and numbers.grad_norm > 0
 
 
+@pytest.mark.parametrize("settings", EVERY_KIND, ids=KINDS)
+@pytest.mark.parametrize("parts", [1, 2])
+def test_all_of_a_step_is_on_the_learners_device(
+    tiny: Make, monkeypatch: pytest.MonkeyPatch, settings: list[str], parts: int
+) -> None:
+    """On the meta device: no tensor of the step is made on the host, meets one there, or is copied."""
+    learner, _, views = made(tiny, *settings)
+    learner.to("meta")
+    allowed = import_module("torch.optim.adam")  # which lists the devices of its fused kernels
+    monkeypatch.setattr(allowed, "_device_dtype_check_for_fused", lambda *_, **__: None)
+    stepper = Stepper(learner, adamw(learner.student), 3.0, accumulate_steps=parts)
+    monkeypatch.setattr(torch, "autocast", lambda *_, **__: nullcontext())  # has no type for meta
+    views = [group.to("meta") for group in views]
+    with Watch():
+        stepper(views, VALUES)
+    with Watch() as watch:
+        trained = stepper(views, VALUES, votes=lambda: (0.0, 1.0))
+    assert watch.mixed == [] and watch.waits == [] and watch.count > 200
+    moments = [value for state in stepper.optimizer.state.values() for value in state.values()]
+    tensors = [*learner.state_dict().values(), *moments, *trained.outputs[:3], *trained.outputs.parts.values()]
+    assert {tensor.device.type for tensor in tensors} == {"meta"} and len(moments) > 50
+
+
 def test_the_watch_sees_what_has_to_be_waited_for() -> None:
-    x = torch.ones(3)
+    x, elsewhere = torch.ones(3), torch.empty(3, device="meta")
     waiting: list[Callable[[], object]] = [
         lambda: float(x[0]), lambda: x.nonzero(), lambda: x[x > 0], lambda: x.unique(), lambda: bool(x.any()),
-        lambda: torch.tensor([1.0]), lambda: x.to("meta"),
+        lambda: torch.tensor([1.0]), lambda: x.to("meta"), lambda: elsewhere.copy_(x),
     ]  # fmt: skip
     for operation in waiting:
         with Watch() as watch:
             operation()
         assert watch.waits, operation
+
+
+def test_the_watch_sees_devices_meet() -> None:
+    x, elsewhere, index = torch.ones(3), torch.empty(3, device="meta"), torch.zeros(2, dtype=torch.int64)
+    mixing: list[Callable[[], object]] = [
+        lambda: elsewhere + x, lambda: torch.cat([x, elsewhere]), lambda: elsewhere[index],
+        lambda: torch._foreach_mul_([elsewhere], [x]),
+    ]  # fmt: skip
+    for operation in mixing:
+        with Watch() as watch, suppress(RuntimeError, NotImplementedError):
+            operation()
+        assert watch.mixed, operation
+    with Watch() as watch:
+        elsewhere * torch.ones(())
+        elsewhere.copy_(elsewhere)
+        x + x
+    assert not watch.mixed and not watch.waits and watch.count > 3
 
 
 def everything(learner: Learner, stepper: Stepper) -> dict[str, Tensor]:

@@ -1,14 +1,16 @@
 """GAug against the formula of docs/methods.md section 2, one number at a time in float64."""
 
+import importlib
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nearfar.ssl.backbones import GaugBias
-from nearfar.ssl.backbones.attention import attend_in_windows, window_bias, window_score
+from nearfar.ssl.backbones import GaugBias, attention
+from nearfar.ssl.backbones.attention import attend_in_windows, flex_windows, window_bias, window_score
 
 
 def naive(bias: GaugBias, q: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
@@ -87,23 +89,32 @@ def test_finite_and_float32_under_autocast(scale: float) -> None:
     assert q.grad.isfinite().all()
 
 
-def tables(grid: tuple[int, int], tokens: int) -> list[torch.Tensor]:
+def tables(grid: tuple[int, int], tokens: int, width: int = 16) -> list[torch.Tensor]:
     """Queries, keys, values, and the tables of a random window."""
-    q, k, v = torch.randn(3, 2, 3, tokens, 16, dtype=torch.float64).unbind(0)
-    rows, columns = (torch.rand(2, 3, grid[0] * grid[1], side, dtype=torch.float64) for side in grid)
+    generator = torch.Generator().manual_seed(tokens)
+    q, k, v = torch.randn(3, 2, 3, tokens, width, dtype=torch.float64, generator=generator).unbind(0)
+    rows, columns = (
+        torch.rand(2, 3, grid[0] * grid[1], side, dtype=torch.float64, generator=generator) for side in grid
+    )
     return [x.requires_grad_() for x in (q, k, v, rows, columns)]
+
+
+def written_out(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor
+) -> torch.Tensor:
+    """Attention with the window on a grid of 3 rows of 4, one logit of the bias at a time."""
+    prefix = q.shape[2] - 12
+    bias = torch.zeros(*q.shape[:3], q.shape[2], dtype=torch.float64)
+    for p in range(12):
+        for t in range(12):
+            bias[:, :, prefix + p, prefix + t] = rows[:, :, p, t // 4] * columns[:, :, p, t % 4]
+    return (q @ k.transpose(2, 3) / math.sqrt(q.shape[3]) + bias).softmax(-1) @ v
 
 
 @pytest.mark.parametrize("prefix", [0, 3])
 def test_windowed_attention_equals_the_written_out_one(prefix: int) -> None:
-    q, k, v, rows, columns = leaves = tables((3, 4), prefix + 12)
-    out = attend_in_windows(*leaves)
-    logits = q @ k.transpose(2, 3) / 4
-    bias = torch.zeros(2, 3, prefix + 12, prefix + 12, dtype=torch.float64)
-    for p in range(12):
-        for t in range(12):
-            bias[:, :, prefix + p, prefix + t] = rows[:, :, p, t // 4] * columns[:, :, p, t % 4]
-    wanted = (logits + bias).softmax(-1) @ v
+    leaves = tables((3, 4), prefix + 12)
+    out, wanted = attend_in_windows(*leaves), written_out(*leaves)
     torch.testing.assert_close(out, wanted)
     up = torch.randn_like(out)
     for a, b in zip(*(torch.autograd.grad(y, leaves, up) for y in (out, wanted)), strict=True):
@@ -126,16 +137,78 @@ def test_the_gpus_score_is_the_bias_with_its_gradients(prefix: int) -> None:
         torch.testing.assert_close(a, b)
 
 
-@pytest.mark.filterwarnings("ignore:flex_attention called without")
-def test_flex_attention_agrees_with_the_explicit_path() -> None:
-    """Values only: FlexAttention has no backward on a CPU."""
-    from torch.nn.attention.flex_attention import flex_attention
+@pytest.fixture
+def flex_with_gradients(monkeypatch: pytest.MonkeyPatch) -> Callable[..., torch.Tensor]:
+    """FlexAttention as torch.compile traces it for a GPU, its graphs run operation by operation on this CPU.
 
-    leaves = [x.detach().float() for x in tables((3, 4), 14)]
-    q, k, v, rows, columns = leaves
-    padded_rows, padded_columns = (torch.nn.functional.pad(table, (0, 0, 2, 0)) for table in (rows, columns))
-    found = flex_attention(q, k, v, score_mod=window_score(padded_rows, padded_columns, 2))
-    torch.testing.assert_close(found, attend_in_windows(*leaves), rtol=1e-5, atol=1e-5)
+    Its public function refuses gradients on a CPU, for which inductor has no kernel. The operator behind it has both
+    directions: the gradient graph of score_mod, which a GPU's kernel is made from, is traced and run here.
+    """
+    module = importlib.import_module("torch.nn.attention.flex_attention")
+    monkeypatch.setattr(module, "_validate_device", lambda *_: None)
+    torch.compiler.reset()
+    return torch.compile(module.flex_attention, backend="aot_eager", dynamic=False, fullgraph=True)
+
+
+@pytest.mark.parametrize(("prefix", "width"), [(0, 16), (1, 8), (3, 16)])
+def test_flex_attention_has_the_explicit_paths_values_and_gradients(
+    flex_with_gradients: Callable[..., torch.Tensor], prefix: int, width: int
+) -> None:
+    """Of q, k, v and both tables, by the real score, on a grid that is not square: all in float64."""
+    leaves = tables((3, 4), prefix + 12, width)
+    found, wanted = flex_windows(flex_with_gradients, *leaves), written_out(*leaves)
+    torch.testing.assert_close(found, wanted, rtol=1e-9, atol=1e-10)
+    up = torch.randn_like(wanted)
+    gradients = zip(*(torch.autograd.grad(y, leaves, up) for y in (found, wanted)), strict=True)
+    for name, (ours, theirs) in zip(("q", "k", "v", "rows", "columns"), gradients, strict=True):
+        assert float(theirs.abs().max()) > 1e-3, name
+        torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-10, msg=lambda text, name=name: f"{name}: {text}")
+
+
+@pytest.mark.parametrize(
+    ("tokens", "head_dim", "device", "missing", "chosen"),
+    [
+        (1025, 64, "cuda", "", True),
+        (513, 16, "cuda", "", True),
+        (512, 64, "cuda", "", False),  # as long as a written-out bias is cheap
+        (197, 64, "cuda", "", False),
+        (1025, 8, "cuda", "", False),  # narrower than FlexAttention's kernels
+        (1025, 64, "cpu", "", False),
+        (1025, 64, "meta", "", False),
+        (1025, 64, "cuda", "no C compiler", False),
+    ],
+)
+def test_which_attention_reads_the_tables(
+    monkeypatch: pytest.MonkeyPatch, tokens: int, head_dim: int, device: str, missing: str, chosen: bool
+) -> None:
+    monkeypatch.setattr(attention, "compiler_missing", lambda: missing)
+    assert attention.reads_tables(tokens, head_dim, device) is chosen
+
+
+def test_narrow_heads_do_not_even_look_for_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention, "compiler_missing", lambda: pytest.fail("asked for a compiler"))
+    assert not attention.reads_tables(4097, 8, "cuda") and not attention.reads_tables(4097, 64, "cpu")
+
+
+def test_without_a_compiler_the_same_function_runs_uncompiled(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """And the log says why, once."""
+
+    def broken(*_: object, **__: object) -> None:
+        raise RuntimeError("Failed to find\nC compiler")
+
+    monkeypatch.setattr(torch, "compile", broken)
+    for cached in (attention.compiler_missing, attention.compiled):
+        cached.cache_clear()
+    try:
+        assert attention.compiled(math.sqrt) is math.sqrt and attention.compiled(math.cos) is math.cos
+        assert attention.compiler_missing() == "Failed to find C compiler"
+        assert not attention.reads_tables(1025, 64, "cuda")
+        assert [record.getMessage().count("C compiler") for record in caplog.records] == [1]
+    finally:
+        for cached in (attention.compiler_missing, attention.compiled):
+            cached.cache_clear()
 
 
 @pytest.mark.cuda
