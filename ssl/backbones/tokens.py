@@ -51,8 +51,12 @@ class Backbone(nn.Module):
     num_heads: int
     arch: dict[str, Any]
 
-    def forward(self, images: Tensor) -> Tokens:
-        """Tokens of the whole network: after its final norm, and after PRR when that is on."""
+    def forward(self, images: Tensor, masks: Tensor | None = None) -> Tokens:
+        """Tokens of the whole network: after its final norm, and after PRR when that is on.
+
+        masks: (B, h*w) bool; where true, the mask token takes the place of the embedded patch (with LGP: of the fused
+            token) before any position is added. Only a network made with `mask_token=True` takes them.
+        """
         raise NotImplementedError
 
     # `blocks` is a method here, so the network itself lives one attribute below (`model`), where its ViT

@@ -9,10 +9,15 @@ from nearfar.ssl import distributed
 
 
 class BatchNorm(nn.BatchNorm1d):
-    """BatchNorm1d whose training statistics are those of the whole step: every rank must hold as many rows."""
+    """BatchNorm1d whose training statistics are those of the whole step: every rank must hold as many rows.
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(N, C) -> (N, C)."""
+    Where rows only fill up a list (`counts`), the ranks may hold different numbers of those that count.
+    """
+
+    def forward(self, x: Tensor, counts: Tensor | None = None) -> Tensor:
+        """(N, C) -> (N, C); `counts` (N,) bool: rows that the statistics are of, all unless given."""
+        if counts is not None and self.training:
+            return self._of_some(x, counts)
         if not self.training or distributed.count() == 1:
             return super().forward(x)
         x32 = x.float() if x.dtype.itemsize < 4 else x
@@ -26,4 +31,22 @@ class BatchNorm(nn.BatchNorm1d):
         rows = distributed.count() * len(x)
         self.running_mean.lerp_(mean.detach(), self.momentum)
         self.running_var.lerp_(variance.detach() * (rows / max(1, rows - 1)), self.momentum)
+        return ((x32 - mean) * (variance + self.eps).rsqrt() * self.weight + self.bias).to(x.dtype)
+
+    def _of_some(self, x: Tensor, counts: Tensor) -> Tensor:
+        """`forward` with the statistics of some rows, on any number of ranks; one of them must have such a row."""
+        assert self.running_mean is not None and self.running_var is not None and self.momentum is not None
+        assert self.num_batches_tracked is not None
+        x32 = x.float() if x.dtype.itemsize < 4 else x
+        rows, share = x32.double(), counts.double()
+        sums = torch.cat([share @ rows, share @ rows.square(), share.sum()[None]])
+        sums = distributed.all_sum(sums) if distributed.count() > 1 else sums
+        number = sums[-1].clamp_min(1)
+        mean, square = (sums[:-1] / number).chunk(2)
+        variance = (square - mean.square()).clamp_min(0)
+        self.num_batches_tracked.add_(1)
+        self.running_mean.lerp_(mean.detach().to(x32.dtype), self.momentum)
+        unbiased = variance.detach() * (number / (number - 1).clamp_min(1))
+        self.running_var.lerp_(unbiased.to(x32.dtype), self.momentum)
+        mean, variance = mean.to(x32.dtype), variance.to(x32.dtype)
         return ((x32 - mean) * (variance + self.eps).rsqrt() * self.weight + self.bias).to(x.dtype)
