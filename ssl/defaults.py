@@ -41,6 +41,7 @@ class ResolvedLoss(LossSettings):
 class ResolvedOptim(OptimSettings):
     lr: float
     warmup_epochs: float
+    weight_decay_end: float
     teacher_momentum: float
     freeze_last_layer_epochs: float
 
@@ -191,6 +192,7 @@ def _fill(run: Run, images: int, cores: int) -> tuple[Run, list[Derived]]:
     steps = max(1, epochs * (images // batch))
     prototypes = 2 ** round(math.log2(min(65536, max(128, images / 16))))
     temperature = 0.07 if images >= 100_000 and epochs >= 30 else 0.04
+    decay_end = 0.4 if run.optim.schedule == "cosine" else run.optim.weight_decay
     momentum = round(min(0.996, max(0.98, 1 - 20 / steps)), 4)
     filled = {
         "data": {"workers": default("data", "workers", min(8, cores - 1), f"{cores} cores a rank")},
@@ -214,6 +216,7 @@ def _fill(run: Run, images: int, cores: int) -> tuple[Run, list[Derived]]:
             "warmup_epochs": default(
                 "optim", "warmup_epochs", round(min(10.0, 0.1 * epochs), 2), "10 epochs or 10 % of the run"
             ),
+            "weight_decay_end": default("optim", "weight_decay_end", decay_end, f"{run.optim.schedule} schedule"),
             "teacher_momentum": default(
                 "optim", "teacher_momentum", momentum, f"1 - 20 / {steps:,} steps, within .98 and .996"
             ),
@@ -231,6 +234,15 @@ def _fill(run: Run, images: int, cores: int) -> tuple[Run, list[Derived]]:
             "knn_every_epochs": default("eval", "knn_every_epochs", max(1.0, epochs // 10), "about ten scores a run"),
         },
     }
+    if run.head.ibot_separate:
+        count = filled["head"]["prototypes"]
+        filled["head"]["ibot_prototypes"] = default("head", "ibot_prototypes", count, "as head.prototypes")
+    if run.loss.gram_weight:
+        start = default("loss", "gram_start_epoch", round(0.8 * epochs, 2), "the last fifth of the run")
+        filled["loss"]["gram_start_epoch"] = start
+    if run.optim.schedule == "wsd":
+        cooldown = default("optim", "cooldown_epochs", round(0.2 * epochs, 2), "a fifth of the run")
+        filled["optim"]["cooldown_epochs"] = cooldown
     sections = {name: getattr(run, name).model_copy(update=values) for name, values in filled.items()}
     return run.model_copy(update=sections), derived
 

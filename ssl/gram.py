@@ -15,5 +15,7 @@ def gram_loss(student: Tensor, anchor: Tensor) -> Tensor:
         anchor: patch tokens (B, N, D') of the same views from the frozen earlier teacher, without gradient.
     """
     with torch.autocast(student.device.type, enabled=False):
-        ours, theirs = (F.normalize(x.to(torch.promote_types(x.dtype, torch.float32)), dim=-1) for x in (student, anchor))
+        ours, theirs = (
+            F.normalize(x.to(torch.promote_types(x.dtype, torch.float32)), dim=-1) for x in (student, anchor)
+        )
         return F.mse_loss(ours @ ours.mT, theirs @ theirs.mT)

@@ -127,7 +127,9 @@ def block_masks(
         size = np.clip(SMALLEST + area * (left - SMALLEST), 1, None)
         tall = np.exp((2 * ratio - 1) * -math.log(FLATTEST))
         h, w = np.rint(np.sqrt(size * tall)).astype(int), np.rint(np.sqrt(size / tall)).astype(int)
-        top, first = (np.floor(at * (side - s + 1)).astype(int) for at, side, s in ((down, height, h), (across, width, w)))
+        top, first = (
+            np.floor(at * (side - s + 1)).astype(int) for at, side, s in ((down, height, h), (across, width, w))
+        )
         below, right = rows - top[:, None, None], columns - first[:, None, None]
         block = (below >= 0) & (below < h[:, None, None]) & (right >= 0) & (right < w[:, None, None])
         more = (block & ~masks).sum((1, 2))

@@ -26,7 +26,8 @@ from nearfar.ssl.device import Compute
 from nearfar.ssl.distributed import Ranks
 from nearfar.ssl.errors import UserError
 from nearfar.ssl.health import nothing_learned
-from nearfar.ssl.learner import Learner, build_learner, share_batch_norm
+from nearfar.ssl.learner import Learner, block_masks, build_learner, share_batch_norm
+from nearfar.ssl.masks import Masks
 from nearfar.ssl.optim import adamw
 from nearfar.ssl.run_folder import RunFolder, read_metrics
 from nearfar.ssl.run_log import NoLog
@@ -80,6 +81,7 @@ class Training:
             self.compute.autocast,
             self.run.train.accumulate_steps,
         )
+        self.block_masks = block_masks(self.run, self.learner.student.backbone.patch_size, self.world.rank)
         if self.compute.device.type != "cpu":  # where reading the report of the step just started would wait for it
             self.steps_behind = 1
 
@@ -104,16 +106,25 @@ class Training:
     def next_step(self, batch: Batch, values: dict[str, float], should_stop: Callable[[], bool]) -> StepResult:
         """Start the next step; `finish_steps` reads its report."""
         views = self.views(batch)
+        if self.schedule.takes_anchor(self.step):
+            self.learner.take_anchor()
         torch.manual_seed(_step_seed(self.run.train.seed, self.step, self.world.rank))
         result = self.stepper(
             views,
             values,
+            masks=self.masks(),
             freeze_last_layer=self.schedule.prototypes_frozen(self.step),
             votes=lambda: (float(should_stop()), float(len(self.new_bad()))),
         )
         self.unread.append((batch, self.step, result))
         self.step += 1
         return result
+
+    def masks(self) -> list[Masks]:
+        """Of the coming step, for each of its parts; none without iBOT."""
+        if self.block_masks is None:
+            return []
+        return self.block_masks.of_step(self.step, self.compute.device, self.run.train.accumulate_steps)
 
     def new_bad(self) -> list[tuple[str, str]]:
         """Name and reason of each bad image of this rank that is not reported yet."""
@@ -199,7 +210,7 @@ def set_up(run: Run, source: Source, observers: Observers, folder: RunFolder, wo
     loader = loader_of(resolved, source, world, compute.device)
     if world.size > 1:
         share_batch_norm(learner)
-    optimizer = adamw(learner.student)
+    optimizer = adamw(learner.student, resolved.optim.layerwise_decay, resolved.optim.patch_embed_lr_mult)
     step = resume.restore(saved, learner, optimizer, source.fingerprint) if saved else 0
     description = resume.describe(resolved, learner, source.fingerprint, compute.precision)
     if saved:

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from timm.layers import Attention, AttentionRope, Format, PatchEmbed
+from timm.models import group_parameters
 from timm.models.eva import EvaAttention
 from torch import Tensor, nn
 
@@ -31,9 +32,7 @@ class Adapter(Backbone):
     GCViT, MLP-Mixer) run at the one size they are made for, and smaller images are padded to it, which the log says.
     """
 
-    def __init__(
-        self, model: nn.Module, arch: dict[str, Any], *, prr: bool = False, mask_token: bool = False
-    ) -> None:
+    def __init__(self, model: nn.Module, arch: dict[str, Any], *, prr: bool = False, mask_token: bool = False) -> None:
         super().__init__()
         self.model = model
         self.arch = arch
@@ -85,6 +84,19 @@ class Adapter(Backbone):
                 prefix, patches = self._norm(prefix), self._norm(patches)
             out.append(Tokens(prefix, patches, (spatial.shape[2], spatial.shape[3])))
         return out
+
+    def layers(self) -> dict[str, int]:
+        matcher: Any = getattr(self.model, "group_matcher", None)
+        if matcher is None:
+            raise UserError(
+                f"timm does not say which layers {self.arch['name']} has, so its learning rate cannot decay layer by "
+                "layer; set optim.layerwise_decay=1."
+            )
+        found: Any = group_parameters(self.model, matcher(coarse=False), reverse=True)
+        layers = {f"model.{name}": layer for name, layer in found.items()}
+        last = max(layers.values()) + 1  # timm counts the final norm with the last block
+        layers |= {name: last for name in layers if name.startswith("model.norm.")}
+        return {name: 0 if name == "mask_token" else layers.get(name, last) for name, _ in self.named_parameters()}
 
     def attention(self, images: Tensor) -> Tensor:
         images = self._fit(images)

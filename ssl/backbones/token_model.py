@@ -50,7 +50,7 @@ class TokenModel(nn.Module):
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         """timm's interface: which parameters belong to the stem, to each block and to what follows the last one."""
-        stem = r"^(cls_token|reg_token|mask_token|pos_embed|patch_embed)"
+        stem = r"^(?:cls_token|reg_token|mask_token|pos_embed|patch_embed)"
         return {"stem": stem, "blocks": [(r"^blocks\.(\d+)", None), (r"^norm", (99999,))]}
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:

@@ -68,6 +68,13 @@ class Backbone(nn.Module):
         """
         raise NotImplementedError
 
+    def layers(self) -> dict[str, int]:
+        """For every parameter's name its place from the stem (0) through the blocks to the final norm (the last).
+
+        Raises UserError for a network of timm's that does not say.
+        """
+        raise NotImplementedError
+
     def attention(self, images: Tensor) -> Tensor:
         """(B, heads, R+N, R+N): softmax attention of the last block, GAug included, PRR not.
 

@@ -200,7 +200,10 @@ class VisionMamba(TokenModel):
                 out /= math.sqrt(len(self.blocks))
 
     def embed(self, images: Tensor, masks: Tensor | None = None) -> tuple[Tensor, Grid]:
-        """The sequence (B, h*w + 1, D) that enters the first block, CLS at h*w // 2, and its grid; `masks`: see `hide`."""
+        """The sequence (B, h*w + 1, D) that enters the first block, CLS at h*w // 2, and its grid.
+
+        `masks`: see `hide`.
+        """
         check_size(images, self.patch_size)
         images = pad_to_multiple(images, self.patch_size)
         grid = (images.shape[-2] // self.patch_size, images.shape[-1] // self.patch_size)

@@ -57,8 +57,8 @@ def load_weights(model: nn.Module, path: str | Path) -> Match:
     names (DINO, DINOv2, DINOv3, and whatever else timm itself converts for the model), LocAt's, and our exports; `.pth`
     is read without running anything in it. Heads are dropped. Everything else must fit, name by name and shape by
     shape, with three exceptions that the returned table names: positions are resampled to the model's grid, as the
-    code that they come from does it; GAug, LGP and a mask token start fresh where the file has none; and learned positions
-    are dropped where LGP or rotary positions replace them. timm's models resample as timm does,
+    code that they come from does it; GAug, LGP and a mask token start fresh where the file has none of them; and
+    learned positions are dropped where LGP or rotary positions replace them. timm's models resample as timm does,
     whoever's weights they hold; for DINO's own numbers at every size load its files into ours, made with
     `pos_size=224`.
 
