@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from nearfar.ssl.errors import UserError
@@ -192,7 +193,6 @@ def _fill(run: Run, images: int, cores: int) -> tuple[Run, list[Derived]]:
     steps = max(1, epochs * (images // batch))
     prototypes = 2 ** round(math.log2(min(65536, max(128, images / 16))))
     temperature = 0.07 if images >= 100_000 and epochs >= 30 else 0.04
-    decay_end = 0.4 if run.optim.schedule == "cosine" else run.optim.weight_decay
     momentum = round(min(0.996, max(0.98, 1 - 20 / steps)), 4)
     filled = {
         "data": {"workers": default("data", "workers", min(8, cores - 1), f"{cores} cores a rank")},
@@ -216,7 +216,6 @@ def _fill(run: Run, images: int, cores: int) -> tuple[Run, list[Derived]]:
             "warmup_epochs": default(
                 "optim", "warmup_epochs", round(min(10.0, 0.1 * epochs), 2), "10 epochs or 10 % of the run"
             ),
-            "weight_decay_end": default("optim", "weight_decay_end", decay_end, f"{run.optim.schedule} schedule"),
             "teacher_momentum": default(
                 "optim", "teacher_momentum", momentum, f"1 - 20 / {steps:,} steps, within .98 and .996"
             ),
@@ -234,17 +233,26 @@ def _fill(run: Run, images: int, cores: int) -> tuple[Run, list[Derived]]:
             "knn_every_epochs": default("eval", "knn_every_epochs", max(1.0, epochs // 10), "about ten scores a run"),
         },
     }
-    if run.head.ibot_separate:
-        count = filled["head"]["prototypes"]
-        filled["head"]["ibot_prototypes"] = default("head", "ibot_prototypes", count, "as head.prototypes")
-    if run.loss.gram_weight:
-        start = default("loss", "gram_start_epoch", round(0.8 * epochs, 2), "the last fifth of the run")
-        filled["loss"]["gram_start_epoch"] = start
-    if run.optim.schedule == "wsd":
-        cooldown = default("optim", "cooldown_epochs", round(0.2 * epochs, 2), "a fifth of the run")
-        filled["optim"]["cooldown_epochs"] = cooldown
+    for section, values in _of_parts(run, filled["head"]["prototypes"], default).items():
+        filled[section] |= values
     sections = {name: getattr(run, name).model_copy(update=values) for name, values in filled.items()}
     return run.model_copy(update=sections), derived
+
+
+def _of_parts(run: Run, prototypes: int, default: Callable[[str, str, Any, str], Any]) -> dict[str, dict[str, Any]]:
+    """What belongs to iBOT, Gram anchoring and the kind of schedule, where it is on."""
+    epochs, kind = run.train.epochs, run.optim.schedule
+    end, why = (0.4, "DINO's") if kind == "cosine" else (run.optim.weight_decay, f"constant with {kind}")
+    found: dict[str, dict[str, Any]] = {"optim": {"weight_decay_end": default("optim", "weight_decay_end", end, why)}}
+    if kind == "wsd":
+        cooldown = default("optim", "cooldown_epochs", round(0.2 * epochs, 2), "a fifth of the run")
+        found["optim"]["cooldown_epochs"] = cooldown
+    if run.head.ibot_separate:
+        found["head"] = {"ibot_prototypes": default("head", "ibot_prototypes", prototypes, "as head.prototypes")}
+    if run.loss.gram_weight:
+        start = default("loss", "gram_start_epoch", round(0.8 * epochs, 2), "the last fifth of the run")
+        found["loss"] = {"gram_start_epoch": start}
+    return found
 
 
 def local_ranks(batch_size: int, cores: int) -> int:
