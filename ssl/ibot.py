@@ -14,7 +14,7 @@ from nearfar.ssl import distributed
 
 
 def patch_loss(student: Tensor, teacher: Tensor, weights: Tensor, views: int, temperature: float) -> Tensor:
-    """Mean over the views of all images of the mean cross-entropy over their hidden patches (iBOT, eq. 3).
+    """Mean over the views of all images of the mean cross-entropy over their hidden patches (iBOT, section 3).
 
     A view without hidden patches counts with 0, as in the published code of iBOT and DINOv2.
 

@@ -32,8 +32,7 @@ def parameter_groups(
 def rate_scales(student: nn.Module, layerwise_decay: float, patch_embed_lr_mult: float) -> dict[str, float]:
     """For names of parameters of `student.backbone`, the factor on their learning rate; 1 for those not named.
 
-    layerwise_decay ** (layers behind it) for each layer, the final norm and the heads at 1 (ELECTRA, section 3.1; BEiT,
-    appendix; DINOv2), and patch_embed_lr_mult on top of it for the patch embedding (DINOv2; MoCo v3 freezes it).
+    layerwise_decay ** (layers behind it) for each layer, the final norm and the heads at 1 (ELECTRA; BEiT; DINOv2), and patch_embed_lr_mult on top of it for the patch embedding (DINOv2; MoCo v3 freezes it).
 
     Raises:
         UserError: the network has no patch embedding, or timm does not know its layers.

@@ -91,7 +91,7 @@ class Mlp(nn.Module):
 class Block(nn.Module):
     """Pre-norm transformer block; `drop_path` drops each residual branch for that share of the samples.
 
-    `layer_scale`: each branch is multiplied by a learned vector that starts at this (CaiT, section 2.1); None: not.
+    `layer_scale`: each branch is multiplied by a learned vector that starts at this (CaiT, section 2); None: not.
     """
 
     def __init__(
