@@ -119,12 +119,13 @@ def disk_line(learner: Learner, keep: int) -> str:
     def size(module: nn.Module) -> int:
         return sum(tensor.numel() * tensor.element_size() for tensor in module.state_dict().values())
 
-    backbone, head = size(learner.student.backbone), size(learner.student.head)
-    one = 4 * (backbone + head)
+    backbone, head = size(learner.student.backbone), size(learner.student) - size(learner.student.backbone)
+    anchor = 0 if learner.anchor is None else backbone
+    one = 4 * (backbone + head) + anchor
     most = (keep + 1) * one + backbone
     return (
         f"A checkpoint takes {_in_units(one)}: student, teacher and AdamW's two moments, each a backbone of "
-        f"{_in_units(backbone)} and a head of {_in_units(head)}. With train.keep_last={keep}, one more while it is "
+        f"{_in_units(backbone)} and a head of {_in_units(head)}{', and the anchor of the patches' if anchor else ''}. With train.keep_last={keep}, one more while it is "
         f"written, and teacher.safetensors the run takes up to {_in_units(most)} of disk."
     )
 
