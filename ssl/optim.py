@@ -32,7 +32,8 @@ def parameter_groups(
 def rate_scales(student: nn.Module, layerwise_decay: float, patch_embed_lr_mult: float) -> dict[str, float]:
     """For names of parameters of `student.backbone`, the factor on their learning rate; 1 for those not named.
 
-    layerwise_decay ** (layers behind it) for each layer, the final norm and the heads at 1 (ELECTRA; BEiT; DINOv2), and patch_embed_lr_mult on top of it for the patch embedding (DINOv2; MoCo v3 freezes it).
+    layerwise_decay ** (layers behind it) for each layer, the final norm and the heads at 1 (ELECTRA; BEiT; DINOv2), and
+    patch_embed_lr_mult on top of it for the patch embedding (DINOv2; MoCo v3 freezes it).
 
     Raises:
         UserError: the network has no patch embedding, or timm does not know its layers.
@@ -40,9 +41,7 @@ def rate_scales(student: nn.Module, layerwise_decay: float, patch_embed_lr_mult:
     backbone: Any = getattr(student, "backbone", None)
     scales: dict[str, float] = {}
     if layerwise_decay != 1:
-        layers = backbone.layers()
-        last = max(layers.values())
-        scales = {f"backbone.{name}": layerwise_decay ** (last - layer) for name, layer in layers.items()}
+        scales = {f"backbone.{name}": layerwise_decay**behind for name, behind in backbone.layers_behind().items()}
     if patch_embed_lr_mult != 1:
         names = [f"backbone.{name}" for name, _ in backbone.named_parameters() if name.startswith("model.patch_embed.")]
         if not names:

@@ -85,7 +85,7 @@ class Adapter(Backbone):
             out.append(Tokens(prefix, patches, (spatial.shape[2], spatial.shape[3])))
         return out
 
-    def layers(self) -> dict[str, int]:
+    def layers_behind(self) -> dict[str, int]:
         matcher: Any = getattr(self.model, "group_matcher", None)
         if matcher is None:
             raise UserError(
@@ -95,8 +95,8 @@ class Adapter(Backbone):
         found: Any = group_parameters(self.model, matcher(coarse=False), reverse=True)
         layers = {f"model.{name}": layer for name, layer in found.items()}
         last = max(layers.values()) + 1  # timm counts the final norm with the last block
-        layers |= {name: last for name in layers if name.startswith("model.norm.")}
-        return {name: 0 if name == "mask_token" else layers.get(name, last) for name, _ in self.named_parameters()}
+        layers |= {name: last for name in layers if name.startswith("model.norm.")} | {"mask_token": 0}
+        return {name: last - layers.get(name, last) for name, _ in self.named_parameters()}
 
     def attention(self, images: Tensor) -> Tensor:
         images = self._fit(images)

@@ -68,8 +68,8 @@ class Backbone(nn.Module):
         """
         raise NotImplementedError
 
-    def layers(self) -> dict[str, int]:
-        """For every parameter's name its place from the stem (0) through the blocks to the final norm (the last).
+    def layers_behind(self) -> dict[str, int]:
+        """For every parameter's name how many layers are behind it: 0 for the final norm, 1 for the last block ...
 
         Raises UserError for a network of timm's that does not say.
         """
