@@ -126,8 +126,8 @@ def disk_line(learner: Learner, keep: int) -> str:
     most = (keep + 1) * one + backbone
     return (
         f"A checkpoint takes {_in_units(one)}: student, teacher and AdamW's two moments, each a backbone of "
-        f"{_in_units(backbone)} and a head of {_in_units(head)}{with_anchor}. With train.keep_last={keep}, one more while "
-        f"it is written, and teacher.safetensors the run takes up to {_in_units(most)} of disk."
+        f"{_in_units(backbone)} and a head of {_in_units(head)}{with_anchor}. With train.keep_last={keep}, one more "
+        f"while it is written, and teacher.safetensors the run takes up to {_in_units(most)} of disk."
     )
 
 
