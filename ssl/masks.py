@@ -135,9 +135,9 @@ def block_masks(
         more = (block & ~masks).sum((1, 2))
         taken = (h > 0) & (w > 0) & (h <= height) & (w <= width) & (more > 0) & (more <= left)
         masks |= block & taken[:, None, None]
-    masks = masks.reshape(len(counts), height * width)
-    rank = np.where(masks, 2.0, order).argsort(1, kind="stable").argsort(1, kind="stable")
-    return masks | (rank < (counts - masks.sum(1))[:, None])
+    flat = masks.reshape(len(counts), height * width)
+    rank = np.where(flat, 2.0, order).argsort(1, kind="stable").argsort(1, kind="stable")
+    return np.asarray(flat | (rank < (counts - flat.sum(1))[:, None]))
 
 
 def _listed(hidden: NDArray[np.bool_], most: int, device: torch.device) -> Masks:

@@ -122,7 +122,8 @@ class Stepper:
         """Forward and backward, part by part; the gradients are sent during the last backward pass."""
         parts = list(zip(*(group.chunk(self.accumulate_steps, 1) for group in views), strict=True))
         done, gram_weight = [], values.get("gram_weight", 0.0)
-        for number, (part, hidden) in enumerate(zip(parts, masks or [None] * len(parts), strict=True), 1):
+        of_parts: Sequence[Masks | None] = masks or [None] * len(parts)
+        for number, (part, hidden) in enumerate(zip(parts, of_parts, strict=True), 1):
             with self.autocast():
                 outputs = self.learner(list(part), values["teacher_temp"], hidden, gram_weight)
             if number == len(parts):

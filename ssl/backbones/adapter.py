@@ -153,10 +153,10 @@ class Adapter(Backbone):
         A network with stages cuts finer patches than it ends with: all that make up a hidden one are replaced, as in
         SimMIM (section 3.2).
         """
-        masks, token = self._masks, self.mask_token
-        if masks is None or token is None:
+        masks = self._masks
+        if masks is None or self.mask_token is None:
             return tokens
-        token = token[0].to(tokens.dtype)
+        token = self.mask_token[0].to(tokens.dtype)
         first = tokens.ndim == 4 and stem.output_fmt != Format.NHWC
         last = tokens.permute(0, 2, 3, 1) if first else tokens
         cells = last.shape[1] * last.shape[2] if last.ndim == 4 else last.shape[1]

@@ -70,7 +70,7 @@ def create(  # noqa: PLR0913 - a network's settings, each by name
         raise UserError(f"scan={scan} is a setting of Vision Mamba (vim_...), and {name} has no scan; leave it out.")
     grafts = {"lgp": lgp, "levels": levels, "wavelet": wavelet, "gaug": gaug, "prr": prr}
     others = {"registers": registers, "rope": rope, "pos_size": pos_size}
-    extras = {"mask_token": mask_token} if mask_token else {}
+    extras: dict[str, Any] = {"mask_token": True} if mask_token else {}
     extras |= {"layer_scale": layer_scale} if layer_scale else {}
     if name.startswith("timm/"):
         _refuse_for_timm(name, others)

@@ -185,7 +185,7 @@ def test_ibot_is_weighed_on_what_the_teacher_saw_and_the_student_did_not(
     settings = ["loss.ibot_weight=0.7", "head.batch_norm=false", "backbone.drop_path=0"]
     settings += ["head.ibot_separate=true", "head.ibot_prototypes=12"] if separate else []
     learner, views, masks = made(*settings).double(), [group.double() for group in groups()], masks_of(settings, tiny)
-    nn.init.normal_(learner.student.backbone.model.mask_token)  # type: ignore[union-attr,arg-type]
+    nn.init.normal_(learner.student.backbone.model.mask_token)
     out = learner(views, 0.04, masks)
     head = "patch_head" if separate else "head"
     assert (learner.student.patch_head is not None) is separate and out.parts.keys() == {"ibot"}

@@ -87,6 +87,6 @@ def test_what_a_network_does_not_have_is_said() -> None:
     with pytest.raises(UserError, match=r"timm/test_resnet has no patch embedding, so optim\.patch_embed_lr_mult"):
         adamw(Student("timm/test_resnet"), 0.9, 0.2)
     student = Student("vit_tiny_patch8", **SMALL)
-    student.backbone.model.group_matcher = None  # type: ignore[assignment]
+    student.backbone.model.group_matcher = None
     with pytest.raises(UserError, match=r"does not say which layers.*optim\.layerwise_decay=1"):
         adamw(student, 0.9)

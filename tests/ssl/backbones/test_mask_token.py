@@ -95,10 +95,10 @@ def test_fused_lgp_tokens_are_replaced_after_the_embedding(name: str) -> None:
 def test_a_network_with_stages_hides_all_that_makes_up_a_patch() -> None:
     swin = create("timm/swin_tiny_patch4_window7_224", img_size=64, mask_token=True).eval()
     seen: list[Tensor] = []
-    swin.model.layers[0].register_forward_pre_hook(lambda _, args: seen.append(args[0]))  # type: ignore[union-attr,index]
+    swin.model.layers[0].register_forward_pre_hook(lambda _, args: seen.append(args[0]))
     masks = torch.tensor([[False, True, False, False]])
     with torch.no_grad():
-        swin.mask_token.fill_(7)  # type: ignore[union-attr,operator]
+        swin.mask_token.fill_(7)
         swin(torch.randn(1, 3, 64, 64), masks)
     hidden = (seen[0] == 7).all(-1)[0]
     expected = torch.zeros(16, 16, dtype=torch.bool)
@@ -110,7 +110,7 @@ def test_copies_hide_with_their_own_token() -> None:
     network = make("timm_vit")
     images, masks = example(network)
     other = copy.deepcopy(network)
-    torch.nn.init.constant_(other.mask_token, 3.0)  # type: ignore[arg-type]
+    torch.nn.init.constant_(other.mask_token, 3.0)
     first = network(images, masks).patches
     assert not torch.equal(other(images, masks).patches, first)
     assert torch.equal(network(images, masks).patches, first)
