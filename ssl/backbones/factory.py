@@ -210,7 +210,9 @@ def _timm_model(name: str, required: dict[str, Any], optional: dict[str, Any], p
             for key in refused:
                 if optional.pop(key, None) is None:
                     ours = {theirs: own for own, theirs in TIMM_WORDS.items()} | {"drop_path_rate": "drop_path"}
-                    raise UserError(f"{name} cannot take {ours.get(key, key)}; leave it out.") from None
+                    word = ours.get(key, key)
+                    hint = " (where loss.recipe sets it: backbone.layer_scale=null)" if word == "layer_scale" else ""
+                    raise UserError(f"{name} cannot take {word}; leave it out{hint}.") from None
         except (OSError, RuntimeError, ValueError, AssertionError) as error:
             reason = " ".join(str(error).split())[:200]
             if pretrained:

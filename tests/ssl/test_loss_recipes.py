@@ -49,6 +49,11 @@ def test_a_file_says_the_recipe_and_the_command_line_wins(tmp_path: Path) -> Non
     assert (run.loss.koleo_weight, run.loss.gram_weight, run.optim.schedule) == (0.2, 2, "wsd")
 
 
+def test_null_leaves_a_part_out() -> None:
+    run = config.load(None, ["loss.recipe=dinov2", "backbone.layer_scale=null"])
+    assert run.backbone.layer_scale is None and run.loss.ibot_weight == 1
+
+
 def test_turning_ibot_off_takes_its_head_along() -> None:
     run = config.load(None, ["loss.recipe=dinov2", "loss.ibot_weight=0"])
     assert not run.head.ibot_separate and run.loss.koleo_weight == 0.1
