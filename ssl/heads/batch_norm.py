@@ -38,15 +38,18 @@ class BatchNorm(nn.BatchNorm1d):
         assert self.running_mean is not None and self.running_var is not None and self.momentum is not None
         assert self.num_batches_tracked is not None
         x32 = x.float() if x.dtype.itemsize < 4 else x
-        rows, share = x32.double(), counts.double()
-        sums = torch.cat([share @ rows, share @ rows.square(), share.sum()[None]])
-        sums = distributed.all_sum(sums) if distributed.count() > 1 else sums
-        number = sums[-1].clamp_min(1)
-        mean, square = (sums[:-1] / number).chunk(2)
-        variance = (square - mean.square()).clamp_min(0)
-        self.num_batches_tracked.add_(1)
-        self.running_mean.lerp_(mean.detach().to(x32.dtype), self.momentum)
-        unbiased = variance.detach() * (number / (number - 1).clamp_min(1))
-        self.running_var.lerp_(unbiased.to(x32.dtype), self.momentum)
-        mean, variance = mean.to(x32.dtype), variance.to(x32.dtype)
+        share = counts.to(x32.dtype)
+        sums = _over_ranks(torch.cat([share @ x32, share.sum()[None]]))
+        number = sums[-1].detach().clamp_min(1)
+        mean = sums[:-1] / number
+        variance = _over_ranks(share @ (x32 - mean).square()) / number
+        with torch.no_grad():  # new tensors: an earlier pass of this step may have kept the old ones for its gradient
+            unbiased = variance * (number / (number - 1).clamp_min(1))
+            self.running_mean = self.running_mean.lerp(mean, self.momentum)
+            self.running_var = self.running_var.lerp(unbiased, self.momentum)
+            self.num_batches_tracked.add_(1)
         return ((x32 - mean) * (variance + self.eps).rsqrt() * self.weight + self.bias).to(x.dtype)
+
+
+def _over_ranks(sums: Tensor) -> Tensor:
+    return distributed.all_sum(sums) if distributed.count() > 1 else sums
