@@ -75,7 +75,8 @@ class PatchLoss(nn.Module):
         if self.sinkhorn:
             return
         counts = (weights > 0).to(self.center.dtype)
-        noted = torch.cat([counts @ logits.to(self.center.dtype), counts.sum()[None]])
+        total = (counts.unsqueeze(1) * logits.to(self.center.dtype)).sum(0)  # autocast would round a product
+        noted = torch.cat([total, counts.sum()[None]])
         self._noted = noted if self._noted is None else self._noted + noted
 
     @torch.no_grad()

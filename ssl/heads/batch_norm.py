@@ -38,11 +38,11 @@ class BatchNorm(nn.BatchNorm1d):
         assert self.running_mean is not None and self.running_var is not None and self.momentum is not None
         assert self.num_batches_tracked is not None
         x32 = x.float() if x.dtype.itemsize < 4 else x
-        share = counts.to(x32.dtype)
-        sums = _over_ranks(torch.cat([share @ x32, share.sum()[None]]))
+        share = counts.to(x32.dtype).unsqueeze(1)  # sums and not products, which autocast would round
+        sums = _over_ranks(torch.cat([(share * x32).sum(0), share.sum()[None]]))
         number = sums[-1].detach().clamp_min(1)
         mean = sums[:-1] / number
-        variance = _over_ranks(share @ (x32 - mean).square()) / number
+        variance = _over_ranks((share * (x32 - mean).square()).sum(0)) / number
         with torch.no_grad():  # new tensors: an earlier pass of this step may have kept the old ones for its gradient
             unbiased = variance * (number / (number - 1).clamp_min(1))
             self.running_mean = self.running_mean.lerp(mean, self.momentum)

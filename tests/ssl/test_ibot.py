@@ -93,3 +93,7 @@ def test_state_and_precision() -> None:
     assert probabilities.dtype == torch.float32
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(loss(half, probabilities, weights, 2), loss(half.float(), probabilities, weights, 2))
+        rows = torch.rand(4, K)
+        loss.note_teacher(rows, weights)
+        loss.update_center()
+    torch.testing.assert_close(loss.center, 0.1 * rows[:3].mean(0), rtol=1e-6, atol=0)
