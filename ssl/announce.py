@@ -204,13 +204,15 @@ def disk_line(learner: Learner, keep: int, copied: bool) -> str:
     def size(module: nn.Module) -> int:
         return sum(tensor.numel() * tensor.element_size() for tensor in module.state_dict().values())
 
-    backbone, head = size(learner.student.backbone), size(learner.student.head)
-    one = 4 * (backbone + head)
+    backbone, head = size(learner.student.backbone), size(learner.student) - size(learner.student.backbone)
+    anchor = 0 if learner.anchor is None else backbone
+    one = 4 * (backbone + head) + anchor
+    with_anchor = ", and the anchor of the patches" if anchor else ""
     most = (keep + 1) * one + backbone
     return (
         f"A checkpoint takes {_in_units(one)}: student, teacher and AdamW's two moments, each a backbone of "
-        f"{_in_units(backbone)} and a head of {_in_units(head)}. With train.keep_last={keep}, one more while it is "
-        f"written, and teacher.safetensors the run takes up to {_in_units(most)} of disk."
+        f"{_in_units(backbone)} and a head of {_in_units(head)}{with_anchor}. With train.keep_last={keep}, one more "
+        f"while it is written, and teacher.safetensors the run takes up to {_in_units(most)} of disk."
         + (f" It is written from a copy, which takes {_in_units(one)} of the host's memory." if copied else "")
     )
 

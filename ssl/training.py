@@ -28,8 +28,9 @@ from nearfar.ssl.device import Compute
 from nearfar.ssl.distributed import Ranks
 from nearfar.ssl.errors import UserError
 from nearfar.ssl.health import falling_score, nothing_learned
-from nearfar.ssl.learner import Learner, build_learner, share_batch_norm
+from nearfar.ssl.learner import Learner, block_masks, build_learner, share_batch_norm
 from nearfar.ssl.loss_scale import LossScale
+from nearfar.ssl.masks import Masks
 from nearfar.ssl.optim import adamw
 from nearfar.ssl.run_folder import RunFolder, read_metrics
 from nearfar.ssl.run_log import NoLog
@@ -88,6 +89,7 @@ class Training:
             self.compute.autocast,
             self.run.train.accumulate_steps,
         )
+        self.block_masks = block_masks(self.run, self.learner.student.backbone.patch_size, self.world.rank)
         if self.compute.device.type != "cpu":  # where reading the report of the step just started would wait for it
             self.steps_behind = 1
         self.saver = Saver(self._write, lambda text: self.log.say(text), self.run.train.save_in_background)
@@ -118,16 +120,25 @@ class Training:
         self, batch: Batch, views: list[Tensor], values: dict[str, float], should_stop: Callable[[], bool]
     ) -> StepResult:
         """Start the next step, on the `views` of a batch; `finish_steps` reads its report."""
+        if self.schedule.takes_anchor(self.step):
+            self.learner.take_anchor()
         torch.manual_seed(step_seed(self.run.train.seed, self.step, self.world.rank))
         result = self.stepper(
             views,
             values,
+            masks=self.masks(),
             freeze_last_layer=self.schedule.prototypes_frozen(self.step),
             votes=lambda: (float(should_stop()), float(len(self.new_bad())), float(self._late_for_save())),
         )
         self.unread.append((batch, self.step, result))
         self.step += 1
         return result
+
+    def masks(self) -> list[Masks]:
+        """Of the coming step, for each of its parts; none without iBOT."""
+        if self.block_masks is None:
+            return []
+        return self.block_masks.of_step(self.step, self.compute.device, self.run.train.accumulate_steps)
 
     def new_bad(self) -> list[tuple[str, str]]:
         """Name and reason of each bad image of this rank that is not reported yet."""
@@ -243,7 +254,7 @@ def set_up(run: Run, source: Source, observers: Observers, folder: RunFolder, wo
         if resolved.train.shard:
             shard(learner.student, learns=True)
             shard(learner.teacher, learns=False)
-    optimizer = adamw(learner.student)
+    optimizer = adamw(learner.student, resolved.optim.layerwise_decay, resolved.optim.patch_embed_lr_mult)
     step = resume.restore(saved, learner, optimizer, source.fingerprint) if saved else 0
     if step < resolved.train.epochs * loader.steps_per_epoch:
         warnings.append(announce.memory_line(resolved, need, free))
