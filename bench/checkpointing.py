@@ -58,11 +58,11 @@ def measure(model: str, prototypes: int, batch: int, rounds: int, folder: Path, 
         stepper(views, VALUES).report.read()
         return time.monotonic() - begun
 
-    description = resume.describe(run, learner, "none", compute.precision)
+    description = resume.self_description(run, learner, "none", compute.precision, [])
     with RunFolder(folder) as run_folder:
 
         def write(number: int, tensors: dict[str, torch.Tensor]) -> None:
-            resume.write(run_folder, number, tensors, description, 2)
+            resume.write(run_folder, number, tensors, description, run.train)
 
         usual = statistics.median([step() for _ in range(8)][2:])
         size = sum(tensor.nbytes for _, tensor in resume.contents(learner, optimizer))

@@ -113,6 +113,12 @@ def _lineage(settings: Mapping[str, Any], scores: Sequence[Score], about: Mappin
     """What came from what: weights from data and settings, scores from weights and data."""
     backbone = part(settings, "backbone")
     rows = [("started from", str(backbone.get("weights") or "random weights of the seed"))] if backbone else []
+    if isinstance(start := part(settings, "train").get("start_from"), str):
+        rows = [("started from", start)]
+    for origin in about.get("lineage") or []:  # from anyone's file
+        if isinstance(origin, dict):
+            step = "" if origin.get("step") is None else f", step {origin['step']}"
+            rows.append((f"{origin.get('from')}{step}", f"SHA-256 {origin.get('sha256')}"))
     if "data" in about:
         rows.append(("trained on images with fingerprint", str(about["data"])))
     if "step" in about:

@@ -25,7 +25,8 @@ from nearfar.launch.command_line import (
     check_verb,
     refuse_leftover,
 )
-from nearfar.launch.recipes import bundled, find_recipe
+from nearfar.launch.forking import add_from, recipe_and_settings
+from nearfar.launch.recipes import bundled
 from nearfar.launch.slurm.cli import add_launch
 from nearfar.launch.streams import outliving_their_reader
 from nearfar.ssl.errors import EXIT_PEER, EXIT_USER, PeerError, UserError
@@ -146,6 +147,7 @@ def _add_training(verbs: argparse._SubParsersAction) -> None:
         action="store_true",
         help="train nothing: show every setting with its reason, sizes, and an estimate of time, memory and disk",
     )
+    add_from(pretrain)
     add_settings(pretrain)
     pretrain.set_defaults(verb=run_pretrain)
 
@@ -179,7 +181,7 @@ def run_replay(arguments: argparse.Namespace) -> None:
 def run_pretrain(arguments: argparse.Namespace) -> None:
     from nearfar.ssl import config
 
-    run = config.load(find_recipe(arguments.recipe), arguments.settings)
+    run = config.load(*recipe_and_settings(arguments))
     config.require_images(run)  # here too: before torch is loaded
     if arguments.dry_run:
         from nearfar.launch.dry_run import dry_run

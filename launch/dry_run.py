@@ -15,7 +15,7 @@ from rich.console import Console
 from torch import nn
 
 from nearfar.launch import processes
-from nearfar.ssl import checkpoint_names, config, device
+from nearfar.ssl import checkpoint_names, config, device, fork
 from nearfar.ssl.announce import passed_over_line
 from nearfar.ssl.data import open_source
 from nearfar.ssl.data.loaders.base import Batch, Loader
@@ -64,10 +64,12 @@ def dry_run(run: Run, console: Console) -> None:
     ranks = processes.world_size(run)
     folder = RunFolder(run.path)
     cores = max(1, available_cores() // ranks.value)
-    resolved, derived = resolve(run, len(source), cores, world_size=ranks.value, saved=folder.saved_settings())
+    saved, done = folder.saved_settings(), checkpoint_names.newest_step(folder.checkpoints)
+    begun, taken = (run, []) if saved else fork.located(run)
+    resolved, derived = resolve(begun, len(source), cores, world_size=ranks.value, saved=saved, done=done)
+    derived = [*taken, *derived]
     if run.train.world_size is None:
         derived = [ranks, *derived]
-    done = checkpoint_names.newest_step(folder.checkpoints)
 
     threads = torch.get_num_threads()
     torch.set_num_threads(resolved.train.threads)

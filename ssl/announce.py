@@ -13,7 +13,7 @@ from nearfar.ssl import checkpoint_names
 from nearfar.ssl.backbones import choose_scan
 from nearfar.ssl.data.sources.base import Source, passed_over
 from nearfar.ssl.data.sources.files import kinds_of
-from nearfar.ssl.defaults import Derived, ResolvedRun
+from nearfar.ssl.defaults import Derived, ResolvedRun, fork_command
 from nearfar.ssl.device import Compute
 from nearfar.ssl.learner import Learner
 from nearfar.ssl.memory import Need
@@ -107,13 +107,11 @@ def not_finite(step: int, numbers: Numbers, names: list[str], record: Path | Non
 
 
 def _way_on(run: Run) -> str:
-    """The command that starts again, from the backbone as it was last saved, in a folder of its own."""
-    words = ["nearfar", "pretrain", str(run.path / "config.yaml"), f"name={run.name}-again"]
-    if run.optim.lr is not None:
-        words.append(f"optim.lr={run.optim.lr / 2:g}")
+    """The command that goes on from the last checkpoint, or starts again without one, in a folder of its own."""
+    slower = [] if run.optim.lr is None else [f"optim.lr={run.optim.lr / 2:g}"]
     if checkpoint_names.finished(run.path / "checkpoints"):
-        words.append(f"backbone.weights={run.path}")
-    return shlex.join(words)
+        return fork_command(run, *slower)
+    return shlex.join(["nearfar", "pretrain", str(run.path / "config.yaml"), f"name={run.name}-again", *slower])
 
 
 def not_saved(step: int, tensors: list[str], folder: Path) -> str:

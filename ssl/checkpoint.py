@@ -42,8 +42,16 @@ class DamagedError(Exception):
     """A checkpoint differs from what was written; the message says how."""
 
 
-def save(folder: Path, step: int, tensors: Mapping[str, Tensor], state: dict[str, Any], keep: int = 2) -> Path:
-    """Write `folder/step-XXXXXXXXX` atomically, then drop all but the newest `keep` checkpoints.
+def save(
+    folder: Path,
+    step: int,
+    tensors: Mapping[str, Tensor],
+    state: dict[str, Any],
+    keep: int = 2,
+    spared: Callable[[int], bool] = lambda _: False,
+) -> Path:
+    """Write `folder/step-XXXXXXXXX` atomically, then drop all but the newest `keep` checkpoints and those of the steps
+    that are `spared`.
 
     Raises:
         UserError: the disk refused (no space, no right to write). Earlier checkpoints are untouched.
@@ -66,7 +74,8 @@ def save(folder: Path, step: int, tensors: Mapping[str, Tensor], state: dict[str
             f"{safe}. Free some space (or choose folder= on another disk) and start the same command again."
         ) from error
     for old in checkpoint_names.finished(folder)[:-keep]:
-        shutil.rmtree(old, ignore_errors=True)
+        if not spared(checkpoint_names.step_of(old) or 0):
+            shutil.rmtree(old, ignore_errors=True)
     return final
 
 

@@ -89,7 +89,7 @@ def validate(tree: dict[str, Any], problems: list[str] | None = None) -> Run:
 def combinations(run: Run) -> list[str]:
     """Contradictions between settings that are each valid alone, in words."""
     found = [*_wrong_names(run), *_wrong_ranges(run.views), *_wrong_sizes(run), *_wrong_backbone(run.backbone)]
-    found += [*_wrong_loss(run), *_wrong_schedule(run)]
+    found += [*_wrong_loss(run), *_wrong_schedule(run), *_wrong_start(run)]
     if run.train.batch_size % (run.train.world_size or 1):
         found.append(
             f"train.batch_size={run.train.batch_size} does not divide into train.world_size={run.train.world_size}"
@@ -116,7 +116,12 @@ def _wrong_names(run: Run) -> Iterator[str]:
         yield f"name={run.name!r} must be a plain folder name (folder= says where it is)"
     if (length := len(os.fsencode(run.name))) > MAX_NAME_BYTES:
         yield f"name is {length} bytes long, and the name of a run's folder has at most {MAX_NAME_BYTES}"
-    paths = {"folder": run.folder, "data.path": run.data.path, "data.val": run.data.val}
+    paths: dict[str, str | None] = {
+        "train.start_from": run.train.start_from,
+        "folder": run.folder,
+        "data.path": run.data.path,
+        "data.val": run.data.val,
+    }
     for key, path in (
         paths | {"backbone.weights": run.backbone.weights, "loss.gram_teacher": run.loss.gram_teacher}
     ).items():
@@ -163,6 +168,8 @@ def _wrong_backbone(backbone: BackboneSettings) -> Iterator[str]:
         yield "backbone.levels and backbone.wavelet are settings of LGP, and backbone.lgp is off"
     if backbone.pretrained and backbone.weights:
         yield "backbone.pretrained and backbone.weights both set the starting weights; leave one out"
+    if backbone.img_size and backbone.patch_size and backbone.img_size < backbone.patch_size:
+        yield f"backbone.img_size={backbone.img_size} is smaller than a patch ({backbone.patch_size})"
     if backbone.pretrained and not backbone.name.startswith("timm/"):
         yield f"backbone.pretrained needs a timm/NAME backbone, not {backbone.name}"
     is_vim = backbone.name.startswith("vim_")
@@ -211,6 +218,15 @@ def _wrong_schedule(run: Run) -> Iterator[str]:
             f"optim.warmup_epochs={warmup:g} and optim.cooldown_epochs={cooldown:g} together are longer than the run "
             f"(train.epochs={epochs})"
         )
+
+
+def _wrong_start(run: Run) -> Iterator[str]:
+    """More than one place to start from, or a setting of a fork without one."""
+    if run.train.start_from and (run.backbone.weights or run.backbone.pretrained):
+        which = "backbone.weights" if run.backbone.weights else "backbone.pretrained"
+        yield f"train.start_from (--from) and {which} both set the starting weights; leave one out"
+    if run.train.restart_schedule and not run.train.start_from:
+        yield "train.restart_schedule is a setting of a fork, and train.start_from (--from) names no run"
 
 
 def to_yaml(run: Run) -> str:

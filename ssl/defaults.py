@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shlex
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -78,7 +79,13 @@ class ResolvedRun(Run):
 
 
 def resolve(
-    run: Run, images: int, cores: int = 1, *, world_size: int | None = None, saved: Run | None = None
+    run: Run,
+    images: int,
+    cores: int = 1,
+    *,
+    world_size: int | None = None,
+    saved: Run | None = None,
+    done: int = 0,
 ) -> tuple[ResolvedRun, list[Derived]]:
     """The settings that a run trains with, and which of them were derived: every one is decided here.
 
@@ -88,6 +95,7 @@ def resolve(
         cores: CPU cores of each rank.
         world_size: number of ranks that were started.
         saved: the resolved settings of the run that this one continues.
+        done: the steps of its newest checkpoint.
 
     Raises:
         UserError: they contradict the ranks, or the run that is continued.
@@ -95,7 +103,7 @@ def resolve(
     if world_size is not None:
         run = on_ranks(run, world_size)
     if saved is not None:
-        run = continued(run, saved)
+        run = continued(run, saved, done / max(1, images // run.train.batch_size))
     filled, derived = _fill(run, images, cores)
     return ResolvedRun.of(filled), derived
 
@@ -120,19 +128,57 @@ def on_ranks(run: Run, world_size: int) -> Run:
     return run.model_copy(update={"train": run.train.model_copy(update={"world_size": world_size})})
 
 
-def continued(run: Run, saved: Run) -> Run:
+def continued(run: Run, saved: Run, done: float = 0.0) -> Run:
     """`run` as the continuation of `saved`: what it leaves unset is taken from there.
+
+    done: epochs of its newest checkpoint, where they are known.
 
     Raises:
         UserError: naming each setting that would change the weights.
     """
     run = inherit(run, saved)
-    if changed := differences(saved, run):
+    train = run.train.model_copy(update={"start_from": saved.train.start_from})  # where it began stays what it was
+    run = run.model_copy(update={"train": train})
+    if only_longer(saved, run):
+        if why := _cannot_be_longer(saved, done):
+            raise UserError(
+                f"train.epochs cannot be raised from {saved.train.epochs} to {run.train.epochs} in {run.path}: {why} "
+                f"Fork it instead: `{fork_command(run, f'train.epochs={run.train.epochs}')}`."
+            )
+    elif changed := differences(saved, run):
         raise UserError(
             f"{run.path} holds a run with other settings ({'; '.join(changed)}). Continue it with its own "
             "settings, or choose another name=."
         )
     return run
+
+
+def only_longer(saved: Run, run: Run) -> bool:
+    """Does `run` differ from `saved` by more epochs, and by nothing else?"""
+    longer = run.train.epochs > saved.train.epochs
+    return longer and all(each.startswith("train.epochs:") for each in differences(saved, run))
+
+
+def _cannot_be_longer(saved: Run, done: float) -> str:
+    """Why steps that are done would have been others in a longer run; empty where they would not."""
+    kind, cooldown = saved.optim.schedule, saved.optim.cooldown_epochs or 0.0
+    if kind == "cosine":
+        return (
+            "with optim.schedule=cosine every step depends on the length of the run (with constant and wsd it does "
+            "not, before the cooldown)."
+        )
+    if kind == "wsd" and done > (begins := saved.train.epochs - cooldown):
+        return (
+            f"its rate has been falling since epoch {begins:g} (optim.cooldown_epochs={cooldown:g}). Take a checkpoint "
+            "from before that, RUN@STEP, if train.keep_every kept one."
+        )
+    return ""
+
+
+def fork_command(run: Run, *settings: str) -> str:
+    """The command that goes on from the newest checkpoint of a run in a folder of its own, with other settings."""
+    place = [] if run.folder == Run().folder else [f"folder={run.folder}"]
+    return shlex.join(["nearfar", "pretrain", "--from", str(run.path), f"name={run.name}-fork", *place, *settings])
 
 
 def inherit(run: Run, saved: Run) -> Run:

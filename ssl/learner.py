@@ -201,8 +201,8 @@ def build_learner(run: ResolvedRun, weights: bool = True) -> Learner:
     """
     torch.manual_seed(run.train.seed)
     backbone, head, loss = run.backbone, run.head, run.loss
-    settings = backbone.model_dump(exclude={"drop_path", "weights"}) | {"mask_token": loss.ibot_weight > 0}
-    size, sinkhorn = run.views.global_crops_size, loss.centering == "sinkhorn_knopp"
+    settings = backbone.model_dump(exclude={"drop_path", "weights", "img_size"}) | {"mask_token": loss.ibot_weight > 0}
+    size, sinkhorn = backbone.img_size or run.views.global_crops_size, loss.centering == "sinkhorn_knopp"
 
     def bare(drop_path: float, file: str | None = None) -> Backbone:
         return create(img_size=size, drop_path=drop_path, weights=file if weights else None, **settings)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from nearfar.ssl import checkpoint, distributed
+from nearfar.ssl import checkpoint, distributed, kept
 from nearfar.ssl.announce import not_saved
 from nearfar.ssl.backbones import Backbone, create_described
 from nearfar.ssl.checkpoint import Checkpoint
@@ -21,6 +21,7 @@ from nearfar.ssl.errors import UserError
 from nearfar.ssl.learner import Learner
 from nearfar.ssl.loss_scale import fitted
 from nearfar.ssl.run_folder import TEACHER, RunFolder
+from nearfar.ssl.settings import TrainSettings
 from nearfar.ssl.sharding import is_sharded, whole
 
 
@@ -85,7 +86,9 @@ def whole_teacher(learner: Learner, world: Ranks) -> Backbone:
     return copy.to(parameter.device).requires_grad_(False)
 
 
-def write(folder: RunFolder, step: int, tensors: dict[str, Tensor], description: dict[str, Any], keep: int) -> None:
+def write(
+    folder: RunFolder, step: int, tensors: dict[str, Tensor], description: dict[str, Any], train: TrainSettings
+) -> None:
     """Write the checkpoint of `step` from its `contents`, then the teacher's backbone beside it.
 
     Raises:
@@ -93,13 +96,10 @@ def write(folder: RunFolder, step: int, tensors: dict[str, Tensor], description:
     """
     if bad := [name for name, tensor in tensors.items() if not _finite(tensor)]:
         raise UserError(not_saved(step, bad, folder.path))
-    checkpoint.save(folder.checkpoints, step, tensors, description | {"step": step}, keep)
+    spared = kept.spared(folder.metrics, step, train.keep_every, train.keep_best)
+    checkpoint.save(folder.checkpoints, step, tensors, description | {"step": step}, train.keep_last, spared)
     prefix = "learner/teacher.backbone."
-    export(folder, step, {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}, description)
-
-
-def export(folder: RunFolder, step: int, backbone: Mapping[str, Tensor], description: dict[str, Any]) -> None:
-    """Write teacher.safetensors from the tensors of the teacher's backbone."""
+    backbone = {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
     checkpoint.export_tensors(folder.path / TEACHER, backbone, description | {"step": step})
 
 
@@ -110,9 +110,15 @@ def _finite(tensor: Tensor) -> bool:
     return bool(torch.isfinite(tensor).all())
 
 
-def self_description(run: ResolvedRun, learner: Learner, fingerprint: str, precision: str) -> dict[str, Any]:
-    """What a checkpoint records about itself besides its step."""
+def self_description(
+    run: ResolvedRun, learner: Learner, fingerprint: str, precision: str, lineage: list[dict[str, Any]]
+) -> dict[str, Any]:
+    """What a checkpoint records about itself besides its step.
+
+    lineage: the weights that it began from, and those that they began from, the oldest first.
+    """
     return {
+        "lineage": lineage,
         "world_size": run.train.world_size,
         "precision": precision,
         "arch": learner.teacher.backbone.arch,

@@ -15,11 +15,12 @@ from types import TracebackType
 from typing import IO, Any
 
 from nearfar.ssl import checkpoint, checkpoint_names, config, file_lock, files
-from nearfar.ssl.defaults import differences
+from nearfar.ssl.defaults import differences, only_longer
 from nearfar.ssl.errors import UserError
 from nearfar.ssl.settings import Run
 
 TEACHER = "teacher.safetensors"
+START = "start.safetensors"  # the backbone as it began, of a run that begins with weights
 _log = logging.getLogger(__name__)
 
 # A forked worker holds its parent's lock as well, and would keep it for seconds after the parent was killed.
@@ -115,6 +116,8 @@ class RunFolder:
         except UserError as error:
             raise UserError(f"{file} does not fit this version of nearfar. {error}") from None
         trained = self._trained_settings()
+        if written and trained and only_longer(trained, written):
+            return trained  # a longer run that was accepted, and has no checkpoint yet
         if written and trained and (changed := differences(trained, written)):
             raise UserError(
                 f"{file} was changed: the checkpoints were trained with other settings ({'; '.join(changed)}). Put it "

@@ -149,6 +149,11 @@ class BackboneSettings(Section):
     num_heads: int | None = Field(
         None, ge=1, description="number of attention heads, in place of the one that the name stands for"
     )
+    img_size: int | None = Field(
+        None,
+        ge=4,
+        description="image size the network is made for, in pixels, where that is not the size of the global views",
+    )
     pos_size: int | None = Field(
         None, ge=1, description="image size the learned positions are for, in pixels; 224 for DINO's public weights"
     )
@@ -353,6 +358,28 @@ class TrainSettings(Section):
         json_schema_extra=FREE,
     )
     keep_last: int = Field(2, ge=1, description="number of checkpoints that are kept", json_schema_extra=FREE)
+    keep_every: int | None = Field(
+        None,
+        ge=1,
+        description="a checkpoint is written after each multiple of this many steps, and kept for good",
+        json_schema_extra=FREE,
+    )
+    keep_best: bool = Field(
+        False,
+        description="a checkpoint is written with the best online k-NN score so far, and kept until there is a better",
+        json_schema_extra=FREE,
+    )
+    start_from: str | None = Field(
+        None,
+        description="fork: start from a checkpoint of another run, RUN (its newest), RUN@STEP or RUN@best, with "
+        "student, teacher, heads and center; the same as --from",
+        json_schema_extra=FREE,  # looked up once; a run that is continued has its own checkpoints
+    )
+    restart_schedule: bool = Field(
+        False,
+        description="of a fork: begin at step 0 of this run's own schedule with fresh moments, as other images, "
+        "another batch size or a last stage need; false = go on at the step of the checkpoint",
+    )
 
 
 class EvalSettings(Section):
@@ -431,6 +458,7 @@ class Setting(NamedTuple):
 # (iBOT, Gram anchoring, a cooldown) that is off.
 NEVER_DERIVED = frozenset(
     ["data.val", "train.save_every_steps", "head.ibot_prototypes", "optim.cooldown_epochs"]
+    + ["train.keep_every", "train.start_from", "backbone.img_size"]
     + [f"loss.gram_{name}" for name in ("start_epoch", "teacher_epoch", "teacher")]
     + [f"backbone.{name}" for name in ("patch_size", "embed_dim", "depth", "num_heads", "pos_size", "weights")]
     + ["backbone.layer_scale"]

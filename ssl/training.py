@@ -15,7 +15,20 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nearfar.ssl import announce, compiled, device, distributed, failed_step, gpus, memory, resume
+from nearfar.ssl import (
+    announce,
+    checkpoint,
+    checkpoint_names,
+    compiled,
+    device,
+    distributed,
+    failed_step,
+    fork,
+    gpus,
+    kept,
+    memory,
+    resume,
+)
 from nearfar.ssl.backbones import Backbone
 from nearfar.ssl.background_save import Saver
 from nearfar.ssl.data import open_loader
@@ -32,7 +45,7 @@ from nearfar.ssl.learner import Learner, block_masks, build_learner, share_batch
 from nearfar.ssl.loss_scale import LossScale
 from nearfar.ssl.masks import Masks
 from nearfar.ssl.optim import adamw
-from nearfar.ssl.run_folder import RunFolder, read_metrics
+from nearfar.ssl.run_folder import START, TEACHER, RunFolder, read_metrics
 from nearfar.ssl.run_log import NoLog
 from nearfar.ssl.schedule import Schedule
 from nearfar.ssl.settings import Run
@@ -79,6 +92,7 @@ class Training:
     lowest_scale: float = math.inf  # of the loss under fp16, in this process
     saved_step: int = 0  # where the last checkpoint of this process was taken
     saved_at: float = field(default_factory=time.monotonic)
+    is_best: bool = False  # is the step the best so far, and not saved yet?
     late_save: bool = False  # did the ranks agree in a step after `saved_step` that it is time for one?
 
     def __post_init__(self) -> None:
@@ -181,7 +195,11 @@ class Training:
         if not distributed.from_first(lambda: self.observers.probe is not None and not self.folder.scored(self.step)):
             return False
         backbone = resume.whole_teacher(self.learner, self.world)
-        return distributed.from_first(lambda: self._score(backbone))
+        stopped = distributed.from_first(lambda: self._score(backbone))
+        if self.run.train.keep_best:
+            best = distributed.from_first(lambda: kept.is_best(self.folder.metrics, self.step))
+            self.is_best = best and self.step != self.saved_step
+        return stopped
 
     def _score(self, backbone: Backbone) -> bool:
         assert self.observers.probe is not None
@@ -203,12 +221,13 @@ class Training:
             else:
                 deque(contents, maxlen=0)  # its part in making them whole
         self.saved_step, self.saved_at, self.late_save = self.step, time.monotonic(), False
+        self.is_best = False
 
     def _write(self, step: int, tensors: dict[str, Tensor]) -> None:
         """In the thread that writes. The metrics come first: no checkpoint may exist before the lines of its steps."""
         with distributed.finishing():
             self.log.sync()
-            resume.write(self.folder, step, tensors, self.description, self.run.train.keep_last)
+            resume.write(self.folder, step, tensors, self.description, self.run.train)
 
     def _late_for_save(self) -> bool:
         """By the first rank's clock. While a checkpoint is being written the next one is put off."""
@@ -217,8 +236,9 @@ class Training:
 
     def save_due(self) -> bool:
         """The same on all ranks."""
-        every = self.run.train.save_every_steps
-        return self.step == self.schedule.steps or (every is not None and self.step % every == 0) or self.late_save
+        train, step = self.run.train, self.step
+        due = any(every is not None and step % every == 0 for every in (train.save_every_steps, train.keep_every))
+        return step == self.schedule.steps or due or self.late_save or self.is_best
 
     def verdict(self) -> str | None:
         """One sentence where a finished run learned little; None elsewhere."""
@@ -239,6 +259,7 @@ def set_up(run: Run, source: Source, observers: Observers, folder: RunFolder, wo
     torch.set_num_threads(resolved.train.threads)
     warnings: list[str] = []
     saved = resume.latest(folder, world, warnings)
+    origin = fork.read(resolved.train.start_from) if saved is None and resolved.train.start_from else None
     learner = build_learner(resolved, weights=saved is None)
     compute = device.choose(resolved.train.device, resolved.train.precision, learner.teacher.backbone.embed_dim)
     # Student, its gradients and AdamW's two moments; the teacher.
@@ -255,22 +276,21 @@ def set_up(run: Run, source: Source, observers: Observers, folder: RunFolder, wo
             shard(learner.student, learns=True)
             shard(learner.teacher, learns=False)
     optimizer = adamw(learner.student, resolved.optim.layerwise_decay, resolved.optim.patch_embed_lr_mult)
-    step = resume.restore(saved, learner, optimizer, source.fingerprint) if saved else 0
+    step = 0
+    if saved:
+        step = resume.restore(saved, learner, optimizer, source.fingerprint)
+    elif origin:
+        begun = fork.begin(origin, learner, optimizer, resolved, source.fingerprint, loader.steps_per_epoch)
+        step, warnings = begun.step, [*warnings, *begun.said]
     if step < resolved.train.epochs * loader.steps_per_epoch:
         warnings.append(announce.memory_line(resolved, need, free))
     compute = compile_learner(learner, resolved, compute, warnings)
-    description = resume.self_description(resolved, learner, source.fingerprint, compute.rounding)
-    if saved:
-        warnings += announce.continuation_changes(saved.state, resolved, compute.rounding)
-        warnings += announce.changed_versions(saved.state, description["versions"])
-    if world.first:
-        folder.record(resolved)
-        folder.forget_metrics_after(step)
-    # Killed, or out of space, between the two files of a save.
-    if saved and distributed.from_first(lambda: folder.exported_step() != step):
-        backbone = resume.teacher_backbone(learner)
-        if world.first:
-            resume.export(folder, step, backbone, description)
+    lineage = (saved.state.get("lineage") or []) if saved else fork.lineage(origin, resolved)
+    description = resume.self_description(resolved, learner, source.fingerprint, compute.rounding, lineage)
+    if before := saved or origin:
+        warnings += announce.continuation_changes(before.state, resolved, compute.rounding)
+        warnings += announce.changed_versions(before.state, description["versions"])
+    _make_ready(folder, step, saved is not None, learner, description, world)
     return Training(
         run=resolved,
         source=source,
@@ -288,6 +308,23 @@ def set_up(run: Run, source: Source, observers: Observers, folder: RunFolder, wo
         derived=derived,
         warnings=warnings,
     )
+
+
+def _make_ready(
+    folder: RunFolder, step: int, resumed: bool, learner: Learner, description: dict[str, Any], world: Ranks
+) -> None:
+    """The folder of a run whose start is accepted: its settings, its metrics up to `step`, and exported weights."""
+    run = ResolvedRun.model_validate(description["run"])
+    if world.first:
+        folder.record(run)
+        folder.forget_metrics_after(step)
+    # Killed, or out of space, between the two files of a save.
+    lacks_export = resumed and distributed.from_first(lambda: folder.exported_step() != step)
+    if lacks_export or (not resumed and fork.begins_with_weights(run)):
+        backbone = resume.teacher_backbone(learner)
+        if world.first:
+            file = TEACHER if resumed else START
+            checkpoint.export_tensors(folder.path / file, backbone, description | {"step": step})
 
 
 def _size(module: torch.nn.Module) -> int:
@@ -325,14 +362,17 @@ def _settings(run: Run, folder: RunFolder, images: int, world: Ranks) -> tuple[R
     """Resolved on the first rank, so that all have the same."""
 
     def resolved() -> list[Any]:
+        saved = folder.saved_settings()
+        begun, taken = (run, []) if saved else fork.located(run)
         settings, derived = resolve(
-            run,
+            begun,
             images,
             world.cores or distributed.available_cores(),
             world_size=world.size,
-            saved=folder.saved_settings(),
+            saved=saved,
+            done=checkpoint_names.newest_step(folder.checkpoints),
         )
-        return [settings.model_dump(mode="json"), [list(each) for each in derived]]
+        return [settings.model_dump(mode="json"), [list(each) for each in [*taken, *derived]]]
 
     settings, derived = distributed.from_first(resolved)
     return ResolvedRun.model_validate(settings), [Derived(*each) for each in derived]

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 
 from nearfar.launch.command_line import Parser
-from nearfar.launch.recipes import bundled, find_recipe
+from nearfar.launch.forking import add_from, recipe_and_settings
+from nearfar.launch.recipes import bundled
 from nearfar.launch.slurm import resources
 from nearfar.ssl.errors import UserError
 from nearfar.ssl.setting_errors import nearest
@@ -65,6 +66,7 @@ def submit_parser() -> argparse.ArgumentParser:
     parser.add_argument("--then", metavar="eval=A,B", help=f"score the run when it is finished: {', '.join(SCORES)}")
     parser.add_argument("--sweep", nargs="+", metavar="key=a,b", help="a run for every combination, as one array")
     parser.add_argument("--parallel", type=int, help="runs of a sweep at the same time (default: all)")
+    add_from(parser)
     resources.add_flags(parser)
     parser.set_defaults(verb=run_launch)
     return parser
@@ -122,14 +124,14 @@ def _runs(arguments: argparse.Namespace) -> tuple[Path, list[Run]]:
     from nearfar.launch.slurm import sweep
     from nearfar.ssl import config
 
-    known = arguments.recipe in bundled() or Path(arguments.recipe).exists()
+    known = arguments.start_from or arguments.recipe in bundled() or Path(arguments.recipe).exists()
     if not known and (near := nearest(arguments.recipe, CONTROLS)):
         raise UserError(f"`nearfar launch` has no verb '{arguments.recipe}', and it is no recipe; did you mean {near}?")
-    recipe = find_recipe(arguments.recipe)
+    recipe, settings = recipe_and_settings(arguments)
     if not arguments.sweep:
-        run = config.load(recipe, arguments.settings)
+        run = config.load(recipe, settings)
         return run.path, [run]
-    folder, runs = sweep.runs(recipe, arguments.settings, arguments.sweep)
+    folder, runs = sweep.runs(recipe, settings, arguments.sweep)
     if (folder / "config.yaml").exists():
         raise UserError(f"{folder} holds a run; a sweep needs a folder of its own: choose another name=.")
     return folder, runs

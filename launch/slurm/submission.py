@@ -16,7 +16,7 @@ from nearfar.launch.slurm import executor, job, queue, records, snapshot
 from nearfar.launch.slurm.executor import JobOptions
 from nearfar.launch.slurm.records import Ending, Job, SubmissionRecord
 from nearfar.launch.slurm.resources import Resources
-from nearfar.ssl import config
+from nearfar.ssl import config, kept
 from nearfar.ssl.defaults import continued, dividing
 from nearfar.ssl.errors import UserError
 from nearfar.ssl.run_folder import RunFolder
@@ -51,6 +51,8 @@ def for_cluster(run: Run, resources: Resources) -> Run:
         _check_exists("data.path", placed.data.path)
     if placed.backbone.weights:
         _check_exists("backbone.weights", placed.backbone.weights)
+    if placed.train.start_from:
+        kept.named(placed.train.start_from)
     saved = RunFolder(placed.path).saved_settings()
     if saved is None:  # "auto" on a node whose GPU is broken would train on its CPU for days
         device = run.train.model_copy(update={"device": "cpu" if resources.cpu else "cuda"})
@@ -86,6 +88,9 @@ def _absolute_paths(run: Run) -> Run:
             "folder": _absolute(run.folder),
             "data": run.data.model_copy(update=data),
             "backbone": run.backbone.model_copy(update=weights),
+            "train": run.train.model_copy(
+                update={"start_from": run.train.start_from and _absolute(run.train.start_from)}
+            ),
         }
     )
 

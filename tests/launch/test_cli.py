@@ -17,6 +17,7 @@ import yaml
 from PIL import Image
 
 from nearfar.launch import cli
+from nearfar.launch.recipes import find_recipe
 from nearfar.ssl import checkpoint, config
 from nearfar.ssl.run_folder import RunFolder, read_metrics
 from nearfar.ssl.settings import all_settings
@@ -111,9 +112,27 @@ def test_a_backbone_that_is_none_may_be_corrected(here: Path, refused: Refused) 
 
 def test_a_run_of_other_settings_and_a_folder_in_use(here: Path, refused: Refused) -> None:
     assert cli.main([*PRETRAIN, "train.epochs=1"]) == 0
-    assert "train.epochs: 1 -> 5" in refused(*PRETRAIN)
+    assert "train.seed: 0 -> 1" in refused(*PRETRAIN, "train.epochs=1", "train.seed=1")
+    assert "train.epochs cannot be raised from 1 to 5" in refused(*PRETRAIN)
     with RunFolder(Path("runs/mine")):
         assert "runs/mine is in use by process" in refused(*PRETRAIN, "train.epochs=1")
+
+
+def test_a_fork_has_the_settings_of_the_run_that_it_left(here: Path, refused: Refused) -> None:
+    assert cli.main([*PRETRAIN, "train.epochs=1"]) == 0
+    assert "runs/mine has no checkpoint of step 99" in refused("pretrain", "--from", "runs/mine@99", "name=a")
+    assert "There is no run folder nowhere" in refused("pretrain", "--from", "nowhere", "name=a")
+    assert not (here / "runs" / "a").exists()
+    assert cli.main(["pretrain", "--from", "runs/mine", "optim.lr=1e-4", "train.epochs=2"]) == 0
+    fork, mine = (config.load(Path(f"runs/{name}/config.yaml")) for name in ("mine-fork", "mine"))
+    assert (fork.optim.lr, fork.train.epochs, fork.head) == (1e-4, 2, mine.head)
+    larger = ["views.global_crops_size=48", "train.restart_schedule=true", "name=larger"]
+    assert cli.main(["launch", "--cluster", "debug", larger[0], "--from", "runs/mine-fork", *larger[1:]]) == 0
+    stage = config.load(Path("runs/larger/config.yaml"))
+    assert (stage.eval.size, stage.backbone.img_size) == (48, mine.views.global_crops_size)
+    assert cli.main(["report", "runs/larger"]) == 0
+    page = Path("runs/larger/report.html").read_text()
+    assert "runs/mine-fork, step " in page and "runs/mine, step " in page
 
 
 def test_no_space_left_is_told_with_the_checkpoint_before_intact(here: Path, capfd: pytest.CaptureFixture[str]) -> None:
@@ -183,15 +202,15 @@ def test_bundled_recipes_are_found_by_name_and_are_right() -> None:
     names = {file.stem for file in folder.glob("*.yaml")}
     assert "demo" in names
     for name in names:
-        file = cli.find_recipe(name)
+        file = find_recipe(name)
         assert file.samefile(folder / f"{name}.yaml")
         assert config.load(file).name == name
 
 
 def test_a_file_of_that_name_beside_you_is_meant_by_its_suffix(here: Path) -> None:
     (here / "demo.yaml").write_text("train: {epochs: 3}\n")
-    assert config.load(cli.find_recipe("demo.yaml")).train.epochs == 3
-    assert config.load(cli.find_recipe("demo")).train.epochs != 3
+    assert config.load(find_recipe("demo.yaml")).train.epochs == 3
+    assert config.load(find_recipe("demo")).train.epochs != 3
 
 
 # Runs

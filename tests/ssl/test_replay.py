@@ -13,6 +13,8 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
+from nearfar.launch import cli
+from nearfar.launch.forking import recipe_and_settings
 from nearfar.ssl import checkpoint, config, failed_step, replay, train, training
 from nearfar.ssl.data.loaders.base import Batch
 from nearfar.ssl.data.sources.base import ArraySource
@@ -75,9 +77,9 @@ def test_the_record_holds_the_batch_and_the_state_and_the_message_names_both_way
     assert not list(record.glob("*.p*"))  # no pickle
     way_on = re.search(r"half the rate with `([^`]+)`", message)
     assert way_on
-    verb, recipe, *settings = shlex.split(way_on[1])[1:]
-    again = config.load(Path(recipe), settings)
-    assert verb == "pretrain" and again.path != run.path and again.optim.lr == 5e-4
+    again = config.load(*recipe_and_settings(cli.parsed(shlex.split(way_on[1])[1:])))
+    assert again.path != run.path and again.optim.lr == 5e-4
+    assert again.train.start_from == str(run.path) and not again.train.restart_schedule
     assert train.pretrain(again, images, console=quiet).finished
 
 
