@@ -22,7 +22,7 @@ FORMAT = "nearfar results 2"
 MOST_BYTES = 64 * 2**20
 TITLES = {"knn": "k-NN top-1", "linear": "linear top-1", "segment": "mIoU"}
 """What each task's score is called, everywhere; the order is that of every table."""
-SUBJECTS = {"trained": "trained", "untrained": "untrained", "pixels": "raw pixels"}
+SUBJECTS = {"trained": "trained", "start": "starting weights", "untrained": "untrained", "pixels": "raw pixels"}
 """Whose features are scored, in the order of every table."""
 
 

@@ -12,7 +12,11 @@ from nearfar.eval.results import SUBJECTS, TITLES, Score
 from nearfar.eval.verdict import Verdict
 
 Table = Mapping[str, Mapping[str, Score]]  # of one pair of data sets: {subject: {task: score}}
-_EXPLAINED = {"untrained": "same network, same seed, no training", "pixels": "no network"}
+_EXPLAINED = {
+    "start": "what this run began with",
+    "untrained": "same network, same seed, no training",
+    "pixels": "no network",
+}
 
 
 def summary(
@@ -148,7 +152,7 @@ def _table(table: Table) -> str:
         small = f"<small>{_EXPLAINED[subject]}</small>" if subject in _EXPLAINED else ""
         cells = "".join(cell(scores.get(task), task) for task in tasks)
         rows.append(f'<tr><th scope="row">{SUBJECTS[subject].capitalize()}{small}</th>{cells}</tr>')
-    for other in ("untrained", "pixels"):
+    for other in ("start", "untrained", "pixels"):
         if "trained" in percent and other in percent:
             differences = "".join(
                 f"<td>{percent['trained'][task] - percent[other][task]:+.1f}</td>"

@@ -39,12 +39,14 @@ def verdict(
     if task is None:
         return None
     score = trained[task]
-    others = {subject: table[subject][task] for subject in ("untrained", "pixels") if task in table.get(subject, {})}
+    others = {
+        subject: table[subject][task] for subject in ("start", "untrained", "pixels") if task in table.get(subject, {})
+    }
     last: dict[str, float] = {}
     for line in metrics:
         last |= line
     said = f"{TITLES[task]} {score.percent:.1f} %"
-    against = {"untrained": "untrained", "pixels": "raw pixels"}
+    against = {"start": "the starting weights", "untrained": "untrained", "pixels": "raw pixels"}
     compared = ", ".join(f"{against[subject]} {other.percent:.1f} %" for subject, other in others.items())
     facts = f"{said} ({compared})" if compared else said
     facts += _health(last)
@@ -76,7 +78,7 @@ def _other_tasks(table: Mapping[str, Mapping[str, Score]], decided: str) -> str:
     for task, score in table["trained"].items():
         beside = [
             f"{name} {table[subject][task].percent:.1f} %"
-            for subject, name in (("untrained", "untrained"), ("pixels", "raw pixels"))
+            for subject, name in (("start", "starting weights"), ("untrained", "untrained"), ("pixels", "raw pixels"))
             if task in table.get(subject, {})
         ]
         if task != decided:

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 
 from nearfar.launch import failures
+from nearfar.launch.adapting import add_adapt
 from nearfar.launch.command_line import (
     HelpWithSettings,
     Parser,
@@ -25,7 +26,7 @@ from nearfar.launch.command_line import (
     check_verb,
     refuse_leftover,
 )
-from nearfar.launch.forking import add_from, recipe_and_settings
+from nearfar.launch.forking import add_from, recipe_and_settings, start
 from nearfar.launch.recipes import bundled
 from nearfar.launch.slurm.cli import add_launch
 from nearfar.launch.streams import outliving_their_reader
@@ -76,7 +77,7 @@ def parsed(argv: Sequence[str]) -> argparse.Namespace:
     return arguments
 
 
-VERBS = ("demo", "pretrain", "replay", "features", "eval", "export", "report", "data", "launch")
+VERBS = ("demo", "pretrain", "adapt", "replay", "features", "eval", "export", "report", "data", "launch")
 
 
 def build_parser() -> Parser:
@@ -151,6 +152,8 @@ def _add_training(verbs: argparse._SubParsersAction) -> None:
     add_settings(pretrain)
     pretrain.set_defaults(verb=run_pretrain)
 
+    add_adapt(verbs)
+
     replay = verbs.add_parser("replay", help="compute a step that was not finite again, and name what failed first")
     replay.add_argument("record", type=Path, help="RUN/not_finite/step-XXXXXXXXX, or the run's folder for its newest")
     replay.add_argument("--data", help="training images, if they were moved (default: data.path of the run)")
@@ -181,16 +184,7 @@ def run_replay(arguments: argparse.Namespace) -> None:
 def run_pretrain(arguments: argparse.Namespace) -> None:
     from nearfar.ssl import config
 
-    run = config.load(*recipe_and_settings(arguments))
-    config.require_images(run)  # here too: before torch is loaded
-    if arguments.dry_run:
-        from nearfar.launch.dry_run import dry_run
-
-        dry_run(run, Console())
-    else:
-        from nearfar.launch.pretrain import run_pretraining
-
-        run_pretraining(run, Console())
+    start(config.load(*recipe_and_settings(arguments)), arguments.dry_run)
 
 
 def run_features(arguments: argparse.Namespace) -> None:
@@ -247,7 +241,7 @@ def _eval_model(arguments: argparse.Namespace, tasks: tuple[str, ...] | None) ->
     from nearfar.eval.images import Decoding
     from nearfar.launch.computing import by_all_ranks, compute_for
     from nearfar.launch.report import report_run
-    from nearfar.launch.score import ScoreOptions, Subject, protocol_of, score, sources, untrained
+    from nearfar.launch.score import ScoreOptions, Subject, baselines, protocol_of, score, sources
 
     subject = Subject.of(arguments.model)
     train, val = sources(subject.run, arguments.train, arguments.val)
@@ -276,7 +270,7 @@ def _eval_model(arguments: argparse.Namespace, tasks: tuple[str, ...] | None) ->
 
     def backbones() -> list[Backbone]:
         placed = subject.on(compute)
-        return [placed.backbone, *([untrained(placed)] if arguments.baselines else [])]
+        return [placed.backbone, *(baselines(placed) if arguments.baselines else [])]
 
     images = [train.source, val.source]
     by_all_ranks(score_it, backbones, images, Decoding(workers=arguments.workers), arguments.device)
@@ -385,7 +379,11 @@ def _add_eval(verbs: argparse._SubParsersAction) -> None:
     _add_model(evaluate, ", or features to learn from, as `nearfar features` writes them")
     evaluate.add_argument("--train", help="images to learn from (default: data.path of the run)")
     evaluate.add_argument("--val", help="images, or features, to score (default: data.val of the run)")
-    evaluate.add_argument("--baselines", action="store_true", help="also score the untrained network and raw pixels")
+    evaluate.add_argument(
+        "--baselines",
+        action="store_true",
+        help="also score starting weights, untrained network and raw pixels",
+    )
     evaluate.add_argument(
         "--head", choices=["linear", "mlp"], default="linear", help="head of the segmentation probe (default linear)"
     )

@@ -26,7 +26,7 @@ from nearfar.ssl.defaults import Derived, ResolvedRun, resolve
 from nearfar.ssl.device import Compute
 from nearfar.ssl.distributed import Ranks, available_cores
 from nearfar.ssl.learner import Learner, block_masks, build_learner
-from nearfar.ssl.optim import adamw
+from nearfar.ssl.optim import adamw_of
 from nearfar.ssl.run_folder import RunFolder
 from nearfar.ssl.schedule import Schedule
 from nearfar.ssl.settings import Run, all_settings
@@ -95,7 +95,7 @@ def dry_run(run: Run, console: Console) -> None:
 
 def measure(learner: Learner, loader: Loader, schedule: Schedule, run: ResolvedRun, compute: Compute) -> Measured:
     """Train `learner` for a few steps, as one of the run's ranks would."""
-    optimizer = adamw(learner.student, run.optim.layerwise_decay, run.optim.patch_embed_lr_mult)
+    optimizer = adamw_of(run.optim, learner.student)
     stepper = Stepper(learner, optimizer, run.optim.clip_grad, compute.autocast, run.train.accumulate_steps)
     hidden = block_masks(run, learner.student.backbone.patch_size)
     masks = hidden.of_step(0, compute.device, run.train.accumulate_steps) if hidden else []

@@ -16,13 +16,15 @@ from nearfar.eval.knn import knn
 from nearfar.eval.pictures import contact_sheet, save
 from nearfar.launch import processes
 from nearfar.launch.stop_signals import StopFlag
-from nearfar.ssl import config, device, train
+from nearfar.ssl import checkpoint, config, device, train
 from nearfar.ssl.backbones import Backbone
 from nearfar.ssl.data import open_source
 from nearfar.ssl.data.loaders.base import Batch
 from nearfar.ssl.data.sources.base import Source, Subset
 from nearfar.ssl.defaults import ResolvedRun
 from nearfar.ssl.distributed import ALONE, Ranks, from_environment
+from nearfar.ssl.health import start_similarity
+from nearfar.ssl.run_folder import START
 from nearfar.ssl.settings import Run
 
 
@@ -57,9 +59,12 @@ def train_rank(run: Run, console: Console, world: Ranks) -> train.Outcome:
     source = open_source(run.data.path)
     with StopFlag() as stop:
         probe = None
-        if run.data.val and world.first:
-            probe = OnlineKNN(source, open_source(run.data.val), run.eval.knn_max_images, stop)
-            if not probe.labeled:
+        if world.first:
+            score = (
+                OnlineKNN(source, open_source(run.data.val), run.eval.knn_max_images, stop) if run.data.val else None
+            )
+            probe = OnlineScores(score, StartSimilarity(source, run.path / START))
+            if score and not score.labeled:
                 console.print(
                     f"No online k-NN: it needs labels in data.path ({run.data.path}) and in data.val ({run.data.val}), "
                     "which are class folders, or lists with a label after a tab.",
@@ -112,6 +117,42 @@ class OnlineKNN:
         except _StoppedError:
             return None
         return {"knn_top1": score}
+
+
+class StartSimilarity:
+    """How like the features of the weights that a run began with the teacher's are, on a few training images, evenly
+    spread; nothing for a run that began with random weights.
+    """
+
+    def __init__(self, source: Source, start: Path, images: int = 256) -> None:
+        self.images = Subset(source, np.arange(0, len(source), -(-len(source) // images)))
+        self.start = start
+        self._features: np.ndarray | None = None
+
+    def __call__(self, backbone: Backbone, run: ResolvedRun) -> dict[str, float]:
+        if not self.start.is_file():
+            return {}
+        place = next(backbone.parameters()).device
+        compute = device.choose(run.train.device, run.train.precision, backbone.embed_dim)
+        reading = Reading(run.eval.size, run.eval.resize, pooling=run.head.pooling, amp=compute.bf16)
+
+        def read(network: Backbone) -> np.ndarray:
+            return np.asarray(extract(network, self.images, reading, Decoding(workers=run.data.workers)).x)
+
+        if self._features is None:
+            self._features = read(checkpoint.load(self.start).to(place))
+        return {"start_similarity": start_similarity(read(backbone), self._features)}
+
+
+class OnlineScores:
+    """What is told of the teacher during training: k-NN where there are labels, and similarity to its start."""
+
+    def __init__(self, score: OnlineKNN | None, similarity: StartSimilarity) -> None:
+        self.score, self.similarity = score, similarity
+
+    def __call__(self, backbone: Backbone, run: ResolvedRun) -> dict[str, float] | None:
+        scores = self.score(backbone, run) if self.score else {}
+        return None if scores is None else scores | self.similarity(backbone, run)
 
 
 class _StoppedError(Exception):

@@ -31,6 +31,7 @@ from nearfar.ssl.defaults import ResolvedRun
 from nearfar.ssl.device import Compute
 from nearfar.ssl.errors import UserError
 from nearfar.ssl.learner import build_learner
+from nearfar.ssl.run_folder import START
 from nearfar.ssl.settings import Run
 
 
@@ -164,7 +165,9 @@ class SubjectScores:
         if self.name == "pixels":
             patch, device = self.subject.backbone.patch_size, self.subject.device
             return evaluate_pixels(data, self.protocol, tuple(tasks), self.classes, patch, device)
-        backbone = self.subject.backbone if self.name == "trained" else untrained(self.subject)
+        backbone = self.subject.backbone
+        if self.name != "trained":
+            backbone = starting(self.subject) if self.name == "start" else untrained(self.subject)
         return evaluate(backbone, data, self.protocol, tuple(tasks), self.classes, self.decoding)
 
 
@@ -207,6 +210,8 @@ def score(
         console.print(line, highlight=False, markup=False, soft_wrap=True)
     protocol = options.protocol or protocol_of(subject)
     names = tuple(SUBJECTS) if options.baselines else ("trained",)
+    if not (subject.folder / START).is_file():
+        names = tuple(name for name in names if name != "start")
     work = [
         SubjectScores(
             name, _weights(name, subject), subject, train, val, planned.tasks, protocol, planned.classes,
@@ -388,9 +393,22 @@ def score_features(
     return found
 
 
+def baselines(subject: Subject) -> list[Backbone]:
+    """The networks that are scored beside the trained one, in the order of `SUBJECTS`."""
+    has_start = (subject.folder / START).is_file()
+    return [*([starting(subject)] if has_start else []), untrained(subject)]
+
+
+def starting(subject: Subject) -> Backbone:
+    """The weights that a run began with, where the trained ones are."""
+    return checkpoint.load(subject.folder / START).to(subject.device)
+
+
 def untrained(subject: Subject) -> Backbone:
-    """The backbone as it was at step 0 of the run, where the trained one is."""
-    learner = build_learner(ResolvedRun.of(subject.run))
+    """The same network with the random weights of the run's seed, where the trained one is."""
+    run = ResolvedRun.of(subject.run)
+    random = run.model_copy(update={"backbone": run.backbone.model_copy(update={"pretrained": False})})
+    learner = build_learner(random, weights=False)
     return learner.teacher.backbone.eval().requires_grad_(False).to(subject.device)
 
 
@@ -414,6 +432,13 @@ def _weights(name: str, subject: Subject) -> str:
         return digest(subject.backbone)
     if name == "pixels":
         return "pixels"
-    run = subject.run  # everything that decides the weights at step 0
-    parts = [run.backbone.model_dump_json(), run.head.model_dump_json(), run.views.global_crops_size, run.train.seed]
+    if name == "start":
+        return digest(checkpoint.load(subject.folder / START))
+    run = subject.run  # everything that decides the random weights
+    parts = [
+        run.backbone.model_dump_json(exclude={"weights", "pretrained"}),
+        run.head.model_dump_json(),
+        run.views.global_crops_size,
+        run.train.seed,
+    ]
     return "untrained " + digests.of_bytes([repr(parts).encode()])[:32]

@@ -50,9 +50,20 @@ def load(recipe: Path | None, overrides: list[str] | tuple[str, ...] = ()) -> Ru
 
 
 def require_images(run: Run) -> None:
-    """Raises UserError where `run` names no training images. Quick: nothing is looked up."""
+    """Raises UserError where `run` names no training images, or not the weights it needs; nothing is looked up."""
     if not run.data.path:
         raise UserError("data.path is not set: name the training images, for example data.path=~/pictures.")
+    if run.train.start_from or run.backbone.weights or run.backbone.pretrained:
+        return
+    for key, value in (
+        ("optim.freeze_backbone_epochs", run.optim.freeze_backbone_epochs),
+        ("loss.anchor_weight", run.loss.anchor_weight),
+    ):
+        if value:
+            raise UserError(
+                f"{key}={value:g} is for a run that begins with trained weights, and none are named: set "
+                "backbone.weights (`nearfar adapt WEIGHTS IMAGES` does), or leave it out."
+            )
 
 
 def _typed(key: str, text: str) -> Any:
@@ -104,6 +115,7 @@ def combinations(run: Run) -> list[str]:
         ("optim.warmup_epochs", run.optim.warmup_epochs),
         ("loss.warmup_teacher_temp_epochs", run.loss.warmup_teacher_temp_epochs),
         ("optim.freeze_last_layer_epochs", run.optim.freeze_last_layer_epochs),
+        ("optim.freeze_backbone_epochs", run.optim.freeze_backbone_epochs),
     ):
         if epochs is not None and epochs > run.train.epochs:
             found.append(f"{key}={epochs:g} is longer than the run (train.epochs={run.train.epochs})")
@@ -196,6 +208,11 @@ def _wrong_loss(run: Run) -> Iterator[str]:
         )
     if loss.gram_teacher and loss.gram_teacher_epoch is not None:
         yield "loss.gram_teacher and loss.gram_teacher_epoch both say which teacher is the anchor; leave one out"
+    if loss.anchor_weight and (loss.gram_teacher or loss.gram_teacher_epoch):
+        yield (
+            "loss.anchor_weight keeps the weights that the run begins with, for Gram anchoring too, so "
+            "loss.gram_teacher and loss.gram_teacher_epoch contradict it; leave them or loss.anchor_weight out"
+        )
     start = 0.8 * run.train.epochs if loss.gram_start_epoch is None else loss.gram_start_epoch
     if loss.gram_weight and start >= run.train.epochs:
         yield f"loss.gram_start_epoch={start:g} is not within the run (train.epochs={run.train.epochs})"

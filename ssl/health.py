@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -167,6 +168,42 @@ def _is_falling(scores: list[float]) -> bool:
 def _mean_loss(metrics: list[dict[str, float]]) -> float | None:
     losses = [line["loss"] for line in metrics if "loss" in line][-10:]
     return sum(losses) / len(losses) if losses else None
+
+
+LOST = 0.5  # similarity to the features that a run began with, below which little of them is left
+
+
+def start_similarity(features: np.ndarray, start: np.ndarray) -> float:
+    """How much is left of the features that a run began with: 1 = all, about 0 = nothing.
+
+    The mean cosine between what two networks say of the same images, features and start (n, D), after the mean over the
+    images is taken from each: trained features share most of their direction, and the plain cosine of two different
+    images is near 1 already.
+    """
+    ours, theirs = (torch.from_numpy(np.asarray(x, np.float64)) for x in (features, start))
+    return float(F.cosine_similarity(ours - ours.mean(0), theirs - theirs.mean(0), dim=-1).mean())
+
+
+def features_lost(metrics: list[dict[str, float]]) -> str | None:
+    """One sentence when the similarity to the run's starting features has just fallen below `LOST`; None elsewhere.
+
+    metrics: the lines of metrics.jsonl, in order; the last one is the newest score.
+    """
+    lines = [line for line in metrics if "start_similarity" in line]
+    if not lines or lines[-1]["start_similarity"] >= LOST:
+        return None
+    if len(lines) > 1 and lines[-2]["start_similarity"] < LOST:  # it was told then
+        return None
+    scores = [line["knn_top1"] for line in lines if "knn_top1" in line]
+    meanwhile = ""
+    if len(scores) > 1:
+        meanwhile = f" The online k-NN was {scores[0]:.1f} at the first score and is {scores[-1]:.1f} now."
+    return (
+        f"The features that this run began with are being lost: their similarity to those of now is "
+        f"{lines[-1]['start_similarity']:.2f} (1 = unchanged, 0 = nothing left).{meanwhile} Where they are worth "
+        "keeping, try a lower optim.backbone_lr_mult, a longer optim.freeze_backbone_epochs, a lower "
+        "optim.layerwise_decay or more loss.anchor_weight."
+    )
 
 
 def nothing_learned(metrics: list[dict[str, float]], most_directions: int, batch_norm: bool = False) -> str | None:

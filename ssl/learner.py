@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from nearfar.ssl.backbones import Backbone, Tokens, create
 from nearfar.ssl.defaults import ResolvedRun
-from nearfar.ssl.gram import gram_loss
+from nearfar.ssl.gram import anchor_loss, gram_loss
 from nearfar.ssl.heads.dino import DINOHead
 from nearfar.ssl.ibot import PatchLoss
 from nearfar.ssl.loss_scale import LossScale
@@ -77,7 +77,8 @@ class Learner(nn.Module):
 
     Both networks run in training mode, as in the reference: batch norm (of a head or of a convolutional backbone)
     uses the statistics of the step in each. The teacher must be built without drop-path. What came after DINO is added
-    to its loss: KoLeo, iBOT where a step has masks, and Gram anchoring to `anchor`, a frozen earlier teacher.
+    to its loss: KoLeo, iBOT where a step has masks, and what keeps patches (Gram anchoring) and features near those of
+    `anchor`, a frozen earlier teacher or the weights that the run began with.
     """
 
     def __init__(
@@ -89,6 +90,7 @@ class Learner(nn.Module):
         ibot: PatchLoss | None = None,
         ibot_weight: float = 0.0,
         anchor: Backbone | None = None,
+        anchor_weight: float = 0.0,
     ) -> None:
         super().__init__()
         self.student = student
@@ -99,6 +101,8 @@ class Learner(nn.Module):
         self.ibot = ibot
         self.ibot_weight = ibot_weight
         self.anchor = anchor
+        self.anchor_weight = anchor_weight
+        self._frozen: list[nn.Parameter] = []  # of the student's backbone
         self.teacher.load_state_dict(self.student.state_dict())
         self.teacher.requires_grad_(False)
         if anchor is not None:
@@ -130,13 +134,19 @@ class Learner(nn.Module):
         student = self.student_outputs(groups, masks)
         loss, parts = self.loss(student.logits, probabilities), {}
         self.loss.note_teacher(teacher.logits)
-        weights = {"koleo": self.koleo_weight, "ibot": self.ibot_weight, "gram": gram_weight}
+        weights = {"koleo": self.koleo_weight, "ibot": self.ibot_weight}
+        weights |= {"gram": gram_weight, "anchor": self.anchor_weight}
         if self.koleo_weight:
             parts["koleo"] = koleo(student.features[: len(groups[0])])
         if masks is not None:
             parts["ibot"] = self.ibot_loss(student, teacher, masks, teacher_temp)
-        if gram_weight:
-            parts["gram"] = self.gram_loss(groups[0], student)
+        if gram_weight or self.anchor_weight:
+            anchored = self.anchor_tokens(groups[0])
+            if gram_weight:
+                parts["gram"] = gram_loss(student.patches, anchored.patches)
+            if self.anchor_weight:
+                seen = anchored.cls if self.student.pooling == "cls" else anchored.mean
+                parts["anchor"] = anchor_loss(student.features[: len(groups[0])].flatten(0, 1), seen)
         loss = sum((weights[name] * part for name, part in parts.items()), loss)
         return Outputs(loss, probabilities, teacher.features, {name: part.detach() for name, part in parts.items()})
 
@@ -148,12 +158,12 @@ class Learner(nn.Module):
         loss: Tensor = self.ibot(student.patch_logits, probabilities, masks.weights, len(student.patches))
         return loss
 
-    def gram_loss(self, global_views: Tensor, student: Seen) -> Tensor:
-        """Global views (G, B, 3, s, s), as the student saw them, against what the anchor sees in them: scalar."""
+    @torch.no_grad()
+    def anchor_tokens(self, global_views: Tensor) -> Tokens:
+        """What the anchor sees in global views (G, B, 3, s, s), as the student saw them: of G * B images."""
         assert self.anchor is not None
-        with torch.no_grad():
-            anchored = self.anchor(global_views.flatten(0, 1)).patches
-        return gram_loss(student.patches, anchored)
+        tokens: Tokens = self.anchor(global_views.flatten(0, 1))
+        return tokens
 
     @torch.no_grad()
     def take_anchor(self) -> None:
@@ -162,6 +172,15 @@ class Learner(nn.Module):
         now = self.teacher.backbone.state_dict()
         for name, tensor in self.anchor.state_dict().items():
             tensor.copy_(whole(now[name]))
+
+    def freeze_backbone(self, frozen: bool) -> None:
+        """To be called before the forward pass: the heads learn alone, and no gradient goes through the backbone."""
+        if frozen and not self._frozen:
+            self._frozen = [p for p in self.student.backbone.parameters() if p.requires_grad]
+        for parameter in self._frozen:
+            parameter.requires_grad_(not frozen)
+        if not frozen:
+            self._frozen = []
 
     def freeze_prototypes(self, frozen: bool) -> None:
         """To be called before the forward pass: in the first epochs the prototypes stay as they are (DINO, appendix A)
@@ -220,8 +239,8 @@ def build_learner(run: ResolvedRun, weights: bool = True) -> Learner:
     student, teacher = network(backbone.drop_path, backbone.weights), network(0.0)
     dino = DINOLoss(head.prototypes, loss.student_temp, loss.center_momentum, sinkhorn)
     ibot = PatchLoss(patch_prototypes, loss.student_temp, loss.center_momentum, sinkhorn) if loss.ibot_weight else None
-    anchor = bare(0.0, loss.gram_teacher) if loss.gram_weight else None
-    learner = Learner(student, teacher, dino, loss.koleo_weight, ibot, loss.ibot_weight, anchor)
+    anchor = bare(0.0, loss.gram_teacher) if loss.gram_weight or loss.anchor_weight else None
+    learner = Learner(student, teacher, dino, loss.koleo_weight, ibot, loss.ibot_weight, anchor, loss.anchor_weight)
     if anchor is not None and not loss.gram_teacher:
         learner.take_anchor()
     return learner.train()

@@ -10,17 +10,21 @@ from torch import Tensor, nn
 from nearfar.ssl import distributed
 from nearfar.ssl.backbones.token_model import decays
 from nearfar.ssl.errors import UserError
+from nearfar.ssl.settings import OptimSettings
 from nearfar.ssl.sharding import is_sharded, local
 
 
 def parameter_groups(
-    student: nn.Module, layerwise_decay: float = 1.0, patch_embed_lr_mult: float = 1.0
+    student: nn.Module,
+    layerwise_decay: float = 1.0,
+    patch_embed_lr_mult: float = 1.0,
+    backbone_lr_mult: float = 1.0,
 ) -> list[dict[str, Any]]:
     """AdamW's groups: what decays, and what does not, each at every rate there is (`lr_scale`, a factor).
 
-    By default there are two, at the same rate. layerwise_decay, patch_embed_lr_mult: see `rate_scales`.
+    By default there are two, at the same rate. layerwise_decay and so on: see `rate_scales`.
     """
-    scales = rate_scales(student, layerwise_decay, patch_embed_lr_mult)
+    scales = rate_scales(student, layerwise_decay, patch_embed_lr_mult, backbone_lr_mult)
     groups: dict[tuple[bool, float], list[nn.Parameter]] = {(True, 1.0): [], (False, 1.0): []}
     for name, parameter in student.named_parameters():
         if parameter.requires_grad:
@@ -31,11 +35,14 @@ def parameter_groups(
     ]
 
 
-def rate_scales(student: nn.Module, layerwise_decay: float, patch_embed_lr_mult: float) -> dict[str, float]:
+def rate_scales(
+    student: nn.Module, layerwise_decay: float, patch_embed_lr_mult: float, backbone_lr_mult: float = 1.0
+) -> dict[str, float]:
     """For names of parameters of `student.backbone`, the factor on their learning rate; 1 for those not named.
 
     layerwise_decay ** (layers behind it) for each layer, the final norm and the heads at 1 (ELECTRA; BEiT; DINOv2), and
-    patch_embed_lr_mult on top of it for the patch embedding (DINOv2; MoCo v3 freezes it).
+    patch_embed_lr_mult on top of it for the patch embedding (DINOv2; MoCo v3 freezes it), and backbone_lr_mult for all
+    of the backbone.
 
     Raises:
         UserError: the network has no patch embedding, or timm does not know its layers.
@@ -52,13 +59,26 @@ def rate_scales(student: nn.Module, layerwise_decay: float, patch_embed_lr_mult:
                 "to 1."
             )
         scales |= {name: scales.get(name, 1.0) * patch_embed_lr_mult for name in names}
+    if backbone_lr_mult != 1:
+        every = [f"backbone.{name}" for name, _ in backbone.named_parameters()]
+        scales |= {name: scales.get(name, 1.0) * backbone_lr_mult for name in every}
     return scales
 
 
-def adamw(student: nn.Module, layerwise_decay: float = 1.0, patch_embed_lr_mult: float = 1.0) -> torch.optim.AdamW:
+def adamw(
+    student: nn.Module,
+    layerwise_decay: float = 1.0,
+    patch_embed_lr_mult: float = 1.0,
+    backbone_lr_mult: float = 1.0,
+) -> torch.optim.AdamW:
     """AdamW over `parameter_groups`; `set_rates` gives it learning rate and weight decay before every step."""
-    groups = parameter_groups(student, layerwise_decay, patch_embed_lr_mult)
+    groups = parameter_groups(student, layerwise_decay, patch_embed_lr_mult, backbone_lr_mult)
     return torch.optim.AdamW([group for group in groups if group["params"]], lr=0.0, fused=True)
+
+
+def adamw_of(run: OptimSettings, student: nn.Module) -> torch.optim.AdamW:
+    """As the settings of a run say."""
+    return adamw(student, run.layerwise_decay, run.patch_embed_lr_mult, run.backbone_lr_mult)
 
 
 def set_rates(optimizer: torch.optim.Optimizer, lr: float, weight_decay: float) -> None:

@@ -18,7 +18,7 @@ from nearfar.ssl.data.transforms.normalize import normalize
 from nearfar.ssl.defaults import ResolvedRun
 from nearfar.ssl.distributed import ALONE
 from nearfar.ssl.learner import Learner, block_masks, build_learner
-from nearfar.ssl.optim import adamw
+from nearfar.ssl.optim import adamw_of
 from nearfar.ssl.schedule import Schedule
 from nearfar.ssl.step import Stepper
 from nearfar.ssl.training import loader_of, prepare_learner, step_seed
@@ -49,7 +49,7 @@ def replay(
     width = learner.teacher.backbone.embed_dim
     compute = device.choose(where or run.train.device, precision or run.train.precision, width, "--device ")
     prepare_learner(learner, run, compute)
-    optimizer = adamw(learner.student, run.optim.layerwise_decay, run.optim.patch_embed_lr_mult)
+    optimizer = adamw_of(run.optim, learner.student)
     resume.restore(saved, learner, optimizer, source.fingerprint)
     loader = loader_of(run, source, ALONE, compute.device)
     failed = saved.state["failed"]

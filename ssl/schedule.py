@@ -52,13 +52,16 @@ class Schedule:
     def takes_anchor(self, step: int) -> bool:
         """Is the teacher, as it is before `step`, the one that Gram anchoring keeps?"""
         loss = self.run.loss
-        if not loss.gram_weight or loss.gram_teacher:
+        if not loss.gram_weight or loss.gram_teacher or loss.anchor_weight:
             return False
         epoch = loss.gram_teacher_epoch
         return step == (self._gram_start if epoch is None else round(epoch * self.steps_per_epoch))
 
     def prototypes_frozen(self, step: int) -> bool:
         return step < round(self.run.optim.freeze_last_layer_epochs * self.steps_per_epoch)
+
+    def backbone_frozen(self, step: int) -> bool:
+        return step < round(self.run.optim.freeze_backbone_epochs * self.steps_per_epoch)
 
     def scores_due(self, step: int) -> bool:
         """Is the teacher scored after `step` steps?"""

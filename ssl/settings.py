@@ -225,6 +225,12 @@ class LossSettings(Section):
     mask_ratio_min_max: Share = Field(
         (0.1, 0.5), description="iBOT: smallest and largest share of its patches that a mask hides"
     )
+    anchor_weight: float = Field(
+        0.0,
+        ge=0,
+        description="weight of the anchor of features: 1 - cosine between the student's and those of the weights that "
+        "the run began with, on the global views; 0 = off",
+    )
     gram_weight: float = Field(
         0.0,
         ge=0,
@@ -265,6 +271,12 @@ class OptimSettings(Section):
         gt=0,
         le=1,
         description="each layer learns at this times the rate of the one behind it; 0.9 in DINOv2, 1 = all alike",
+    )
+    backbone_lr_mult: float = Field(
+        1.0, gt=0, description="the backbone learns at this times the rate of the heads; .1 in `nearfar adapt`"
+    )
+    freeze_backbone_epochs: float = Field(
+        0.0, ge=0, description="epochs at the start in which the heads learn alone, for a backbone that was trained"
     )
     patch_embed_lr_mult: float = Field(
         1.0, gt=0, description="the patch embedding learns at this times its rate; 0.2 in DINOv2"

@@ -103,6 +103,7 @@ class Stepper:
         *,
         masks: Sequence[Masks] = (),
         freeze_last_layer: bool = False,
+        freeze_backbone: bool = False,
         votes: Callable[[], Sequence[float]] = tuple,
     ) -> StepResult:
         """
@@ -112,10 +113,12 @@ class Stepper:
                 `Schedule.at` gives them.
             masks: for iBOT, those of the global views, for each part of the step.
             freeze_last_layer: leave the prototypes as they are.
+            freeze_backbone: leave the backbone as it is.
             votes: numbers to average over the ranks, asked for after the backward pass; equally many on every rank.
         """
         learner = self.learner
         learner.freeze_prototypes(freeze_last_layer)
+        learner.freeze_backbone(freeze_backbone)
         outputs = self._passes(views, values, masks)
         loss = outputs.loss.to(self.parameters[0].dtype)
         means = self.gradients.finish(torch.stack([loss, *(torch.full_like(loss, vote) for vote in votes())]))

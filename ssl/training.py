@@ -40,11 +40,11 @@ from nearfar.ssl.defaults import Derived, ResolvedRun, resolve
 from nearfar.ssl.device import Compute
 from nearfar.ssl.distributed import Ranks
 from nearfar.ssl.errors import UserError
-from nearfar.ssl.health import falling_score, nothing_learned
+from nearfar.ssl.health import falling_score, features_lost, nothing_learned
 from nearfar.ssl.learner import Learner, block_masks, build_learner, share_batch_norm
 from nearfar.ssl.loss_scale import LossScale
 from nearfar.ssl.masks import Masks
-from nearfar.ssl.optim import adamw
+from nearfar.ssl.optim import adamw_of
 from nearfar.ssl.run_folder import START, TEACHER, RunFolder, read_metrics
 from nearfar.ssl.run_log import NoLog
 from nearfar.ssl.schedule import Schedule
@@ -142,6 +142,7 @@ class Training:
             values,
             masks=self.masks(),
             freeze_last_layer=self.schedule.prototypes_frozen(self.step),
+            freeze_backbone=self.schedule.backbone_frozen(self.step),
             votes=lambda: (float(should_stop()), float(len(self.new_bad())), float(self._late_for_save())),
         )
         self.unread.append((batch, self.step, result))
@@ -207,9 +208,11 @@ class Training:
         backbone.train()
         if scores:
             self.log.record(self.step, {"epoch": self.step / self.loader.steps_per_epoch, **scores})
-            self.log.say(f"step {self.step}: " + ", ".join(f"{k} {v:.1f}" for k, v in scores.items()))
-            if message := falling_score(read_metrics(self.folder.metrics)):
-                self.log.say(message)
+            self.log.say(f"step {self.step}: " + ", ".join(f"{k} {v:.{1 + (v <= 1)}f}" for k, v in scores.items()))
+            metrics = read_metrics(self.folder.metrics)
+            for message in (falling_score(metrics), features_lost(metrics)):
+                if message:
+                    self.log.say(message)
         return scores is None
 
     def save(self) -> None:
@@ -275,7 +278,7 @@ def set_up(run: Run, source: Source, observers: Observers, folder: RunFolder, wo
         if resolved.train.shard:
             shard(learner.student, learns=True)
             shard(learner.teacher, learns=False)
-    optimizer = adamw(learner.student, resolved.optim.layerwise_decay, resolved.optim.patch_embed_lr_mult)
+    optimizer = adamw_of(resolved.optim, learner.student)
     step = 0
     if saved:
         step = resume.restore(saved, learner, optimizer, source.fingerprint)

@@ -17,9 +17,11 @@ from nearfar.ssl.health import (
     collapse,
     falling_score,
     feature_std,
+    features_lost,
     nothing_learned,
     patience,
     rankme,
+    start_similarity,
     teacher_health,
 )
 from nearfar.ssl.settings import all_settings
@@ -230,3 +232,23 @@ def test_a_run_that_learned_is_not_scolded() -> None:
     assert nothing_learned([line(rankme=6.5)], 128) is None  # few directions, but images far apart
     assert nothing_learned([{"knn_top1": 95.0}, line(), {"knn_top1": 94.0}], 128) is None  # nothing left to gain
     assert nothing_learned([{"knn_top1": 25.3}], 128) is None and nothing_learned([], 128) is None
+
+
+def test_similarity_to_the_start_is_blind_to_what_all_images_share() -> None:
+    rng = np.random.default_rng(0)
+    start, other = (10 + rng.normal(size=(200, 30)) for _ in range(2))  # the plain cosine of any two is .99
+    assert start_similarity(start, start) == pytest.approx(1)
+    assert start_similarity(2 * start + 5, start) == pytest.approx(1)
+    assert abs(start_similarity(other, start)) < 0.05
+    assert start_similarity(start + other, start) == pytest.approx(0.5**0.5, abs=0.05)
+
+
+def test_lost_features_are_told_once_with_the_scores() -> None:
+    told = []
+    lines: list[dict[str, float]] = []
+    for step, (similarity, score) in enumerate([(1.0, 70.0), (0.6, 60.0), (0.4, 40.0), (0.3, 30.0), (0.6, 50.0)]):
+        lines += [{"step": step, "loss": 1.0}, {"step": step, "start_similarity": similarity, "knn_top1": score}]
+        told.append(features_lost(lines))
+    assert [bool(message) for message in told] == [False, False, True, False, False]
+    assert "0.40" in str(told[2]) and "was 70.0 at the first score and is 40.0 now" in str(told[2])
+    assert features_lost([{"step": 1, "knn_top1": 3.0}]) is None

@@ -1,0 +1,128 @@
+"""`nearfar adapt WEIGHTS IMAGES`: the recipe `adapt`, with the network that the weights belong to."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from nearfar.launch.command_line import HelpWithSettings, add_settings
+from nearfar.launch.forking import start
+from nearfar.launch.recipes import find_recipe
+from nearfar.ssl.errors import UserError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+NAMES = {192: "vit_tiny", 384: "vit_small", 768: "vit_base"}  # by width
+HEAD_WIDTH = 64  # of attention, in all public ViTs
+
+
+def add_adapt(verbs: Any) -> None:
+    adapt = verbs.add_parser(
+        "adapt",
+        help="go on from public weights, or those of a run, on your own pictures without losing what they know",
+        description="Heads learn alone for an epoch, then the backbone follows at a low rate, held by an anchor to "
+        "what it began with. It is `nearfar pretrain adapt` with the network that the weights belong to.",
+        add_help=False,
+    )
+    adapt.add_argument("-h", "--help", action=HelpWithSettings, nargs=0, help="show this and every setting")
+    adapt.add_argument(
+        "weights",
+        help="run folder, checkpoint folder, exported .safetensors, a file of DINO, DINOv2 or timm, or timm/NAME for "
+        "what timm publishes",
+    )
+    adapt.add_argument("images", help="images to adapt to, without labels: as data.path")
+    adapt.add_argument("--dry-run", action="store_true", help="train nothing: show settings and cost")
+    add_settings(adapt)
+    adapt.set_defaults(verb=run_adapt)
+
+
+def run_adapt(arguments: argparse.Namespace) -> None:
+    from nearfar.ssl import config
+
+    given = {setting.partition("=")[0].strip() for setting in arguments.settings}
+    found = settings_for(arguments.weights, guess="backbone.name" not in given)
+    if "name" not in given:
+        found.append(f"name=adapt-{Path(arguments.images).resolve().stem}")
+    settings = [*found, f"data.path={arguments.images}", *arguments.settings]
+    start(config.load(find_recipe("adapt"), settings), arguments.dry_run)
+
+
+def settings_for(weights: str, guess: bool = True) -> list[str]:
+    """The settings that begin a run with these weights: their network, and how its run looked at images.
+
+    guess: tell the network of a file that does not name it from its tensors.
+
+    Raises:
+        UserError: no such weights, or their network is not known and must be named.
+    """
+    if weights.startswith("timm/"):
+        return [f"backbone.name={weights}", "backbone.pretrained=true"]
+    from nearfar.ssl import checkpoint
+    from nearfar.ssl.backbones.weights import read_state, weights_in
+
+    file = weights_in(Path(weights))
+    start = [f"backbone.weights={weights}"]
+    try:
+        about = checkpoint.about(file) if file.suffix == ".safetensors" else {}
+    except UserError:  # another's safetensors, or damaged, which `read_state` will say
+        about = {}
+    if isinstance(about.get("arch"), dict):
+        return [*start, *_of_arch(about["arch"]), *_of_run(about.get("run"))]
+    return [*start, *(vit_of(read_state(file), file) if guess else [])]
+
+
+def _of_arch(arch: dict[str, Any]) -> list[str]:
+    """Of one of our files, which names its network."""
+    from nearfar.ssl.settings import BackboneSettings
+
+    known = set(BackboneSettings.model_fields) - {"drop_path", "weights", "pretrained"}
+    return [f"backbone.{key}={_typed(value)}" for key, value in arch.items() if key in known and value is not None]
+
+
+def _of_run(run: Any) -> list[str]:
+    """Sizes and pooling of the run that a file comes from."""
+    wanted = {"views": ("global_crops_size", "local_crops_size"), "head": ("pooling",), "eval": ("size", "resize")}
+    found = []
+    for section, keys in wanted.items():
+        values = run.get(section) if isinstance(run, dict) else None
+        for key in keys:
+            if isinstance(values, dict) and values.get(key) is not None:
+                found.append(f"{section}.{key}={_typed(values[key])}")
+    return found
+
+
+def _typed(value: Any) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def vit_of(state: dict[str, Tensor], file: Path) -> list[str]:
+    """A ViT's settings from the names and shapes of its tensors, as DINO, DINOv2 and timm write them.
+
+    Raises:
+        UserError: it is no plain ViT with learned positions.
+    """
+    shapes = {re.sub(r"^(module\.|backbone\.|_orig_mod\.|model\.)+", "", name): t.shape for name, t in state.items()}
+    patch, positions = shapes.get("patch_embed.proj.weight"), shapes.get("pos_embed")
+    blocks = {int(found[1]) for name in shapes if (found := re.match(r"blocks\.(?:\d+\.)?(\d+)\.norm1\.weight", name))}
+    plain = any(name.endswith("mlp.fc1.weight") for name in shapes)
+    if patch is None or positions is None or len(patch) != 4 or not blocks or not plain:
+        raise UserError(
+            f"The tensors of {file} are not those of a plain ViT with learned positions, so it is not known which "
+            "network they belong to: add backbone.name=, for example backbone.name=timm/vit_small_patch16_dinov3 (or "
+            "backbone.name=timm/resnet50)."
+        )
+    width, side = int(patch[0]), int(patch[-1])
+    registers = shapes.get("register_tokens", shapes.get("reg_token"))
+    grid = math.isqrt(int(positions[1]))  # with CLS it is one more than a square
+    own = [f"backbone.name={NAMES.get(width, 'vit_base')}_patch{side}", f"backbone.pos_size={grid * side}"]
+    if width not in NAMES:
+        own += [f"backbone.embed_dim={width}", f"backbone.num_heads={max(1, width // HEAD_WIDTH)}"]
+    own += [f"backbone.depth={len(blocks)}"] if len(blocks) != 12 else []
+    own += [f"backbone.registers={int(registers[1])}"] if registers is not None else []
+    own += ["backbone.layer_scale=1e-5"] if any(".ls1." in name for name in shapes) else []
+    large, small = round(224 / side) * side, max(1, round(96 / side)) * side
+    return [*own, f"views.global_crops_size={large}", f"views.local_crops_size={small}"]
