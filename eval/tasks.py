@@ -16,8 +16,8 @@ from nearfar.ssl.errors import BadImage, UserError
 
 TASKS = tuple(TITLES)
 OF_ALL = ("knn", "linear", "logistic", "fewshot", "segment")
-"""What `nearfar eval all` scores: all that reads the features which k-NN, linear probe and segmentation need anyway. The
-other evaluators run the network again, and are asked for by name."""
+"""What `nearfar eval all` scores: all that reads the features which k-NN, linear probe and segmentation need anyway.
+The other evaluators run the network again, and are asked for by name."""
 _NEED_MASKS = ("segment", "retrieval")
 _NEED_LABELS = ("knn", "linear", "logistic", "fewshot", "robustness")
 MASKS_EXPLAINED = (
@@ -60,15 +60,19 @@ def plan(train: Data, val: Data, wanted: Iterable[str] | None = None, classes: i
         raise UserError(" ".join(dict.fromkeys(reasons.values())))
     masked = any(task in _NEED_MASKS for task in possible)
     if masked:
-        masks = (pair for data in (train, val) for pair in _masks(data.source))
+        masks = (pair for data in (train, val) for pair in masks_of(data.source))
         classes = mask_classes(masks, classes or known_classes(train.source) or _listed_classes(train))
     if any(task in _NEED_LABELS for task in possible):
         label_numbers(train.source.classes, val.source.classes)
     left_out: dict[str, list[str]] = {}
     for task, reason in reasons.items():
         left_out.setdefault(reason, []).append(TITLES[task])
-    words = tuple(f"Left out: {' and '.join(tasks)}. {reason}" for reason, tasks in left_out.items())
+    words = tuple(f"Left out: {_listed(tasks)}. {reason}" for reason, tasks in left_out.items())
     return Plan(possible, classes if masked else None, words)
+
+
+def _listed(words: Sequence[str]) -> str:
+    return " and ".join(part for part in (", ".join(words[:-1]), words[-1]) if part)
 
 
 def label_numbers(train: Sequence[str] | None, val: Sequence[str] | None) -> np.ndarray | None:
@@ -143,7 +147,8 @@ def _has_masks(source: Source) -> bool:
     return False
 
 
-def _masks(source: Source) -> Iterator[tuple[str, np.ndarray]]:
+def masks_of(source: Source) -> Iterator[tuple[str, np.ndarray]]:
+    """Name and mask of every image that has one that can be read."""
     for i in range(len(source)):
         try:
             mask = source.mask(i)

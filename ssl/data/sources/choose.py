@@ -38,6 +38,10 @@ def open_source(path: str | Path) -> Source:
     if not os.path.exists(path):  # Path.exists raises for a name too long to be one
         parent = next(folder for folder in path.absolute().parents if os.path.isdir(folder))
         raise UserError(f"There is nothing at {path}. The nearest folder that exists is {parent}: {contents(parent)}")
+    return _open_file(path)
+
+
+def _open_file(path: Path) -> Source:
     if path.suffix == ".txt":
         return ListSource(path)
     if path.suffix == ".npz":

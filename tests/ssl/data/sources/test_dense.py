@@ -1,4 +1,4 @@
-"""Data sets with masks as they are published, drawn tiny: which mask belongs to which image, and what its values mean."""
+"""Data sets with masks as they are published, drawn tiny: which mask belongs to which image, what its values mean."""
 
 from pathlib import Path
 
