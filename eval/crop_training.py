@@ -157,13 +157,18 @@ def train_on_crops(
         optimizer, training.lr, total_steps=training.steps, anneal_strategy="linear", cycle_momentum=False
     )
     bad: dict[str, str] = {}
-    began, seen = time.monotonic(), 0
+    began = time.monotonic()
     for step, batch in enumerate(crop_batches(source, training)):
         bad |= dict(batch.bad)
-        seen += len(batch.images)
         if len(batch.images):
+            loss = crop_loss(head, features, batch, device)
+            if step == 0 and not bool(torch.isfinite(loss)):  # once: at every step a GPU would have to be waited for
+                raise UserError(
+                    "The features of the training images are not finite (NaN or infinite); the backbone that made them "
+                    "has most likely diverged."
+                )
             optimizer.zero_grad()
-            crop_loss(head, features, batch, device).backward()
+            loss.backward()
             optimizer.step()
         elif len(bad) == len(source):
             some = "; ".join(f"{name}: {why}" for name, why in list(bad.items())[:3])

@@ -78,6 +78,13 @@ def averaged_logits(image: Tensor, logits_of: Logits, windows: Windows) -> Itera
 
 @torch.inference_mode()
 def predicted_classes(image: Tensor, logits_of: Logits, windows: Windows) -> np.ndarray:
-    """The class of every pixel of a normalized image (3, H, W), uint8 (H, W)."""
-    rows = [logits.max(0).indices.to("cpu", torch.uint8) for logits in averaged_logits(image, logits_of, windows)]
+    """The class of every pixel of a normalized image (3, H, W), uint8 (H, W). Raises UserError for NaN."""
+    rows = []
+    for logits in averaged_logits(image, logits_of, windows):
+        if not bool(torch.isfinite(logits).all()):
+            raise UserError(
+                "The class scores of a test image are not finite (NaN or infinite); the backbone, or the head on it, has "
+                "most likely diverged."
+            )
+        rows.append(logits.max(0).indices.to("cpu", torch.uint8))
     return torch.cat(rows).numpy()

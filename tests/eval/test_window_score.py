@@ -1,4 +1,4 @@
-"""Segmentation of test images at their own sizes: against the grid evaluator where both see the same, and at odd sizes."""
+"""Segmentation of test images at their own sizes: as the grid evaluator where both see the same, and at odd sizes."""
 
 import json
 
