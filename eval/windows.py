@@ -83,8 +83,8 @@ def predicted_classes(image: Tensor, logits_of: Logits, windows: Windows) -> np.
     for logits in averaged_logits(image, logits_of, windows):
         if not bool(torch.isfinite(logits).all()):
             raise UserError(
-                "The class scores of a test image are not finite (NaN or infinite); the backbone, or the head on it, has "
-                "most likely diverged."
+                "The class scores of a test image are not finite (NaN or infinite); the backbone, or the head on it, "
+                "has most likely diverged."
             )
         rows.append(logits.max(0).indices.to("cpu", torch.uint8))
     return torch.cat(rows).numpy()
