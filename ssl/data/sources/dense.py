@@ -9,6 +9,7 @@ A split is named by the path that lists or holds its images, and its masks are f
 (`images` beside `masks`, as CamVid often comes, needs nothing of this: `nearfar.ssl.data.sources.files`.)
 """
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -83,18 +84,18 @@ def dense_source(path: Path) -> MaskedSource | None:
 
     Raises UserError for a split with missing files, and for the folder of a whole data set: which split is wanted?
     """
-    if path.suffix == ".txt" and path.absolute().parts[-3:-1] == _SPLIT_LIST and path.is_file():
+    if path.suffix == ".txt" and path.absolute().parts[-3:-1] == _SPLIT_LIST and os.path.isfile(path):
         return _voc(path)
-    if not path.is_dir():
+    if not os.path.isdir(path):
         return None
     _refuse_whole(path)
     place = path.absolute()
-    if place.parent.name == "images" and (annotations := place.parents[1] / "annotations" / place.name).is_dir():
+    if place.parent.name == "images" and os.path.isdir(annotations := place.parents[1] / "annotations" / place.name):
         return _folder(path, annotations, ADE20K)
     if place.name in _COCO_SPLITS:
         for above in place.parents[:2]:
             for name in _COCO_MASKS:
-                if (above / name / place.name).is_dir():
+                if os.path.isdir(above / name / place.name):
                     return _folder(path, above / name / place.name, COCO_STUFF)
     return None
 
@@ -129,12 +130,12 @@ def _folder(root: Path, masks: Path, code: MaskCode) -> MaskedSource:
 def _refuse_whole(root: Path) -> None:
     """Raises UserError for the folder of a whole data set, whose sub-folders would look like classes."""
     lists = root.joinpath(*_SPLIT_LIST)
-    if (root / "JPEGImages").is_dir() and lists.is_dir():
+    if os.path.isdir(root / "JPEGImages") and os.path.isdir(lists):
         splits = [lists / f"{name}.txt" for name in ("train", "val")]
-    elif (root / "images" / "training").is_dir() and (root / "annotations").is_dir():
+    elif os.path.isdir(root / "images" / "training") and os.path.isdir(root / "annotations"):
         splits = [root / "images" / name for name in ("training", "validation")]
-    elif any((root / name).is_dir() for name in _COCO_MASKS) and not _holds_images(root):
-        splits = [(root / "images" if (root / "images").is_dir() else root) / name for name in _COCO_SPLITS]
+    elif any(os.path.isdir(root / name) for name in _COCO_MASKS) and not _holds_images(root):
+        splits = [(root / "images" if os.path.isdir(root / "images") else root) / name for name in _COCO_SPLITS]
     else:
         return
     raise UserError(f"{root} holds a whole data set. Name a split of it: --train {splits[0]} --val {splits[1]}.")
