@@ -240,7 +240,7 @@ def _computed(
     if workers is None:
         workers = default_workers(forward.device, len(numbers))
     before: tuple[DecodedBatch, PendingFeatures | None] | None = None
-    with _eval_mode(backbone):
+    with eval_mode(backbone):
         for batch in batches(source, view, numbers, workers=workers, pinned=forward.device.type == "cuda"):
             now = batch, None if batch.images is None else forward(batch.images)
             if before:
@@ -294,7 +294,7 @@ class Forward:
 
 
 @contextmanager
-def _eval_mode(backbone: nn.Module) -> Iterator[None]:
+def eval_mode(backbone: nn.Module) -> Iterator[None]:
     training = [module for module in backbone.modules() if module.training]
     backbone.eval()
     try:

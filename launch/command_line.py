@@ -8,6 +8,7 @@ import shutil
 import sys
 import textwrap
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, NoReturn
 
 from nearfar.launch.failures import tell
@@ -151,3 +152,28 @@ def _did_you_mean(near: str | None) -> str:
 def add_settings(parser: Any) -> None:
     parser.add_argument("settings", nargs="*", metavar="key=value", help="settings, such as train.epochs=20")
     parser.takes_settings = True
+
+
+def add_model(parser: argparse.ArgumentParser, also: str = "") -> None:
+    parser.add_argument("model", type=Path, help=f"run folder, checkpoint folder or exported .safetensors{also}")
+
+
+def add_reading(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--size", type=int, help="side of the image in pixels (default: eval.size of the run)")
+    parser.add_argument("--resize", type=int, help="shorter side before the center crop (default: eval.resize)")
+    parser.add_argument(
+        "--layer",
+        help="final, last-block or blocks-N (default: final; last-block for segment, as LocAt reads it); for "
+        "`eval linear` also several, as in final,blocks-4, of which held-out training images choose one",
+    )
+    parser.add_argument(
+        "--device",
+        choices=["auto", "cpu", "cuda"],
+        default="auto",
+        help="where to compute (default auto: a GPU if there is one, else the CPU)",
+    )
+    parser.add_argument(
+        "--workers",
+        type=int,
+        help="threads or processes that decode images; 0: the main process does (default: by cores and device)",
+    )

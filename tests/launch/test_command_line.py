@@ -64,7 +64,10 @@ def test_help_and_mistakes_load_none_of_the_slow_packages(argv: list[str]) -> No
         (["pretrain", "demo", "-x"], "-x is no flag of `nearfar pretrain`."),
         (["export", "a", "b", "c"], "'c' is not expected by `nearfar export`"),
         (["export"], "model and out are missing"),
-        (["eval", "lienar", "x"], "'lienar' is not one of knn, linear, segment, all; did you mean linear?"),
+        (
+            ["eval", "lienar", "x"],
+            "position, all; did you mean linear?",
+        ),
         (["features", "a", "b", "c", "--device", "gpu"], "'gpu' is not one of auto, cpu, cuda; did you mean cuda?"),
         (["launch", "demo", "--cluster", "slrum"], "did you mean slurm?"),
     ],
