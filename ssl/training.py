@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nearfar.ssl import announce, device, distributed, failed_step, gpus, resume
+from nearfar.ssl import announce, device, distributed, failed_step, gpus, resume, tracking
 from nearfar.ssl.backbones import Backbone
 from nearfar.ssl.data import open_loader
 from nearfar.ssl.data.loaders.base import Batch, Loader, LoaderOptions
@@ -197,6 +197,7 @@ def set_up(run: Run, source: Source, observers: Observers, folder: RunFolder, wo
     Raises:
         UserError: settings, data, folder or checkpoint are wrong. Then nothing in the folder was changed.
     """
+    tracking.check(run.track)
     resolved, derived = _settings(run, folder, len(source), world)
     torch.set_num_threads(resolved.train.threads)
     warnings: list[str] = []

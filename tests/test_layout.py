@@ -26,7 +26,7 @@ FLOORS: list[set[str]] = [
     {"losses", "optim", "gradients"},
     {"learner", "health"},
     {"step", "prefetch"},
-    {"checkpoint", "device", "run_log", "run_folder", "schedule"},
+    {"checkpoint", "device", "tracking", "run_log", "run_folder", "schedule"},
     {"announce"},
     {"resume", "failed_step"},
     {"training", "train", "replay"},
