@@ -25,6 +25,7 @@ from nearfar.launch.command_line import (
     check_verb,
     refuse_leftover,
 )
+from nearfar.launch.export_verbs import add_export
 from nearfar.launch.recipes import bundled, find_recipe
 from nearfar.launch.slurm.cli import add_launch
 from nearfar.launch.streams import outliving_their_reader
@@ -103,10 +104,7 @@ def build_parser() -> Parser:
 
     _add_eval(verbs)
 
-    export = verbs.add_parser("export", help="write the teacher backbone as one self-describing safetensors file")
-    _add_model(export)
-    export.add_argument("out", type=Path, help="file to write, NAME.safetensors")
-    export.set_defaults(verb=run_export)
+    add_export(verbs)
 
     report = verbs.add_parser("report", help="write report.html: of a run, or a comparison of several")
     report.add_argument("run", type=Path, nargs="+", help="run folders, or folders of runs such as a sweep")
@@ -276,19 +274,6 @@ def _eval_model(arguments: argparse.Namespace, tasks: tuple[str, ...] | None) ->
 
     images = [train.source, val.source]
     by_all_ranks(score_it, backbones, images, Decoding(workers=arguments.workers), arguments.device)
-
-
-def run_export(arguments: argparse.Namespace) -> None:
-    from nearfar.ssl import checkpoint
-
-    if arguments.out.suffix != ".safetensors":
-        raise UserError(
-            f"{arguments.out} would hold safetensors, whatever its name says: name it "
-            f"{arguments.out.with_suffix('.safetensors')}."
-        )
-    state = checkpoint.about(arguments.model)
-    checkpoint.export(arguments.out, checkpoint.load(arguments.model), state)
-    print(f"{arguments.out}: {state['arch']['name']} of step {state['step']}")
 
 
 def run_report(arguments: argparse.Namespace) -> None:
