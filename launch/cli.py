@@ -10,7 +10,6 @@ import contextlib
 import logging
 import sys
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 
 from rich.console import Console
@@ -27,6 +26,8 @@ from nearfar.launch.command_line import (
     refuse_leftover,
 )
 from nearfar.launch.eval_verbs import add_eval
+from nearfar.launch.export_verbs import add_export
+from nearfar.launch.feature_verbs import add_features
 from nearfar.launch.recipes import bundled, find_recipe
 from nearfar.launch.slurm.cli import add_launch
 from nearfar.launch.streams import outliving_their_reader
@@ -92,20 +93,12 @@ def build_parser() -> Parser:
 
     features = verbs.add_parser("features", help="write the frozen features of a folder of images")
     add_model(features)
-    features.add_argument(
-        "data", help="images: class folders, a flat folder, a .txt list, an .npz, a .beton or .tar shards"
-    )
-    features.add_argument("out", type=Path, help="folder to write")
+    add_features(features)
     add_reading(features)
-    features.add_argument("--pooling", help="cls, mean, cls+mean or grid (default: head.pooling of the run)")
-    features.set_defaults(verb=run_features)
 
     add_eval(verbs)
 
-    export = verbs.add_parser("export", help="write the teacher backbone as one self-describing safetensors file")
-    add_model(export)
-    export.add_argument("out", type=Path, help="file to write, NAME.safetensors")
-    export.set_defaults(verb=run_export)
+    add_export(verbs)
 
     report = verbs.add_parser("report", help="write report.html: of a run, or a comparison of several")
     report.add_argument("run", type=Path, nargs="+", help="run folders, or folders of runs such as a sweep")
@@ -188,47 +181,6 @@ def run_pretrain(arguments: argparse.Namespace) -> None:
         from nearfar.launch.pretrain import run_pretraining
 
         run_pretraining(run, Console())
-
-
-def run_features(arguments: argparse.Namespace) -> None:
-    from nearfar.eval.images import Decoding
-    from nearfar.eval.store import FeatureStore
-    from nearfar.launch.computing import by_all_ranks, compute_for
-    from nearfar.launch.progress import progress, summed
-    from nearfar.launch.score import Subject, protocol_of
-    from nearfar.ssl.data import open_source
-
-    subject, source = Subject.of(arguments.model), open_source(arguments.data)
-    size, resize, layer, pooling = (getattr(arguments, name) for name in ("size", "resize", "layer", "pooling"))
-    compute = compute_for(subject.backbone, arguments.device)
-
-    def write(decoding: Decoding) -> None:
-        placed = subject.on(compute)
-        reading = protocol_of(placed, size=size, resize=resize, layer=layer, pooling=pooling).pooled
-        with progress(len(source), f"Reading {arguments.data}", Console()) as tell:
-            decoding = replace(decoding, progress=summed(tell))
-            features = FeatureStore.write(arguments.out, placed.backbone, source, reading, decoding)
-        bad = features.manifest["bad"]
-        print(f"{arguments.out}: {features.x.shape} {features.x.dtype}, {len(bad)} unreadable images")
-        for name, why in list(bad.items())[:3]:
-            _note(f"Left out: {name}: {why}")
-
-    by_all_ranks(
-        write, lambda: [subject.on(compute).backbone], [source], Decoding(workers=arguments.workers), arguments.device
-    )
-
-
-def run_export(arguments: argparse.Namespace) -> None:
-    from nearfar.ssl import checkpoint
-
-    if arguments.out.suffix != ".safetensors":
-        raise UserError(
-            f"{arguments.out} would hold safetensors, whatever its name says: name it "
-            f"{arguments.out.with_suffix('.safetensors')}."
-        )
-    state = checkpoint.about(arguments.model)
-    checkpoint.export(arguments.out, checkpoint.load(arguments.model), state)
-    print(f"{arguments.out}: {state['arch']['name']} of step {state['step']}")
 
 
 def run_report(arguments: argparse.Namespace) -> None:

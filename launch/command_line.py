@@ -164,7 +164,8 @@ def add_reading(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--layer",
         help="final, last-block or blocks-N (default: final; last-block for segment, as LocAt reads it); for "
-        "`eval linear` also several, as in final,blocks-4, of which held-out training images choose one",
+        "`eval linear` also several, as in final,blocks-4, of which held-out training images choose one; for "
+        "`features` several are written each to OUT/LAYER, from one pass over the images",
     )
     parser.add_argument(
         "--device",

@@ -388,6 +388,12 @@ class Run(Section):
 
     name: str = Field("", description="name of the run's folder; default: the recipe's name")
     folder: str = Field("runs", description="where run folders are", json_schema_extra=FREE)
+    track: Literal["tensorboard", "wandb"] = Field(
+        "tensorboard",
+        description="where metrics and pictures go besides the run's own files: TensorBoard's events in its folder, or "
+        "Weights & Biases (the package wandb)",
+        json_schema_extra=FREE,
+    )
     data: DataSettings = DataSettings()
     views: ViewSettings = ViewSettings()
     backbone: BackboneSettings = BackboneSettings()

@@ -63,7 +63,8 @@ def pretrain(
     with joined, _out_of_memory_explained(run, world), RunFolder(run.path, owns=world.first) as folder:
         training = set_up(run, source, observers, folder, world)
         steps, start = training.schedule.steps, training.step
-        with RunLog(folder.path, steps, start, console) if world.first else NoLog() as log:
+        track = training.run.track
+        with RunLog(folder.path, steps, start, console, track=track) if world.first else NoLog() as log:
             training.log = log
             training.log_start()
             begun = time.monotonic()

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nearfar.ssl import announce, compiled, device, distributed, failed_step, gpus, memory, resume
+from nearfar.ssl import announce, compiled, device, distributed, failed_step, gpus, memory, resume, tracking
 from nearfar.ssl.backbones import Backbone
 from nearfar.ssl.background_save import Saver
 from nearfar.ssl.data import open_loader
@@ -235,6 +235,7 @@ def set_up(run: Run, source: Source, observers: Observers, folder: RunFolder, wo
     Raises:
         UserError: settings, data, folder or checkpoint are wrong. Then nothing in the folder was changed.
     """
+    tracking.check(run.track)
     resolved, derived = _settings(run, folder, len(source), world)
     torch.set_num_threads(resolved.train.threads)
     warnings: list[str] = []

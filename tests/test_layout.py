@@ -26,7 +26,7 @@ FLOORS: list[set[str]] = [
     {"losses", "loss_scale", "optim", "gradients", "masks", "ibot", "gram"},
     {"learner", "health"},
     {"step", "prefetch"},
-    {"checkpoint", "device", "compiled", "memory", "run_log", "run_folder", "schedule"},
+    {"checkpoint", "device", "compiled", "memory", "tracking", "run_log", "run_folder", "schedule"},
     {"announce"},
     {"resume", "background_save"},
     {"failed_step"},
