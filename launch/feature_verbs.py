@@ -37,8 +37,9 @@ def run_features(arguments: argparse.Namespace) -> None:
     from nearfar.ssl.data import open_source
 
     subject, source = Subject.of(arguments.model), open_source(arguments.data)
-    layers = arguments.layer.split(",") if arguments.layer else [None]
-    given = {"size": arguments.size, "resize": arguments.resize, "pooling": arguments.pooling, "layer": layers[0]}
+    layers: list[str] = arguments.layer.split(",") if arguments.layer else []
+    given = {"size": arguments.size, "resize": arguments.resize, "pooling": arguments.pooling}
+    given["layer"] = layers[0] if layers else None
     if arguments.format != "npy":
         feature_files.check_table(arguments.format, arguments.pooling or subject.run.head.pooling)
     compute = compute_for(subject.backbone, arguments.device)
@@ -48,7 +49,7 @@ def run_features(arguments: argparse.Namespace) -> None:
         reading = protocol_of(placed, **given).pooled
         with progress(len(source), f"Reading {arguments.data}", Console()) as tell:
             decoding = replace(decoding, progress=summed(tell))
-            if len(layers) == 1:
+            if len(layers) < 2:
                 stores = {arguments.out: FeatureStore.write(arguments.out, placed.backbone, source, reading, decoding)}
             else:
                 found = feature_files.write_layers(arguments.out, placed.backbone, source, reading, layers, decoding)
