@@ -65,17 +65,17 @@ def knn(run: Path, arguments: argparse.Namespace) -> float:
 
 def compare(arguments: argparse.Namespace, say: Callable[[str], None]) -> None:
     teacher = arguments.teacher
-    if teacher is None:
+    if teacher is None and "distilled" in arguments.ways:
         teacher = arguments.out / "teacher"
         steps, seconds = train(settings("teacher", arguments, *TEACHER), arguments.teacher_seconds)
         say(f"teacher: {steps} steps, {seconds:.0f} s of CPU time")
-    say(f"teacher: {knn(teacher, arguments):.1f}")
-    ways = {"alone": [], "distilled": [f"distill.teacher={teacher}", "views.local_crops_number=0"]}
-    ways["distilled"] += ["loss.koleo_weight=0"]
-    found: dict[str, list[float]] = {name: [] for name in ways}
+    if teacher is not None:
+        say(f"teacher: {knn(teacher, arguments):.1f}")
+    own = {"distilled": [f"distill.teacher={teacher}", "views.local_crops_number=0", "loss.koleo_weight=0"]}
+    found: dict[str, list[float]] = {name: [] for name in arguments.ways}
     for seed in arguments.seeds:
-        for name, own in ways.items():
-            run = settings(f"{name}-{seed}", arguments, f"train.seed={seed}", *own)
+        for name in arguments.ways:
+            run = settings(f"{name}-{seed}", arguments, f"train.seed={seed}", *own.get(name, []))
             steps, seconds = train(run, arguments.seconds)
             found[name].append(knn(run.path, arguments))
             say(f"{name}, seed {seed}: {found[name][-1]:.1f} after {steps} steps, {seconds:.0f} s of CPU time")
@@ -93,6 +93,7 @@ def main() -> None:
     parser.add_argument("--teacher", type=Path, help="a run, in place of one that is pretrained first")
     parser.add_argument("--teacher-seconds", type=float, default=900, help="CPU time for the teacher (default 900)")
     parser.add_argument("--seconds", type=float, default=90, help="CPU time for each student (default 90)")
+    parser.add_argument("--ways", nargs="+", choices=["alone", "distilled"], default=["alone", "distilled"])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     compare(parser.parse_args(), lambda text: print(text, flush=True))
 
