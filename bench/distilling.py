@@ -27,9 +27,9 @@ from nearfar.ssl.train import pretrain
 
 # Of all runs: one thread, no schedule that a run cut off by the clock would not see the end of.
 COMMON = [
-    "optim.schedule=constant", "optim.warmup_epochs=0.1", "optim.freeze_last_layer_epochs=0.05", "train.epochs=100",
+    "optim.schedule=constant", "optim.warmup_epochs=0.03", "optim.freeze_last_layer_epochs=0.03", "train.epochs=100",
     "train.world_size=1", "train.threads=1", "train.precision=fp32", "data.workers=0", "eval.knn_every_epochs=0",
-    "optim.teacher_momentum=0.98",
+    "optim.teacher_momentum=0.95",
 ]  # fmt: skip
 TEACHER = [
     "backbone.embed_dim=128", "backbone.num_heads=2", "backbone.gaug=false", "backbone.prr=false",
