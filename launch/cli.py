@@ -25,6 +25,7 @@ from nearfar.launch.command_line import (
     check_verb,
     refuse_leftover,
 )
+from nearfar.launch.distill_verbs import add_distill
 from nearfar.launch.eval_verbs import add_eval
 from nearfar.launch.export_verbs import add_export
 from nearfar.launch.feature_verbs import add_features
@@ -75,7 +76,7 @@ def parsed(argv: Sequence[str]) -> argparse.Namespace:
     return arguments
 
 
-VERBS = ("demo", "pretrain", "replay", "features", "eval", "export", "report", "data", "launch")
+VERBS = ("demo", "pretrain", "distill", "replay", "features", "eval", "export", "report", "data", "launch")
 
 
 def build_parser() -> Parser:
@@ -90,6 +91,7 @@ def build_parser() -> Parser:
     )
     verbs = parser.add_subparsers(required=True, metavar="VERB")
     _add_training(verbs)
+    add_distill(verbs)
 
     features = verbs.add_parser("features", help="write the frozen features of a folder of images")
     add_model(features)

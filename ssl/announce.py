@@ -40,6 +40,7 @@ def start_lines(
     )
     if names := passed_over(source):
         lines.append(passed_over_line(names))
+    lines += learner.notes
     lines.append(disk_line(learner, run.train.keep_last, run.train.save_in_background))
     if run.train.shard:
         lines.append(
@@ -205,7 +206,8 @@ def disk_line(learner: Learner, keep: int, copied: bool) -> str:
         return sum(tensor.numel() * tensor.element_size() for tensor in module.state_dict().values())
 
     backbone, head = size(learner.student.backbone), size(learner.student) - size(learner.student.backbone)
-    anchor = 0 if learner.anchor is None else backbone
+    inside = set(learner.modules())
+    anchor = sum(size(network) for network in learner.frozen if network in inside)
     one = 4 * (backbone + head) + anchor
     with_anchor = ", and the anchor of the patches" if anchor else ""
     most = (keep + 1) * one + backbone

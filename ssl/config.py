@@ -89,7 +89,7 @@ def validate(tree: dict[str, Any], problems: list[str] | None = None) -> Run:
 def combinations(run: Run) -> list[str]:
     """Contradictions between settings that are each valid alone, in words."""
     found = [*_wrong_names(run), *_wrong_ranges(run.views), *_wrong_sizes(run), *_wrong_backbone(run.backbone)]
-    found += [*_wrong_loss(run), *_wrong_schedule(run)]
+    found += [*_wrong_loss(run), *_wrong_schedule(run), *_wrong_distilling(run)]
     if run.train.batch_size % (run.train.world_size or 1):
         found.append(
             f"train.batch_size={run.train.batch_size} does not divide into train.world_size={run.train.world_size}"
@@ -118,7 +118,9 @@ def _wrong_names(run: Run) -> Iterator[str]:
         yield f"name is {length} bytes long, and the name of a run's folder has at most {MAX_NAME_BYTES}"
     paths = {"folder": run.folder, "data.path": run.data.path, "data.val": run.data.val}
     for key, path in (
-        paths | {"backbone.weights": run.backbone.weights, "loss.gram_teacher": run.loss.gram_teacher}
+        paths
+        | {"backbone.weights": run.backbone.weights, "loss.gram_teacher": run.loss.gram_teacher}
+        | {"distill.teacher": run.distill.teacher, "distill.teacher_weights": run.distill.teacher_weights}
     ).items():
         if path and "\0" in path:
             yield f"{key}={path!r} contains a null character, which no path can"
@@ -194,6 +196,21 @@ def _wrong_loss(run: Run) -> Iterator[str]:
         yield f"loss.gram_start_epoch={start:g} is not within the run (train.epochs={run.train.epochs})"
     if loss.gram_weight and (loss.gram_teacher_epoch or 0) > start:
         yield f"loss.gram_teacher_epoch={loss.gram_teacher_epoch:g} is later than loss.gram_start_epoch={start:g}"
+
+
+def _wrong_distilling(run: Run) -> Iterator[str]:
+    """Parts of other losses beside a teacher to distill, and settings of a teacher where there is none."""
+    distill, loss = run.distill, run.loss
+    if not distill.teacher:
+        if (distill.teacher_weights, distill.teacher_size) != (None, None):
+            yield "distill.teacher_weights and distill.teacher_size belong to distill.teacher, which is not set"
+        return
+    for key in ("koleo_weight", "ibot_weight", "gram_weight"):
+        if weight := getattr(loss, key):
+            yield (
+                f"loss.{key}={weight:g} and distill.teacher={distill.teacher} contradict each other: a student learns "
+                f"from a frozen teacher alone (loss.{key}=0), or without one"
+            )
 
 
 def _wrong_schedule(run: Run) -> Iterator[str]:

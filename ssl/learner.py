@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple, Self
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +13,7 @@ from nearfar.ssl.backbones import Backbone, Tokens, create
 from nearfar.ssl.defaults import ResolvedRun
 from nearfar.ssl.gram import gram_loss
 from nearfar.ssl.heads.dino import DINOHead
+from nearfar.ssl.health import teacher_health
 from nearfar.ssl.ibot import PatchLoss
 from nearfar.ssl.loss_scale import LossScale
 from nearfar.ssl.losses import DINOLoss, koleo
@@ -36,11 +39,22 @@ class Outputs(NamedTuple):
     parts: dict[str, Tensor]  # what else the loss holds, unweighted
 
 
-class Network(nn.Module):
+class HeadedBackbone(nn.Module):
+    """A backbone and what a loss reads it through. Called with groups of views, the global one first."""
+
+    backbone: Backbone
+    head: nn.Module
+    outputs: int  # numbers that the head says of a view
+    head_title: str  # the same in words
+
+
+class Network(HeadedBackbone):
     """A backbone and its projection head, which reads CLS or the mean over the patches.
 
     With iBOT the patches have a head of their own (`patch_head`), or share that one.
     """
+
+    head: DINOHead
 
     def __init__(
         self,
@@ -54,6 +68,8 @@ class Network(nn.Module):
         self.head = head
         self.pooling = pooling
         self.patch_head = patch_head
+        self.outputs = len(head.prototypes)
+        self.head_title = f"{self.outputs:,} prototypes"
 
     def forward(self, groups: list[Tensor], masks: Masks | None = None, hide: bool = False) -> Seen:
         """Groups of equally sized views [(G, B, 3, s, s), ...], the global one first. One backbone pass per size.
@@ -72,13 +88,83 @@ class Network(nn.Module):
         return Seen(logits.unflatten(0, (-1, batch)), features.unflatten(0, (-1, batch)), seen.patches, patch_logits)
 
 
-class Learner(nn.Module):
+class Learner(nn.Module, ABC):
+    """What a `Stepper` trains, whatever the loss: a student, and `teacher`, its moving average, which is exported.
+
+    Which one a run has is decided in learners.py.
+    """
+
+    student: HeadedBackbone
+    teacher: HeadedBackbone
+    notes: Sequence[str] = ()  # lines for the start of the run's log
+    remedy: str | None = None  # what to try where little was learned, if that is not what DINO needs
+
+    def __init__(self, student: HeadedBackbone, teacher: HeadedBackbone) -> None:
+        super().__init__()
+        self.student = student
+        self.teacher = teacher
+        self.loss_scale: LossScale | None = None  # under fp16
+        self.teacher.load_state_dict(self.student.state_dict())
+        self.teacher.requires_grad_(False)
+
+    @property
+    def frozen(self) -> Sequence[Backbone]:
+        """Networks that a pass runs through and that neither learn nor follow the student."""
+        return ()
+
+    @abstractmethod
+    def forward(
+        self, groups: list[Tensor], teacher_temp: float, masks: Masks | None = None, gram_weight: float = 0.0
+    ) -> Outputs:
+        """Normalized views, the global group first -> the loss and the values that are monitored."""
+
+    @abstractmethod
+    def health(self, outputs: Outputs) -> dict[str, float]:
+        """Numbers that show a collapse, the most telling one first."""
+
+    def description(self) -> dict[str, Any]:
+        """What checkpoints and the exported backbone record about how it learned, besides the settings."""
+        return {}
+
+    def check_continues(self, state: Mapping[str, Any]) -> None:
+        """Raises UserError where a checkpoint's description says that it learned from something else."""
+
+    def take_anchor(self) -> None:
+        """Where Gram anchoring is on: from now on keep what the teacher's patches are like now."""
+
+    def freeze_prototypes(self, frozen: bool) -> None:
+        """To be called before the forward pass, where the head has prototypes."""
+
+    def after_step(self, momentum: float, not_finite: Tensor | None = None) -> None:
+        """To be called after the optimizer's step.
+
+        not_finite: float32 scalar on the learner's device; where it is 1, nothing changes.
+        """
+        self.update_teacher(momentum, not_finite)
+
+    @torch.no_grad()
+    def update_teacher(self, momentum: float, not_finite: Tensor | None = None) -> None:
+        """theta_teacher <- momentum * theta_teacher + (1 - momentum) * theta_student, unless `not_finite` is 1."""
+        teacher = [local(p) for p in self.teacher.parameters()]
+        student = [local(p) for p in self.student.parameters()]
+        # A step of gradient descent on |teacher - student|^2 / 2 from decay (teacher) and gradient (-student): the one
+        # kernel of torch that takes all tensors in a few launches and is cancelled by a flag on the device.
+        torch._fused_sgd_(
+            teacher, student, [], weight_decay=1.0, momentum=0.0, lr=1 - momentum, dampening=0.0, nesterov=False,
+            maximize=True, is_first_step=False, grad_scale=None, found_inf=not_finite,
+        )  # fmt: skip
+
+
+class DINOLearner(Learner):
     """DINO: a student that matches, on every view, what its own moving average says of the global views.
 
     Both networks run in training mode, as in the reference: batch norm (of a head or of a convolutional backbone)
     uses the statistics of the step in each. The teacher must be built without drop-path. What came after DINO is added
     to its loss: KoLeo, iBOT where a step has masks, and Gram anchoring to `anchor`, a frozen earlier teacher.
     """
+
+    student: Network
+    teacher: Network
 
     def __init__(
         self,
@@ -90,17 +176,12 @@ class Learner(nn.Module):
         ibot_weight: float = 0.0,
         anchor: Backbone | None = None,
     ) -> None:
-        super().__init__()
-        self.student = student
-        self.teacher = teacher
+        super().__init__(student, teacher)
         self.loss = loss
         self.koleo_weight = koleo_weight
-        self.loss_scale: LossScale | None = None  # under fp16
         self.ibot = ibot
         self.ibot_weight = ibot_weight
         self.anchor = anchor
-        self.teacher.load_state_dict(self.student.state_dict())
-        self.teacher.requires_grad_(False)
         if anchor is not None:
             anchor.requires_grad_(False)
 
@@ -109,6 +190,13 @@ class Learner(nn.Module):
         if self.anchor is not None:
             self.anchor.eval()
         return self
+
+    @property
+    def frozen(self) -> Sequence[Backbone]:
+        return () if self.anchor is None else (self.anchor,)
+
+    def health(self, outputs: Outputs) -> dict[str, float]:
+        return teacher_health(outputs.teacher_probabilities, outputs.teacher_features)
 
     @torch.no_grad()
     def teacher_outputs(self, global_views: Tensor, masks: Masks | None = None) -> Seen:
@@ -179,22 +267,10 @@ class Learner(nn.Module):
         self.loss.update_center(not_finite)
         if self.ibot is not None:
             self.ibot.update_center(not_finite)
-        self.update_teacher(momentum, not_finite)
-
-    @torch.no_grad()
-    def update_teacher(self, momentum: float, not_finite: Tensor | None = None) -> None:
-        """theta_teacher <- momentum * theta_teacher + (1 - momentum) * theta_student, unless `not_finite` is 1."""
-        teacher = [local(p) for p in self.teacher.parameters()]
-        student = [local(p) for p in self.student.parameters()]
-        # A step of gradient descent on |teacher - student|^2 / 2 from decay (teacher) and gradient (-student): the one
-        # kernel of torch that takes all tensors in a few launches and is cancelled by a flag on the device.
-        torch._fused_sgd_(
-            teacher, student, [], weight_decay=1.0, momentum=0.0, lr=1 - momentum, dampening=0.0, nesterov=False,
-            maximize=True, is_first_step=False, grad_scale=None, found_inf=not_finite,
-        )  # fmt: skip
+        super().after_step(momentum, not_finite)
 
 
-def build_learner(run: ResolvedRun, weights: bool = True) -> Learner:
+def build_learner(run: ResolvedRun, weights: bool = True) -> DINOLearner:
     """Student and teacher as the settings say, seeded: the same weights on every machine and every start.
 
     weights: read backbone.weights, if set; a run that continues from a checkpoint does not need that file any more.
@@ -221,7 +297,7 @@ def build_learner(run: ResolvedRun, weights: bool = True) -> Learner:
     dino = DINOLoss(head.prototypes, loss.student_temp, loss.center_momentum, sinkhorn)
     ibot = PatchLoss(patch_prototypes, loss.student_temp, loss.center_momentum, sinkhorn) if loss.ibot_weight else None
     anchor = bare(0.0, loss.gram_teacher) if loss.gram_weight else None
-    learner = Learner(student, teacher, dino, loss.koleo_weight, ibot, loss.ibot_weight, anchor)
+    learner = DINOLearner(student, teacher, dino, loss.koleo_weight, ibot, loss.ibot_weight, anchor)
     if anchor is not None and not loss.gram_teacher:
         learner.take_anchor()
     return learner.train()

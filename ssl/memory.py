@@ -14,13 +14,13 @@ from torch.autograd.graph import saved_tensors_hooks
 from nearfar.ssl.backbones import Backbone
 from nearfar.ssl.backbones.adapter import Adapter
 from nearfar.ssl.errors import UserError
-from nearfar.ssl.learner import Learner, Network
+from nearfar.ssl.learner import HeadedBackbone, Learner
 
 
 class Need(NamedTuple):
     """Bytes that one process keeps at the end of the forward pass, when a step needs most."""
 
-    weights: int  # student and teacher
+    weights: int  # student and teacher, and networks that stay as they are
     gradients: int
     moments: int  # of AdamW
     activations: int  # of the student
@@ -79,14 +79,14 @@ def estimate(
     one, two = (activations(student, views, count, autocast) for count in (1, 2))
     first, second = (pair.recomputed if recompute else pair.everything for pair in (one, two))
     weights = _bytes(student)
-    prototypes = student.head.prototypes
     count = sum(number for number, _ in views) + 3 * views[0][0]
-    logits = count * images * len(prototypes) * prototypes.element_size()
-    return Need(2 * weights, weights, 2 * weights, first + (images - 1) * max(0, second - first), logits)
+    logits = count * images * student.outputs * next(student.parameters()).element_size()
+    frozen = sum(map(_bytes, learner.frozen))
+    return Need(2 * weights + frozen, weights, 2 * weights, first + (images - 1) * max(0, second - first), logits)
 
 
 def activations(
-    network: Network,
+    network: HeadedBackbone,
     views: Sequence[tuple[int, int]],
     images: int,
     autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
@@ -107,7 +107,7 @@ def activations(
 class _Kept:
     """Within this context every storage that autograd saves is counted once, by the block that saved it."""
 
-    def __init__(self, network: Network) -> None:
+    def __init__(self, network: HeadedBackbone) -> None:
         self.blocks = _blocks(network.backbone)
         self._own = {tensor.untyped_storage().data_ptr() for tensor in (*network.parameters(), *network.buffers())}
         self._saved: dict[int, tuple[Any, int]] = {}  # address -> the storage, kept so that no other takes it; its pass

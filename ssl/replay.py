@@ -17,7 +17,8 @@ from nearfar.ssl.data.transforms.colors import color_views
 from nearfar.ssl.data.transforms.normalize import normalize
 from nearfar.ssl.defaults import ResolvedRun
 from nearfar.ssl.distributed import ALONE
-from nearfar.ssl.learner import Learner, block_masks, build_learner
+from nearfar.ssl.learner import Learner, block_masks
+from nearfar.ssl.learners import learner_of
 from nearfar.ssl.optim import adamw
 from nearfar.ssl.schedule import Schedule
 from nearfar.ssl.step import Stepper
@@ -45,7 +46,7 @@ def replay(
     """
     run, step = settings_of(saved), int(saved.state["step"])
     torch.set_num_threads(run.train.threads)
-    learner = build_learner(run, weights=False)
+    learner = learner_of(run, weights=False)
     width = learner.teacher.backbone.embed_dim
     compute = device.choose(where or run.train.device, precision or run.train.precision, width, "--device ")
     prepare_learner(learner, run, compute)
@@ -137,7 +138,8 @@ def _gradient(found: list[str], name: str) -> Callable[[Tensor], None]:
 
 def _in_weights(learner: Learner) -> str | None:
     """Not in batch norm's running statistics, which the failed step itself wrote and which no step reads."""
-    tensors = {**dict(learner.named_parameters()), "center": learner.loss.center}
+    centers = {name.removeprefix("loss."): b for name, b in learner.named_buffers() if name.endswith("center")}
+    tensors = {**dict(learner.named_parameters()), **centers}
     bad = [_readable(name) for name, tensor in tensors.items() if not _finite(tensor)]
     return f"the weights before the step, of which {bad[0]} is the first of {len(bad)}" if bad else None
 

@@ -42,6 +42,7 @@ def restore(saved: Checkpoint, learner: Learner, optimizer: torch.optim.Optimize
             f"The run was begun on other images than data.path holds now (fingerprint {saved.state['data']}, now "
             f"{fingerprint}). Continue it on the same images, or choose another name=."
         )
+    learner.check_continues(saved.state)
     parts: dict[str, dict[str, Tensor]] = {"learner": {}, "optimizer": {}}
     for full, tensor in saved.tensors.items():
         part, _, name = full.partition("/")
@@ -119,6 +120,7 @@ def self_description(run: ResolvedRun, learner: Learner, fingerprint: str, preci
         "run": run.model_dump(mode="json"),
         "data": fingerprint,
         "versions": versions(),
+        **learner.description(),
     }
 
 

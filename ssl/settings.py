@@ -241,6 +241,28 @@ class LossSettings(Section):
     )
 
 
+class DistillSettings(Section):
+    teacher: str | None = Field(
+        None,
+        description="learn from this frozen network and not by DINO: a run's folder, a checkpoint, an exported file, "
+        "timm/NAME, or with distill.teacher_weights a name as in backbone.name",
+        json_schema_extra=FREE,  # a file may be moved: checkpoints hold the digest of its weights
+    )
+    teacher_weights: str | None = Field(
+        None,
+        description="the teacher's weights, where distill.teacher is a name: a .pth of DINO or DINOv2, or a file of "
+        "timm's; default: those that timm publishes",
+        json_schema_extra=FREE,
+    )
+    teacher_size: int | None = Field(
+        None,
+        ge=1,
+        description="side at which the teacher sees a global view, in pixels (the same view, resized); default: "
+        "views.global_crops_size",
+    )
+    patch_weight: float = Field(1.0, ge=0, description="weight of the loss on patch tokens; that on CLS has 1")
+
+
 class OptimSettings(Section):
     lr: float | None = Field(None, gt=0, description="highest learning rate; default: 5e-4 x batch size / 256")
     min_lr: float = Field(
@@ -399,6 +421,7 @@ class Run(Section):
     backbone: BackboneSettings = BackboneSettings()
     head: HeadSettings = HeadSettings()
     loss: LossSettings = LossSettings()
+    distill: DistillSettings = DistillSettings()
     optim: OptimSettings = OptimSettings()
     train: TrainSettings = TrainSettings()
     eval: EvalSettings = EvalSettings()
@@ -440,6 +463,7 @@ NEVER_DERIVED = frozenset(
     + [f"loss.gram_{name}" for name in ("start_epoch", "teacher_epoch", "teacher")]
     + [f"backbone.{name}" for name in ("patch_size", "embed_dim", "depth", "num_heads", "pos_size", "weights")]
     + ["backbone.layer_scale"]
+    + [f"distill.teacher{part}" for part in ("", "_weights", "_size")]
 )
 
 

@@ -14,7 +14,7 @@ from nearfar.ssl.data.loaders.base import Batch
 from nearfar.ssl.data.sources.base import Source
 from nearfar.ssl.distributed import ALONE, Ranks
 from nearfar.ssl.errors import UserError
-from nearfar.ssl.health import CollapseWatch, patience, teacher_health
+from nearfar.ssl.health import CollapseWatch, patience
 from nearfar.ssl.prefetch import Prefetch, side_stream
 from nearfar.ssl.run_folder import RunFolder, read_metrics
 from nearfar.ssl.run_log import NoLog, RunLog
@@ -105,7 +105,8 @@ class Meter:
         """A line of metrics, the progress, and a collapse that lasts."""
         training, step, outputs = self.training, self.training.step, trained.outputs
         numbers = trained.report.read()
-        health = teacher_health(outputs.teacher_probabilities, outputs.teacher_features)
+        health = training.learner.health(outputs)
+        told = next(iter(health))
         health = distributed.mean_of(health | {name: float(part) for name, part in outputs.parts.items()})
         seconds = max(1e-9, time.monotonic() - self.since)
         speed = {
@@ -119,7 +120,7 @@ class Meter:
         training.log.progress(
             step,
             f"loss {numbers.loss:.3f}  {speed['img_per_s']:.0f} img/s  "
-            f"waits {100 * speed['data_wait']:.0f} %  entropy {health['entropy']:.2f}",
+            f"waits {100 * speed['data_wait']:.0f} %  {told} {health[told]:.2f}",
         )
         if message := self.watch.update(step, health):
             training.log.say(message)

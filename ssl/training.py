@@ -28,7 +28,8 @@ from nearfar.ssl.device import Compute
 from nearfar.ssl.distributed import Ranks
 from nearfar.ssl.errors import UserError
 from nearfar.ssl.health import falling_score, nothing_learned
-from nearfar.ssl.learner import Learner, block_masks, build_learner, share_batch_norm
+from nearfar.ssl.learner import Learner, block_masks, share_batch_norm
+from nearfar.ssl.learners import learner_of
 from nearfar.ssl.loss_scale import LossScale
 from nearfar.ssl.masks import Masks
 from nearfar.ssl.optim import adamw
@@ -226,7 +227,7 @@ class Training:
         most = min(rows, self.learner.teacher.backbone.embed_dim)
         if not self.world.first:
             return None
-        return nothing_learned(read_metrics(self.folder.metrics), most, self.run.head.batch_norm)
+        return nothing_learned(read_metrics(self.folder.metrics), most, self.run.head.batch_norm, self.learner.remedy)
 
 
 def set_up(run: Run, source: Source, observers: Observers, folder: RunFolder, world: Ranks) -> Training:
@@ -240,10 +241,10 @@ def set_up(run: Run, source: Source, observers: Observers, folder: RunFolder, wo
     torch.set_num_threads(resolved.train.threads)
     warnings: list[str] = []
     saved = resume.latest(folder, world, warnings)
-    learner = build_learner(resolved, weights=saved is None)
+    learner = learner_of(resolved, weights=saved is None)
     compute = device.choose(resolved.train.device, resolved.train.precision, learner.teacher.backbone.embed_dim)
-    # Student, its gradients and AdamW's two moments; the teacher.
-    weights = 4 * _size(learner.student) + _size(learner.teacher)
+    # Student, its gradients and AdamW's two moments; the teacher; what stays as it is.
+    weights = 4 * _size(learner.student) + _size(learner.teacher) + sum(map(_size, learner.frozen))
     gpus.require_room(compute.device, weights, "the weights and the optimizer's state")
     prepare_learner(learner, resolved, compute)
     if compute.device.type == "cpu":
