@@ -10,9 +10,8 @@ from torch import Tensor, nn
 from nearfar.ssl.backbones import Backbone, Tokens, create
 from nearfar.ssl.defaults import ResolvedRun
 from nearfar.ssl.heads.dino import DINOHead
-from nearfar.ssl.loss_scale import LossScale
 from nearfar.ssl.losses import DINOLoss, koleo
-from nearfar.ssl.sharding import local
+from nearfar.ssl.student_teacher import StudentTeacher
 
 
 class Outputs(NamedTuple):
@@ -22,6 +21,16 @@ class Outputs(NamedTuple):
     teacher_probabilities: Tensor  # (G, B, K)
     teacher_features: Tensor  # (G, B, D)
     parts: dict[str, Tensor]  # what else the loss holds, unweighted
+
+    @staticmethod
+    def joined(parts: list[Outputs]) -> Outputs:
+        """The outputs of all parts of a step as those of one batch: means, and the images in order."""
+        return Outputs(
+            loss=torch.stack([part.loss for part in parts]).mean(),
+            teacher_probabilities=torch.cat([part.teacher_probabilities for part in parts], 1),
+            teacher_features=torch.cat([part.teacher_features for part in parts], 1),
+            parts={name: torch.stack([part.parts[name] for part in parts]).mean() for name in parts[0].parts},
+        )
 
 
 class Network(nn.Module):
@@ -44,7 +53,7 @@ class Network(nn.Module):
         return self.head(features).unflatten(0, (-1, batch)), features.unflatten(0, (-1, batch))
 
 
-class Learner(nn.Module):
+class Learner(StudentTeacher):
     """DINO: a student that matches, on every view, what its own moving average says of the global views.
 
     Both networks run in training mode, as in the reference: batch norm (of a head or of a convolutional backbone)
@@ -52,14 +61,9 @@ class Learner(nn.Module):
     """
 
     def __init__(self, student: Network, teacher: Network, loss: DINOLoss, koleo_weight: float = 0.0) -> None:
-        super().__init__()
-        self.student = student
-        self.teacher = teacher
+        super().__init__(student, teacher)
         self.loss = loss
         self.koleo_weight = koleo_weight
-        self.loss_scale: LossScale | None = None  # under fp16
-        self.teacher.load_state_dict(self.student.state_dict())
-        self.teacher.requires_grad_(False)
 
     @torch.no_grad()
     def teacher_outputs(self, global_views: Tensor) -> tuple[Tensor, Tensor]:
@@ -98,18 +102,6 @@ class Learner(nn.Module):
         self.loss.update_center(not_finite)
         self.update_teacher(momentum, not_finite)
 
-    @torch.no_grad()
-    def update_teacher(self, momentum: float, not_finite: Tensor | None = None) -> None:
-        """theta_teacher <- momentum * theta_teacher + (1 - momentum) * theta_student, unless `not_finite` is 1."""
-        teacher = [local(p) for p in self.teacher.parameters()]
-        student = [local(p) for p in self.student.parameters()]
-        # A step of gradient descent on |teacher - student|^2 / 2 from decay (teacher) and gradient (-student): the one
-        # kernel of torch that takes all tensors in a few launches and is cancelled by a flag on the device.
-        torch._fused_sgd_(
-            teacher, student, [], weight_decay=1.0, momentum=0.0, lr=1 - momentum, dampening=0.0, nesterov=False,
-            maximize=True, is_first_step=False, grad_scale=None, found_inf=not_finite,
-        )  # fmt: skip
-
 
 def build_learner(run: ResolvedRun, weights: bool = True) -> Learner:
     """Student and teacher as the settings say, seeded: the same weights on every machine and every start.
@@ -131,7 +123,7 @@ def build_learner(run: ResolvedRun, weights: bool = True) -> Learner:
     return Learner(student, teacher, dino, loss.koleo_weight).train()
 
 
-def share_batch_norm(learner: Learner) -> None:
+def share_batch_norm(learner: StudentTeacher) -> None:
     """Batch norm of the backbones over all ranks' images, on GPUs. On a CPU each rank's slice has its own statistics.
 
     The head's is shared everywhere (heads/batch_norm.py).

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from nearfar.ssl.gradients import GradientMean
-from nearfar.ssl.learner import Learner, Outputs
 from nearfar.ssl.optim import clip_gradients, set_rates
 from nearfar.ssl.sharding import is_sharded
+from nearfar.ssl.student_teacher import StudentTeacher
 
 
 class Numbers(NamedTuple):
@@ -57,7 +57,7 @@ class StepResult(NamedTuple):
     """What one step returns."""
 
     report: Report
-    outputs: Outputs  # of this rank
+    outputs: Any  # what the learner's forward pass returned, on this rank: `Outputs` in pretraining
 
 
 class Stepper:
@@ -71,7 +71,7 @@ class Stepper:
 
     def __init__(
         self,
-        learner: Learner,
+        learner: StudentTeacher,
         optimizer: torch.optim.Optimizer,
         clip_grad: float,
         autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
@@ -112,7 +112,7 @@ class Stepper:
         """
         learner = self.learner
         learner.freeze_prototypes(freeze_last_layer)
-        outputs = self._passes(views, values["teacher_temp"])
+        outputs = self._passes(views, values)
         loss = outputs.loss.to(self.parameters[0].dtype)
         means = self.gradients.finish(torch.stack([loss, *(torch.full_like(loss, vote) for vote in votes())]))
         scaling = learner.loss_scale
@@ -134,26 +134,20 @@ class Stepper:
         numbers = torch.cat([torch.stack([each.to(means.dtype) for each in said]), means[1:]])
         return StepResult(Report(numbers), outputs)
 
-    def _passes(self, views: list[Tensor], teacher_temp: float) -> Outputs:
+    def forward(self, views: list[Tensor], values: dict[str, float]) -> Any:
+        """The learner's forward pass on (a part of) the step's views: its loss, and what is monitored."""
+        return self.learner(views, values["teacher_temp"])
+
+    def _passes(self, views: list[Tensor], values: dict[str, float]) -> Any:
         """Forward and backward, part by part; the gradients are sent during the last backward pass."""
         parts = list(zip(*(group.chunk(self.accumulate_steps, 1) for group in views), strict=True))
         done = []
         for number, part in enumerate(parts, 1):
             with self.autocast():
-                outputs = self.learner(list(part), teacher_temp)
+                outputs = self.forward(list(part), values)
             if number == len(parts):
                 self.gradients.begin()
             loss = outputs.loss / len(parts) if len(parts) > 1 else outputs.loss
             (loss if self.learner.loss_scale is None else self.learner.loss_scale.scaled(loss)).backward()
             done.append(outputs._replace(loss=outputs.loss.detach()))
-        return _joined(done) if len(done) > 1 else done[0]
-
-
-def _joined(parts: list[Outputs]) -> Outputs:
-    """The outputs of all parts as those of one batch: means, and the images in order."""
-    return Outputs(
-        loss=torch.stack([part.loss for part in parts]).mean(),
-        teacher_probabilities=torch.cat([part.teacher_probabilities for part in parts], 1),
-        teacher_features=torch.cat([part.teacher_features for part in parts], 1),
-        parts={name: torch.stack([part.parts[name] for part in parts]).mean() for name in parts[0].parts},
-    )
+        return done[0].joined(done) if len(done) > 1 else done[0]
