@@ -20,7 +20,7 @@ from nearfar.ssl.errors import UserError
 
 FORMAT = "nearfar results 2"
 MOST_BYTES = 64 * 2**20
-TITLES = {"knn": "k-NN top-1", "linear": "linear top-1", "segment": "mIoU"}
+TITLES = {"knn": "k-NN top-1", "linear": "linear top-1", "segment": "mIoU", "finetune": "fine-tuned top-1"}
 """What each task's score is called, everywhere; the order is that of every table."""
 SUBJECTS = {"trained": "trained", "untrained": "untrained", "pixels": "raw pixels"}
 """Whose features are scored, in the order of every table."""

@@ -25,6 +25,7 @@ from nearfar.launch.command_line import (
     check_verb,
     refuse_leftover,
 )
+from nearfar.launch.finetune_verbs import add_finetuning
 from nearfar.launch.recipes import bundled, find_recipe
 from nearfar.launch.slurm.cli import add_launch
 from nearfar.launch.streams import outliving_their_reader
@@ -75,7 +76,7 @@ def parsed(argv: Sequence[str]) -> argparse.Namespace:
     return arguments
 
 
-VERBS = ("demo", "pretrain", "replay", "features", "eval", "export", "report", "data", "launch")
+VERBS = ("demo", "pretrain", "finetune", "predict", "replay", "features", "eval", "export", "report", "data", "launch")
 
 
 def build_parser() -> Parser:
@@ -90,6 +91,7 @@ def build_parser() -> Parser:
     )
     verbs = parser.add_subparsers(required=True, metavar="VERB")
     _add_training(verbs)
+    add_finetuning(verbs)
 
     features = verbs.add_parser("features", help="write the frozen features of a folder of images")
     _add_model(features)

@@ -25,7 +25,7 @@ from nearfar.ssl.data.transforms.normalize import normalize
 from nearfar.ssl.defaults import Derived, ResolvedRun, resolve
 from nearfar.ssl.device import Compute
 from nearfar.ssl.distributed import Ranks, available_cores
-from nearfar.ssl.learner import Learner, build_learner
+from nearfar.ssl.learner import Learner, block_masks, build_learner
 from nearfar.ssl.optim import adamw
 from nearfar.ssl.run_folder import RunFolder
 from nearfar.ssl.schedule import Schedule
@@ -93,9 +93,10 @@ def dry_run(run: Run, console: Console) -> None:
 
 def measure(learner: Learner, loader: Loader, schedule: Schedule, run: ResolvedRun, compute: Compute) -> Measured:
     """Train `learner` for a few steps, as one of the run's ranks would."""
-    stepper = Stepper(
-        learner, adamw(learner.student), run.optim.clip_grad, compute.autocast, run.train.accumulate_steps
-    )
+    optimizer = adamw(learner.student, run.optim.layerwise_decay, run.optim.patch_embed_lr_mult)
+    stepper = Stepper(learner, optimizer, run.optim.clip_grad, compute.autocast, run.train.accumulate_steps)
+    hidden = block_masks(run, learner.student.backbone.patch_size)
+    masks = hidden.of_step(0, compute.device, run.train.accumulate_steps) if hidden else []
     loader.seek(0, 0)
     values = schedule.at(0)
     took: list[float] = []
@@ -105,7 +106,7 @@ def measure(learner: Learner, loader: Loader, schedule: Schedule, run: ResolvedR
         for batch in batches:
             waits.append(time.monotonic() - asked)
             views = [normalize(group) for group in color_views(batch, compute.device)]
-            stepper(views, values).report.read()  # a step that is not finite costs as much
+            stepper(views, values, masks=masks).report.read()  # a step that is not finite costs as much
             took.append(time.monotonic() - asked)
             asked = time.monotonic()
             if len(took) > MOST_STEPS or (len(took) > FEWEST_STEPS and asked - begun - took[0] > LONGEST):

@@ -109,7 +109,12 @@ def not_finite(step: int, numbers: Numbers, names: list[str], record: Path | Non
 
 def _way_on(run: Run | FinetuneRun) -> str:
     """The command that starts again, from the backbone as it was last saved, in a folder of its own."""
-    words = ["nearfar", "finetune" if isinstance(run, FinetuneRun) else "pretrain", str(run.path / "config.yaml"), f"name={run.name}-again"]
+    words = [
+        "nearfar",
+        "finetune" if isinstance(run, FinetuneRun) else "pretrain",
+        str(run.path / "config.yaml"),
+        f"name={run.name}-again",
+    ]
     if run.optim.lr is not None:
         words.append(f"optim.lr={run.optim.lr / 2:g}")
     if checkpoint_names.finished(run.path / "checkpoints"):
@@ -145,7 +150,8 @@ def out_of_memory(error: BaseException, run: AnyRun, ranks: int = 1) -> str | No
         return None
     return (
         f"There is not enough memory ({text[:200] or 'MemoryError'}). {less_memory(run, ranks)} "
-        f"{'Smaller head.prototypes or a' if isinstance(run, Run) else 'A'} smaller backbone.name needs less as well. Checkpoints that were written are intact."
+        f"{'Smaller head.prototypes or a' if isinstance(run, Run) else 'A'} smaller backbone.name needs less as well. "
+        "Checkpoints that were written are intact."
     )
 
 
@@ -205,13 +211,15 @@ def disk_line(learner: StudentTeacher, keep: int, copied: bool) -> str:
     def size(module: nn.Module) -> int:
         return sum(tensor.numel() * tensor.element_size() for tensor in module.state_dict().values())
 
-    backbone, head = size(learner.student.backbone), size(learner.student.head)
-    one = 4 * (backbone + head)
+    backbone, head = size(learner.student.backbone), size(learner.student) - size(learner.student.backbone)
+    anchor = backbone if getattr(learner, "anchor", None) is not None else 0
+    one = 4 * (backbone + head) + anchor
+    with_anchor = ", and the anchor of the patches" if anchor else ""
     most = (keep + 1) * one + backbone
     return (
         f"A checkpoint takes {_in_units(one)}: student, teacher and AdamW's two moments, each a backbone of "
-        f"{_in_units(backbone)} and a head of {_in_units(head)}. With train.keep_last={keep}, one more while it is "
-        f"written, and teacher.safetensors the run takes up to {_in_units(most)} of disk."
+        f"{_in_units(backbone)} and a head of {_in_units(head)}{with_anchor}. With train.keep_last={keep}, one more "
+        f"while it is written, and the exported weights the run takes up to {_in_units(most)} of disk."
         + (f" It is written from a copy, which takes {_in_units(one)} of the host's memory." if copied else "")
     )
 

@@ -49,7 +49,9 @@ def read(
     texts = {setting.key: setting.default for setting in all_settings(kind) if setting.is_text}
     if recipe is not None:
         written = bounded_files.read_yaml(recipe, "recipe")
-        tree = {key: value for key, value in written.items() if value is not None}  # all of a section may be commented out
+        tree = {
+            key: value for key, value in written.items() if value is not None
+        }  # all of a section may be commented out
     for item in overrides:
         key, sign, text = item.partition("=")
         if not sign:
@@ -125,9 +127,15 @@ def refuse(problems: list[str]) -> None:
 
 def combinations(run: Run) -> list[str]:
     """Contradictions between settings that are each valid alone, in words."""
-    found = [*wrong_names(run), *_wrong_ranges(run.views), *_wrong_sizes(run), *wrong_backbone(run.backbone)]
-    found += wrong_slices(run)
+    found = [
+        *wrong_names(run, **{"loss.gram_teacher": run.loss.gram_teacher}),
+        *_wrong_ranges(run.views),
+        *_wrong_sizes(run),
+        *wrong_backbone(run.backbone),
+    ]
+    found += [*_wrong_loss(run), *_wrong_schedule(run), *wrong_slices(run)]
     for key, epochs in (
+        ("optim.cooldown_epochs", run.optim.cooldown_epochs),
         ("optim.warmup_epochs", run.optim.warmup_epochs),
         ("loss.warmup_teacher_temp_epochs", run.loss.warmup_teacher_temp_epochs),
         ("optim.freeze_last_layer_epochs", run.optim.freeze_last_layer_epochs),
@@ -148,14 +156,14 @@ def wrong_slices(run: AnyRun) -> Iterator[str]:
         )
 
 
-def wrong_names(run: AnyRun) -> Iterator[str]:
-    """Names and paths that no file system accepts."""
+def wrong_names(run: AnyRun, **more: str | None) -> Iterator[str]:
+    """Names and paths that no file system accepts. more: the paths that only this kind of run has, by their keys."""
     if "/" in run.name or run.name in (".", "..") or not run.name.isprintable():
         yield f"name={run.name!r} must be a plain folder name (folder= says where it is)"
     if (length := len(os.fsencode(run.name))) > MAX_NAME_BYTES:
         yield f"name is {length} bytes long, and the name of a run's folder has at most {MAX_NAME_BYTES}"
-    paths = {"folder": run.folder, "data.path": run.data.path, "data.val": run.data.val}
-    for key, path in (paths | {"backbone.weights": run.backbone.weights}).items():
+    paths: dict[str, str | None] = {"folder": run.folder, "data.path": run.data.path, "data.val": run.data.val}
+    for key, path in (paths | {"backbone.weights": run.backbone.weights} | more).items():
         if path and "\0" in path:
             yield f"{key}={path!r} contains a null character, which no path can"
         if path and max(len(os.fsencode(part)) for part in path.split("/")) > 255:
@@ -206,6 +214,47 @@ def wrong_backbone(backbone: BackboneSettings) -> Iterator[str]:
         yield f"{backbone.name} has no attention, so backbone.gaug and backbone.registers cannot be set"
     if not is_vim and backbone.scan != "auto":
         yield f"backbone.scan={backbone.scan} is for Vision Mamba (vim_...), not {backbone.name}"
+
+
+def _wrong_loss(run: Run) -> Iterator[str]:
+    """Parts of iBOT and of Gram anchoring that contradict each other, or belong to what is off."""
+    loss, head = run.loss, run.head
+    low, high = loss.mask_ratio_min_max
+    if not 0 < low <= high <= 1:
+        yield f"loss.mask_ratio_min_max must be two rising shares above 0, at most 1, not [{low:g}, {high:g}]"
+    if not loss.ibot_weight and (head.ibot_separate or head.ibot_prototypes):
+        yield "head.ibot_separate and head.ibot_prototypes are settings of iBOT, which loss.ibot_weight=0 turns off"
+    elif head.ibot_prototypes and not head.ibot_separate:
+        yield "head.ibot_prototypes is for a head of the patches' own (head.ibot_separate=true); they share that of CLS"
+    if not loss.gram_weight and (loss.gram_start_epoch, loss.gram_teacher_epoch, loss.gram_teacher) != (None,) * 3:
+        yield (
+            "loss.gram_start_epoch, loss.gram_teacher_epoch and loss.gram_teacher are settings of Gram anchoring, "
+            "which loss.gram_weight=0 turns off"
+        )
+    if loss.gram_teacher and loss.gram_teacher_epoch is not None:
+        yield "loss.gram_teacher and loss.gram_teacher_epoch both say which teacher is the anchor; leave one out"
+    start = 0.8 * run.train.epochs if loss.gram_start_epoch is None else loss.gram_start_epoch
+    if loss.gram_weight and start >= run.train.epochs:
+        yield f"loss.gram_start_epoch={start:g} is not within the run (train.epochs={run.train.epochs})"
+    if loss.gram_weight and (loss.gram_teacher_epoch or 0) > start:
+        yield f"loss.gram_teacher_epoch={loss.gram_teacher_epoch:g} is later than loss.gram_start_epoch={start:g}"
+
+
+def _wrong_schedule(run: Run) -> Iterator[str]:
+    optim = run.optim
+    if optim.schedule != "cosine" and optim.weight_decay_end not in (None, optim.weight_decay):
+        yield (
+            f"optim.weight_decay_end={optim.weight_decay_end:g} needs optim.schedule=cosine: with {optim.schedule} the "
+            f"weight decay stays at optim.weight_decay={optim.weight_decay:g}"
+        )
+    if optim.schedule != "wsd" and optim.cooldown_epochs is not None:
+        yield f"optim.cooldown_epochs is a setting of optim.schedule=wsd, not of {optim.schedule}"
+    cooldown, warmup, epochs = optim.cooldown_epochs or 0, optim.warmup_epochs or 0, run.train.epochs
+    if max(cooldown, warmup) <= epochs < cooldown + warmup:
+        yield (
+            f"optim.warmup_epochs={warmup:g} and optim.cooldown_epochs={cooldown:g} together are longer than the run "
+            f"(train.epochs={epochs})"
+        )
 
 
 def to_yaml(run: AnyRun) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple, TypeVar
 
 from nearfar.ssl.errors import UserError
@@ -17,7 +18,6 @@ from nearfar.ssl.settings import (
     TrainSettings,
     all_settings,
 )
-
 
 R = TypeVar("R", bound=AnyRun)
 
@@ -45,6 +45,7 @@ class ResolvedLoss(LossSettings):
 class ResolvedOptim(OptimSettings):
     lr: float
     warmup_epochs: float
+    weight_decay_end: float
     teacher_momentum: float
     freeze_last_layer_epochs: float
 
@@ -282,8 +283,26 @@ def _fill(run: Run, images: int, cores: int) -> tuple[Run, list[Derived]]:
             "knn_every_epochs": default("eval", "knn_every_epochs", max(1.0, epochs // 10), "about ten scores a run"),
         },
     }
+    for section, values in _of_parts(run, filled["head"]["prototypes"], default).items():
+        filled[section] |= values
     sections = {name: getattr(run, name).model_copy(update=values) for name, values in filled.items()}
     return run.model_copy(update=sections), derived
+
+
+def _of_parts(run: Run, prototypes: int, default: Callable[[str, str, Any, str], Any]) -> dict[str, dict[str, Any]]:
+    """What belongs to iBOT, Gram anchoring and the kind of schedule, where it is on."""
+    epochs, kind = run.train.epochs, run.optim.schedule
+    end, why = (0.4, "DINO's") if kind == "cosine" else (run.optim.weight_decay, f"constant with {kind}")
+    found: dict[str, dict[str, Any]] = {"optim": {"weight_decay_end": default("optim", "weight_decay_end", end, why)}}
+    if kind == "wsd":
+        cooldown = default("optim", "cooldown_epochs", round(0.2 * epochs, 2), "a fifth of the run")
+        found["optim"]["cooldown_epochs"] = cooldown
+    if run.head.ibot_separate:
+        found["head"] = {"ibot_prototypes": default("head", "ibot_prototypes", prototypes, "as head.prototypes")}
+    if run.loss.gram_weight:
+        start = default("loss", "gram_start_epoch", round(0.8 * epochs, 2), "the last fifth of the run")
+        found["loss"] = {"gram_start_epoch": start}
+    return found
 
 
 def local_ranks(batch_size: int, cores: int) -> int:

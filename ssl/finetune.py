@@ -20,6 +20,7 @@ from nearfar.ssl.device import Compute
 from nearfar.ssl.distributed import ALONE, Ranks
 from nearfar.ssl.errors import UserError
 from nearfar.ssl.finetune_settings import FinetuneRun, ResolvedFinetune, resolve
+from nearfar.ssl.masks import Masks
 from nearfar.ssl.mixing import Mixing
 from nearfar.ssl.optim import adamw
 from nearfar.ssl.run_folder import RunFolder
@@ -59,8 +60,8 @@ def class_names(source: Source, path: str) -> list[str]:
     """
     if source.labels is None:
         raise UserError(
-            f"The images of {path} have no labels, and a classifier needs them: class folders, a .txt list with a label "
-            "after a tab, or an .npz or a .beton that was made with labels."
+            f"The images of {path} have no labels, and a classifier needs them: class folders, a .txt list with a "
+            "label after a tab, or an .npz or a .beton that was made with labels."
         )
     found, low = np.unique(source.labels), int(source.labels.min(initial=0))
     if low < 0:
@@ -68,7 +69,9 @@ def class_names(source: Source, path: str) -> list[str]:
     names = list(source.classes or [])
     names += [str(number) for number in range(len(names), int(found.max(initial=-1)) + 1)]
     if len(found) < 2:
-        only = f"all {len(source):,} images are of class {names[int(found[0])]}" if len(found) else "there are no images"
+        only = (
+            f"all {len(source):,} images are of class {names[int(found[0])]}" if len(found) else "there are no images"
+        )
         raise UserError(f"A classifier needs two classes or more, but in {path} {only}.")
     if empty := sorted(set(range(len(names))) - set(found.tolist())):
         some = ", ".join(names[number] for number in empty[:5]) + (" and others" if len(empty) > 5 else "")
@@ -97,8 +100,8 @@ def labels_as(classes: list[str], source: Source, path: str) -> np.ndarray:
     if unknown:
         some = ", ".join(unknown[:5]) + (" and others" if len(unknown) > 5 else "")
         raise UserError(
-            f"{len(unknown)} classes of {path} are not among those that the classifier was trained on: {some}. It knows "
-            f"{', '.join(classes[:10])}{' and others' if len(classes) > 10 else ''}."
+            f"{len(unknown)} classes of {path} are not among those that the classifier was trained on: {some}. It "
+            f"knows {', '.join(classes[:10])}{' and others' if len(classes) > 10 else ''}."
         )
     return np.asarray(table[source.labels])
 
@@ -131,7 +134,7 @@ class FinetuneSchedule:
 class ClassifierStepper(Stepper):
     """`Stepper` whose views are one group of images and their targets: [(1, B, 3, s, s), (1, B, C)]."""
 
-    def forward(self, views: list[Tensor], values: dict[str, float]) -> Any:
+    def forward(self, views: list[Tensor], values: dict[str, float], masks: Masks | None) -> Any:
         images, targets = views
         return self.learner(images[0], targets[0])
 
@@ -145,9 +148,7 @@ class Finetuning(Training[ResolvedFinetune, ClassifierLearner]):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.mixing = Mixing(
-            self.run.classifier, len(self.learner.student.classes), self.run.train.seed
-        )
+        self.mixing = Mixing(self.run.classifier, len(self.learner.student.classes), self.run.train.seed)
 
     @classmethod
     def resolved(
@@ -161,7 +162,7 @@ class Finetuning(Training[ResolvedFinetune, ClassifierLearner]):
 
     @classmethod
     def optimizer_for(cls, run: ResolvedFinetune, learner: ClassifierLearner) -> torch.optim.Optimizer:
-        return adamw(learner.student)
+        return adamw(learner.student, run.optim.layerwise_decay, run.optim.patch_embed_lr_mult)
 
     @classmethod
     def schedule_for(cls, run: ResolvedFinetune, steps_per_epoch: int) -> FinetuneSchedule:

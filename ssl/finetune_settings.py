@@ -58,9 +58,7 @@ class AugmentSettings(Section):
         """As the loaders plan them."""
         shared = {name: getattr(self, name) for name in type(self).model_fields.keys() & OneView.model_fields.keys()}
         shared |= {name: (getattr(self, name), 0.0, 0.0) for name in ("blur_prob", "solarize_prob")}
-        return OneView(
-            **shared, global_crops_size=self.size, global_crops_scale=self.scale, local_crops_number=0
-        )
+        return OneView(**shared, global_crops_size=self.size, global_crops_scale=self.scale, local_crops_number=0)
 
 
 class ClassifierSettings(Section):
@@ -107,7 +105,7 @@ class FinetuneOptimSettings(Section):
         0.0,
         ge=0,
         lt=1,
-        description="momentum of the moving average of the weights that is scored and saved; 0 = the weights themselves",
+        description="momentum of the average of the weights that is scored and saved; 0 = the weights themselves",
     )
 
 
@@ -152,7 +150,7 @@ class FinetuneRun(AnyRun):
         return bool(self.backbone.weights or self.backbone.pretrained)
 
     def as_pretraining(self) -> Run:
-        """The settings of the same backbone, images and sizes as a pretraining run has them: what frozen features need."""
+        """Backbone, images and sizes as a pretraining run has them: what frozen features need."""
         return Run(
             name=self.name,
             folder=self.folder,

@@ -2,16 +2,29 @@
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
 
 from nearfar.ssl.backbones import Backbone, Tokens, create
 from nearfar.ssl.defaults import ResolvedRun
+from nearfar.ssl.gram import gram_loss
 from nearfar.ssl.heads.dino import DINOHead
+from nearfar.ssl.ibot import PatchLoss
 from nearfar.ssl.losses import DINOLoss, koleo
+from nearfar.ssl.masks import BlockMasks, Masks
+from nearfar.ssl.sharding import whole
 from nearfar.ssl.student_teacher import StudentTeacher
+
+
+class Seen(NamedTuple):
+    """What a network says of views. Shapes: V views of B images, G of them global, N patches, M hidden ones."""
+
+    logits: Tensor  # (V, B, K)
+    features: Tensor  # (V, B, D)
+    patches: Tensor  # (G * B, N, D): patch tokens of the global views
+    patch_logits: Tensor | None  # (M, K of the patches' head): of hidden patches, with masks only
 
 
 class Outputs(NamedTuple):
@@ -34,65 +47,134 @@ class Outputs(NamedTuple):
 
 
 class Network(nn.Module):
-    """A backbone and its projection head, which reads CLS or the mean over the patches."""
+    """A backbone and its projection head, which reads CLS or the mean over the patches.
 
-    def __init__(self, backbone: Backbone, head: DINOHead, pooling: Literal["cls", "mean"] = "cls") -> None:
+    With iBOT the patches have a head of their own (`patch_head`), or share that one.
+    """
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        head: DINOHead,
+        pooling: Literal["cls", "mean"] = "cls",
+        patch_head: DINOHead | None = None,
+    ) -> None:
         super().__init__()
         self.backbone = backbone
         self.head = head
         self.pooling = pooling
+        self.patch_head = patch_head
 
-    def forward(self, groups: list[Tensor]) -> tuple[Tensor, Tensor]:
-        """Groups of equally sized views [(G, B, 3, s, s), ...] -> logits (V, B, K), features (V, B, D).
+    def forward(self, groups: list[Tensor], masks: Masks | None = None, hide: bool = False) -> Seen:
+        """Groups of equally sized views [(G, B, 3, s, s), ...], the global one first. One backbone pass per size.
 
-        One backbone pass per size, one head pass for all.
+        masks: the patches of the global views whose logits are wanted; `hide`: the mask token stands in for them.
         """
-        tokens: list[Tokens] = [self.backbone(group.flatten(0, 1)) for group in groups]
+        first, *others = (group.flatten(0, 1) for group in groups)
+        seen = self.backbone(first, masks.hidden.flatten(0, 1)) if masks and hide else self.backbone(first)
+        tokens: list[Tokens] = [seen, *(self.backbone(group) for group in others)]
         features = torch.cat([each.cls if self.pooling == "cls" else each.mean for each in tokens])
         batch = groups[0].shape[1]
-        return self.head(features).unflatten(0, (-1, batch)), features.unflatten(0, (-1, batch))
+        logits, patch_logits = self.head(features), None
+        if masks is not None:
+            rows = seen.patches.flatten(0, 1)[masks.rows]
+            patch_logits = (self.patch_head or self.head)(rows, masks.weights > 0)
+        return Seen(logits.unflatten(0, (-1, batch)), features.unflatten(0, (-1, batch)), seen.patches, patch_logits)
 
 
 class Learner(StudentTeacher):
     """DINO: a student that matches, on every view, what its own moving average says of the global views.
 
     Both networks run in training mode, as in the reference: batch norm (of a head or of a convolutional backbone)
-    uses the statistics of the step in each. The teacher must be built without drop-path.
+    uses the statistics of the step in each. The teacher must be built without drop-path. What came after DINO is added
+    to its loss: KoLeo, iBOT where a step has masks, and Gram anchoring to `anchor`, a frozen earlier teacher.
     """
 
-    def __init__(self, student: Network, teacher: Network, loss: DINOLoss, koleo_weight: float = 0.0) -> None:
+    def __init__(
+        self,
+        student: Network,
+        teacher: Network,
+        loss: DINOLoss,
+        koleo_weight: float = 0.0,
+        ibot: PatchLoss | None = None,
+        ibot_weight: float = 0.0,
+        anchor: Backbone | None = None,
+    ) -> None:
         super().__init__(student, teacher)
         self.loss = loss
         self.koleo_weight = koleo_weight
+        self.ibot = ibot
+        self.ibot_weight = ibot_weight
+        self.anchor = anchor
+        if anchor is not None:
+            anchor.requires_grad_(False)
+
+    def train(self, mode: bool = True) -> Self:
+        super().train(mode)
+        if self.anchor is not None:
+            self.anchor.eval()
+        return self
 
     @torch.no_grad()
-    def teacher_outputs(self, global_views: Tensor) -> tuple[Tensor, Tensor]:
-        """Global views (G, B, 3, s, s) -> logits (G, B, K), features (G, B, D)."""
-        logits, features = self.teacher([global_views])
-        return logits, features
+    def teacher_outputs(self, global_views: Tensor, masks: Masks | None = None) -> Seen:
+        """Global views (G, B, 3, s, s), nothing hidden, and the logits of the patches of `masks`."""
+        seen: Seen = self.teacher([global_views], masks)
+        return seen
 
-    def student_outputs(self, groups: list[Tensor]) -> tuple[Tensor, Tensor]:
-        """All views, grouped by size -> logits (V, B, K), features (V, B, D)."""
-        logits, features = self.student(groups)
-        return logits, features
+    def student_outputs(self, groups: list[Tensor], masks: Masks | None = None) -> Seen:
+        """All views, grouped by size; of the global ones the patches of `masks` are hidden."""
+        seen: Seen = self.student(groups, masks, hide=True)
+        return seen
 
-    def forward(self, groups: list[Tensor], teacher_temp: float) -> Outputs:
+    def forward(
+        self, groups: list[Tensor], teacher_temp: float, masks: Masks | None = None, gram_weight: float = 0.0
+    ) -> Outputs:
         """Normalized views, the global group first -> the loss and the values that are monitored."""
-        teacher_logits, teacher_features = self.teacher_outputs(groups[0])
-        probabilities = self.loss.teacher_probabilities(teacher_logits, teacher_temp)
-        student_logits, student_features = self.student_outputs(groups)
-        loss, parts = self.loss(student_logits, probabilities), {}
-        self.loss.note_teacher(teacher_logits)
+        teacher = self.teacher_outputs(groups[0], masks)
+        probabilities = self.loss.teacher_probabilities(teacher.logits, teacher_temp)
+        student = self.student_outputs(groups, masks)
+        loss, parts = self.loss(student.logits, probabilities), {}
+        self.loss.note_teacher(teacher.logits)
+        weights = {"koleo": self.koleo_weight, "ibot": self.ibot_weight, "gram": gram_weight}
         if self.koleo_weight:
-            spread = koleo(student_features[: len(groups[0])])
-            loss, parts = loss + self.koleo_weight * spread, {"koleo": spread.detach()}
-        return Outputs(loss, probabilities, teacher_features, parts)
+            parts["koleo"] = koleo(student.features[: len(groups[0])])
+        if masks is not None:
+            parts["ibot"] = self.ibot_loss(student, teacher, masks, teacher_temp)
+        if gram_weight:
+            parts["gram"] = self.gram_loss(groups[0], student)
+        loss = sum((weights[name] * part for name, part in parts.items()), loss)
+        return Outputs(loss, probabilities, teacher.features, {name: part.detach() for name, part in parts.items()})
+
+    def ibot_loss(self, student: Seen, teacher: Seen, masks: Masks, teacher_temp: float) -> Tensor:
+        """The student's answers for the patches that it did not see against the teacher's, who saw them: scalar."""
+        assert self.ibot is not None and student.patch_logits is not None and teacher.patch_logits is not None
+        probabilities = self.ibot.teacher_probabilities(teacher.patch_logits, masks.weights, teacher_temp)
+        self.ibot.note_teacher(teacher.patch_logits, masks.weights)
+        loss: Tensor = self.ibot(student.patch_logits, probabilities, masks.weights, len(student.patches))
+        return loss
+
+    def gram_loss(self, global_views: Tensor, student: Seen) -> Tensor:
+        """Global views (G, B, 3, s, s), as the student saw them, against what the anchor sees in them: scalar."""
+        assert self.anchor is not None
+        with torch.no_grad():
+            anchored = self.anchor(global_views.flatten(0, 1)).patches
+        return gram_loss(student.patches, anchored)
+
+    @torch.no_grad()
+    def take_anchor(self) -> None:
+        """From now on Gram anchoring keeps what the teacher's patches are like now."""
+        assert self.anchor is not None
+        now = self.teacher.backbone.state_dict()
+        for name, tensor in self.anchor.state_dict().items():
+            tensor.copy_(whole(now[name]))
 
     def freeze_prototypes(self, frozen: bool) -> None:
         """To be called before the forward pass: in the first epochs the prototypes stay as they are (DINO, appendix A)
         and no gradient is computed for them.
         """
-        self.student.head.prototypes.requires_grad_(not frozen)
+        for head in (self.student.head, self.student.patch_head):
+            if head is not None:
+                head.prototypes.requires_grad_(not frozen)
 
     def after_step(self, momentum: float, not_finite: Tensor | None = None) -> None:
         """To be called after the optimizer's step: center and teacher follow the passes before it.
@@ -100,6 +182,8 @@ class Learner(StudentTeacher):
         not_finite: float32 scalar on the learner's device; where it is 1, nothing changes.
         """
         self.loss.update_center(not_finite)
+        if self.ibot is not None:
+            self.ibot.update_center(not_finite)
         self.update_teacher(momentum, not_finite)
 
 
@@ -110,17 +194,40 @@ def build_learner(run: ResolvedRun, weights: bool = True) -> Learner:
     """
     torch.manual_seed(run.train.seed)
     backbone, head, loss = run.backbone, run.head, run.loss
-    settings = backbone.model_dump(exclude={"drop_path", "weights"})
-    size = run.views.global_crops_size
+    settings = backbone.model_dump(exclude={"drop_path", "weights"}) | {"mask_token": loss.ibot_weight > 0}
+    size, sinkhorn = run.views.global_crops_size, loss.centering == "sinkhorn_knopp"
+
+    def bare(drop_path: float, file: str | None = None) -> Backbone:
+        return create(img_size=size, drop_path=drop_path, weights=file if weights else None, **settings)
+
+    def projection(width: int, prototypes: int) -> DINOHead:
+        return DINOHead(width, prototypes, head.hidden_dim, head.bottleneck_dim, head.batch_norm)
 
     def network(drop_path: float, file: str | None = None) -> Network:
-        built = create(img_size=size, drop_path=drop_path, weights=file, **settings)
-        projection = DINOHead(built.embed_dim, head.prototypes, head.hidden_dim, head.bottleneck_dim, head.batch_norm)
-        return Network(built, projection, head.pooling)
+        built = bare(drop_path, file)
+        of_cls = projection(built.embed_dim, head.prototypes)
+        of_patches = projection(built.embed_dim, patch_prototypes) if head.ibot_separate else None
+        return Network(built, of_cls, head.pooling, of_patches)
 
-    student, teacher = network(backbone.drop_path, backbone.weights if weights else None), network(0.0)
-    dino = DINOLoss(head.prototypes, loss.student_temp, loss.center_momentum, loss.centering == "sinkhorn_knopp")
-    return Learner(student, teacher, dino, loss.koleo_weight).train()
+    patch_prototypes = head.ibot_prototypes or head.prototypes
+    student, teacher = network(backbone.drop_path, backbone.weights), network(0.0)
+    dino = DINOLoss(head.prototypes, loss.student_temp, loss.center_momentum, sinkhorn)
+    ibot = PatchLoss(patch_prototypes, loss.student_temp, loss.center_momentum, sinkhorn) if loss.ibot_weight else None
+    anchor = bare(0.0, loss.gram_teacher) if loss.gram_weight else None
+    learner = Learner(student, teacher, dino, loss.koleo_weight, ibot, loss.ibot_weight, anchor)
+    if anchor is not None and not loss.gram_teacher:
+        learner.take_anchor()
+    return learner.train()
+
+
+def block_masks(run: ResolvedRun, patch_size: int, rank: int = 0) -> BlockMasks | None:
+    """The masks that iBOT needs on one of the run's ranks; None where it is off."""
+    loss, side = run.loss, -(-run.views.global_crops_size // patch_size)
+    if not loss.ibot_weight:
+        return None
+    images = run.train.batch_size // run.train.world_size
+    share, ratios = loss.mask_sample_probability, loss.mask_ratio_min_max
+    return BlockMasks(run.train.seed, share, ratios, (side, side), images, rank)
 
 
 def share_batch_norm(learner: StudentTeacher) -> None:

@@ -98,9 +98,7 @@ def estimate_classifier(
     return _need(student, kept, images, 0, recompute)
 
 
-def _need(
-    student: nn.Module, kept: Callable[[int], Activations], images: int, logits: int, recompute: bool
-) -> Need:
+def _need(student: nn.Module, kept: Callable[[int], Activations], images: int, logits: int, recompute: bool) -> Need:
     one, two = kept(1), kept(2)
     first, second = (pair.recomputed if recompute else pair.everything for pair in (one, two))
     weights = _bytes(student)

@@ -9,29 +9,61 @@ from torch import Tensor, nn
 
 from nearfar.ssl import distributed
 from nearfar.ssl.backbones.token_model import decays
+from nearfar.ssl.errors import UserError
 from nearfar.ssl.sharding import is_sharded, local
 
 
-def parameter_groups(student: nn.Module) -> list[dict[str, Any]]:
-    """AdamW's two groups: what decays, and what does not."""
-    groups: dict[bool, list[nn.Parameter]] = {True: [], False: []}
+def parameter_groups(
+    student: nn.Module, layerwise_decay: float = 1.0, patch_embed_lr_mult: float = 1.0
+) -> list[dict[str, Any]]:
+    """AdamW's groups: what decays, and what does not, each at every rate there is (`lr_scale`, a factor).
+
+    By default there are two, at the same rate. layerwise_decay, patch_embed_lr_mult: see `rate_scales`.
+    """
+    scales = rate_scales(student, layerwise_decay, patch_embed_lr_mult)
+    groups: dict[tuple[bool, float], list[nn.Parameter]] = {(True, 1.0): [], (False, 1.0): []}
     for name, parameter in student.named_parameters():
         if parameter.requires_grad:
-            groups[decays(name, parameter)].append(parameter)
+            groups.setdefault((decays(name, parameter), scales.get(name, 1.0)), []).append(parameter)
     return [
-        {"params": groups[True], "decays": True},
-        {"params": groups[False], "decays": False, "weight_decay": 0.0},
+        {"params": found, "decays": decay, "lr_scale": scale} | ({} if decay else {"weight_decay": 0.0})
+        for (decay, scale), found in groups.items()
     ]
 
 
-def adamw(student: nn.Module) -> torch.optim.AdamW:
+def rate_scales(student: nn.Module, layerwise_decay: float, patch_embed_lr_mult: float) -> dict[str, float]:
+    """For names of parameters of `student.backbone`, the factor on their learning rate; 1 for those not named.
+
+    layerwise_decay ** (layers behind it) for each layer, the final norm and the heads at 1 (ELECTRA; BEiT; DINOv2), and
+    patch_embed_lr_mult on top of it for the patch embedding (DINOv2; MoCo v3 freezes it).
+
+    Raises:
+        UserError: the network has no patch embedding, or timm does not know its layers.
+    """
+    backbone: Any = getattr(student, "backbone", None)
+    scales: dict[str, float] = {}
+    if layerwise_decay != 1:
+        scales = {f"backbone.{name}": layerwise_decay**behind for name, behind in backbone.layers_behind().items()}
+    if patch_embed_lr_mult != 1:
+        names = [f"backbone.{name}" for name, _ in backbone.named_parameters() if name.startswith("model.patch_embed.")]
+        if not names:
+            raise UserError(
+                f"{backbone.arch['name']} has no patch embedding, so optim.patch_embed_lr_mult does not apply; set it "
+                "to 1."
+            )
+        scales |= {name: scales.get(name, 1.0) * patch_embed_lr_mult for name in names}
+    return scales
+
+
+def adamw(student: nn.Module, layerwise_decay: float = 1.0, patch_embed_lr_mult: float = 1.0) -> torch.optim.AdamW:
     """AdamW over `parameter_groups`; `set_rates` gives it learning rate and weight decay before every step."""
-    return torch.optim.AdamW(parameter_groups(student), lr=0.0, fused=True)
+    groups = parameter_groups(student, layerwise_decay, patch_embed_lr_mult)
+    return torch.optim.AdamW([group for group in groups if group["params"]], lr=0.0, fused=True)
 
 
 def set_rates(optimizer: torch.optim.Optimizer, lr: float, weight_decay: float) -> None:
     for group in optimizer.param_groups:
-        group["lr"] = lr
+        group["lr"] = lr * group["lr_scale"]
         group["weight_decay"] = weight_decay if group["decays"] else 0.0
 
 

@@ -17,7 +17,7 @@ from nearfar.ssl.data.transforms.colors import color_views
 from nearfar.ssl.data.transforms.normalize import normalize
 from nearfar.ssl.defaults import ResolvedRun
 from nearfar.ssl.distributed import ALONE
-from nearfar.ssl.learner import Learner, build_learner
+from nearfar.ssl.learner import Learner, block_masks, build_learner
 from nearfar.ssl.optim import adamw
 from nearfar.ssl.schedule import Schedule
 from nearfar.ssl.step import Stepper
@@ -49,20 +49,21 @@ def replay(
     width = learner.teacher.backbone.embed_dim
     compute = device.choose(where or run.train.device, precision or run.train.precision, width, "--device ")
     prepare_learner(learner, run, compute)
-    optimizer = adamw(learner.student)
+    optimizer = adamw(learner.student, run.optim.layerwise_decay, run.optim.patch_embed_lr_mult)
     resume.restore(saved, learner, optimizer, source.fingerprint)
     loader = loader_of(run, source, ALONE, compute.device)
     failed = saved.state["failed"]
     batch = loader.assemble(Task(failed["epoch"], failed["step_of_epoch"], failed_step.samples(saved)))
     schedule = Schedule(run, loader.steps_per_epoch)
     stepper = Stepper(learner, optimizer, run.optim.clip_grad, compute.autocast, run.train.accumulate_steps)
+    hidden = block_masks(run.model_copy(update={"train": _alone(run)}), learner.student.backbone.patch_size)
+    masks = hidden.of_step(step, compute.device, run.train.accumulate_steps) if hidden else ()
     views = color_views(batch, compute.device)
     first = _in_weights(learner) or _in_views(views, batch, source)
     torch.manual_seed(step_seed(run.train.seed, step))
     with watched(learner) as found:
         normalized = [normalize(group) for group in views]
-        frozen = schedule.prototypes_frozen(step)
-        result = stepper(normalized, schedule.at(step), freeze_last_layer=frozen)
+        result = stepper(normalized, schedule.at(step), masks=masks, freeze_last_layer=schedule.prototypes_frozen(step))
     numbers = result.report.read()
     lines = [
         f"Step {step} of {run.name} (epoch {failed['epoch']}), {len(batch.index)} images from {failed['names'][0]} on, "

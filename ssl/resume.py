@@ -14,14 +14,13 @@ from torch import Tensor, nn
 from nearfar.ssl import checkpoint, distributed
 from nearfar.ssl.announce import not_saved
 from nearfar.ssl.backbones import Backbone, create_described
-from nearfar.ssl.checkpoint import Checkpoint
+from nearfar.ssl.checkpoint import TEACHER, Checkpoint
 from nearfar.ssl.defaults import ResolvedRun
 from nearfar.ssl.distributed import Ranks
 from nearfar.ssl.errors import UserError
 from nearfar.ssl.finetune_settings import ResolvedFinetune
 from nearfar.ssl.learner import Learner
 from nearfar.ssl.loss_scale import fitted
-from nearfar.ssl.checkpoint import TEACHER
 from nearfar.ssl.run_folder import RunFolder
 from nearfar.ssl.sharding import is_sharded, whole
 from nearfar.ssl.student_teacher import StudentTeacher
@@ -111,7 +110,9 @@ def _finite(tensor: Tensor) -> bool:
     return bool(torch.isfinite(tensor).all())
 
 
-def self_description(run: ResolvedRun | ResolvedFinetune, learner: StudentTeacher, fingerprint: str, precision: str) -> dict[str, Any]:
+def self_description(
+    run: ResolvedRun | ResolvedFinetune, learner: StudentTeacher, fingerprint: str, precision: str
+) -> dict[str, Any]:
     """What a checkpoint records about itself besides its step."""
     return {
         "world_size": run.train.world_size,

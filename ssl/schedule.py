@@ -29,12 +29,33 @@ class Schedule:
         warmup = round(optim.warmup_epochs * self.steps_per_epoch)
         temp_epochs = math.ceil(loss.warmup_teacher_temp_epochs)
         start = min(loss.warmup_teacher_temp, loss.teacher_temp)
-        return {
-            "lr": warmup_cosine(optim.lr, optim.min_lr, step, steps, warmup),
+        momentum_end = 1.0 if optim.schedule == "cosine" else optim.teacher_momentum
+        gram = {"gram_weight": loss.gram_weight if step >= self._gram_start else 0.0} if loss.gram_weight else {}
+        return gram | {
+            "lr": self._learning_rate(step, warmup),
             "weight_decay": cosine(optim.weight_decay, optim.weight_decay_end, step, steps),
-            "teacher_momentum": cosine(optim.teacher_momentum, 1.0, step, steps),
+            "teacher_momentum": cosine(optim.teacher_momentum, momentum_end, step, steps),
             "teacher_temp": linear(start, loss.teacher_temp, step // self.steps_per_epoch, temp_epochs),
         }
+
+    def _learning_rate(self, step: int, warmup: int) -> float:
+        optim = self.run.optim
+        if optim.schedule == "cosine":
+            return warmup_cosine(optim.lr, optim.min_lr, step, self.steps, warmup)
+        cooldown = round((optim.cooldown_epochs or 0) * self.steps_per_epoch) if optim.schedule == "wsd" else 0
+        return warmup_stable_decay(optim.lr, optim.min_lr, step, self.steps, warmup, cooldown)
+
+    @property
+    def _gram_start(self) -> int:
+        return round((self.run.loss.gram_start_epoch or 0) * self.steps_per_epoch)
+
+    def takes_anchor(self, step: int) -> bool:
+        """Is the teacher, as it is before `step`, the one that Gram anchoring keeps?"""
+        loss = self.run.loss
+        if not loss.gram_weight or loss.gram_teacher:
+            return False
+        epoch = loss.gram_teacher_epoch
+        return step == (self._gram_start if epoch is None else round(epoch * self.steps_per_epoch))
 
     def prototypes_frozen(self, step: int) -> bool:
         return step < round(self.run.optim.freeze_last_layer_epochs * self.steps_per_epoch)
@@ -55,6 +76,17 @@ def warmup_cosine(peak: float, end: float, step: int, steps: int, warmup: int) -
     if step < warmup:
         return peak * (step / max(1, warmup - 1))
     return cosine(peak, end, step - warmup, steps - warmup)
+
+
+def warmup_stable_decay(peak: float, end: float, step: int, steps: int, warmup: int, decay: int) -> float:
+    """Linear from 0 to `peak` over `warmup` steps, constant, and linear towards `end` over the last `decay` steps.
+
+    Hu et al., MiniCPM, 2024, section 4; a line as in Hägele et al., 2024. decay = 0: constant to the end.
+    """
+    if step < warmup:
+        return linear(0.0, peak, step, warmup)
+    left = steps - step  # 1 at the last step
+    return peak if left >= decay else end + (peak - end) * left / decay
 
 
 def linear(start: float, end: float, place: int, count: int) -> float:

@@ -11,7 +11,9 @@ from pathlib import Path
 from types import NoneType, UnionType
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, NamedTuple, get_args, get_origin
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, JsonValue
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, JsonValue, model_validator
+
+from nearfar.ssl import loss_recipes
 
 # Settings marked like this may differ when a run is continued: they do not change a single weight.
 FREE: dict[str, JsonValue] = {"resume": "free"}
@@ -156,6 +158,11 @@ class BackboneSettings(Section):
         False,
         description="start from the weights that timm publishes (timm/NAME only; needs the internet, or its cache)",
     )
+    layer_scale: float | None = Field(
+        None,
+        gt=0,
+        description="each residual branch is multiplied by a learned vector that starts at this; 1e-5 in DINOv2",
+    )
     scan: Literal["auto", "torch", "triton", "mamba"] = Field(
         "auto", description="what computes Vision Mamba's recurrence; auto = triton on a GPU, torch elsewhere"
     )
@@ -177,9 +184,21 @@ class HeadSettings(Section):
     pooling: Literal["cls", "mean"] = Field(
         "cls", description="what the head and the scores read: the CLS token, or the mean over the patches"
     )
+    ibot_separate: bool = Field(
+        False, description="iBOT: patches have a head of their own (DINOv2's large models) and do not share that of CLS"
+    )
+    ibot_prototypes: int | None = Field(
+        None, ge=2, description="number of prototypes of the patches' own head; default: head.prototypes"
+    )
 
 
 class LossSettings(Section):
+    recipe: Literal["dino", "dinov2", "dinov3"] = Field(
+        "dino",
+        description="a bundle of settings; what you write yourself wins. dinov2: iBOT with a head of its own, "
+        "Sinkhorn-Knopp, KoLeo, layer scale, layer-wise decay, smaller crops; dinov3: these, Gram anchoring and a "
+        "constant schedule",
+    )
     student_temp: float = Field(0.1, gt=0, description="temperature of the student's softmax")
     teacher_temp: float | None = Field(None, gt=0, description="temperature of the teacher's softmax after warm-up")
     warmup_teacher_temp: float = Field(
@@ -196,21 +215,75 @@ class LossSettings(Section):
     koleo_weight: float = Field(
         0.0, ge=0, description="weight of the KoLeo loss on the features of the global views; 0.1 in DINOv2, 0 = off"
     )
+    ibot_weight: float = Field(
+        0.0, ge=0, description="weight of iBOT's loss on hidden patches of the global views; 1 in DINOv2, 0 = off"
+    )
+    mask_sample_probability: float = Field(0.5, gt=0, le=1, description="iBOT: share of the global views with a mask")
+    mask_ratio_min_max: Share = Field(
+        (0.1, 0.5), description="iBOT: smallest and largest share of its patches that a mask hides"
+    )
+    gram_weight: float = Field(
+        0.0,
+        ge=0,
+        description="weight of Gram anchoring: the cosines between a view's patches stay as a frozen earlier teacher "
+        "has them; 2 in DINOv3, 0 = off",
+    )
+    gram_start_epoch: float | None = Field(
+        None, ge=0, description="epoch from which Gram anchoring is on; default: the last fifth of the run"
+    )
+    gram_teacher_epoch: float | None = Field(
+        None,
+        ge=0,
+        description="epoch at which the teacher is copied as the anchor; default: loss.gram_start_epoch",
+    )
+    gram_teacher: str | None = Field(
+        None,
+        description="weights of the anchor, of the same architecture, in place of this run's teacher: a run's folder, "
+        "a checkpoint, an exported file, or a .pth",
+    )
 
 
 class OptimSettings(Section):
     lr: float | None = Field(None, gt=0, description="highest learning rate; default: 5e-4 x batch size / 256")
-    min_lr: float = Field(1e-6, ge=0, description="learning rate at the end of the run")
+    min_lr: float = Field(
+        1e-6, ge=0, description="learning rate at the end of the run (the constant schedule does not get there)"
+    )
+    schedule: Literal["cosine", "constant", "wsd"] = Field(
+        "cosine",
+        description="after the warm-up: cosine = to optim.min_lr, as DINO and DINOv2; constant = as DINOv3; wsd = "
+        "constant (stable), then decay in a line to optim.min_lr. In the last two weight decay and the teacher's "
+        "momentum are constant",
+    )
+    cooldown_epochs: float | None = Field(
+        None, gt=0, description="wsd: epochs at the end in which the rate decays; default: a fifth of the run"
+    )
+    layerwise_decay: float = Field(
+        1.0,
+        gt=0,
+        le=1,
+        description="each layer learns at this times the rate of the one behind it; 0.9 in DINOv2, 1 = all alike",
+    )
+    patch_embed_lr_mult: float = Field(
+        1.0, gt=0, description="the patch embedding learns at this times its rate; 0.2 in DINOv2"
+    )
     warmup_epochs: float | None = Field(
         None, ge=0, description="epochs in which the learning rate rises to its highest"
     )
     weight_decay: float = Field(
         0.04, ge=0, description="weight decay at the start of the run (biases and other 1-D tensors have none)"
     )
-    weight_decay_end: float = Field(0.4, ge=0, description="weight decay at the end of the run, along a cosine")
+    weight_decay_end: float | None = Field(
+        None,
+        ge=0,
+        description="weight decay at the end of the run, along a cosine; default: 0.4, and optim.weight_decay where "
+        "optim.schedule is not cosine",
+    )
     clip_grad: float = Field(3.0, ge=0, description="largest gradient norm of each tensor, as in DINO; 0 = no limit")
     teacher_momentum: float | None = Field(
-        None, ge=0, le=1, description="momentum of the teacher at the start of the run; it rises to 1 along a cosine"
+        None,
+        ge=0,
+        le=1,
+        description="momentum of the teacher at the start of the run; with the cosine schedule it rises to 1",
     )
     freeze_last_layer_epochs: float | None = Field(
         None, ge=0, description="epochs at the start in which the prototypes do not learn"
@@ -346,6 +419,11 @@ class Run(AnyRun):
     train: TrainSettings = TrainSettings()
     eval: EvalSettings = EvalSettings()
 
+    @model_validator(mode="before")
+    @classmethod
+    def _with_recipe(cls, tree: Any) -> Any:
+        return loss_recipes.filled(tree)
+
 
 class Setting(NamedTuple):
     """A leaf of `Run`, as `--help` and the comparison of two runs see it."""
@@ -367,10 +445,13 @@ class Setting(NamedTuple):
         return str(self.default).lower() if isinstance(self.default, bool) else str(self.default)
 
 
-# Settings without a default that stay so: nothing about the run says what they should be.
+# Settings without a default that stay so: nothing about the run says what they should be, or they belong to a part
+# (iBOT, Gram anchoring, a cooldown) that is off.
 NEVER_DERIVED = frozenset(
-    ["data.val", "train.save_every_steps"]
+    ["data.val", "train.save_every_steps", "head.ibot_prototypes", "optim.cooldown_epochs"]
+    + [f"loss.gram_{name}" for name in ("start_epoch", "teacher_epoch", "teacher")]
     + [f"backbone.{name}" for name in ("patch_size", "embed_dim", "depth", "num_heads", "pos_size", "weights")]
+    + ["backbone.layer_scale"]
 )
 
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from nearfar.ssl.gradients import GradientMean
+from nearfar.ssl.masks import Masks
 from nearfar.ssl.optim import clip_gradients, set_rates
 from nearfar.ssl.sharding import is_sharded
 from nearfar.ssl.student_teacher import StudentTeacher
@@ -100,19 +101,22 @@ class Stepper:
         views: list[Tensor],
         values: dict[str, float],
         *,
+        masks: Sequence[Masks] = (),
         freeze_last_layer: bool = False,
         votes: Callable[[], Sequence[float]] = tuple,
     ) -> StepResult:
         """
         Args:
             views: normalized, grouped by size, the global group first: [(G, B, 3, s, s), ...].
-            values: lr, weight_decay, teacher_momentum and teacher_temp, as `Schedule.at` gives them.
+            values: lr, weight_decay, teacher_momentum and teacher_temp (with Gram anchoring gram_weight too), as
+                `Schedule.at` gives them.
+            masks: for iBOT, those of the global views, for each part of the step.
             freeze_last_layer: leave the prototypes as they are.
             votes: numbers to average over the ranks, asked for after the backward pass; equally many on every rank.
         """
         learner = self.learner
         learner.freeze_prototypes(freeze_last_layer)
-        outputs = self._passes(views, values)
+        outputs = self._passes(views, values, masks)
         loss = outputs.loss.to(self.parameters[0].dtype)
         means = self.gradients.finish(torch.stack([loss, *(torch.full_like(loss, vote) for vote in votes())]))
         scaling = learner.loss_scale
@@ -134,17 +138,18 @@ class Stepper:
         numbers = torch.cat([torch.stack([each.to(means.dtype) for each in said]), means[1:]])
         return StepResult(Report(numbers), outputs)
 
-    def forward(self, views: list[Tensor], values: dict[str, float]) -> Any:
+    def forward(self, views: list[Tensor], values: dict[str, float], masks: Masks | None) -> Any:
         """The learner's forward pass on (a part of) the step's views: its loss, and what is monitored."""
-        return self.learner(views, values["teacher_temp"])
+        return self.learner(views, values["teacher_temp"], masks, values.get("gram_weight", 0.0))
 
-    def _passes(self, views: list[Tensor], values: dict[str, float]) -> Any:
+    def _passes(self, views: list[Tensor], values: dict[str, float], masks: Sequence[Masks]) -> Any:
         """Forward and backward, part by part; the gradients are sent during the last backward pass."""
         parts = list(zip(*(group.chunk(self.accumulate_steps, 1) for group in views), strict=True))
         done = []
-        for number, part in enumerate(parts, 1):
+        of_parts: Sequence[Masks | None] = masks or [None] * len(parts)
+        for number, (part, hidden) in enumerate(zip(parts, of_parts, strict=True), 1):
             with self.autocast():
-                outputs = self.forward(list(part), values)
+                outputs = self.forward(list(part), values, hidden)
             if number == len(parts):
                 self.gradients.begin()
             loss = outputs.loss / len(parts) if len(parts) > 1 else outputs.loss

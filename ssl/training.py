@@ -31,8 +31,9 @@ from nearfar.ssl.distributed import Ranks
 from nearfar.ssl.errors import UserError
 from nearfar.ssl.finetune_settings import ResolvedFinetune
 from nearfar.ssl.health import CollapseWatch, falling_score, nothing_learned, patience, teacher_health
-from nearfar.ssl.learner import Learner, Outputs, build_learner, share_batch_norm
+from nearfar.ssl.learner import Learner, Outputs, block_masks, build_learner, share_batch_norm
 from nearfar.ssl.loss_scale import LossScale
+from nearfar.ssl.masks import Masks
 from nearfar.ssl.optim import adamw
 from nearfar.ssl.run_folder import RunFolder, read_metrics
 from nearfar.ssl.run_log import NoLog
@@ -41,7 +42,6 @@ from nearfar.ssl.settings import AnyRun, Run
 from nearfar.ssl.sharding import is_sharded, shard
 from nearfar.ssl.step import Numbers, Stepper, StepResult
 from nearfar.ssl.student_teacher import StudentTeacher
-
 
 R = TypeVar("R", ResolvedRun, ResolvedFinetune)
 L = TypeVar("L", bound=StudentTeacher)
@@ -304,6 +304,7 @@ class Pretraining(Training[ResolvedRun, Learner]):
     def __post_init__(self) -> None:
         super().__post_init__()
         first = next((line for line in read_metrics(self.folder.metrics) if "feature_std" in line), None)
+        self.block_masks = block_masks(self.run, self.learner.student.backbone.patch_size, self.world.rank)
         self.watch = CollapseWatch(self.schedule.steps // 10, patience(self.run.train.log_every_steps), start=first)
 
     @classmethod
@@ -318,7 +319,7 @@ class Pretraining(Training[ResolvedRun, Learner]):
 
     @classmethod
     def optimizer_for(cls, run: ResolvedRun, learner: Learner) -> torch.optim.Optimizer:
-        return adamw(learner.student)
+        return adamw(learner.student, run.optim.layerwise_decay, run.optim.patch_embed_lr_mult)
 
     @classmethod
     def schedule_for(cls, run: ResolvedRun, steps_per_epoch: int) -> Schedule:
@@ -339,7 +340,16 @@ class Pretraining(Training[ResolvedRun, Learner]):
         resume.export(folder, step, backbone, description)
 
     def started_step(self, views: list[Tensor], values: dict[str, float], votes: Votes) -> StepResult:
-        return self.stepper(views, values, freeze_last_layer=self.schedule.prototypes_frozen(self.step), votes=votes)
+        if self.schedule.takes_anchor(self.step):
+            self.learner.take_anchor()
+        frozen = self.schedule.prototypes_frozen(self.step)
+        return self.stepper(views, values, masks=self.masks(), freeze_last_layer=frozen, votes=votes)
+
+    def masks(self) -> list[Masks]:
+        """Of the coming step, for each of its parts; none without iBOT."""
+        if self.block_masks is None:
+            return []
+        return self.block_masks.of_step(self.step, self.compute.device, self.run.train.accumulate_steps)
 
     def measured(self, outputs: Outputs) -> dict[str, float]:
         health = teacher_health(outputs.teacher_probabilities, outputs.teacher_features)
@@ -384,9 +394,7 @@ class Pretraining(Training[ResolvedRun, Learner]):
         return announce.what_next(self.run, finished, self.step, self.schedule.steps)
 
 
-def set_up(
-    kind: type[T], run: AnyRun, source: Source, observers: Observers, folder: RunFolder, world: Ranks
-) -> T:
+def set_up(kind: type[T], run: AnyRun, source: Source, observers: Observers, folder: RunFolder, world: Ranks) -> T:
     """Everything as it stands at the step that the run continues from, and its folder made ready for it.
 
     kind: what is learned, `Pretraining` or another.

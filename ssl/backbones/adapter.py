@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from timm.layers import Attention, AttentionRope
+from timm.layers import Attention, AttentionRope, Format, PatchEmbed
+from timm.models import group_parameters
 from timm.models.eva import EvaAttention
 from torch import Tensor, nn
 
@@ -34,7 +35,7 @@ class Adapter(Backbone):
 
     compiled: Callable[..., Tensor] | None = None  # timm's forward_features: `nearfar.ssl.compiled` sets it
 
-    def __init__(self, model: nn.Module, arch: dict[str, Any], *, prr: bool = False) -> None:
+    def __init__(self, model: nn.Module, arch: dict[str, Any], *, prr: bool = False, mask_token: bool = False) -> None:
         super().__init__()
         self.model = model
         self.arch = arch
@@ -48,10 +49,12 @@ class Adapter(Backbone):
         self.refines = prr and not isinstance(model, OURS)  # ours do it themselves
         self.num_prefix = int(getattr(model, "num_prefix_tokens", 0))
         self.final_norm = _take_head_norm(model)
+        self.mask_token = self._make_mask_token() if mask_token and not isinstance(model, OURS) else None
+        self._masks: Tensor | None = None  # those of the forward pass that is running
         self._sizes: dict[tuple[int, int], tuple[int, int]] = {}  # size of the images -> size that the network runs at
 
-    def forward(self, images: Tensor) -> Tokens:
-        tokens = self._final_tokens(images)
+    def forward(self, images: Tensor, masks: Tensor | None = None) -> Tokens:
+        tokens = self._final_tokens(images, masks)
         if not self.refines:
             return tokens
         x = refine(torch.cat([tokens.prefix, tokens.patches], 1), self.num_heads)
@@ -85,6 +88,19 @@ class Adapter(Backbone):
             out.append(Tokens(prefix, patches, (spatial.shape[2], spatial.shape[3])))
         return out
 
+    def layers_behind(self) -> dict[str, int]:
+        matcher: Any = getattr(self.model, "group_matcher", None)
+        if matcher is None:
+            raise UserError(
+                f"timm does not say which layers {self.arch['name']} has, so its learning rate cannot decay layer by "
+                "layer; set optim.layerwise_decay=1."
+            )
+        found: Any = group_parameters(self.model, matcher(coarse=False), reverse=True)
+        layers = {f"model.{name}": layer for name, layer in found.items()}
+        last = max(layers.values()) + 1  # timm counts the final norm with the last block
+        layers |= {name: last for name in layers if name.startswith("model.norm.")} | {"mask_token": 0}
+        return {name: last - layers.get(name, last) for name, _ in self.named_parameters()}
+
     def attention(self, images: Tensor) -> Tensor:
         images = self._fit(images)
         if isinstance(self.model, VisionTransformer):
@@ -106,11 +122,52 @@ class Adapter(Backbone):
             hook.remove()
         return attention_weights(last, *inputs[0])
 
-    def _final_tokens(self, images: Tensor) -> Tokens:
+    def _final_tokens(self, images: Tensor, masks: Tensor | None = None) -> Tokens:
         """After the final norm, before PRR (but our own models have their PRR inside)."""
         images = self._fit(images)
-        forward: Any = (self.training and self.compiled) or self.model.forward_features
-        return self._tokens(self.final_norm(forward(images)), tuple(images.shape[-2:]))
+        network: Any = self.model
+        forward: Any = (self.training and self.compiled) or network.forward_features
+        if masks is None or isinstance(network, OURS):
+            features = forward(images) if masks is None else network.forward_features(images, masks)
+        else:
+            if self.mask_token is None:
+                raise ValueError("patches cannot be hidden: the network was made without mask_token=True")
+            height, width = (side // self.patch_size for side in images.shape[-2:])
+            self._masks = masks.view(-1, height, width)
+            try:
+                features = network.forward_features(images)
+            finally:
+                self._masks = None
+        return self._tokens(self.final_norm(features), tuple(images.shape[-2:]))
+
+    def _make_mask_token(self) -> nn.Parameter:
+        """A token for timm's patch embedding, and the hook that puts it in place of hidden patches."""
+        stem: Any = getattr(self.model, "patch_embed", None)
+        if not isinstance(stem, PatchEmbed):
+            raise UserError(
+                f"{self.arch['name']} has no patch embedding whose tokens could be hidden, so iBOT (loss.ibot_weight) "
+                "cannot train it; choose a ViT, DeiT, EVA, Swin, or one of ours, or leave iBOT off."
+            )
+        stem.register_forward_hook(self._hide)  # a bound method, which copy.deepcopy binds to the copy
+        return nn.Parameter(torch.zeros(1, stem.proj.weight.shape[0]))
+
+    def _hide(self, stem: Any, _: Any, tokens: Tensor) -> Tensor:
+        """What timm's stem gives, (B, h*w, D), NHWC or NCHW, with the mask token where the patches are hidden.
+
+        A network with stages cuts finer patches than it ends with: all that make up a hidden one are replaced, as in
+        SimMIM (section 3.2).
+        """
+        masks = self._masks
+        if masks is None or self.mask_token is None:
+            return tokens
+        token = self.mask_token[0].to(tokens.dtype)
+        first = tokens.ndim == 4 and stem.output_fmt != Format.NHWC
+        last = tokens.permute(0, 2, 3, 1) if first else tokens
+        cells = last.shape[1] * last.shape[2] if last.ndim == 4 else last.shape[1]
+        finer = round((cells / masks[0].numel()) ** 0.5)
+        masks = masks.repeat_interleave(finer, 1).repeat_interleave(finer, 2)
+        last = torch.where((masks if last.ndim == 4 else masks.flatten(1)).unsqueeze(-1), token, last)
+        return last.permute(0, 3, 1, 2) if first else last
 
     def _fit(self, images: Tensor) -> Tensor:
         """Images of a size that the network runs at: padded to its stride, or to the size it is made for."""

@@ -54,6 +54,8 @@ KEYS: dict[str, tuple[Callable[[Any], bool], str]] = {
         lambda value: isinstance(value, str) and re.fullmatch(r"[A-Za-z0-9.]{1,16}", value) is not None,
         "the name of a wavelet",
     ),
+    "mask_token": (_is_bool, "true or false"),
+    "layer_scale": (lambda value: type(value) in (int, float) and 0 < value <= 1e3, "a number from above 0 to 1000"),
     "drop_path": (lambda value: type(value) in (int, float) and 0 <= value < 1, "a number from 0 to below 1"),
 }
 NAMED_PATCH = 256  # pixels; a patch size inside a name, such as vit_tiny_patch16, is bounded as one of its own

@@ -46,6 +46,8 @@ def create(  # noqa: PLR0913 - a network's settings, each by name
     pretrained: bool = False,
     weights: str | Path | None = None,
     scan: Scan = "auto",
+    mask_token: bool = False,
+    layer_scale: float | None = None,
 ) -> Backbone:
     """A backbone by name: `vit_{tiny,small,base}_patch{P}[_lgp][_locat][_reg4][_rope]`, `vim_{tiny,small,base}_patch{P}
     [_uni][_lgp]`, or `timm/NAME` for timm's.
@@ -56,7 +58,9 @@ def create(  # noqa: PLR0913 - a network's settings, each by name
     `pos_size` is the size the learned positions of our ViT are made for, where that is not `img_size`: 224 keeps the
     table of DINO's public weights, resampled for every size of image as their own code does it.
     `pretrained` takes timm's published weights, `weights` a file (see `load_weights`). `scan` chooses how Vision
-    Mamba's recurrence is computed (see `choose_scan`); `arch` leaves it out, for the weights are the same. Raises
+    Mamba's recurrence is computed (see `choose_scan`); `arch` leaves it out, for the weights are the same.
+    `mask_token` makes a learned token that stands in for hidden patches (`Backbone.forward`), `layer_scale` multiplies
+    every residual branch by a learned vector that starts at this value. Raises
     UserError for an unknown name, and for a setting that the model cannot take.
     """
     if not lgp and "_lgp" not in name and (levels, wavelet) != ("auto", "haar"):
@@ -66,16 +70,18 @@ def create(  # noqa: PLR0913 - a network's settings, each by name
         raise UserError(f"scan={scan} is a setting of Vision Mamba (vim_...), and {name} has no scan; leave it out.")
     grafts = {"lgp": lgp, "levels": levels, "wavelet": wavelet, "gaug": gaug, "prr": prr}
     others = {"registers": registers, "rope": rope, "pos_size": pos_size}
+    extras: dict[str, Any] = {"mask_token": True} if mask_token else {}
+    extras |= {"layer_scale": layer_scale} if layer_scale else {}
     if name.startswith("timm/"):
         _refuse_for_timm(name, others)
-        backbone = _create_timm(name, img_size, grafts, drop_path, sizes, pretrained)
+        backbone = _create_timm(name, img_size, grafts, drop_path, sizes | extras, pretrained)
     elif match := VIM_NAME.fullmatch(name):
         _refuse_for_vim(name, {"gaug": gaug, **others, "pretrained": pretrained})
-        backbone = _create_vim(match, img_size, grafts, drop_path, sizes, scan)
+        backbone = _create_vim(match, img_size, grafts, drop_path, sizes | extras, scan)
     else:
         if pretrained:
             raise UserError(f"{name} has no published weights; leave out pretrained, or take a timm model (timm/NAME).")
-        backbone = _create_ours(name, img_size, {**grafts, **others}, drop_path, sizes)
+        backbone = _create_ours(name, img_size, {**grafts, **others, **extras}, drop_path, sizes)
     if weights is not None:
         log.info("%s", load_weights(backbone, weights))
     return backbone
@@ -129,7 +135,7 @@ def _create_vim(
     img_size: int,
     grafts: dict[str, Any],
     drop_path: float,
-    sizes: dict[str, int | None],
+    sizes: dict[str, Any],
     scan: Scan,
 ) -> Backbone:
     size, patch, uni, has_lgp = match.groups()
@@ -142,11 +148,15 @@ def _create_vim(
         "prr": grafts["prr"],
         "embed_dim": sizes["embed_dim"] or WIDTHS[size][0],
         "depth": sizes["depth"] or 24,
+        **{key: sizes[key] for key in ("mask_token", "layer_scale") if key in sizes},
     }
     how: dict[str, Any] = {"bidirectional": not uni, "scan": scan, "drop_path_rate": drop_path, "num_classes": 0}
     model = VisionMamba(patch_size=patch_size, num_heads=sizes["num_heads"], **arch, **how)
     name = f"vim_{size}_patch{patch_size}{uni or ''}"
     return Adapter(model, {"name": name, **arch, "drop_path": drop_path, "num_heads": model.num_heads})
+
+
+TIMM_WORDS = {"layer_scale": "init_values"}  # settings of ours that timm calls otherwise
 
 
 def _refuse_for_timm(name: str, switches: dict[str, Any]) -> None:
@@ -163,10 +173,11 @@ def _create_timm(
     img_size: int,
     grafts: dict[str, Any],
     drop_path: float,
-    sizes: dict[str, int | None],
+    sizes: dict[str, Any],
     pretrained: bool,
 ) -> Backbone:
-    required: dict[str, Any] = {key: value for key, value in sizes.items() if value is not None}
+    settings = {key: value for key, value in sizes.items() if value is not None}
+    required: dict[str, Any] = {TIMM_WORDS.get(key, key): v for key, v in settings.items() if key != "mask_token"}
     # What lets a network run at any size; one that does so anyway does not have these.
     optional: dict[str, Any] = {"img_size": img_size, "dynamic_img_size": True, "strict_img_size": False}
     (required if drop_path else optional)["drop_path_rate"] = drop_path
@@ -175,9 +186,8 @@ def _create_timm(
         add_lgp(model, grafts["levels"], grafts["wavelet"], drop_path)
     if grafts["gaug"]:
         add_gaug(model)
-    arch = {"name": name, "img_size": img_size, **grafts, "drop_path": drop_path, **required}
-    arch.pop("drop_path_rate", None)
-    backbone = Adapter(model, arch, prr=grafts["prr"])
+    arch = {"name": name, "img_size": img_size, **grafts, "drop_path": drop_path, **settings}
+    backbone = Adapter(model, arch, prr=grafts["prr"], mask_token="mask_token" in settings)
     with torch.no_grad():  # fail now rather than in the first step where it does not return tokens
         backbone.eval()(torch.zeros(1, 3, img_size, img_size))
     return backbone.train()
@@ -199,7 +209,10 @@ def _timm_model(name: str, required: dict[str, Any], optional: dict[str, Any], p
                 raise
             for key in refused:
                 if optional.pop(key, None) is None:
-                    raise UserError(f"{name} cannot take {key.removesuffix('_rate')}; leave it out.") from None
+                    ours = {theirs: own for own, theirs in TIMM_WORDS.items()} | {"drop_path_rate": "drop_path"}
+                    word = ours.get(key, key)
+                    hint = " (where loss.recipe sets it: backbone.layer_scale=null)" if word == "layer_scale" else ""
+                    raise UserError(f"{name} cannot take {word}; leave it out{hint}.") from None
         except (OSError, RuntimeError, ValueError, AssertionError) as error:
             reason = " ".join(str(error).split())[:200]
             if pretrained:

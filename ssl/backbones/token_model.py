@@ -22,6 +22,7 @@ class TokenModel(nn.Module):
 
     blocks: nn.ModuleList
     norm: nn.Module
+    mask_token: nn.Parameter | None
     embed_dim: int
     patch_size: int
     grid_size: Grid
@@ -30,10 +31,12 @@ class TokenModel(nn.Module):
     grad_checkpointing = False
     compiled: Callable[..., Tensor] | None = None  # what a block computes, compiled: `nearfar.ssl.compiled` sets it
 
-    def run(self, images: Tensor, keep: Sequence[int] = ()) -> tuple[Tensor, list[Tensor], Grid]:
+    def run(
+        self, images: Tensor, keep: Sequence[int] = (), masks: Tensor | None = None
+    ) -> tuple[Tensor, list[Tensor], Grid]:
         """Tokens (B, prefix + h*w, D), prefix first, after the last block and after those in `keep`; and the grid.
 
-        No norm and no PRR.
+        No norm and no PRR. `masks`: see `hide`.
         """
         raise NotImplementedError
 
@@ -49,9 +52,22 @@ class TokenModel(nn.Module):
         out: Tensor = run(*inputs)
         return out
 
-    def forward_features(self, x: Tensor) -> Tensor:
+    def forward_features(self, x: Tensor, masks: Tensor | None = None) -> Tensor:
         """Images to tokens (B, prefix + h*w, D), prefix first, after the final norm and after PRR when it is on."""
         raise NotImplementedError
+
+    def hide(self, patches: Tensor, masks: Tensor | None) -> Tensor:
+        """Embedded patches (B, h*w, D), before any position, with the mask token where `masks` (B, h*w) is true."""
+        if masks is None:
+            return patches
+        if self.mask_token is None:
+            raise ValueError("patches cannot be hidden: the network was made without mask_token=True")
+        return torch.where(masks.unsqueeze(-1), self.mask_token.to(patches.dtype), patches)
+
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        """timm's interface: which parameters belong to the stem, to each block and to what follows the last one."""
+        stem = r"^(?:cls_token|reg_token|mask_token|pos_embed|patch_embed)"
+        return {"stem": stem, "blocks": [(r"^blocks\.(\d+)", None), (r"^norm", (99999,))]}
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         if self.global_pool == "token":
@@ -129,7 +145,7 @@ class TokenModel(nn.Module):
 
     def no_weight_decay(self) -> set[str]:
         """timm's interface: what `decays` leaves out and, as in timm's own ViTs, learned tokens and positions."""
-        tokens = {"pos_embed", "cls_token", "reg_token"}
+        tokens = {"pos_embed", "cls_token", "reg_token", "mask_token"}
         return {name for name, p in self.named_parameters() if name in tokens or not decays(name, p)}
 
 

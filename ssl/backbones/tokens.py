@@ -51,8 +51,12 @@ class Backbone(nn.Module):
     num_heads: int
     arch: dict[str, Any]
 
-    def forward(self, images: Tensor) -> Tokens:
-        """Tokens of the whole network: after its final norm, and after PRR when that is on."""
+    def forward(self, images: Tensor, masks: Tensor | None = None) -> Tokens:
+        """Tokens of the whole network: after its final norm, and after PRR when that is on.
+
+        masks: (B, h*w) bool; where true, the mask token takes the place of the embedded patch (with LGP: of the fused
+            token) before any position is added. Only a network made with `mask_token=True` takes them.
+        """
         raise NotImplementedError
 
     # `blocks` is a method here, so the network itself lives one attribute below (`model`), where its ViT
@@ -61,6 +65,13 @@ class Backbone(nn.Module):
         """Tokens after each of the last `n` blocks (stages, where a network has stages), the last one last.
 
         PRR is never applied; `norm=True` applies the final norm to each.
+        """
+        raise NotImplementedError
+
+    def layers_behind(self) -> dict[str, int]:
+        """For every parameter's name how many layers are behind it: 0 for the final norm, 1 for the last block ...
+
+        Raises UserError for a network of timm's that does not say.
         """
         raise NotImplementedError
 

@@ -13,7 +13,7 @@ from typing import Literal
 
 import torch
 import torch.nn.functional as F
-from timm.layers import DropPath, lecun_normal_
+from timm.layers import DropPath, LayerScale, lecun_normal_
 from torch import Tensor, nn
 
 from nearfar.ssl.backbones.lgp_vim import VimLGPPatchEmbed
@@ -96,12 +96,15 @@ def _direction(inner: int, dim: int) -> tuple[nn.Conv1d, nn.Linear, nn.Linear, n
 
 
 class VimBlock(nn.Module):
-    """Pre-norm residual block on a residual stream of at least float32."""
+    """Pre-norm residual block on a residual stream of at least float32; `layer_scale` as in the ViT's block."""
 
-    def __init__(self, dim: int, bidirectional: bool, drop_path: float, scan: Scan) -> None:
+    def __init__(
+        self, dim: int, bidirectional: bool, drop_path: float, scan: Scan, layer_scale: float | None = None
+    ) -> None:
         super().__init__()
         self.norm = make_norm(dim, bidirectional)
         self.mixer = Mixer(dim, bidirectional, scan)
+        self.ls = LayerScale(dim, layer_scale) if layer_scale else nn.Identity()
         self.drop_path = DropPath(drop_path) if drop_path else nn.Identity()
 
     def forward(self, x: Tensor, compiled: Callable[..., Tensor] | None = None) -> Tensor:
@@ -110,7 +113,7 @@ class VimBlock(nn.Module):
 
     def residual(self, x: Tensor, scale: Tensor | None) -> Tensor:
         """The branch, scaled by its draw of stochastic depth (B, 1, 1); None leaves it as it is."""
-        return add_scaled(x, self.mixer(self.norm(x.to(self.norm.weight.dtype))), scale)
+        return add_scaled(x, self.ls(self.mixer(self.norm(x.to(self.norm.weight.dtype)))), scale)
 
 
 def make_norm(dim: int, bidirectional: bool) -> nn.RMSNorm | nn.LayerNorm:
@@ -131,6 +134,8 @@ class VisionMamba(TokenModel):
         scan: see `choose_scan`.
         drop_path_rate: stochastic depth, rising linearly to this over the blocks.
         global_pool: "token" (CLS), "avg" (patches) or "all" (CLS and patches).
+        mask_token: learn a token that stands in for hidden patches (iBOT); without one no `masks` can be given.
+        layer_scale: each block's branch is multiplied by a learned vector that starts at this.
 
     Parameters for 224 pixels, patch size 16, the position embedding (or LGP) and a head for 1000 classes:
     vim 7,148,008 / 25,796,584 / 97,598,440; vim_uni 6,424,744 / 23,907,688 / 92,051,176; LGP adds 226,754 / 674,690 /
@@ -153,6 +158,8 @@ class VisionMamba(TokenModel):
         scan: Scan = "auto",
         drop_path_rate: float = 0.0,
         global_pool: str = "token",
+        mask_token: bool = False,
+        layer_scale: float | None = None,
     ) -> None:
         super().__init__()
         num_heads = num_heads or next(n for n in range(max(1, embed_dim // 64), 0, -1) if embed_dim % n == 0)
@@ -173,10 +180,11 @@ class VisionMamba(TokenModel):
             VimLGPPatchEmbed(patch_size, embed_dim, levels, wavelet) if lgp else PatchEmbed(patch_size, embed_dim)
         )
         self.cls_token = nn.Parameter(torch.empty(1, 1, embed_dim))
+        self.mask_token = nn.Parameter(torch.zeros(1, embed_dim)) if mask_token else None
         positions = 1 + self.grid_size[0] * self.grid_size[1]
         self.pos_embed = None if lgp else nn.Parameter(torch.empty(1, positions, embed_dim))  # CLS's in the middle too
         self.blocks = nn.ModuleList(
-            VimBlock(embed_dim, bidirectional, rate, scan)
+            VimBlock(embed_dim, bidirectional, rate, scan, layer_scale)
             for rate in torch.linspace(0, drop_path_rate, depth, device="cpu").tolist()
         )
         self.norm = make_norm(embed_dim, bidirectional)
@@ -200,12 +208,15 @@ class VisionMamba(TokenModel):
             with torch.no_grad():
                 out /= math.sqrt(len(self.blocks))
 
-    def embed(self, images: Tensor) -> tuple[Tensor, Grid]:
-        """The sequence (B, h*w + 1, D) that enters the first block, CLS at h*w // 2, and its grid."""
+    def embed(self, images: Tensor, masks: Tensor | None = None) -> tuple[Tensor, Grid]:
+        """The sequence (B, h*w + 1, D) that enters the first block, CLS at h*w // 2, and its grid.
+
+        `masks`: see `hide`.
+        """
         check_size(images, self.patch_size)
         images = pad_to_multiple(images, self.patch_size)
         grid = (images.shape[-2] // self.patch_size, images.shape[-1] // self.patch_size)
-        patches: Tensor = self.patch_embed(images)
+        patches = self.hide(self.patch_embed(images), masks)
         x = _insert(patches, self.cls_token.expand(len(patches), -1, -1))
         x = x.to(torch.promote_types(self.cls_token.dtype, torch.float32))  # the residual stream
         if self.pos_embed is None:
@@ -216,8 +227,10 @@ class VisionMamba(TokenModel):
             positions = _insert(resize_positions(others, self.grid_size, grid), cls)
         return x + positions, grid
 
-    def run(self, images: Tensor, keep: Sequence[int] = ()) -> tuple[Tensor, list[Tensor], Grid]:
-        x, grid = self.embed(images)
+    def run(
+        self, images: Tensor, keep: Sequence[int] = (), masks: Tensor | None = None
+    ) -> tuple[Tensor, list[Tensor], Grid]:
+        x, grid = self.embed(images, masks)
         kept = []
         for index, block in enumerate(self.blocks):
             x = self.through(block, x)
@@ -226,8 +239,8 @@ class VisionMamba(TokenModel):
         last, *kept = (torch.cat(_take(y), 1).to(self.cls_token.dtype) for y in (x, *kept))
         return last, kept, grid
 
-    def forward_features(self, x: Tensor) -> Tensor:
-        x = self.norm(self.run(x)[0])
+    def forward_features(self, x: Tensor, masks: Tensor | None = None) -> Tensor:
+        x = self.norm(self.run(x, masks=masks)[0])
         return prr(x, self.num_heads) if self.prr else x
 
 

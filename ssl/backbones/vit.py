@@ -11,7 +11,7 @@ from typing import Literal
 
 import torch
 import torch.nn.functional as F
-from timm.layers import DropPath
+from timm.layers import DropPath, LayerScale
 from torch import Tensor, nn
 
 from nearfar.ssl.backbones.attention import attend
@@ -99,14 +99,20 @@ class Mlp(nn.Module):
 
 
 class Block(nn.Module):
-    """Pre-norm transformer block; `drop_path` drops each residual branch for that share of the samples."""
+    """Pre-norm transformer block; `drop_path` drops each residual branch for that share of the samples.
 
-    def __init__(self, dim: int, num_heads: int, drop_path: float, gaug_grid: Grid | None) -> None:
+    `layer_scale`: each branch is multiplied by a learned vector that starts at this (CaiT, section 2); None: not.
+    """
+
+    def __init__(
+        self, dim: int, num_heads: int, drop_path: float, gaug_grid: Grid | None, layer_scale: float | None = None
+    ) -> None:
         super().__init__()
         self.norm1 = nn.LayerNorm(dim, eps=1e-6)
         self.attn = Attention(dim, num_heads, gaug_grid)
         self.norm2 = nn.LayerNorm(dim, eps=1e-6)
         self.mlp = Mlp(dim)
+        self.ls1, self.ls2 = (LayerScale(dim, layer_scale) if layer_scale else nn.Identity() for _ in range(2))
         self.drop_path = DropPath(drop_path) if drop_path else nn.Identity()
 
     def forward(
@@ -124,8 +130,8 @@ class Block(nn.Module):
         self, x: Tensor, grid: Grid, rotation: Rotation | None, first: Tensor | None, second: Tensor | None
     ) -> Tensor:
         """Both branches, each scaled by its draw of stochastic depth (B, 1, 1); None leaves it as it is."""
-        x = add_scaled(x, self.attn(self.norm1(x), grid, rotation), first)
-        return add_scaled(x, self.mlp(self.norm2(x)), second)
+        x = add_scaled(x, self.ls1(self.attn(self.norm1(x), grid, rotation)), first)
+        return add_scaled(x, self.ls2(self.mlp(self.norm2(x))), second)
 
 
 class VisionTransformer(TokenModel):
@@ -142,6 +148,8 @@ class VisionTransformer(TokenModel):
         rope: axial rotary positions inside attention in place of learned ones.
         drop_path_rate: stochastic depth, rising linearly to this over the blocks; LGP's own fused path uses it too.
         global_pool: "token" (CLS), "avg" (patches) or "all" (CLS and patches; the reference head of LGP).
+        mask_token: learn a token that stands in for hidden patches (iBOT); without one no `masks` can be given.
+        layer_scale: see `Block`.
     """
 
     def __init__(  # noqa: PLR0913 - a network's settings, each by name
@@ -162,6 +170,8 @@ class VisionTransformer(TokenModel):
         drop_path_rate: float = 0.0,
         global_pool: str | None = None,
         pos_size: int | None = None,
+        mask_token: bool = False,
+        layer_scale: float | None = None,
     ) -> None:
         super().__init__()
         if embed_dim % num_heads:
@@ -186,10 +196,11 @@ class VisionTransformer(TokenModel):
         self.rope = AxialRope(embed_dim // num_heads) if rope else None
         self.cls_token = nn.Parameter(torch.empty(1, 1, embed_dim))
         self.reg_token = nn.Parameter(torch.empty(1, registers, embed_dim)) if registers else None
+        self.mask_token = nn.Parameter(torch.zeros(1, embed_dim)) if mask_token else None
         positions = 1 + self.pos_grid[0] * self.pos_grid[1]
         self.pos_embed = None if lgp or rope else nn.Parameter(torch.empty(1, positions, embed_dim))
         self.blocks = nn.ModuleList(
-            Block(embed_dim, num_heads, rate, self.grid_size if gaug else None)
+            Block(embed_dim, num_heads, rate, self.grid_size if gaug else None, layer_scale)
             for rate in torch.linspace(0, drop_path_rate, depth, device="cpu").tolist()
         )
         self.norm: nn.Module = nn.LayerNorm(embed_dim, eps=1e-6)
@@ -208,12 +219,12 @@ class VisionTransformer(TokenModel):
                 nn.init.trunc_normal_(module.weight, std=0.02)
                 nn.init.zeros_(module.bias)
 
-    def embed(self, images: Tensor) -> tuple[Tensor, Grid]:
-        """The sequence (B, 1 + registers + h*w, D) that enters the first block, and its grid."""
+    def embed(self, images: Tensor, masks: Tensor | None = None) -> tuple[Tensor, Grid]:
+        """The sequence (B, 1 + registers + h*w, D) that enters the first block, and its grid; `masks`: see `hide`."""
         check_size(images, self.patch_size)
         images = pad_to_multiple(images, self.patch_size)
         grid = (images.shape[-2] // self.patch_size, images.shape[-1] // self.patch_size)
-        patches = self.patch_embed(images)
+        patches = self.hide(self.patch_embed(images), masks)
         cls: Tensor = self.cls_token
         if self.pos_embed is not None:
             patches = patches + resize_positions(self.pos_embed[:, 1:], self.pos_grid, grid)
@@ -221,8 +232,10 @@ class VisionTransformer(TokenModel):
         prefix = cls if self.reg_token is None else torch.cat([cls, self.reg_token], 1)
         return torch.cat([prefix.expand(patches.shape[0], -1, -1).to(patches.dtype), patches], 1), grid
 
-    def run(self, images: Tensor, keep: Sequence[int] = ()) -> tuple[Tensor, list[Tensor], Grid]:
-        x, grid = self.embed(images)
+    def run(
+        self, images: Tensor, keep: Sequence[int] = (), masks: Tensor | None = None
+    ) -> tuple[Tensor, list[Tensor], Grid]:
+        x, grid = self.embed(images, masks)
         rotation = None if self.rope is None else self.rope(grid)
         kept = []
         for index, block in enumerate(self.blocks):
@@ -241,8 +254,8 @@ class VisionTransformer(TokenModel):
         weights: Tensor = last.attn.weights(last.norm1(x), grid, rotation)  # type: ignore[operator,union-attr]
         return weights
 
-    def forward_features(self, x: Tensor) -> Tensor:
-        x = self.norm(self.run(x)[0])
+    def forward_features(self, x: Tensor, masks: Tensor | None = None) -> Tensor:
+        x = self.norm(self.run(x, masks=masks)[0])
         return prr(x, self.num_heads) if self.prr else x
 
 

@@ -57,9 +57,10 @@ def load_weights(model: nn.Module, path: str | Path) -> Match:
     names (DINO, DINOv2, DINOv3, and whatever else timm itself converts for the model), LocAt's, and our exports; `.pth`
     is read without running anything in it. Heads are dropped. Everything else must fit, name by name and shape by
     shape, with three exceptions that the returned table names: positions are resampled to the model's grid, as the
-    code that they come from does it; GAug and LGP start fresh where the file has none of them; and learned positions
-    are dropped where LGP or rotary positions replace them. timm's models resample as timm does, whoever's weights
-    they hold; for DINO's own numbers at every size load its files into ours, made with `pos_size=224`.
+    code that they come from does it; GAug, LGP and a mask token start fresh where the file has none of them; and
+    learned positions are dropped where LGP or rotary positions replace them. timm's models resample as timm does,
+    whoever's weights they hold; for DINO's own numbers at every size load its files into ours, made with
+    `pos_size=224`.
 
     Raises:
         UserError: the file cannot be read safely, holds no network, or belongs to another architecture.
@@ -88,6 +89,7 @@ def load_weights(model: nn.Module, path: str | Path) -> Match:
     if not any(".gaug." in key for key in state):
         match.fresh += [key for key in own if ".gaug." in key]
     match.fresh += [key for key in own if key not in state and key.startswith(tuple(new))]
+    match.fresh += [key for key in own if key not in state and key == "mask_token"]
     if problems := misfits(own, state, match.fresh):
         raise UserError(_other_architecture(path, network, "; ".join(problems)))
     with torch.no_grad():
@@ -149,7 +151,12 @@ def weights_in(path: Path) -> Path:
     if not path.is_dir():
         return path
     checkpoints = sorted(path.glob("checkpoints/step-?????????/tensors.safetensors"))
-    for file in (path / "teacher.safetensors", path / "classifier.safetensors", path / "tensors.safetensors", *checkpoints[-1:]):
+    for file in (
+        path / "teacher.safetensors",
+        path / "classifier.safetensors",
+        path / "tensors.safetensors",
+        *checkpoints[-1:],
+    ):
         if file.is_file():
             return file
     raise UserError(f"There are no weights in {path}: it is neither a run's folder nor a checkpoint's.")

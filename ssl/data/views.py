@@ -76,8 +76,8 @@ def plan_views(views: ViewSettings, seed: int, epoch: int, index: ArrayLike, siz
     """Plan all views of some samples.
 
     index: (n,) sample numbers below 2**32; size: (n, 2) height and width of each upright image. Views 0 and 1 are the
-    global ones (view 0 alone where each image has one view), the others local. Distributions are those of torchvision's RandomResizedCrop, ColorJitter and
-    RandomHorizontalFlip.
+    global ones (view 0 alone where each image has one view), the others local. Distributions are those of torchvision's
+    RandomResizedCrop, ColorJitter and RandomHorizontalFlip.
     """
     sample = np.asarray(index, np.uint64)
     n, count = len(sample), views.global_crops + views.local_crops_number

@@ -77,9 +77,11 @@ class DINOHead(nn.Module):
         # Uniform as in torch's Linear: only the direction counts, but the length sets the effective learning rate.
         self.prototypes = nn.Parameter(torch.empty(prototypes, bottleneck).uniform_(-1, 1) * bottleneck**-0.5)
 
-    def forward(self, features: Tensor) -> Tensor:
-        """(N, in_dim) -> cosines (N, K), each within [-1, 1]."""
-        embedding = self.mlp(features)
+    def forward(self, features: Tensor, counts: Tensor | None = None) -> Tensor:
+        """(N, in_dim) -> cosines (N, K), each within [-1, 1]; `counts` (N,) bool: rows that batch norm looks at."""
+        embedding = features
+        for layer in self.mlp:
+            embedding = layer(embedding, counts) if isinstance(layer, BatchNorm) else layer(embedding)
         # A temperature of .04 multiplies the rounding of a cosine by 25, so cosines are never half precision.
         with torch.autocast(embedding.device.type, enabled=False):
             embedding = F.normalize(embedding.to(self.prototypes.dtype), dim=-1, eps=1e-6)

@@ -45,7 +45,7 @@ class Averages(Backbone):
             out.append(Tokens(patch.mean(1, keepdim=True), patch, (h, w)))
         return out
 
-    def forward(self, images):
+    def forward(self, images, masks=None):
         return self.blocks(images, 1, norm=True)[0]
 
 

@@ -330,6 +330,7 @@ def test_explicit_values_win() -> None:
         "loss.warmup_teacher_temp_epochs=0",
         "optim.lr=0.1",
         "optim.warmup_epochs=0",
+        "optim.weight_decay_end=0.3",
         "optim.teacher_momentum=0.5",
         "optim.freeze_last_layer_epochs=0",
         "data.workers=0",

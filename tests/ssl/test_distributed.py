@@ -127,14 +127,16 @@ LEARNERS = """
     from nearfar.ssl import config, distributed
     from nearfar.ssl.defaults import resolve
     from nearfar.ssl.gradients import GradientMean
-    from nearfar.ssl.learner import build_learner
+    from nearfar.ssl.learner import block_masks, build_learner
 
     torch.set_num_threads(1)
     world = distributed.from_environment()
     results = []
     with distributed.joined(world):
         for settings in json.loads(sys.argv[1]):
-            learner = build_learner(resolve(config.load(None, settings), 2000)[0]).double()
+            run = resolve(config.load(None, settings), 2000, world_size=world.size)[0]
+            learner = build_learner(run).double()
+            hidden = block_masks(run, 4, world.rank)
             optimizer = torch.optim.SGD(learner.student.parameters(), lr=0.1)  # Adam scales up rounding
             gradients = GradientMean(learner.student.parameters(), 1000)  # in many buckets
             assert len(gradients.buckets) > 5
@@ -144,7 +146,10 @@ LEARNERS = """
                 shapes = [(2, 8, 3, 16, 16), (2, 8, 3, 8, 8)]
                 groups = [torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes]
                 mine = slice(8 // world.size * world.rank, 8 // world.size * (world.rank + 1))
-                out = learner([group[:, mine] for group in groups], 0.04)
+                masks = hidden.of_step(step, torch.device("cpu"))[0] if hidden else None
+                if step == 1 and learner.anchor is not None:
+                    learner.take_anchor()
+                out = learner([group[:, mine] for group in groups], 0.04, masks, float(learner.anchor is not None))
                 gradients.begin()
                 out.loss.backward()
                 (loss,) = gradients.finish(out.loss.detach()[None])
@@ -169,6 +174,8 @@ def test_ranks_with_a_slice_each_agree_with_one_rank_in_float64(tmp_path: Path, 
         [*small, "loss.centering=sinkhorn_knopp", "loss.koleo_weight=0.1"],
         [*small, "head.batch_norm=false"],
         small,
+        [*small, "loss.ibot_weight=1"],
+        [*small, "loss.recipe=dinov3"],
     ]
     one, two, four = (tmp_path / f"{size}.json" for size in (1, 2, 4))
     for size, file in ((1, one), (2, two), (4, four)):
@@ -220,12 +227,15 @@ def wait_for_lines(file: Path, lines: int, processes: list[subprocess.Popen[str]
 RANK = ("-m", "nearfar.launch.rank")
 
 
-@pytest.mark.parametrize("size", [2, 3])
+ALL_PARTS = ["loss.recipe=dinov3", "loss.gram_start_epoch=1", "optim.schedule=wsd"]
+
+
+@pytest.mark.parametrize(("size", "settings"), [(2, []), (3, []), (2, ALL_PARTS)], ids=["2", "3", "2 dinov3"])
 def test_stopped_on_one_rank_and_continued_ends_with_the_same_bits(
-    recipe: Callable[..., Path], size: int, same: Callable[[Path, Path], None]
+    recipe: Callable[..., Path], size: int, settings: list[str], same: Callable[[Path, Path], None]
 ) -> None:
     """SIGTERM reaches one rank only, and not the first; all save and leave; the last one standing is the same."""
-    whole, parts = recipe(folder="whole"), recipe(folder="parts")
+    whole, parts = recipe(*settings, folder="whole"), recipe(*settings, folder="parts")
     finish(together(size, *RANK, str(whole)))
     processes = together(size, *RANK, str(parts))
     wait_for_lines(parts, 5, processes)

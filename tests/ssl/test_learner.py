@@ -14,8 +14,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from nearfar.ssl import config
 from nearfar.ssl.defaults import resolve
-from nearfar.ssl.learner import Learner, build_learner
+from nearfar.ssl.gram import gram_loss
+from nearfar.ssl.learner import Learner, block_masks, build_learner
 from nearfar.ssl.losses import koleo
+from nearfar.ssl.masks import Masks
 from nearfar.ssl.optim import clip_gradients, multiply_alike, parameter_groups
 from nearfar.ssl.settings import Run
 
@@ -47,7 +49,7 @@ def test_a_step_has_the_shapes_it_says(made: Make) -> None:
 def test_views_come_out_in_order_globals_first(made: Make) -> None:
     learner = made("head.batch_norm=false", "backbone.drop_path=0")
     views = groups()
-    logits, features = learner.student_outputs(views)
+    logits, features, *_ = learner.student_outputs(views)
     assert logits.shape == (4, 4, 20) and features.shape == (4, 4, 24)
     for v, view in enumerate([*views[0], *views[1]]):
         alone = learner.student.backbone(view).cls
@@ -58,7 +60,7 @@ def test_views_come_out_in_order_globals_first(made: Make) -> None:
 def test_the_head_reads_the_mean_over_the_patches_when_told(made: Make) -> None:
     learner = made("head.batch_norm=false", "backbone.drop_path=0", "head.pooling=mean")
     views = groups()
-    logits, features = learner.student_outputs(views)
+    logits, features, *_ = learner.student_outputs(views)
     for v, view in enumerate([*views[0], *views[1]]):
         mean = learner.student.backbone(view).patches.mean(1)
         torch.testing.assert_close(features[v], mean, rtol=1e-4, atol=1e-5)
@@ -68,7 +70,7 @@ def test_the_head_reads_the_mean_over_the_patches_when_told(made: Make) -> None:
 def test_koleo_is_weighed_on_the_students_global_views(made: Make) -> None:
     plain, apart = made("backbone.drop_path=0"), made("backbone.drop_path=0", "loss.koleo_weight=0.3")
     views = groups()
-    _, features = plain.student_outputs(views)
+    features = plain.student_outputs(views).features
     difference = apart(views, 0.04).loss - plain(views, 0.04).loss
     torch.testing.assert_close(difference, 0.3 * koleo(features[:2]), rtol=1e-4, atol=1e-5)
 
@@ -209,3 +211,84 @@ def test_no_limit_only_measures_and_a_number_that_is_not_finite_shows() -> None:
     for bad in (float("nan"), float("inf")):
         p.grad[1] = bad
         assert not torch.isfinite(clip_gradients([p], 3.0))
+
+
+def masks_of(made_with: list[str], tiny: Callable[..., Run], batch: int = 4) -> Masks:
+    run = resolve(tiny(f"train.batch_size={batch}", *made_with), 2_000)[0]
+    found = block_masks(run, 8)
+    assert found is not None
+    return found.of_step(0, torch.device("cpu"))[0]
+
+
+@pytest.mark.parametrize("separate", [True, False])
+def test_ibot_is_weighed_on_what_the_teacher_saw_and_the_student_did_not(
+    made: Make, tiny: Callable[..., Run], separate: bool
+) -> None:
+    """DINO's loss on the masked views plus the patch loss, put together here view by view."""
+    settings = ["loss.ibot_weight=0.7", "head.batch_norm=false", "backbone.drop_path=0"]
+    settings += ["head.ibot_separate=true", "head.ibot_prototypes=12"] if separate else []
+    learner, views, masks = made(*settings).double(), [group.double() for group in groups()], masks_of(settings, tiny)
+    nn.init.normal_(learner.student.backbone.model.mask_token)
+    out = learner(views, 0.04, masks)
+    head = "patch_head" if separate else "head"
+    assert (learner.student.patch_head is not None) is separate and out.parts.keys() == {"ibot"}
+
+    global_views = views[0].flatten(0, 1)
+    seen = learner.teacher.backbone(global_views)
+    unseen = learner.student.backbone(global_views, masks.hidden.flatten(0, 1))
+    total = 0.0
+    for view, hidden in enumerate(masks.hidden.flatten(0, 1)):
+        if hidden.any():
+            teacher = getattr(learner.teacher, head)(seen.patches[view][hidden])
+            student = getattr(learner.student, head)(unseen.patches[view][hidden])
+            total += float(-((teacher / 0.04).softmax(-1) * (student / 0.1).log_softmax(-1)).sum(-1).mean().detach())
+    assert float(out.parts["ibot"]) == pytest.approx(total / 8, rel=1e-6)
+
+    cls = torch.cat([unseen.cls, learner.student.backbone(views[1].flatten(0, 1)).cls])
+    dino = learner.loss(learner.student.head(cls).unflatten(0, (4, 4)), out.teacher_probabilities)
+    assert float(out.loss) == pytest.approx(float(dino) + 0.7 * total / 8, rel=1e-6)
+    out.loss.backward()
+    assert all(p.grad is not None for p in learner.student.parameters())
+
+
+def test_gram_anchoring_keeps_the_teacher_of_the_moment_it_was_taken(made: Make) -> None:
+    learner = made("loss.gram_weight=2", "backbone.drop_path=0", "head.batch_norm=false")
+    views = groups()
+    assert learner.anchor is not None and not learner.anchor.training
+    with torch.no_grad():
+        for p in learner.student.parameters():
+            p.add_(0.1 * torch.randn_like(p))
+    learner.update_teacher(0.5)
+    moved = gram_loss(
+        learner.student.backbone(views[0].flatten(0, 1)).patches, learner.anchor(views[0].flatten(0, 1)).patches
+    )
+    assert moved > 0
+    plain, anchored = learner(views, 0.04), learner(views, 0.04, gram_weight=2.0)
+    assert plain.parts == {} and float(anchored.parts["gram"]) == pytest.approx(float(moved), rel=1e-4)
+    torch.testing.assert_close(anchored.loss - plain.loss, 2 * moved, rtol=1e-4, atol=1e-5)
+    learner.take_anchor()
+    learner.update_teacher(0.5)  # the teacher goes on, the anchor stays
+    then = learner.anchor.state_dict()
+    now = learner.teacher.backbone.state_dict()
+    assert any(not torch.equal(then[name], now[name]) for name in then)
+    anchored.loss.backward()
+    assert all(p.grad is None for p in learner.anchor.parameters())
+
+
+def test_both_heads_prototypes_are_frozen_together(made: Make) -> None:
+    learner = made("loss.recipe=dinov2")
+    learner.freeze_prototypes(True)
+    frozen = {name for name, p in learner.student.named_parameters() if not p.requires_grad}
+    assert frozen == {"head.prototypes", "patch_head.prototypes"}
+
+
+def test_rows_that_fill_the_list_do_not_enter_batch_norm(made: Make, tiny: Callable[..., Run]) -> None:
+    settings = ["loss.ibot_weight=1", "backbone.drop_path=0"]
+    masks = masks_of(settings, tiny)
+    assert (masks.weights == 0).any()
+    short = masks._replace(rows=masks.rows[masks.weights > 0], weights=masks.weights[masks.weights > 0])
+    one, two = made(*settings), made(*settings)
+    first, second = one(groups(), 0.04, masks), two(groups(), 0.04, short)
+    torch.testing.assert_close(first.loss, second.loss, rtol=1e-5, atol=1e-6)
+    for (name, x), y in zip(one.state_dict().items(), two.state_dict().values(), strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-5, atol=1e-6, msg=name)

@@ -106,6 +106,43 @@ def test_stopped_at_random_steps_and_continued(
         assert f"Continuing from step {stop} of 20." in log
 
 
+SUCCESSORS = {
+    "ibot, shared head, centering": ["loss.ibot_weight=1", "optim.layerwise_decay=0.9"],
+    "dinov3": [
+        "loss.recipe=dinov3",
+        "loss.gram_start_epoch=2",
+        "loss.gram_teacher_epoch=1",
+        "loss.centering=centering",
+    ],
+    "vim, wsd": [
+        "backbone.name=vim_tiny_patch8", "backbone.gaug=false", "backbone.num_heads=null", "loss.recipe=dinov2",
+        "optim.schedule=wsd",
+    ],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("parts", SUCCESSORS)
+def test_with_what_came_after_dino_a_continued_run_ends_with_the_same_bits(
+    tiny: Make, data: ArraySource, quiet: Console, same_runs: Callable[[Path, Path, int], None], parts: str
+) -> None:
+    """Stopped before the anchor is taken, when it is there and when its loss is on, at steps 3, 7 and 12 of 20."""
+    whole, run = (tiny(*SUCCESSORS[parts], "train.accumulate_steps=2", folder=name) for name in ("whole", "parts"))
+    train.pretrain(whole, data, console=quiet)
+    step = 0
+    for stop in (3, 7, 12, STEPS):
+        asked = iter(range(step + 1, STEPS + 1))
+        step = train.pretrain(run, data, should_stop=lambda k=asked, s=stop: next(k) == s, console=quiet).step
+        assert step == stop
+    same_runs(run.path, whole.path, STEPS)
+    lines = [line for line in read_metrics(run.path / "metrics.jsonl") if "loss" in line]
+    assert all("ibot" in line for line in lines)
+    if "dinov3" in parts:
+        assert [line["step"] for line in lines if "gram" in line] == list(range(11, STEPS + 1))
+        saved = checkpoint.latest(run.path / "checkpoints")
+        assert saved is not None
+        assert any(name.startswith("learner/anchor.") for name in saved.tensors)
+
+
 def test_killed_at_random_moments_and_started_again(tiny: Make, data: ArraySource, same: Same) -> None:
     run = tiny("train.save_every_steps=2")
     killed = [kill_at(start(run, data), run, lines) for lines in (random.randrange(1, 9), random.randrange(10, 19))]

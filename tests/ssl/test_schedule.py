@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from nearfar.ssl import config
 from nearfar.ssl.defaults import resolve
-from nearfar.ssl.schedule import Schedule, cosine, linear, warmup_cosine
+from nearfar.ssl.schedule import Schedule, cosine, linear, warmup_cosine, warmup_stable_decay
 
 EPOCHS, PER_EPOCH = 20, 13
 STEPS = EPOCHS * PER_EPOCH
@@ -134,3 +134,39 @@ def test_every_value_stays_between_its_ends(
 def test_the_whole_run_is_known_beforehand(schedule: Schedule) -> None:
     assert schedule.steps == STEPS
     assert schedule.at(77) == Schedule(schedule.run, PER_EPOCH).at(77)
+
+
+def scheduled(*settings: str) -> Schedule:
+    fixed = [f"train.epochs={EPOCHS}", "optim.lr=2e-3", "optim.warmup_epochs=2", "optim.min_lr=1e-6"]
+    return Schedule(resolve(config.load(None, [*fixed, *settings]), 2_000)[0], PER_EPOCH)
+
+
+def test_constant_stays_where_the_warm_up_ends() -> None:
+    plain = scheduled("optim.schedule=constant", "optim.teacher_momentum=0.99")
+    lr, warm = column(plain, "lr"), 2 * PER_EPOCH
+    np.testing.assert_allclose(lr[:warm], np.linspace(0, 2e-3, warm), rtol=1e-12)
+    assert (lr[warm:] == 2e-3).all()
+    assert set(column(plain, "teacher_momentum")) == {0.99} and set(column(plain, "weight_decay")) == {0.04}
+
+
+def test_warmup_stable_decay_falls_in_a_line_at_the_end() -> None:
+    plain = scheduled("optim.schedule=wsd", "optim.cooldown_epochs=4", "optim.teacher_momentum=0.99")
+    lr, decay = column(plain, "lr"), 4 * PER_EPOCH
+    same = column(scheduled("optim.schedule=constant"), "lr")
+    assert (lr[:-decay] == same[:-decay]).all()
+    np.testing.assert_allclose(lr[-decay:], np.linspace(2e-3, 1e-6, decay + 1)[:-1], rtol=1e-9)
+    assert set(column(plain, "teacher_momentum")) == {0.99}
+    assert scheduled("optim.schedule=wsd").run.optim.cooldown_epochs == 0.2 * EPOCHS
+    assert warmup_stable_decay(1.0, 0.0, 0, 10, 1, 3) == 0.0  # as every warm-up of a single step
+
+
+def test_gram_anchoring_starts_late_and_takes_one_teacher() -> None:
+    plain = scheduled("loss.gram_weight=2", "loss.gram_start_epoch=16", "loss.gram_teacher_epoch=10.5")
+    weights = column(plain, "gram_weight")
+    assert not weights[: 16 * PER_EPOCH].any() and (weights[16 * PER_EPOCH :] == 2).all()
+    assert [step for step in range(plain.steps) if plain.takes_anchor(step)] == [round(10.5 * PER_EPOCH)]
+    default = scheduled("loss.gram_weight=2")
+    assert [step for step in range(default.steps) if default.takes_anchor(step)] == [16 * PER_EPOCH]
+    file = scheduled("loss.gram_weight=2", "loss.gram_teacher=some.pth")
+    assert not any(file.takes_anchor(step) for step in range(file.steps))
+    assert "gram_weight" not in scheduled().at(0) and not scheduled().takes_anchor(0)

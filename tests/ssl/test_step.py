@@ -15,7 +15,8 @@ from torch.utils._pytree import tree_leaves
 
 from nearfar.ssl.defaults import resolve
 from nearfar.ssl.errors import UserError
-from nearfar.ssl.learner import Learner, build_learner
+from nearfar.ssl.learner import Learner, block_masks, build_learner
+from nearfar.ssl.masks import Masks
 from nearfar.ssl.optim import adamw
 from nearfar.ssl.settings import Run
 from nearfar.ssl.step import Stepper
@@ -35,8 +36,10 @@ EVERY_KIND = [
     ["backbone.lgp=true", "backbone.gaug=true", "backbone.prr=true", "backbone.drop_path=0.2"],
     ["loss.centering=sinkhorn_knopp", "loss.koleo_weight=0.1"],
     ["backbone.name=vim_tiny_patch16", "backbone.lgp=true", "backbone.prr=true", "backbone.gaug=false"],
+    ["loss.ibot_weight=1", "loss.gram_weight=1"],
+    ["loss.recipe=dinov3"],
 ]
-KINDS = ["plain", "ideas", "sinkhorn and koleo", "vim"]
+KINDS = ["plain", "ideas", "sinkhorn and koleo", "vim", "ibot and gram", "dinov3"]
 
 
 class Watch(TorchDispatchMode):
@@ -88,13 +91,21 @@ def made(tiny: Make, *settings: str, parts: int = 1) -> tuple[Learner, Stepper, 
     return learner, Stepper(learner, adamw(learner.student), run.optim.clip_grad, accumulate_steps=parts), views
 
 
+def masks_of(tiny: Make, *settings: str, parts: int = 1) -> list[Masks]:
+    """Those of step 0 of `made`, if its settings ask for any."""
+    found = block_masks(resolve(tiny("train.batch_size=4", *settings), 40)[0], patch_size=8)
+    return found.of_step(0, torch.device("cpu"), parts) if found else []
+
+
 @pytest.mark.parametrize("settings", EVERY_KIND, ids=KINDS)
 @pytest.mark.parametrize(("frozen", "parts"), [(False, 1), (True, 1), (False, 2)])
 def test_no_operation_of_a_step_has_to_be_waited_for(tiny: Make, settings: list[str], frozen: bool, parts: int) -> None:
-    _, stepper, views = made(tiny, *settings, parts=parts)
-    stepper(views, VALUES)  # the optimizer makes its moments in the first step
+    learner, stepper, views = made(tiny, *settings, parts=parts)
+    values = VALUES | {"gram_weight": float(learner.anchor is not None)}
+    masks = masks_of(tiny, *settings, parts=parts)
+    stepper(views, values, masks=masks)  # the optimizer makes its moments in the first step
     with Watch() as watch:
-        trained = stepper(views, VALUES, freeze_last_layer=frozen, votes=lambda: (0.0, 1.0))
+        trained = stepper(views, values, masks=masks, freeze_last_layer=frozen, votes=lambda: (0.0, 1.0))
     assert watch.waits == [] and watch.count > 200
     numbers = trained.report.read()
     assert numbers.finite and numbers.votes == (0, 1) and numbers.grad_norm > 0
@@ -112,6 +123,7 @@ def test_all_of_a_step_is_on_the_learners_device(
     monkeypatch.setattr(allowed, "_device_dtype_check_for_fused", lambda *_, **__: None)
     stepper = Stepper(learner, adamw(learner.student), 3.0, accumulate_steps=parts)
     monkeypatch.setattr(torch, "autocast", lambda *_, **__: nullcontext())  # has no type for meta
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda *_: False)  # nor has this
     views = [group.to("meta") for group in views]
     with Watch():
         stepper(views, VALUES)
@@ -215,10 +227,12 @@ def test_frozen_prototypes_have_no_gradient_and_stay(tiny: Make) -> None:
     assert not torch.equal(prototypes, before)
 
 
+@pytest.mark.parametrize("more", [[], ["loss.ibot_weight=1", "loss.gram_weight=1"]], ids=["plain", "ibot and gram"])
 @pytest.mark.parametrize("parts", [2, 4])
-def test_a_step_in_parts_equals_the_whole_in_float64(tiny: Make, parts: int) -> None:
+def test_a_step_in_parts_equals_the_whole_in_float64(tiny: Make, parts: int, more: list[str]) -> None:
     """Loss, norm of the gradient, outputs, every gradient that AdamW was given (its first moment), center, teacher."""
-    settings = ["head.batch_norm=false", "backbone.drop_path=0", "backbone.lgp=true", "backbone.gaug=true"]
+    settings = ["head.batch_norm=false", "backbone.drop_path=0", "backbone.lgp=true", "backbone.gaug=true", *more]
+    values = VALUES | ({"gram_weight": 1.0} if more else {})
     found = []
     for number in (1, parts):
         learner, _, views = made(tiny, *settings)
@@ -226,11 +240,13 @@ def test_a_step_in_parts_equals_the_whole_in_float64(tiny: Make, parts: int) -> 
         stepper = Stepper(learner, adamw(learner.student), 0.0, accumulate_steps=number)
         calls: list[int] = []
         learner.student.register_forward_hook(lambda _, args, __, calls=calls: calls.append(args[0][0].shape[1]))
-        trained = stepper([group.double() for group in views], VALUES)
+        trained = stepper([g.double() for g in views], values, masks=masks_of(tiny, *settings, parts=number))
+        assert set(trained.outputs.parts) == ({"ibot", "gram"} if more else set())
         assert calls == [4 // number] * number
         numbers, moments = trained.report.read(), [s["exp_avg"] for s in stepper.optimizer.state.values()]
         scalars = torch.tensor([numbers.loss, numbers.grad_norm], dtype=torch.float64)
         found.append([scalars, *trained.outputs[1:3], *moments, learner.loss.center, *learner.teacher.parameters()])
+        found[-1] += [] if learner.ibot is None else [learner.ibot.center]
     for whole, ours in zip(*found, strict=True):
         torch.testing.assert_close(ours, whole, rtol=1e-6, atol=1e-9)
     assert len(found[0]) > 50 and float(found[0][0][1]) > 0

@@ -42,7 +42,7 @@ class TwoLayers(Backbone):
         self.second = nn.Linear(10, 12)
         self.norm = nn.LayerNorm(10)
 
-    def forward(self, images: Tensor) -> Tokens:
+    def forward(self, images: Tensor, masks: Tensor | None = None) -> Tokens:
         x = self.embed(images)
         patches = F.gelu(self.second(self.norm(x.flatten(2).transpose(1, 2))))
         return Tokens(patches[:, :0], patches, (x.shape[2], x.shape[3]))

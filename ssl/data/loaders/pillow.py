@@ -46,7 +46,9 @@ class PillowLoader(Loader):
         if taken.complete:
             groups = [render(images, plan.views(slice(self.views.global_crops)), self.views.global_crops_size)]
             if self.views.local_crops_number:
-                groups.append(render(images, plan.views(slice(self.views.global_crops, None)), self.views.local_crops_size))
+                groups.append(
+                    render(images, plan.views(slice(self.views.global_crops, None)), self.views.local_crops_size)
+                )
         return self.batch(task, taken, groups, plan, decoded)
 
     def batches(self, tasks: Iterator[Task]) -> Iterator[Batch]:

@@ -1,0 +1,48 @@
+"""Recipes for clusters: they resolve, say that nobody here ran them, and their commands are right."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from nearfar.launch.cli import build_parser
+from nearfar.ssl import config
+from nearfar.ssl.defaults import resolve
+
+FOLDER = Path(__file__).resolve().parents[2] / "recipes"
+CLUSTER = {file.stem: file for file in FOLDER.glob("*.yaml") if re.match(r"imagenet1|dinov", file.stem)}
+IMAGES = {"imagenet1k": 1_281_167, "imagenet100": 126_689, "dinov2": 1_281_167}
+
+
+def test_they_are_all_here() -> None:
+    hundred = {f"imagenet100_{kind}_{size}" for kind in ("vit", "vim") for size in ("tiny", "small")}
+    assert set(CLUSTER) == hundred | {"imagenet1k_vit_small", "dinov2_vit_small"}
+
+
+@pytest.mark.parametrize("name", sorted(CLUSTER))
+def test_a_cluster_recipe_resolves_and_says_that_it_was_not_run(name: str) -> None:
+    text = CLUSTER[name].read_text()
+    assert "NOT RUN BY US" in text
+    images = IMAGES[name.partition("_")[0]]
+    commands = re.findall(r"^#   nearfar (launch .*)$", text, re.MULTILINE)
+    assert len(commands) == 2
+    for command in commands:
+        parsed = build_parser().parse_args(shlex.split(command))
+        settings = list(parsed.settings)
+        run, derived = resolve(config.load(CLUSTER[name], settings), images, 8, world_size=8)
+        assert run.train.batch_size in (512, 1024, 2048) and run.head.prototypes == 65536
+        decided = {"optim.lr"} if "dinov2" not in name else set()
+        published = {"optim.teacher_momentum", "optim.warmup_epochs", "loss.teacher_temp", "head.batch_norm"}
+        assert decided <= {each.key for each in derived} and not published & {each.key for each in derived}
+
+
+def test_published_rates() -> None:
+    def lr(name: str, *settings: str) -> float:
+        return resolve(config.load(CLUSTER[name], settings), 1_281_167)[0].optim.lr
+
+    assert lr("imagenet1k_vit_small") == pytest.approx(5e-4 * 512 / 256)
+    assert lr("imagenet1k_vit_small", "train.batch_size=1024") == pytest.approx(5e-4 * 1024 / 256)
+    assert lr("dinov2_vit_small") == pytest.approx(4e-3 * (2048 / 1024) ** 0.5, rel=1e-3)
