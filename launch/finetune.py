@@ -23,7 +23,9 @@ from nearfar.ssl import checkpoint, config, device, train
 from nearfar.ssl.classifier import Classifier
 from nearfar.ssl.data import open_source
 from nearfar.ssl.data.sources.base import Source
+from nearfar.ssl.data.sources.files import FolderSource
 from nearfar.ssl.distributed import ALONE, Ranks, from_environment
+from nearfar.ssl.errors import UserError, printable
 from nearfar.ssl.finetune import class_names, finetune, labels_as
 from nearfar.ssl.finetune_settings import FinetuneRun, ResolvedFinetune
 from nearfar.ssl.train import Outcome
@@ -56,6 +58,7 @@ def train_rank(run: FinetuneRun, console: Console, world: Ranks) -> Outcome:
     """The part of `run_finetuning` that each process of the run does."""
     config.require_images(run)
     source = open_source(run.data.path)
+    refuse_empty_folders(source, run.data.path)
     classes = class_names(source, run.data.path)
     with StopFlag() as stop:
         probe = None
@@ -69,6 +72,20 @@ def train_rank(run: FinetuneRun, console: Console, world: Ranks) -> Outcome:
             record_score(outcome, source, probe)
         console.print(str(write_classification_report(outcome.folder)), highlight=False, markup=False, soft_wrap=True)
     return outcome
+
+
+def refuse_empty_folders(source: Source, path: str) -> None:
+    """Raises UserError for a class folder without an image, which a source of files passes over."""
+    root = Path(path).expanduser()
+    if not isinstance(source, FolderSource) or not source.classes:
+        return
+    folders = sorted(each.name for each in root.iterdir() if each.is_dir() and not each.name.startswith("."))
+    if empty := [name for name in folders if printable(name) not in source.classes]:
+        some = ", ".join(empty[:5]) + (" and others" if len(empty) > 5 else "")
+        raise UserError(
+            f"{len(empty)} of the {len(folders)} class folders of {path} hold no image: {some}. Add images to them, or "
+            "remove them."
+        )
 
 
 @dataclass

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 
 from nearfar.launch.command_line import HelpWithSettings, add_settings
-from nearfar.launch.recipes import find_recipe
+from nearfar.launch.recipes import bundled, find_recipe
 
 if TYPE_CHECKING:
     from nearfar.ssl.settings import AnyRun
@@ -32,7 +32,7 @@ def add_finetuning(verbs: argparse._SubParsersAction) -> None:
         add_help=False,
     )
     finetune.add_argument("-h", "--help", action=HelpWithFinetuneSettings, nargs=0, help="show this and every setting")
-    finetune.add_argument("recipe", help="a .yaml file, or the name of a bundled one: finetune_...")
+    finetune.add_argument("recipe", help=f"a .yaml file, or the name of a bundled one: {', '.join(bundled(True))}")
     finetune.add_argument(
         "--from",
         dest="weights",
@@ -66,7 +66,7 @@ def run_finetune(arguments: argparse.Namespace) -> None:
         from nearfar.launch.starting_weights import settings_of
 
         settings = [*settings_of(arguments.weights), *settings]
-    run = finetune_settings.load(find_recipe(arguments.recipe), settings)
+    run = finetune_settings.load(find_recipe(arguments.recipe, supervised=True), settings)
     config.require_images(run)  # here too: before torch is loaded
     from nearfar.launch.finetune import run_finetuning
 
