@@ -76,7 +76,7 @@ def parsed(argv: Sequence[str]) -> argparse.Namespace:
     return arguments
 
 
-VERBS = ("demo", "pretrain", "finetune", "predict", "replay", "features", "eval", "export", "report", "data", "launch")
+VERBS = ("demo", "pretrain", "replay", "finetune", "predict", "features", "eval", "export", "report", "data", "launch")
 
 
 def build_parser() -> Parser:

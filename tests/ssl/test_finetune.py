@@ -233,7 +233,7 @@ def two_steps(settings: list[str], rank: int, size: int) -> dict[str, Tensor]:
 
 def test_two_ranks_are_one(tmp_path: Path, free_port: int) -> None:
     settings = [*TINY, "classifier.mixup=0.8", "classifier.cutmix=1.0", "backbone.drop_path=0"]
-    torch.multiprocessing.start_processes(a_rank, (free_port, settings, tmp_path), nprocs=2, start_method="spawn")  # type: ignore[no-untyped-call]
+    torch.multiprocessing.start_processes(a_rank, (free_port, settings, tmp_path), nprocs=2, start_method="spawn")
     alone = two_steps(settings, 0, 1)
     for rank in range(2):
         shared = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
@@ -264,7 +264,7 @@ def test_a_classifier_loads_strictly_and_gives_its_backbone(tiny: Make, quiet: A
     about, tensors = checkpoint.about(folder), dict(whole.state_dict())
     del tensors["head.bias"]
     checkpoint.export_tensors(tmp_path / "cut.safetensors", tensors, about)
-    with pytest.raises(UserError, match="head.bias"):
+    with pytest.raises(UserError, match=r"head.bias"):
         checkpoint.load_classifier(tmp_path / "cut.safetensors")
     checkpoint.export(tmp_path / "bare.safetensors", whole.backbone, {"step": 1})
     with pytest.raises(UserError, match="without a classifier"):
@@ -317,7 +317,7 @@ def test_labels_of_other_images_are_matched_by_name() -> None:
     other = ArraySource(pixels, [0, 1, 0], classes=["blue", "red"])
     assert labels_as(CLASSES, other, "val").tolist() == [2, 0, 2]
     assert labels_as(CLASSES, ArraySource(pixels, [2, 1, 0]), "val").tolist() == [2, 1, 0]
-    with pytest.raises(UserError, match="1 classes of val are not among .*: pink. It knows red, green, blue"):
+    with pytest.raises(UserError, match=r"1 classes of val are not among .*: pink. It knows red, green, blue"):
         labels_as(CLASSES, ArraySource(pixels, [0, 1, 1], classes=["red", "pink"]), "val")
     with pytest.raises(UserError, match="trained on: 3"):
         labels_as(CLASSES, ArraySource(pixels, [0, 3, 1]), "val")
