@@ -102,6 +102,7 @@ class Scoring:
             if self.should_stop():
                 raise _StoppedError
 
+        self.last = None
         compute = device.choose(run.train.device, run.train.precision, classifier.backbone.embed_dim)
         decoding = Decoding(workers=run.data.workers)
         try:
@@ -123,7 +124,8 @@ def record_score(outcome: Outcome, source: Source, scoring: Scoring) -> None:
             return
         compute = device.choose(run.train.device, run.train.precision, classifier.backbone.embed_dim)
         scoring(classifier.to(compute.device), run)
-    assert scoring.last is not None
+    if scoring.last is None:  # a signal asked to stop first: the same command scores it
+        return
     said = detail(scoring.last.probabilities, scoring.labels[scoring.last.rows], classifier.classes)
     assert run.data.val is not None
     score = Score(
