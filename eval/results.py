@@ -29,6 +29,7 @@ TITLES = {
     "retrieval": "retrieval mIoU",
     "robustness": "patch-shuffled k-NN",
     "position": "position R2",
+    "finetune": "fine-tuned top-1",
 }
 """What each task's score is called, everywhere; the order is that of every table. All are percentages."""
 HEADLINES = ("knn", "linear", "segment")

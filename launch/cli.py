@@ -29,6 +29,7 @@ from nearfar.launch.distill_verbs import add_distill
 from nearfar.launch.eval_verbs import add_eval
 from nearfar.launch.export_verbs import add_export
 from nearfar.launch.feature_verbs import add_features
+from nearfar.launch.finetune_verbs import add_finetuning
 from nearfar.launch.recipes import bundled, find_recipe
 from nearfar.launch.slurm.cli import add_launch
 from nearfar.launch.streams import outliving_their_reader
@@ -76,7 +77,10 @@ def parsed(argv: Sequence[str]) -> argparse.Namespace:
     return arguments
 
 
-VERBS = ("demo", "pretrain", "distill", "replay", "features", "eval", "export", "report", "data", "launch")
+VERBS = (
+    "demo", "pretrain", "distill", "replay", "finetune", "predict", "features", "eval", "export", "report", "data",
+    "launch",
+)  # fmt: skip
 
 
 def build_parser() -> Parser:
@@ -92,6 +96,7 @@ def build_parser() -> Parser:
     verbs = parser.add_subparsers(required=True, metavar="VERB")
     _add_training(verbs)
     add_distill(verbs)
+    add_finetuning(verbs)
 
     features = verbs.add_parser("features", help="write the frozen features of a folder of images")
     add_model(features)

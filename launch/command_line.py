@@ -9,12 +9,15 @@ import sys
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from nearfar.launch.failures import tell
 from nearfar.launch.recipes import bundled
 from nearfar.ssl.errors import EXIT_USER
 from nearfar.ssl.setting_errors import meant, nearest
+
+if TYPE_CHECKING:
+    from nearfar.ssl.settings import AnyRun
 
 
 class Parser(argparse.ArgumentParser):
@@ -112,13 +115,20 @@ class ShowVersion(argparse.Action):
 class HelpWithSettings(argparse.Action):
     """The help of a verb, and every setting with its default and meaning."""
 
+    @staticmethod
+    def kind() -> type[AnyRun]:
+        """Whose settings these are."""
+        from nearfar.ssl.settings import Run
+
+        return Run
+
     def __call__(self, parser: argparse.ArgumentParser, *_: object, **__: object) -> None:
-        print(parser.format_help() + "\n" + settings_help(shutil.get_terminal_size().columns))
+        print(parser.format_help() + "\n" + settings_help(shutil.get_terminal_size().columns, self.kind()))
         parser.exit()
 
 
-def settings_help(width: int) -> str:
-    """Every setting as it may be typed, with its meaning below, wrapped to `width`."""
+def settings_help(width: int, kind: type[AnyRun]) -> str:
+    """Every setting of a kind of run as it may be typed, with its meaning below, wrapped to `width`."""
     from nearfar.ssl.settings import all_settings
 
     def wrapped(text: str, indent: int) -> str:
@@ -137,7 +147,7 @@ def settings_help(width: int) -> str:
         "",
     ]
     section = ""
-    for setting in all_settings():
+    for setting in all_settings(kind):
         if section != (section := setting.key.rpartition(".")[0]):
             lines.append("")
         default = f"  {setting.typed}" if setting.default is None else f"={setting.typed}"

@@ -25,12 +25,13 @@ from nearfar.eval.store import is_store
 from nearfar.eval.tasks import TASKS, Data, Plan, plan
 from nearfar.eval.verdict import Verdict, verdict
 from nearfar.launch.score_tables import detail_tables, remarks, score_table
-from nearfar.ssl import checkpoint, config, digests, gpus
+from nearfar.ssl import checkpoint, digests, gpus
 from nearfar.ssl.backbones import Backbone
 from nearfar.ssl.data import open_source
 from nearfar.ssl.defaults import ResolvedRun
 from nearfar.ssl.device import Compute
 from nearfar.ssl.errors import UserError
+from nearfar.ssl.finetune_settings import FinetuneRun, recorded
 from nearfar.ssl.learner import build_learner
 from nearfar.ssl.settings import Run
 
@@ -79,8 +80,14 @@ class Subject(NamedTuple):
             raise UserError(f"{file} does not say which run it comes from.")
         step = state.get("step")
         return Subject(
-            checkpoint.load(file), config.validate(state["run"]), file.parent, step if isinstance(step, int) else None
+            checkpoint.load(file), _as_pretraining(state["run"]), file.parent, step if isinstance(step, int) else None
         )
+
+
+def _as_pretraining(settings: dict[str, Any]) -> Run:
+    """The settings under which a backbone was trained; of a supervised run what frozen features need of them."""
+    run = recorded(settings)
+    return run.as_pretraining() if isinstance(run, FinetuneRun) else run
 
 
 def sources(run: Run, train: str | None, val: str | None) -> tuple[Data, Data]:

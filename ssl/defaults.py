@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from nearfar.ssl.errors import UserError
 from nearfar.ssl.settings import (
+    AnyRun,
     DataSettings,
     EvalSettings,
     HeadSettings,
@@ -17,6 +18,8 @@ from nearfar.ssl.settings import (
     TrainSettings,
     all_settings,
 )
+
+R = TypeVar("R", bound=AnyRun)
 
 
 class Derived(NamedTuple):
@@ -100,7 +103,7 @@ def resolve(
     return ResolvedRun.of(filled), derived
 
 
-def on_ranks(run: Run, world_size: int) -> Run:
+def on_ranks(run: R, world_size: int) -> R:
     """The run on `world_size` ranks. Raises UserError where that contradicts its settings."""
     if run.train.batch_size % world_size:
         sizes = " and ".join(map(str, dividing(run.train.batch_size, run.train.accumulate_steps, world_size)))
@@ -120,7 +123,7 @@ def on_ranks(run: Run, world_size: int) -> Run:
     return run.model_copy(update={"train": run.train.model_copy(update={"world_size": world_size})})
 
 
-def continued(run: Run, saved: Run) -> Run:
+def continued(run: R, saved: R) -> R:
     """`run` as the continuation of `saved`: what it leaves unset is taken from there.
 
     Raises:
@@ -135,34 +138,35 @@ def continued(run: Run, saved: Run) -> Run:
     return run
 
 
-def inherit(run: Run, saved: Run) -> Run:
+def inherit(run: R, saved: R) -> R:
     """Fill every `None` of `run` from a resolved run: a requeue on other cores must not derive other values."""
     tree = run.model_dump()
     for section, values in saved.model_dump().items():
         if isinstance(values, dict):
             kept = {key: value for key, value in tree[section].items() if value is not None}
             tree[section] = values | kept
-    return Run.model_validate(tree)
+    return run.as_asked().model_validate(tree)  # type: ignore[return-value]  # of the same kind
 
 
-def differences(old: Run, new: Run) -> list[str]:
+def differences(old: AnyRun, new: AnyRun) -> list[str]:
     """Dotted `key: old -> new` for every setting that would change the weights of a continued run."""
     found = []
-    for setting in all_settings():
-        before, after = _get(old, setting.key), _get(new, setting.key)
+    for setting in all_settings(new.as_asked()):
+        before, after = value_of(old, setting.key), value_of(new, setting.key)
         if not setting.free and before != after:
             found.append(f"{setting.key}: {before} -> {after}")
     return found
 
 
-def _get(run: Run, key: str) -> Any:
+def value_of(run: AnyRun, key: str) -> Any:
+    """The value of a dotted setting."""
     node: Any = run
     for part in key.split("."):
         node = getattr(node, part)
     return node
 
 
-def world_size(run: Run, saved: Run | None, cores: int, gpus: int) -> Derived:
+def world_size(run: AnyRun, saved: AnyRun | None, cores: int, gpus: int) -> Derived:
     """Ranks of a run on this machine: as set, as the run was begun, or by its GPUs or cores. Known before images are
     read.
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
-from typing import Any, Literal, NamedTuple, Self
+from collections.abc import Sequence
+from typing import Literal, NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
@@ -15,10 +15,10 @@ from nearfar.ssl.gram import gram_loss
 from nearfar.ssl.heads.dino import DINOHead
 from nearfar.ssl.health import teacher_health
 from nearfar.ssl.ibot import PatchLoss
-from nearfar.ssl.loss_scale import LossScale
 from nearfar.ssl.losses import DINOLoss, koleo
 from nearfar.ssl.masks import BlockMasks, Masks
-from nearfar.ssl.sharding import local, whole
+from nearfar.ssl.sharding import whole
+from nearfar.ssl.student_teacher import StudentTeacher
 
 
 class Seen(NamedTuple):
@@ -37,6 +37,16 @@ class Outputs(NamedTuple):
     teacher_probabilities: Tensor  # (G, B, K)
     teacher_features: Tensor  # (G, B, D)
     parts: dict[str, Tensor]  # what else the loss holds, unweighted
+
+    @staticmethod
+    def joined(parts: list[Outputs]) -> Outputs:
+        """The outputs of all parts of a step as those of one batch: means, and the images in order."""
+        return Outputs(
+            loss=torch.stack([part.loss for part in parts]).mean(),
+            teacher_probabilities=torch.cat([part.teacher_probabilities for part in parts], 1),
+            teacher_features=torch.cat([part.teacher_features for part in parts], 1),
+            parts={name: torch.stack([part.parts[name] for part in parts]).mean() for name in parts[0].parts},
+        )
 
 
 class HeadedBackbone(nn.Module):
@@ -88,29 +98,13 @@ class Network(HeadedBackbone):
         return Seen(logits.unflatten(0, (-1, batch)), features.unflatten(0, (-1, batch)), seen.patches, patch_logits)
 
 
-class Learner(nn.Module, ABC):
-    """What a `Stepper` trains, whatever the loss: a student, and `teacher`, its moving average, which is exported.
+class Learner(StudentTeacher, ABC):
+    """What a `Stepper` pretrains, whatever the loss: `teacher`, the student's moving average, is exported.
 
     Which one a run has is decided in learners.py.
     """
 
-    student: HeadedBackbone
-    teacher: HeadedBackbone
-    notes: Sequence[str] = ()  # lines for the start of the run's log
     remedy: str | None = None  # what to try where little was learned, if that is not what DINO needs
-
-    def __init__(self, student: HeadedBackbone, teacher: HeadedBackbone) -> None:
-        super().__init__()
-        self.student = student
-        self.teacher = teacher
-        self.loss_scale: LossScale | None = None  # under fp16
-        self.teacher.load_state_dict(self.student.state_dict())
-        self.teacher.requires_grad_(False)
-
-    @property
-    def frozen(self) -> Sequence[Backbone]:
-        """Networks that a pass runs through and that neither learn nor follow the student."""
-        return ()
 
     @abstractmethod
     def forward(
@@ -122,37 +116,8 @@ class Learner(nn.Module, ABC):
     def health(self, outputs: Outputs) -> dict[str, float]:
         """Numbers that show a collapse, the most telling one first."""
 
-    def description(self) -> dict[str, Any]:
-        """What checkpoints and the exported backbone record about how it learned, besides the settings."""
-        return {}
-
-    def check_continues(self, state: Mapping[str, Any]) -> None:
-        """Raises UserError where a checkpoint's description says that it learned from something else."""
-
     def take_anchor(self) -> None:
         """Where Gram anchoring is on: from now on keep what the teacher's patches are like now."""
-
-    def freeze_prototypes(self, frozen: bool) -> None:
-        """To be called before the forward pass, where the head has prototypes."""
-
-    def after_step(self, momentum: float, not_finite: Tensor | None = None) -> None:
-        """To be called after the optimizer's step.
-
-        not_finite: float32 scalar on the learner's device; where it is 1, nothing changes.
-        """
-        self.update_teacher(momentum, not_finite)
-
-    @torch.no_grad()
-    def update_teacher(self, momentum: float, not_finite: Tensor | None = None) -> None:
-        """theta_teacher <- momentum * theta_teacher + (1 - momentum) * theta_student, unless `not_finite` is 1."""
-        teacher = [local(p) for p in self.teacher.parameters()]
-        student = [local(p) for p in self.student.parameters()]
-        # A step of gradient descent on |teacher - student|^2 / 2 from decay (teacher) and gradient (-student): the one
-        # kernel of torch that takes all tensors in a few launches and is cancelled by a flag on the device.
-        torch._fused_sgd_(
-            teacher, student, [], weight_decay=1.0, momentum=0.0, lr=1 - momentum, dampening=0.0, nesterov=False,
-            maximize=True, is_first_step=False, grad_scale=None, found_inf=not_finite,
-        )  # fmt: skip
 
 
 class DINOLearner(Learner):
@@ -313,7 +278,7 @@ def block_masks(run: ResolvedRun, patch_size: int, rank: int = 0) -> BlockMasks 
     return BlockMasks(run.train.seed, share, ratios, (side, side), images, rank)
 
 
-def share_batch_norm(learner: Learner) -> None:
+def share_batch_norm(learner: StudentTeacher) -> None:
     """Batch norm of the backbones over all ranks' images, on GPUs. On a CPU each rank's slice has its own statistics.
 
     The head's is shared everywhere (heads/batch_norm.py).

@@ -14,14 +14,16 @@ from torch import Tensor, nn
 from nearfar.ssl import checkpoint, distributed
 from nearfar.ssl.announce import not_saved
 from nearfar.ssl.backbones import Backbone, create_described
-from nearfar.ssl.checkpoint import Checkpoint
+from nearfar.ssl.checkpoint import TEACHER, Checkpoint
 from nearfar.ssl.defaults import ResolvedRun
 from nearfar.ssl.distributed import Ranks
 from nearfar.ssl.errors import UserError
+from nearfar.ssl.finetune_settings import ResolvedFinetune
 from nearfar.ssl.learner import Learner
 from nearfar.ssl.loss_scale import fitted
-from nearfar.ssl.run_folder import TEACHER, RunFolder
+from nearfar.ssl.run_folder import RunFolder
 from nearfar.ssl.sharding import is_sharded, whole
+from nearfar.ssl.student_teacher import StudentTeacher
 
 
 def latest(folder: RunFolder, world: Ranks, warnings: list[str]) -> Checkpoint | None:
@@ -31,7 +33,7 @@ def latest(folder: RunFolder, world: Ranks, warnings: list[str]) -> Checkpoint |
     return saved or (checkpoint.read(Path(path)) if path else None)
 
 
-def restore(saved: Checkpoint, learner: Learner, optimizer: torch.optim.Optimizer, fingerprint: str) -> int:
+def restore(saved: Checkpoint, learner: StudentTeacher, optimizer: torch.optim.Optimizer, fingerprint: str) -> int:
     """Restore everything and return the step. `fingerprint`: that of the images the run is continued on.
 
     Raises:
@@ -52,7 +54,7 @@ def restore(saved: Checkpoint, learner: Learner, optimizer: torch.optim.Optimize
     return int(saved.state["step"])
 
 
-def contents(learner: Learner, optimizer: torch.optim.Optimizer) -> Iterator[tuple[str, Tensor]]:
+def contents(learner: StudentTeacher, optimizer: torch.optim.Optimizer) -> Iterator[tuple[str, Tensor]]:
     """All that a checkpoint holds, by name: the tensors themselves, and no copies.
 
     Where they are sharded, every rank must go through all of them: one after the other is made whole.
@@ -63,7 +65,7 @@ def contents(learner: Learner, optimizer: torch.optim.Optimizer) -> Iterator[tup
         yield f"optimizer/{name}", whole(tensor)
 
 
-def teacher_backbone(learner: Learner) -> dict[str, Tensor]:
+def teacher_backbone(learner: StudentTeacher) -> dict[str, Tensor]:
     """The teacher's backbone by name; where it is sharded every rank must ask, and gets it whole in its own memory."""
     state = learner.teacher.backbone.state_dict()
     return {name: whole(tensor).cpu() if is_sharded(tensor) else tensor for name, tensor in state.items()}
@@ -87,7 +89,7 @@ def whole_teacher(learner: Learner, world: Ranks) -> Backbone:
 
 
 def write(folder: RunFolder, step: int, tensors: dict[str, Tensor], description: dict[str, Any], keep: int) -> None:
-    """Write the checkpoint of `step` from its `contents`, then the teacher's backbone beside it.
+    """Write the checkpoint of `step` from its `contents`.
 
     Raises:
         UserError: the disk refused, or some weight is not finite: such a checkpoint could never be continued.
@@ -95,8 +97,6 @@ def write(folder: RunFolder, step: int, tensors: dict[str, Tensor], description:
     if bad := [name for name, tensor in tensors.items() if not _finite(tensor)]:
         raise UserError(not_saved(step, bad, folder.path))
     checkpoint.save(folder.checkpoints, step, tensors, description | {"step": step}, keep)
-    prefix = "learner/teacher.backbone."
-    export(folder, step, {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}, description)
 
 
 def export(folder: RunFolder, step: int, backbone: Mapping[str, Tensor], description: dict[str, Any]) -> None:
@@ -111,7 +111,9 @@ def _finite(tensor: Tensor) -> bool:
     return bool(torch.isfinite(tensor).all())
 
 
-def self_description(run: ResolvedRun, learner: Learner, fingerprint: str, precision: str) -> dict[str, Any]:
+def self_description(
+    run: ResolvedRun | ResolvedFinetune, learner: StudentTeacher, fingerprint: str, precision: str
+) -> dict[str, Any]:
     """What a checkpoint records about itself besides its step."""
     return {
         "world_size": run.train.world_size,
@@ -130,5 +132,5 @@ def versions() -> dict[str, str]:
     return {"torch": torch.__version__, "cuda": cuda, "python": platform.python_version()}
 
 
-def _names(learner: Learner) -> dict[nn.Parameter, str]:
+def _names(learner: StudentTeacher) -> dict[nn.Parameter, str]:
     return {parameter: name for name, parameter in learner.student.named_parameters()}

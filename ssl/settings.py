@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import Annotated, Any, Literal, NamedTuple, get_args, get_origin
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, NamedTuple, get_args, get_origin
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, JsonValue, model_validator
 
@@ -76,6 +76,8 @@ class DataSettings(Section):
 
 
 class ViewSettings(Section):
+    global_crops: ClassVar[int] = 2  # number of global views of each image
+
     global_crops_size: int = Field(224, ge=4, description="side of the two global views, in pixels")
     global_crops_scale: Share = Field(
         (0.4, 1.0), description="smallest and largest share of the image's area that a global view covers"
@@ -405,7 +407,28 @@ class EvalSettings(Section):
     )
 
 
-class Run(Section):
+class AnyRun(Section):
+    """What the settings of every run hold, whatever is learned."""
+
+    if TYPE_CHECKING:  # declared by each kind of run, in the order of its recipe
+        name: str
+        folder: str
+        track: Literal["tensorboard", "wandb"]
+        data: DataSettings
+        backbone: BackboneSettings
+        train: TrainSettings
+
+    @property
+    def path(self) -> Path:
+        return Path(self.folder) / self.name
+
+    @classmethod
+    def as_asked(cls) -> type[AnyRun]:
+        """This kind of run before anything is derived: the class that describes every setting."""
+        return next(kind for kind in cls.__mro__ if AnyRun in kind.__bases__)
+
+
+class Run(AnyRun):
     """One pretraining run, whole. `config.yaml` in its folder holds it with every derived value filled in."""
 
     name: str = Field("", description="name of the run's folder; default: the recipe's name")
@@ -430,10 +453,6 @@ class Run(Section):
     @classmethod
     def _with_recipe(cls, tree: Any) -> Any:
         return loss_recipes.filled(tree)
-
-    @property
-    def path(self) -> Path:
-        return Path(self.folder) / self.name
 
 
 class Setting(NamedTuple):
@@ -467,9 +486,9 @@ NEVER_DERIVED = frozenset(
 )
 
 
-def all_settings() -> Iterator[Setting]:
-    """Every setting with its dotted key, in the order of the recipe."""
-    for section, field in Run.model_fields.items():
+def all_settings(kind: type[AnyRun] = Run) -> Iterator[Setting]:
+    """Every setting of a kind of run with its dotted key, in the order of the recipe."""
+    for section, field in kind.model_fields.items():
         if isinstance(field.annotation, type) and issubclass(field.annotation, Section):
             leaves = [(f"{section}.{name}", leaf) for name, leaf in field.annotation.model_fields.items()]
         else:
@@ -493,4 +512,3 @@ def _in_words(kind: Any) -> str:
 
 
 KEYS = [setting.key for setting in all_settings()]
-TEXTS = {setting.key: setting.default for setting in all_settings() if setting.is_text}

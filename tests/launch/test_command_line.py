@@ -10,7 +10,7 @@ from importlib.metadata import version
 import pytest
 
 from nearfar.launch import cli, command_line
-from nearfar.ssl.settings import KEYS
+from nearfar.ssl.settings import KEYS, Run
 
 LIGHT = {"torch", "torchvision", "timm", "numpy", "matplotlib", "safetensors", "submitit", "PIL", "sklearn", "numba"}
 
@@ -108,5 +108,5 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
 
 @pytest.mark.parametrize("width", [40, 80, 150])
 def test_the_settings_fit_the_terminal(width: int) -> None:
-    lines = command_line.settings_help(width).splitlines()
+    lines = command_line.settings_help(width, Run).splitlines()
     assert all(len(line) < width for line in lines if not line.strip().startswith(tuple(KEYS)))

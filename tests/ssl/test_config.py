@@ -315,10 +315,10 @@ def test_nothing_is_left_open_and_every_derived_value_is_told_with_its_reason() 
     before = config.load(None)
     run, told = resolve(before, 50_000)
     open_before = {s.key for s in all_settings() if s.default is None}
-    open_after = {s.key for s in all_settings() if defaults._get(run, s.key) is None}
+    open_after = {s.key for s in all_settings() if defaults.value_of(run, s.key) is None}
     assert open_after == NEVER_DERIVED
     assert {d.key for d in told} == open_before - open_after
-    assert all(d.reason and defaults._get(run, d.key) == d.value for d in told)
+    assert all(d.reason and defaults.value_of(run, d.key) == d.value for d in told)
     assert resolve(run, 50_000) == (run, [])
 
 
