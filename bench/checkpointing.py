@@ -58,7 +58,7 @@ def measure(model: str, prototypes: int, batch: int, rounds: int, folder: Path, 
         stepper(views, VALUES).report.read()
         return time.monotonic() - begun
 
-    description = resume.self_description(run, learner, "none", compute.precision, [])
+    description = resume.self_description(run, learner, "none", compute.precision)
     with RunFolder(folder) as run_folder:
 
         def write(number: int, tensors: dict[str, torch.Tensor]) -> None:

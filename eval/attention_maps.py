@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
+import nearfar.ssl.backbones  # noqa: F401  # isort: skip  (its repair of torchvision comes before timm)
 import numpy as np
 import torch
 import torch.nn.functional as F

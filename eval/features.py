@@ -90,8 +90,11 @@ def read(backbone: Backbone, images: Tensor, layer: str = "final", pooling: str 
 
     layer "final": what the model outputs (final norm, and PRR when on). "last-block": the last block as it
     is, no norm and no PRR, as LocAt's dense evaluation reads it (docs/methods.md section 3). "blocks-N": the last N
-    blocks, each through the final norm, no PRR; blocks-4 with CLS is DINO's linear protocol for ViT-S.
+    blocks, each through the final norm, no PRR; blocks-4 with CLS is DINO's linear protocol for ViT-S. Several of them
+    joined by "+", as in "final+blocks-4": one after the other along the last axis.
     """
+    if "+" in layer:
+        return torch.cat(_read_each(backbone, images, layer.split("+"), pooling), dim=-1)
     if layer == "final":
         return pool(backbone(images), pooling)
     if layer == "last-block":
@@ -100,6 +103,22 @@ def read(backbone: Backbone, images: Tensor, layer: str = "final", pooling: str 
     if pooling == "grid" and len({tokens.grid for tokens in blocks}) > 1:
         raise UserError(f"The grids of {layer} differ in size in this network: read a single layer of it.")
     return torch.cat([pool(tokens, pooling) for tokens in blocks], dim=-1)
+
+
+def _read_each(backbone: Backbone, images: Tensor, layers: Sequence[str], pooling: str) -> list[Tensor]:
+    """`read` of each layer; all of `blocks-N` share one pass through the network."""
+    counts = {layer: _count(layer) for layer in layers if layer not in ("final", "last-block")}
+    blocks = backbone.blocks(images, max(counts.values()), norm=True) if counts else []
+    pooled = [pool(tokens, pooling) for tokens in blocks]
+    return [
+        torch.cat(pooled[-counts[layer] :], dim=-1) if layer in counts else read(backbone, images, layer, pooling)
+        for layer in layers
+    ]
+
+
+def layer_count(layer: str) -> int:
+    """Of how many blocks a layer is made. Raises UserError for an unknown one."""
+    return 1 if layer in ("final", "last-block") else _count(layer)
 
 
 def _count(layer: str) -> int:
@@ -146,8 +165,8 @@ def manifest_of(backbone: Backbone, source: Source, reading: Reading) -> dict[st
 
 def _checked_size(backbone: Backbone, reading: Reading) -> tuple[int, int]:
     """Height and width of a reading, checked against what this network can take."""
-    if reading.layer not in ("final", "last-block"):
-        _count(reading.layer)
+    for layer in reading.layer.split("+"):
+        layer_count(layer)
     if reading.pooling not in POOLINGS:
         raise UserError(f'Unknown pooling "{reading.pooling}": use one of {", ".join(POOLINGS)}.')
     height, width = (reading.size, reading.size) if isinstance(reading.size, int) else reading.size
@@ -240,7 +259,7 @@ def _computed(
     if workers is None:
         workers = default_workers(forward.device, len(numbers))
     before: tuple[DecodedBatch, PendingFeatures | None] | None = None
-    with _eval_mode(backbone):
+    with eval_mode(backbone):
         for batch in batches(source, view, numbers, workers=workers, pinned=forward.device.type == "cuda"):
             now = batch, None if batch.images is None else forward(batch.images)
             if before:
@@ -294,7 +313,7 @@ class Forward:
 
 
 @contextmanager
-def _eval_mode(backbone: nn.Module) -> Iterator[None]:
+def eval_mode(backbone: nn.Module) -> Iterator[None]:
     training = [module for module in backbone.modules() if module.training]
     backbone.eval()
     try:

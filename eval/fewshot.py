@@ -1,7 +1,4 @@
-"""Few labels: the accuracy of frozen features with 1, 5 or 10 labeled images per class, or with 1 or 10 % of them.
-
-Functions only: `nearfar eval` has no name for them yet.
-"""
+"""Few labels: the accuracy of frozen features with 1, 5 or 10 labeled images per class, or with 1 or 10 % of them."""
 
 import statistics
 from collections.abc import Callable, Sequence

@@ -100,7 +100,7 @@ def batches(
         batch_sampler=[list(rows) for rows in numbers],
         num_workers=workers,
         collate_fn=_collate,
-        worker_init_fn=_quiet_worker,
+        worker_init_fn=quiet_worker,
         pin_memory=pinned,
         generator=torch.Generator(),  # else the loader draws from, and so changes, the global random state
     )
@@ -263,7 +263,7 @@ def _collate(items: list[DecodedBatch]) -> DecodedBatch:
     )
 
 
-def _quiet_worker(_: int) -> None:
+def quiet_worker(_: int) -> None:
     # the main process handles signals, and stops its workers when it leaves
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)

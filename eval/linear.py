@@ -207,28 +207,43 @@ def train_heads(
 
     Weights decay, biases do not: w <- w - rate * (gradient + decay * w), within the momentum, as torch's SGD has it.
     """
-    heads = LinearHeads(x.x.shape[1], classes, len(settings)).to(x.device)
     batch_size = min(batch_size, len(rows))
     steps = epochs * math.ceil(len(rows) / batch_size)
-    optimizer = torch.optim.SGD(heads.parameters(), lr=1.0, momentum=0.9)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-    # SGD is linear in the gradient, so scaling a head's gradient by its rate is the same as giving it that rate.
-    rate = torch.tensor([lr for lr, _ in settings], device=x.device) * (batch_size / 256)
-    decay = (rate * torch.tensor([decay for _, decay in settings], device=x.device))[:, None, None]
-    decays = any(decay for _, decay in settings)
+    sweep = Sweep(LinearHeads(x.x.shape[1], classes, len(settings)).to(x.device), settings, batch_size, steps)
     generator = torch.Generator().manual_seed(seed)
     y = y.to(x.device)
     for _ in range(epochs):
         for part in torch.randperm(len(rows), generator=generator).split(batch_size):
             batch = rows[part]
-            loss = (rate * losses(heads(x.read(batch)), y[batch.to(y.device)])).sum()
-            optimizer.zero_grad()
-            loss.backward()
-            if heads.weight.grad is not None and decays:
-                heads.weight.grad.addcmul_(decay, heads.weight.detach())
-            optimizer.step()
-            schedule.step()
-    return heads
+            sweep.step(x.read(batch), y[batch.to(y.device)])
+    return sweep.heads
+
+
+class Sweep:
+    """SGD of many heads at once, each with its (learning rate, weight decay) of `settings`; rates fall by a cosine to 0
+    over `steps`. No head affects another."""
+
+    def __init__(
+        self, heads: LinearHeads, settings: Sequence[tuple[float, float]], batch_size: int, steps: int
+    ) -> None:
+        self.heads, device = heads, heads.weight.device
+        self.optimizer = torch.optim.SGD(heads.parameters(), lr=1.0, momentum=0.9)
+        self.schedule = torch.optim.lr_scheduler.CosineAnnealingLR(self.optimizer, steps)
+        # SGD is linear in the gradient, so scaling a head's gradient by its rate is the same as giving it that rate.
+        self.rate = torch.tensor([lr for lr, _ in settings], device=device) * (batch_size / 256)
+        self.decay = (self.rate * torch.tensor([decay for _, decay in settings], device=device))[:, None, None]
+        self.decays = any(decay for _, decay in settings)
+
+    def step(self, x: Tensor, y: Tensor) -> None:
+        """One step on features (B, D) and classes (B,), both on the heads' device."""
+        loss = (self.rate * losses(self.heads(x), y)).sum()
+        self.optimizer.zero_grad()
+        loss.backward()
+        weight = self.heads.weight
+        if weight.grad is not None and self.decays:
+            weight.grad.addcmul_(self.decay, weight.detach())
+        self.optimizer.step()
+        self.schedule.step()
 
 
 def losses(logits: Tensor, y: Tensor) -> Tensor:

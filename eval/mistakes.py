@@ -33,6 +33,14 @@ def confusion_section(table: Mapping[str, Mapping[str, Score]]) -> str:
     return section("Confusion", "".join(parts) or missing("The k-NN of the trained features is not scored yet."))
 
 
+def confusion_matrix(value: Any, names: Sequence[Any]) -> str:
+    """The table of a results.json as HTML, if it is one and can be read by people; else nothing."""
+    counts = _counts(value)
+    if not counts or len(counts) > _MOST_CLASSES or len(names) < len(counts):
+        return ""
+    return _matrix(counts, [str(name) for name in names])
+
+
 def _matrix(counts: Sequence[Sequence[int]], names: Sequence[str]) -> str:
     rows = []
     for name, row in zip(names, counts, strict=False):

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
+from torch import Tensor
 
 from nearfar.eval.features import Features, ReadRows, Size
 from nearfar.eval.images import fitting_mask
@@ -39,6 +40,13 @@ def pixel_grid(source: Source, size: Size, patch: int) -> Features:
         return x.reshape(height // patch, width // patch, -1)
 
     return _of_pixels(source, patches, {"features": "pixels", "size": [height, width], "patch": patch}, masks=True)
+
+
+def pixel_map(images: Tensor, patch: int) -> Tensor:
+    """Normalized images (B, 3, H, W) -> the pixels of each patch, in `pixel_grid`'s order: (B, patch*patch*3, h, w)."""
+    (n, _, height, width), p = images.shape, patch
+    x = images.view(n, 3, height // p, p, width // p, p).permute(0, 3, 5, 1, 2, 4)
+    return x.reshape(n, p * p * 3, height // p, width // p)
 
 
 def _of_pixels(

@@ -1,7 +1,4 @@
-"""Do patch tokens carry their position? A linear map from a token to its row and column, scored on held-out images.
-
-A function only: `nearfar eval` has no name for it yet.
-"""
+"""Do patch tokens carry their position? A linear map from a token to its row and column, scored on held-out images."""
 
 from collections.abc import Iterator
 from typing import Any

@@ -20,8 +20,20 @@ from nearfar.ssl.errors import UserError
 
 FORMAT = "nearfar results 2"
 MOST_BYTES = 64 * 2**20
-TITLES = {"knn": "k-NN top-1", "linear": "linear top-1", "segment": "mIoU"}
-"""What each task's score is called, everywhere; the order is that of every table."""
+TITLES = {
+    "knn": "k-NN top-1",
+    "linear": "linear top-1",
+    "logistic": "logistic top-1",
+    "fewshot": "few-shot top-1",
+    "segment": "mIoU",
+    "retrieval": "retrieval mIoU",
+    "robustness": "patch-shuffled k-NN",
+    "position": "position R2",
+    "finetune": "fine-tuned top-1",
+}
+"""What each task's score is called, everywhere; the order is that of every table. All are percentages."""
+HEADLINES = ("knn", "linear", "segment")
+"""The tasks that say whether training helped, the first that there is deciding."""
 SUBJECTS = {"trained": "trained", "start": "starting weights", "untrained": "untrained", "pixels": "raw pixels"}
 """Whose features are scored, in the order of every table."""
 

@@ -2,8 +2,6 @@
 
 A memory of training patches, each with the shares of classes among its pixels, labels every test patch by its
 nearest neighbors. Ignored pixels count neither in the memory nor in the score, and classes are the masks' own.
-
-A function only: `nearfar eval` has no name for it yet.
 """
 
 from typing import Any

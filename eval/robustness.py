@@ -2,8 +2,6 @@
 
 Those of LGP (docs/methods.md section 1): patch shuffle, token shuffle, band shuffle. Image functions take and return
 batches (B, C, H, W) of any range; random numbers come from a generator on the CPU.
-
-Functions only: `nearfar eval` has no name for them yet.
 """
 
 import math

@@ -1,6 +1,6 @@
-"""Evaluators end to end: a backbone and two sources in, percentages out, each as soon as it is computed."""
+"""From features to scores: the protocol, and the headline tasks (k-NN, linear probe, segmentation)."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -8,20 +8,19 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from nearfar.eval import fewshot, retrieval
 from nearfar.eval.arrays import check_labeled
-from nearfar.eval.features import DEFAULT_DECODING, Features, Reading, Size, extract
-from nearfar.eval.images import Decoding
+from nearfar.eval.features import Features, Reading, Size
 from nearfar.eval.knn import KS, accuracy, classify, confusion, per_class
 from nearfar.eval.linear import WEIGHT_DECAYS, linear_probe
-from nearfar.eval.pixels import pixel_features, pixel_grid
 from nearfar.eval.segmentation import ProbeTraining, segment_probe
-from nearfar.eval.tasks import TASKS, label_numbers, mask_classes
-from nearfar.ssl.backbones.tokens import Backbone
+from nearfar.eval.tasks import label_numbers, mask_classes
 from nearfar.ssl.data.sources.base import Source
 from nearfar.ssl.errors import BadImage, UserError
 
 HEADLINE_K = 20  # fixed beforehand: choosing the best k by its score would look at the test set
 PIXEL_SIDE = 16
+POSITION_IMAGES = 1000  # at most, of each set: a few hundred thousand tokens fix a linear map
 _MOST_IN_A_TABLE = 50  # classes whose confusions are kept as a table; of more, the most frequent ones are named
 
 
@@ -29,22 +28,32 @@ _MOST_IN_A_TABLE = 50  # classes whose confusions are kept as a table; of more, 
 class Protocol:
     """What is read of an image, and how the heads on top are trained.
 
-    pooled: for k-NN and linear probe. linear_layers: where the probe should read others, such as "blocks-4"; of
-    several, held-out training images decide. grid_size, grid_layer: of whole images, for segmentation; the size is by
-    default that of the first training image in whole patches. epochs: of the linear probe. head, steps: of the
-    segmentation probe. seed: of both.
+    pooled: for everything that reads one vector an image. linear_layers: where the probe should read others, such as
+    "blocks-4"; of several, held-out training images decide. augment: train the probe on random views, as DINO does.
+    grid_size, grid_layer: of whole images, for segmentation; the size is by default that of the first training image in
+    whole patches. dense_layer: for dense retrieval and the position probe. epochs: of the linear probe. head, steps: of
+    the segmentation probe; "locat" is the paper's, trained on crops. window, stride: sides in pixels of the windows
+    that segmentation slides over test images of any size (0: the whole image at its own size). memory: patches of
+    dense retrieval. seed: of everything.
     """
 
     pooled: Reading
     linear_layers: tuple[str, ...] = ()
+    augment: bool = False
     grid_size: Size | None = None
     grid_layer: str = "last-block"
+    dense_layer: str = "final"
     epochs: int = 100
     head: str = "linear"
     steps: int | None = None
+    window: int | None = None
+    stride: int | None = None
+    memory: int = retrieval.MEMORY
     seed: int = 0
 
     def layers(self, task: str) -> tuple[str, ...]:
+        if task in ("retrieval", "position"):
+            return (self.dense_layer,)
         if task == "segment":
             return (self.grid_layer,)
         return self.linear_layers or (self.pooled.layer,) if task == "linear" else (self.pooled.layer,)
@@ -52,23 +61,39 @@ class Protocol:
     def decides(self, task: str) -> dict[str, Any]:
         """What the score of a task depends on, besides weights and images; JSON-able."""
         compute = "bfloat16" if self.pooled.amp else "float32"
-        if task == "segment":
-            size = list(self.grid_size) if isinstance(self.grid_size, tuple) else self.grid_size
-            return {"layer": self.grid_layer, "size": size, "compute": compute, **self.training(task)}
+        if task in ("segment", "retrieval", "position"):
+            size = self.pooled.size if task == "position" else self.grid_size
+            sides = list(size) if isinstance(size, tuple) else size
+            return {"layer": self.layers(task)[0], "size": sides, "compute": compute, **self.training(task)}
         pooled = {"size": self.pooled.size, "resize": self.pooled.resize, "pooling": self.pooled.pooling}
         return {"layer": ",".join(self.layers(task)), **pooled, "compute": compute, **self.training(task)}
 
     def decides_of_pixels(self, task: str, patch: int) -> dict[str, Any]:
         """As `decides`, for raw pixels."""
-        if task == "segment":
+        if task in ("segment", "retrieval", "position"):
             return {"patch": patch, "size": self.decides(task)["size"], **self.training(task)}
-        return {"side": PIXEL_SIDE, **self.training(task)}
+        plain = replace(self, augment=False)  # thumbnails are what they are
+        return {"side": PIXEL_SIDE, **plain.training(task)}
 
     def training(self, task: str) -> dict[str, Any]:
-        """What trains the head of a task; nothing does for k-NN."""
+        """What trains the head of a task and draws its random numbers; nothing does for k-NN."""
+        seed = {"seed": self.seed}
         if task == "linear":
-            return {"epochs": self.epochs, "decays": list(WEIGHT_DECAYS), "seed": self.seed}
-        return {"head": self.head, "steps": self.steps, "seed": self.seed} if task == "segment" else {}
+            augment = {"augment": True} if self.augment else {}
+            return {"epochs": self.epochs, "decays": list(WEIGHT_DECAYS), **seed, **augment}
+        if task == "segment":
+            windows = {"window": self.window, "stride": self.stride}
+            given = {key: value for key, value in windows.items() if value is not None}
+            return {"head": self.head, "steps": self.steps, **seed, **given}
+        others: dict[str, dict[str, Any]] = {
+            "knn": {},
+            "logistic": {"strength": 1.0},
+            "fewshot": {"shots": list(fewshot.SHOTS), "shares": list(fewshot.SHARES), "draws": fewshot.DRAWS, **seed},
+            "retrieval": {"memory": self.memory, "k": retrieval.NEIGHBORS, **seed},
+            "robustness": {"k": HEADLINE_K, **seed},
+            "position": {"images": POSITION_IMAGES},
+        }
+        return others[task]
 
 
 class TaskScore(NamedTuple):
@@ -77,72 +102,6 @@ class TaskScore(NamedTuple):
     task: str
     percent: float
     detail: dict[str, Any]
-
-
-def evaluate(
-    backbone: Backbone,
-    data: tuple[Source, Source],
-    protocol: Protocol,
-    tasks: Iterable[str] = TASKS,
-    classes: int | None = None,
-    decoding: Decoding = DEFAULT_DECODING,
-) -> Iterator[TaskScore]:
-    """Scores of frozen features on (training, test) images, one task after the other; see `nearfar.eval.tasks.plan`.
-
-    Features, neighbors and heads are computed on the device that the backbone is on.
-
-    classes: of the masks; None counts them. A task's features are made when its turn comes, and shared by k-NN and
-    linear probe where they read the same. Raises UserError as `manifest_of` and the evaluators do.
-    """
-    train, test = data
-    device = next(backbone.parameters()).device
-    chosen = set(tasks)
-    pooled: dict[str, tuple[Features, Features]] = {}
-    for task in ("knn", "linear"):
-        if task not in chosen:
-            continue
-        for layer in protocol.layers(task):
-            if layer not in pooled:
-                reading = replace(protocol.pooled, layer=layer)
-                pooled[layer] = extract(backbone, train, reading, decoding), extract(backbone, test, reading, decoding)
-        pairs = {layer: pooled[layer] for layer in protocol.layers(task)}
-        if task == "knn":
-            yield knn_score(*pairs[protocol.pooled.layer], device=device)
-        else:
-            yield linear_score(pairs, protocol, device=device)
-    if "segment" in chosen:
-        height, width = _sides(protocol.grid_size or native_grid(train, backbone.patch_size))
-        reading = Reading((height, width), layer=protocol.grid_layer, pooling="grid", amp=protocol.pooled.amp)
-        side = protocol.pooled.size
-        crop = side * side if isinstance(side, int) else side[0] * side[1]
-        # larger images in smaller batches: attention maps grow with the square
-        fewer = replace(
-            decoding, batch_size=max(1, min(decoding.batch_size, decoding.batch_size * crop // (height * width)))
-        )
-        grids = extract(backbone, train, reading, fewer), extract(backbone, test, reading, fewer)
-        yield segment_score(*grids, protocol, classes, device=device)
-
-
-def evaluate_pixels(
-    data: tuple[Source, Source],
-    protocol: Protocol,
-    tasks: Iterable[str] = TASKS,
-    classes: int | None = None,
-    patch: int = 16,
-    device: torch.device | str = "cpu",
-) -> Iterator[TaskScore]:
-    """`evaluate` of raw pixels: thumbnails for k-NN and linear probe, patches for segmentation."""
-    chosen = set(tasks)
-    if "knn" in chosen or "linear" in chosen:
-        thumbnails = pixel_features(data[0], PIXEL_SIDE), pixel_features(data[1], PIXEL_SIDE)
-        if "knn" in chosen:
-            yield knn_score(*thumbnails, device=device)
-        if "linear" in chosen:
-            yield linear_score({"pixels": thumbnails}, protocol, device=device)
-    if "segment" in chosen:
-        size = protocol.grid_size or native_grid(data[0], patch)
-        grids = pixel_grid(data[0], size, patch), pixel_grid(data[1], size, patch)
-        yield segment_score(*grids, protocol, classes, device=device)
 
 
 def knn_score(
@@ -155,7 +114,7 @@ def knn_score(
     """
     ks = sorted({*ks, HEADLINE_K})
     y, labels = labels_of(train, test)
-    itself = _same_images(train, test)
+    itself = same_images(train, test)
     n, truth = len(train.x) - itself, check_labeled(test.x, labels, "test set of the k-NN")
     ranked = classify(train.x, y, None if itself else test.x, ks, device=device)
     headline = min(HEADLINE_K, n)
@@ -167,7 +126,7 @@ def knn_score(
     if ks[-1] > n:
         detail["capped"] = f"k is at most {n}, the number of training images" + (" but one" if itself else "")
     detail |= _mistakes(ranked[headline][:, 0], truth, train.manifest.get("classes"))
-    return TaskScore("knn", detail["top1"][str(headline)], {**detail, "features": _origin(train, test)})
+    return TaskScore("knn", detail["top1"][str(headline)], {**detail, "features": origin_of(train, test)})
 
 
 def _mistakes(predicted: Tensor, truth: Tensor, names: list[str] | None) -> dict[str, Any]:
@@ -188,7 +147,7 @@ def _mistakes(predicted: Tensor, truth: Tensor, names: list[str] | None) -> dict
     return found | {"confusion": table.tolist(), "classes": known[:classes]}
 
 
-def _same_images(train: Features, test: Features) -> bool:
+def same_images(train: Features, test: Features) -> bool:
     given = train.manifest.get("dataset")
     return given is not None and given == test.manifest.get("dataset") and np.array_equal(train.index, test.index)
 
@@ -202,10 +161,10 @@ def linear_score(
     common: dict[str, Any] = {"epochs": protocol.epochs, "decays": WEIGHT_DECAYS, "seed": protocol.seed}
     if len(pairs) == 1:
         result = linear_probe(first[0].x, y, first[1].x, truth, **common, device=device)
-        return TaskScore("linear", result["top1"], {**result, "features": _origin(*first)})
+        return TaskScore("linear", result["top1"], {**result, "features": origin_of(*first)})
     train, test = ({layer: pair[side].x for layer, pair in pairs.items()} for side in (0, 1))
     result = linear_probe(train, y, test, truth, **common, device=device)
-    return TaskScore("linear", result["top1"], {**result, "features": _origin(*pairs[result["chosen"]])})
+    return TaskScore("linear", result["top1"], {**result, "features": origin_of(*pairs[result["chosen"]])})
 
 
 def segment_score(
@@ -223,7 +182,7 @@ def segment_score(
         classes = mask_classes(zip(named, [*sets[0][1], *sets[1][1]], strict=True))
     training = ProbeTraining(head=protocol.head, steps=protocol.steps, seed=protocol.seed)
     result = segment_probe(*sets, classes, training, device=device)
-    detail = {**result, "head": protocol.head, "classes": classes, "features": _origin(train, test)}
+    detail = {**result, "head": protocol.head, "classes": classes, "features": origin_of(train, test)}
     return TaskScore("segment", result["miou"], detail)
 
 
@@ -242,17 +201,14 @@ def labels_of(train: Features, test: Features) -> tuple[np.ndarray, np.ndarray]:
     """Class numbers of both, counted alike: the test set's by the training set's names, where both have names."""
     if train.labels is None or test.labels is None:
         raise UserError(
-            "k-NN and linear probe need labels, and these images have none: use class folders, or a list with labels."
+            "k-NN, linear probe and few-shot scores need labels, and these images have none: use class folders, or a "
+            "list with labels."
         )
     numbers = label_numbers(train.manifest.get("classes"), test.manifest.get("classes"))
     return train.labels, test.labels if numbers is None else numbers[test.labels]
 
 
-def _sides(size: Size) -> tuple[int, int]:
-    return (size, size) if isinstance(size, int) else size
-
-
-def _origin(train: Features, test: Features) -> dict[str, Any]:
+def origin_of(train: Features, test: Features) -> dict[str, Any]:
     """Which features a score was computed from, short enough to be stored with it."""
     keys = ("checkpoint", "features", "layer", "pooling", "norm", "prr", "size", "view", "compute", "side", "patch")
     origin = {key: train.manifest[key] for key in keys if key in train.manifest}

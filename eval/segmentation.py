@@ -71,7 +71,7 @@ def segment_probe(
             f"{training.steps_taken} and {training.batch_size}."
         )
     (train_grid, train_masks), (test_grid, test_masks) = train_set, test_set
-    statistics = _statistics(train_grid, torch.device(device))
+    statistics = grid_statistics(train_grid, torch.device(device))
     model = train_head(train_grid, train_masks, statistics, classes, training)
     table = np.zeros((classes, classes), dtype=np.int64)
     for i in range(len(test_grid)):
@@ -91,7 +91,7 @@ def predict_masks(
 ) -> list[np.ndarray]:
     """The classes that the head of `segment_probe` gives to test grids, int64 (H, W) at the size asked for each."""
     check_grid(*train_set, classes, training.ignore, "training set of the segmentation probe")
-    statistics = _statistics(train_set[0], torch.device(device))
+    statistics = grid_statistics(train_set[0], torch.device(device))
     model = train_head(*train_set, statistics, classes, training)
     grid, sizes = test_set
     logits = (mask_logits(model, _map(grid[i : i + 1], statistics), size) for i, size in enumerate(sizes))
@@ -182,7 +182,7 @@ def check_grid(grid: np.ndarray, masks: Masks, classes: int, ignore: int, what: 
         raise UserError(f"The {what} has features that are not finite; the backbone has most likely diverged.")
 
 
-def _statistics(grid: np.ndarray, device: torch.device) -> GridStatistics:
+def grid_statistics(grid: np.ndarray, device: torch.device) -> GridStatistics:
     """Summed image by image in float64."""
     count = grid.shape[0] * grid.shape[1] * grid.shape[2]
     mean = sum(np.asarray(row, np.float64).sum((0, 1)) for row in grid) / count

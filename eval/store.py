@@ -15,7 +15,7 @@ from nearfar.eval.partial_store import PartialFeatures, partial_folder
 from nearfar.ssl import bounded_files, files
 from nearfar.ssl.backbones.tokens import Backbone
 from nearfar.ssl.data.sources.base import Source
-from nearfar.ssl.errors import UserError
+from nearfar.ssl.errors import UserError, printable
 
 _KINDS = {  # what each array of a store may hold: kinds of dtype, and dimensions
     "features": ("f", (2, 4)),
@@ -29,7 +29,7 @@ _MOST_BYTES = 256 * 2**20  # bytes; it names every unreadable image
 
 
 class FeatureStore:
-    """A folder of features.npy (memory-mapped), index, labels and masks where there are, manifest.json."""
+    """A folder of features.npy (memory-mapped), index, labels and masks where there are, names.txt, manifest.json."""
 
     @staticmethod
     def write(
@@ -58,7 +58,7 @@ class FeatureStore:
             making["device"] = next(backbone.parameters()).device.type
             with partial_folder(folder, making) as partial:
                 features = _fill(partial, backbone, source, manifest, decoding)
-                _save(partial, features)
+                save_rest(partial, features, source)
                 del features  # releases the memory map before its file moves
                 if folder.exists():
                     shutil.rmtree(folder)
@@ -151,8 +151,16 @@ def _fill(folder: Path, backbone: Backbone, source: Source, manifest: dict[str, 
     return progress.rows.features(np.empty(0) if x is None else x, source, manifest)
 
 
-def _save(folder: Path, features: Features) -> None:
-    """Everything of a store but features.npy; all of it is on the disk before the folder is renamed."""
+def row_name(source: Source, i: int) -> str:
+    """The name of an image on one line."""
+    return printable(source.name(i)).replace("\n", "\\n")
+
+
+def save_rest(folder: Path, features: Features, source: Source) -> None:
+    """Everything of a store but features.npy; all of it is on the disk before the folder is renamed.
+
+    names.txt has the name of each row's image, one a line, printable.
+    """
     arrays = {
         "index": features.index,
         "labels": features.labels,
@@ -162,6 +170,8 @@ def _save(folder: Path, features: Features) -> None:
     present = {name: array for name, array in arrays.items() if array is not None}
     for name, array in present.items():
         np.save(folder / f"{name}.npy", array, allow_pickle=False)
+    names = "".join(f"{row_name(source, int(i))}\n" for i in features.index)
+    (folder / "names.txt").write_text(names, encoding="utf-8")
     manifest = {**features.manifest, "arrays": ["features", *present]}
     (folder / "manifest.json").write_text(json.dumps(manifest, indent=2), encoding="utf-8")
     files.sync_tree(folder)

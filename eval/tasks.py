@@ -9,11 +9,17 @@ from typing import NamedTuple
 import numpy as np
 
 from nearfar.eval.features import IGNORE
-from nearfar.eval.results import TITLES, DataName
+from nearfar.eval.results import HEADLINES, TITLES, DataName
 from nearfar.ssl.data.sources.base import Source
+from nearfar.ssl.data.sources.dense import known_classes
 from nearfar.ssl.errors import BadImage, UserError
 
 TASKS = tuple(TITLES)
+OF_ALL = ("knn", "linear", "logistic", "fewshot", "segment")
+"""What `nearfar eval all` scores: all that reads the features which k-NN, linear probe and segmentation need anyway.
+The other evaluators run the network again, and are asked for by name."""
+_NEED_MASKS = ("segment", "retrieval")
+_NEED_LABELS = ("knn", "linear", "logistic", "fewshot", "robustness")
 MASKS_EXPLAINED = (
     f"Masks are 8-bit PNGs of class numbers from 0, {IGNORE} = ignore, in a folder `masks` beside `images`, with the "
     "images' names."
@@ -40,28 +46,33 @@ class Plan(NamedTuple):
 
 
 def plan(train: Data, val: Data, wanted: Iterable[str] | None = None, classes: int | None = None) -> Plan:
-    """What can be scored on these data sets; wanted: None for all that they allow.
+    """What can be scored on these data sets; wanted: None for all of `OF_ALL` that they allow.
 
     classes: of the masks, where the user says so. Raises UserError for unknown tasks, where nothing can be scored, for
     a wanted task that cannot, and for masks with impossible classes.
     """
-    chosen = TASKS if wanted is None else tuple(wanted)
+    chosen = OF_ALL if wanted is None else tuple(wanted)
     if unknown := set(chosen) - set(TASKS):
         raise UserError(f"Unknown evaluation {', '.join(sorted(unknown))}: use {', '.join(TASKS)}.")
     reasons = {task: reason for task in chosen if (reason := _missing(task, train, val))}
     possible = tuple(task for task in TASKS if task in chosen and task not in reasons)
-    if not possible or (reasons and wanted is not None and set(chosen) != set(TASKS)):
+    if not possible or (reasons and wanted is not None and not set(HEADLINES) <= set(chosen)):
         raise UserError(" ".join(dict.fromkeys(reasons.values())))
-    if "segment" in possible:
-        masks = (pair for data in (train, val) for pair in _masks(data.source))
-        classes = mask_classes(masks, classes or _listed_classes(train))
-    if "knn" in possible or "linear" in possible:
+    masked = any(task in _NEED_MASKS for task in possible)
+    if masked:
+        masks = (pair for data in (train, val) for pair in masks_of(data.source))
+        classes = mask_classes(masks, classes or known_classes(train.source) or _listed_classes(train))
+    if any(task in _NEED_LABELS for task in possible):
         label_numbers(train.source.classes, val.source.classes)
     left_out: dict[str, list[str]] = {}
     for task, reason in reasons.items():
         left_out.setdefault(reason, []).append(TITLES[task])
-    words = tuple(f"Left out: {' and '.join(tasks)}. {reason}" for reason, tasks in left_out.items())
-    return Plan(possible, classes if "segment" in possible else None, words)
+    words = tuple(f"Left out: {_listed(tasks)}. {reason}" for reason, tasks in left_out.items())
+    return Plan(possible, classes if masked else None, words)
+
+
+def _listed(words: Sequence[str]) -> str:
+    return " and ".join(part for part in (", ".join(words[:-1]), words[-1]) if part)
 
 
 def label_numbers(train: Sequence[str] | None, val: Sequence[str] | None) -> np.ndarray | None:
@@ -111,10 +122,12 @@ def mask_classes(masks: Iterable[tuple[str, np.ndarray]], classes: int | None = 
 
 def _missing(task: str, train: Data, val: Data) -> str | None:
     """Why a task cannot be scored on these; None when it can."""
-    if task == "segment":
+    if task in _NEED_MASKS:
         without = [data.path for data in (train, val) if not _has_masks(data.source)]
         explained = MASKS_EXPLAINED
         what = "masks"
+    elif task not in _NEED_LABELS:
+        return None
     else:
         without = [data.path for data in (train, val) if data.source.labels is None]
         explained = "Labels are class folders, or a list with a label after a tab."
@@ -134,7 +147,8 @@ def _has_masks(source: Source) -> bool:
     return False
 
 
-def _masks(source: Source) -> Iterator[tuple[str, np.ndarray]]:
+def masks_of(source: Source) -> Iterator[tuple[str, np.ndarray]]:
+    """Name and mask of every image that has one that can be read."""
     for i in range(len(source)):
         try:
             mask = source.mask(i)

@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
-from nearfar.eval.results import TITLES, Score
+from nearfar.eval.results import HEADLINES, TITLES, Score
 
 _STANDARD_ERRORS = 2.0  # a smaller difference may be chance
 _FEW_STEPS = 3000
@@ -35,7 +35,7 @@ def verdict(
     two standard errors (of so many test images) counts as none. None where there is no score of trained features.
     """
     trained = table.get("trained", {})
-    task = next((task for task in TITLES if task in trained), None)
+    task = next((task for task in HEADLINES if task in trained), None)
     if task is None:
         return None
     score = trained[task]

@@ -10,9 +10,7 @@ import contextlib
 import logging
 import sys
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
@@ -22,18 +20,22 @@ from nearfar.launch.command_line import (
     HelpWithSettings,
     Parser,
     ShowVersion,
+    add_model,
+    add_reading,
     add_settings,
     check_verb,
     refuse_leftover,
 )
+from nearfar.launch.distill_verbs import add_distill
+from nearfar.launch.eval_verbs import add_eval
+from nearfar.launch.export_verbs import add_export
+from nearfar.launch.feature_verbs import add_features
+from nearfar.launch.finetune_verbs import add_finetuning
 from nearfar.launch.forking import add_from, recipe_and_settings, start
 from nearfar.launch.recipes import bundled
 from nearfar.launch.slurm.cli import add_launch
 from nearfar.launch.streams import outliving_their_reader
 from nearfar.ssl.errors import EXIT_PEER, EXIT_USER, PeerError, UserError
-
-if TYPE_CHECKING:
-    from nearfar.ssl.backbones import Backbone
 
 EXIT_BUG = 1
 
@@ -77,7 +79,10 @@ def parsed(argv: Sequence[str]) -> argparse.Namespace:
     return arguments
 
 
-VERBS = ("demo", "pretrain", "adapt", "replay", "features", "eval", "export", "report", "data", "launch")
+VERBS = (
+    "demo", "pretrain", "adapt", "distill", "replay", "finetune", "predict", "features", "eval", "export", "report",
+    "data", "launch",
+)  # fmt: skip
 
 
 def build_parser() -> Parser:
@@ -92,23 +97,17 @@ def build_parser() -> Parser:
     )
     verbs = parser.add_subparsers(required=True, metavar="VERB")
     _add_training(verbs)
+    add_distill(verbs)
+    add_finetuning(verbs)
 
     features = verbs.add_parser("features", help="write the frozen features of a folder of images")
-    _add_model(features)
-    features.add_argument(
-        "data", help="images: class folders, a flat folder, a .txt list, an .npz, a .beton or .tar shards"
-    )
-    features.add_argument("out", type=Path, help="folder to write")
-    _add_reading(features)
-    features.add_argument("--pooling", help="cls, mean, cls+mean or grid (default: head.pooling of the run)")
-    features.set_defaults(verb=run_features)
+    add_model(features)
+    add_features(features)
+    add_reading(features)
 
-    _add_eval(verbs)
+    add_eval(verbs)
 
-    export = verbs.add_parser("export", help="write the teacher backbone as one self-describing safetensors file")
-    _add_model(export)
-    export.add_argument("out", type=Path, help="file to write, NAME.safetensors")
-    export.set_defaults(verb=run_export)
+    add_export(verbs)
 
     report = verbs.add_parser("report", help="write report.html: of a run, or a comparison of several")
     report.add_argument("run", type=Path, nargs="+", help="run folders, or folders of runs such as a sweep")
@@ -185,108 +184,6 @@ def run_pretrain(arguments: argparse.Namespace) -> None:
     from nearfar.ssl import config
 
     start(config.load(*recipe_and_settings(arguments)), arguments.dry_run)
-
-
-def run_features(arguments: argparse.Namespace) -> None:
-    from nearfar.eval.images import Decoding
-    from nearfar.eval.store import FeatureStore
-    from nearfar.launch.computing import by_all_ranks, compute_for
-    from nearfar.launch.progress import progress, summed
-    from nearfar.launch.score import Subject, protocol_of
-    from nearfar.ssl.data import open_source
-
-    subject, source = Subject.of(arguments.model), open_source(arguments.data)
-    size, resize, layer, pooling = (getattr(arguments, name) for name in ("size", "resize", "layer", "pooling"))
-    compute = compute_for(subject.backbone, arguments.device)
-
-    def write(decoding: Decoding) -> None:
-        placed = subject.on(compute)
-        reading = protocol_of(placed, size=size, resize=resize, layer=layer, pooling=pooling).pooled
-        with progress(len(source), f"Reading {arguments.data}", Console()) as tell:
-            decoding = replace(decoding, progress=summed(tell))
-            features = FeatureStore.write(arguments.out, placed.backbone, source, reading, decoding)
-        bad = features.manifest["bad"]
-        print(f"{arguments.out}: {features.x.shape} {features.x.dtype}, {len(bad)} unreadable images")
-        for name, why in list(bad.items())[:3]:
-            _note(f"Left out: {name}: {why}")
-
-    by_all_ranks(
-        write, lambda: [subject.on(compute).backbone], [source], Decoding(workers=arguments.workers), arguments.device
-    )
-
-
-def run_eval(arguments: argparse.Namespace) -> None:
-    from nearfar.eval.store import is_store
-
-    tasks = None if arguments.what == "all" else (arguments.what,)
-    if is_store(arguments.model):
-        _eval_features(arguments, tasks)
-    else:
-        _eval_model(arguments, tasks)
-
-
-def _eval_features(arguments: argparse.Namespace, tasks: tuple[str, ...] | None) -> None:
-    from nearfar.launch.score import score_features
-    from nearfar.ssl.device import choose
-
-    if not arguments.val:
-        raise UserError(f"{arguments.model} holds features to learn from: name those to score with --val.")
-    score_features(
-        arguments.model, Path(arguments.val), tasks=tasks, head=arguments.head, file=arguments.out, console=Console(),
-        device=choose(arguments.device, "fp32", 0, "--device ").device,
-    )  # fmt: skip
-
-
-def _eval_model(arguments: argparse.Namespace, tasks: tuple[str, ...] | None) -> None:
-    from nearfar.eval.images import Decoding
-    from nearfar.launch.computing import by_all_ranks, compute_for
-    from nearfar.launch.report import report_run
-    from nearfar.launch.score import ScoreOptions, Subject, baselines, protocol_of, score, sources
-
-    subject = Subject.of(arguments.model)
-    train, val = sources(subject.run, arguments.train, arguments.val)
-    given: dict[str, Any] = {"size": arguments.size, "resize": arguments.resize, "head": arguments.head}
-    if arguments.what == "linear" and arguments.layer:
-        given["linear_layers"] = tuple(arguments.layer.split(","))
-    else:
-        given["grid_layer" if arguments.what == "segment" else "layer"] = arguments.layer
-    given["grid_size"] = tuple(arguments.grid_size) if arguments.grid_size else None
-    compute = compute_for(subject.backbone, arguments.device)
-
-    def score_it(decoding: Decoding) -> None:
-        placed = subject.on(compute)
-        protocol = protocol_of(placed, **given)
-        options = ScoreOptions(arguments.baselines, arguments.out, protocol, arguments.classes, decoding)
-        reported = placed.is_run and not arguments.out
-        try:
-            score(placed, train, val, tasks=tasks, options=options, console=Console())
-        except UserError:
-            if reported:
-                with contextlib.suppress(UserError):  # of the scores that there are; what went wrong first is told
-                    report_run(placed.folder, placed)
-            raise
-        if reported:
-            report_run(placed.folder, placed)
-
-    def backbones() -> list[Backbone]:
-        placed = subject.on(compute)
-        return [placed.backbone, *(baselines(placed) if arguments.baselines else [])]
-
-    images = [train.source, val.source]
-    by_all_ranks(score_it, backbones, images, Decoding(workers=arguments.workers), arguments.device)
-
-
-def run_export(arguments: argparse.Namespace) -> None:
-    from nearfar.ssl import checkpoint
-
-    if arguments.out.suffix != ".safetensors":
-        raise UserError(
-            f"{arguments.out} would hold safetensors, whatever its name says: name it "
-            f"{arguments.out.with_suffix('.safetensors')}."
-        )
-    state = checkpoint.about(arguments.model)
-    checkpoint.export(arguments.out, checkpoint.load(arguments.model), state)
-    print(f"{arguments.out}: {state['arch']['name']} of step {state['step']}")
 
 
 def run_report(arguments: argparse.Namespace) -> None:
@@ -367,43 +264,6 @@ def run_look(arguments: argparse.Namespace) -> None:
     look(arguments.source, arguments.weights, arguments.out, options, Console())
 
 
-def _add_eval(verbs: argparse._SubParsersAction) -> None:
-    evaluate = verbs.add_parser(
-        "eval",
-        help="score frozen features: knn, linear, segment or all that the images allow",
-        description="Score frozen features. k-NN and linear probe need labels: class folders, or a list with a label "
-        "after a tab. Segmentation needs masks: 8-bit PNGs of class numbers from 0, 255 = ignore, in a folder `masks` "
-        "beside `images`, with the images' names. Scores are added to results.json; none is ever removed.",
-    )
-    evaluate.add_argument("what", choices=["knn", "linear", "segment", "all"])
-    _add_model(evaluate, ", or features to learn from, as `nearfar features` writes them")
-    evaluate.add_argument("--train", help="images to learn from (default: data.path of the run)")
-    evaluate.add_argument("--val", help="images, or features, to score (default: data.val of the run)")
-    evaluate.add_argument(
-        "--baselines",
-        action="store_true",
-        help="also score starting weights, untrained network and raw pixels",
-    )
-    evaluate.add_argument(
-        "--head", choices=["linear", "mlp"], default="linear", help="head of the segmentation probe (default linear)"
-    )
-    evaluate.add_argument(
-        "--classes",
-        type=int,
-        help="number of mask classes (default: a classes.txt beside `images`, or what masks hold)",
-    )
-    evaluate.add_argument(
-        "--grid-size",
-        type=int,
-        nargs=2,
-        metavar=("HEIGHT", "WIDTH"),
-        help="size of the whole image for segmentation, in pixels (default: that of the first image)",
-    )
-    evaluate.add_argument("--out", type=Path, help="results file (default: results.json beside the weights)")
-    _add_reading(evaluate)
-    evaluate.set_defaults(verb=run_eval)
-
-
 def _add_data(verbs: argparse._SubParsersAction) -> None:
     beton = verbs.add_parser("beton", help="write the images of a source as one .beton file")
     beton.add_argument("source", help="images: class folders, a flat folder, a .txt list, an .npz or .tar shards")
@@ -454,31 +314,6 @@ def _add_look(verbs: argparse._SubParsersAction) -> None:
     look.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto", help="where to compute")
     look.add_argument("--workers", type=int, help="threads or processes that decode images (default: by cores)")
     look.set_defaults(verb=run_look)
-
-
-def _add_model(parser: argparse.ArgumentParser, also: str = "") -> None:
-    parser.add_argument("model", type=Path, help=f"run folder, checkpoint folder or exported .safetensors{also}")
-
-
-def _add_reading(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--size", type=int, help="side of the image in pixels (default: eval.size of the run)")
-    parser.add_argument("--resize", type=int, help="shorter side before the center crop (default: eval.resize)")
-    parser.add_argument(
-        "--layer",
-        help="final, last-block or blocks-N (default: final; last-block for segmentation, as LocAt reads it); for "
-        "`eval linear` also several, as in final,blocks-4, of which held-out training images choose one",
-    )
-    parser.add_argument(
-        "--device",
-        choices=["auto", "cpu", "cuda"],
-        default="auto",
-        help="where to compute (default auto: a GPU if there is one, else the CPU)",
-    )
-    parser.add_argument(
-        "--workers",
-        type=int,
-        help="threads or processes that decode images; 0: the main process does (default: by cores and device)",
-    )
 
 
 if __name__ == "__main__":

@@ -8,12 +8,16 @@ import shutil
 import sys
 import textwrap
 from collections.abc import Sequence
-from typing import Any, NoReturn
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from nearfar.launch.failures import tell
 from nearfar.launch.recipes import bundled
 from nearfar.ssl.errors import EXIT_USER
 from nearfar.ssl.setting_errors import meant, nearest
+
+if TYPE_CHECKING:
+    from nearfar.ssl.settings import AnyRun
 
 
 class Parser(argparse.ArgumentParser):
@@ -111,13 +115,20 @@ class ShowVersion(argparse.Action):
 class HelpWithSettings(argparse.Action):
     """The help of a verb, and every setting with its default and meaning."""
 
+    @staticmethod
+    def kind() -> type[AnyRun]:
+        """Whose settings these are."""
+        from nearfar.ssl.settings import Run
+
+        return Run
+
     def __call__(self, parser: argparse.ArgumentParser, *_: object, **__: object) -> None:
-        print(parser.format_help() + "\n" + settings_help(shutil.get_terminal_size().columns))
+        print(parser.format_help() + "\n" + settings_help(shutil.get_terminal_size().columns, self.kind()))
         parser.exit()
 
 
-def settings_help(width: int) -> str:
-    """Every setting as it may be typed, with its meaning below, wrapped to `width`."""
+def settings_help(width: int, kind: type[AnyRun]) -> str:
+    """Every setting of a kind of run as it may be typed, with its meaning below, wrapped to `width`."""
     from nearfar.ssl.settings import all_settings
 
     def wrapped(text: str, indent: int) -> str:
@@ -136,7 +147,7 @@ def settings_help(width: int) -> str:
         "",
     ]
     section = ""
-    for setting in all_settings():
+    for setting in all_settings(kind):
         if section != (section := setting.key.rpartition(".")[0]):
             lines.append("")
         default = f"  {setting.typed}" if setting.default is None else f"={setting.typed}"
@@ -151,3 +162,29 @@ def _did_you_mean(near: str | None) -> str:
 def add_settings(parser: Any) -> None:
     parser.add_argument("settings", nargs="*", metavar="key=value", help="settings, such as train.epochs=20")
     parser.takes_settings = True
+
+
+def add_model(parser: argparse.ArgumentParser, also: str = "") -> None:
+    parser.add_argument("model", type=Path, help=f"run folder, checkpoint folder or exported .safetensors{also}")
+
+
+def add_reading(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--size", type=int, help="side of the image in pixels (default: eval.size of the run)")
+    parser.add_argument("--resize", type=int, help="shorter side before the center crop (default: eval.resize)")
+    parser.add_argument(
+        "--layer",
+        help="final, last-block or blocks-N (default: final; last-block for segment, as LocAt reads it); for "
+        "`eval linear` also several, as in final,blocks-4, of which held-out training images choose one; for "
+        "`features` several are written each to OUT/LAYER, from one pass over the images",
+    )
+    parser.add_argument(
+        "--device",
+        choices=["auto", "cpu", "cuda"],
+        default="auto",
+        help="where to compute (default auto: a GPU if there is one, else the CPU)",
+    )
+    parser.add_argument(
+        "--workers",
+        type=int,
+        help="threads or processes that decode images; 0: the main process does (default: by cores and device)",
+    )

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 from rich.console import Console
 
+from nearfar.eval.results import HEADLINES
 from nearfar.launch.computing import compute_for
 from nearfar.launch.pretrain import run_pretraining
 from nearfar.launch.recipes import find_recipe
@@ -56,7 +57,9 @@ def demo(seed: int, settings: list[str], console: Console) -> None:
     train, val = sources(run, None, None)
     # Tokens of 8x8 pixels of a digit must know the rest of it: read after PRR, with a head that can combine channels.
     protocol = protocol_of(subject, grid_layer="final", head="mlp", steps=800)
-    score(subject, train, val, options=ScoreOptions(baselines=True, protocol=protocol), console=console)
+    score(
+        subject, train, val, tasks=HEADLINES, options=ScoreOptions(baselines=True, protocol=protocol), console=console
+    )
     report = report_run(outcome.folder, subject)
     console.print(f"Report: {report}   Curves: tensorboard --logdir {outcome.folder}", highlight=False, soft_wrap=True)
 

@@ -25,7 +25,8 @@ from nearfar.ssl.data.transforms.normalize import normalize
 from nearfar.ssl.defaults import Derived, ResolvedRun, resolve
 from nearfar.ssl.device import Compute
 from nearfar.ssl.distributed import Ranks, available_cores
-from nearfar.ssl.learner import Learner, block_masks, build_learner
+from nearfar.ssl.learner import Learner, block_masks
+from nearfar.ssl.learners import learner_of
 from nearfar.ssl.optim import adamw_of
 from nearfar.ssl.run_folder import RunFolder
 from nearfar.ssl.schedule import Schedule
@@ -74,7 +75,7 @@ def dry_run(run: Run, console: Console) -> None:
     threads = torch.get_num_threads()
     torch.set_num_threads(resolved.train.threads)
     try:
-        learner = build_learner(resolved, weights=not done)
+        learner = learner_of(resolved, weights=not done)
         width = learner.teacher.backbone.embed_dim
         compute = device.choose(resolved.train.device, resolved.train.precision, width)
         prepare_learner(learner, resolved, compute)
@@ -144,7 +145,7 @@ def _sizes(run: Run, learner: Learner, source: Source, schedule: Schedule, done:
     lines = [
         "",
         f"Backbone   {backbone / 1e6:.2f} M parameters ({run.backbone.name})",
-        f"Head       {head / 1e6:.2f} M parameters, {run.head.prototypes:,} prototypes",
+        f"Head       {head / 1e6:.2f} M parameters, {learner.student.head_title}",
         f"Images     {len(source):,} in {run.data.path}",
         *([f"           {passed_over_line(names)}"] if (names := passed_over(source)) else []),
         f"Steps      {schedule.steps:,}: {run.train.epochs} epochs of {schedule.steps_per_epoch:,} steps with "

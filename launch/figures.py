@@ -25,7 +25,7 @@ from nearfar.eval.token_colors import painted, patch_tokens, similarity, token_c
 from nearfar.launch.score import Subject, protocol_of
 from nearfar.ssl.backbones import Backbone
 from nearfar.ssl.data import open_source
-from nearfar.ssl.data.sources.base import Source, Subset
+from nearfar.ssl.data.sources.base import Source, spread
 from nearfar.ssl.data.transforms.eval_view import eval_view
 from nearfar.ssl.data.transforms.normalize import normalize_pixels
 from nearfar.ssl.errors import BadImage, UserError
@@ -131,7 +131,8 @@ def _masks(pictured: Pictured) -> Figure:
     grids = [
         extract(subject.backbone, spread(source, n), reading, few) for source, n in ((train, MASKED), (val, SHOWN))
     ]
-    training = ProbeTraining(str(said.get("head", "linear")), said.get("steps"))
+    locat = said.get("head") == "locat"  # here on whole images, without crops: its head, with that head's own steps
+    training = ProbeTraining("mlp") if locat else ProbeTraining(str(said.get("head", "linear")), said.get("steps"))
     truth = grids[1].mask_list()
     predicted = predict_masks(
         (grids[0].x, grids[0].mask_list()), (grids[1].x, [mask.shape for mask in truth]), classes, training,
@@ -279,12 +280,6 @@ def _cross(pixels: np.ndarray, at: tuple[float, float], arm: int = 9) -> np.ndar
 
 
 # --- images ----------------------------------------------------------------------------------------------------
-
-
-def spread(source: Source, most: int) -> Source:
-    """At most so many images, evenly spread over a source."""
-    n = len(source)
-    return source if n <= most else Subset(source, np.linspace(0, n - 1, most).astype(np.int64))
 
 
 def readable_views(source: Source, size: int, most: int) -> torch.Tensor:

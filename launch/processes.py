@@ -17,23 +17,23 @@ from nearfar.ssl.defaults import Derived
 from nearfar.ssl.distributed import ALONE, Ranks, available_cores
 from nearfar.ssl.errors import EXIT_PEER, EXIT_USER, PeerError
 from nearfar.ssl.run_folder import RunFolder
-from nearfar.ssl.settings import Run
+from nearfar.ssl.settings import AnyRun
 
 HEARD_WITHIN = 5.0  # seconds in which the main thread must have noticed that another rank died
 
 
-def world_size(run: Run) -> Derived:
+def world_size(run: AnyRun) -> Derived:
     """Processes for a run on this machine: as set, as the run was started, or by its GPUs or cores.
 
     Raises:
         UserError: the device is not there, or has not as many GPUs as processes are set.
     """
-    saved = RunFolder(run.path).saved_settings()
+    saved = RunFolder(run.path).saved(run.as_asked())
     return defaults.world_size(run, saved, available_cores(), gpus.visible(run.train.device))
 
 
 @contextmanager
-def started(run: Run, size: int) -> Iterator[Ranks]:
+def started(run: AnyRun, size: int) -> Iterator[Ranks]:
     """The other `size - 1` processes of `run` work while this is open; yields the rank of this one.
 
     They get no Ctrl-C (a session of their own): the first rank hears it, and all agree to stop. When this process ends,
@@ -93,7 +93,7 @@ def _watch(others: dict[int, subprocess.Popen[bytes]], ended: threading.Event) -
             return
 
 
-def _start(run: Run, environment: dict[str, Any]) -> subprocess.Popen[bytes]:
+def _start(run: AnyRun, environment: dict[str, Any]) -> subprocess.Popen[bytes]:
     """Another rank. It reads its settings from a pipe: no file of them is left behind, however this process ends."""
     process = subprocess.Popen(
         [sys.executable, "-m", "nearfar.launch.rank", "-", str(os.getpid())],

@@ -9,21 +9,25 @@ from nearfar.ssl.errors import UserError
 from nearfar.ssl.setting_errors import nearest
 
 
-def find_recipe(name: str) -> Path:
-    """A recipe by path, or by the name of one that comes with nearfar."""
+def find_recipe(name: str, supervised: bool = False) -> Path:
+    """A recipe by path, or by the name of one that comes with nearfar for this kind of run."""
     path = Path(name)
-    if name in bundled():
+    known = bundled(supervised)
+    if name in known:
         return _folder() / f"{name}.yaml"
     if not path.is_file():
-        near = nearest(path.stem, bundled())
+        near = nearest(path.stem, known)
         hint = f" Did you mean {near}?" if near else ""
-        raise UserError(f"There is no recipe {name}.{hint} Give a .yaml file or one of: {', '.join(bundled())}.")
+        raise UserError(f"There is no recipe {name}.{hint} Give a .yaml file or one of: {', '.join(known)}.")
     return path
 
 
-def bundled() -> list[str]:
-    """Names of the recipes that come with nearfar."""
-    return sorted(file.stem for file in _folder().glob("*.yaml"))
+SUPERVISED = "finetune_"  # what the names of recipes for `nearfar finetune` begin with
+
+
+def bundled(supervised: bool = False) -> list[str]:
+    """Names of the recipes that come with nearfar: for pretraining, or for `nearfar finetune`."""
+    return sorted(file.stem for file in _folder().glob("*.yaml") if file.stem.startswith(SUPERVISED) == supervised)
 
 
 def _folder() -> Path:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nearfar.eval import figures, results
+from nearfar.eval.classification_report import write_classification_report
 from nearfar.eval.report import write_report
 from nearfar.ssl import checkpoint
 from nearfar.ssl.errors import UserError
@@ -24,6 +25,8 @@ def report_run(run: Path, subject: Subject | None = None) -> Path:
     """
     if not run.is_dir():
         return write_report(run)
+    if (run / checkpoint.CLASSIFIER).is_file():
+        return write_classification_report(run)
     reason, about = "", dict[str, Any]()
     try:
         weights = checkpoint.weights_file(run)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from multiprocessing import get_context
@@ -13,23 +13,25 @@ from typing import Any, NamedTuple
 
 import torch
 from rich.console import Console
-from rich.table import Table
 
 from nearfar.eval import results
+from nearfar.eval.evaluation import evaluate, evaluate_pixels
 from nearfar.eval.features import Reading, digest
 from nearfar.eval.images import Decoding
-from nearfar.eval.results import SUBJECTS, TITLES, DataName, Score
+from nearfar.eval.results import SUBJECTS, TITLES, Score
 from nearfar.eval.run_files import flat, read_numbers, read_settings
-from nearfar.eval.scoring import Protocol, TaskScore, evaluate, evaluate_pixels, knn_score, linear_score, segment_score
-from nearfar.eval.store import FeatureStore, is_store
+from nearfar.eval.scoring import Protocol, TaskScore
+from nearfar.eval.store import is_store
 from nearfar.eval.tasks import TASKS, Data, Plan, plan
 from nearfar.eval.verdict import Verdict, verdict
-from nearfar.ssl import checkpoint, config, digests, gpus
+from nearfar.launch.score_tables import detail_tables, remarks, score_table
+from nearfar.ssl import checkpoint, digests, gpus
 from nearfar.ssl.backbones import Backbone
 from nearfar.ssl.data import open_source
 from nearfar.ssl.defaults import ResolvedRun
 from nearfar.ssl.device import Compute
 from nearfar.ssl.errors import UserError
+from nearfar.ssl.finetune_settings import FinetuneRun, recorded
 from nearfar.ssl.learner import build_learner
 from nearfar.ssl.run_folder import START
 from nearfar.ssl.settings import Run
@@ -79,8 +81,14 @@ class Subject(NamedTuple):
             raise UserError(f"{file} does not say which run it comes from.")
         step = state.get("step")
         return Subject(
-            checkpoint.load(file), config.validate(state["run"]), file.parent, step if isinstance(step, int) else None
+            checkpoint.load(file), _as_pretraining(state["run"]), file.parent, step if isinstance(step, int) else None
         )
+
+
+def _as_pretraining(settings: dict[str, Any]) -> Run:
+    """The settings under which a backbone was trained; of a supervised run what frozen features need of them."""
+    run = recorded(settings)
+    return run.as_pretraining() if isinstance(run, FinetuneRun) else run
 
 
 def sources(run: Run, train: str | None, val: str | None) -> tuple[Data, Data]:
@@ -140,7 +148,7 @@ class SubjectScores:
     def entry(self, task: str, percent: float = 0.0, detail: dict[str, Any] | None = None) -> Score:
         patch = self.subject.backbone.patch_size
         reading = self.protocol.decides_of_pixels(task, patch) if self.name == "pixels" else self.protocol.decides(task)
-        if task == "segment":
+        if task in ("segment", "retrieval"):
             reading["classes"] = self.classes
         step = self.subject.step if self.name == "trained" else None
         return Score(
@@ -214,27 +222,29 @@ def score(
         names = tuple(name for name in names if name != "start")
     work = [
         SubjectScores(
-            name, _weights(name, subject), subject, train, val, planned.tasks, protocol, planned.classes,
+            name, _weights(name, subject), subject, train, val, _tasks_of(name, planned), protocol, planned.classes,
             options.decoding, file,
         )
         for name in names
     ]  # fmt: skip
-    keys = [each.entry(task).key for each in work for task in planned.tasks]
-    failures = _compute(work, {entry.key for entry in results.read(file)}, planned, console)
+    keys = [each.entry(task).key for each in work for task in each.tasks]
+    failures = _compute(work, {entry.key for entry in results.read(file)}, console)
     held = {entry.key: entry for entry in results.read(file)}
     found = [held[key] for key in keys if key in held]
     console.print(score_table(found))
+    for table in detail_tables(found):
+        console.print(table)
     _say_meaning(subject, found, console, _data_flags(subject.run, train, val))
     if failures:
         raise UserError(" ".join(dict.fromkeys(failures)) + " The other scores are kept.")
     return found
 
 
-def _compute(work: list[SubjectScores], known: set[str], planned: Plan, console: Console) -> list[str]:
+def _compute(work: list[SubjectScores], known: set[str], console: Console) -> list[str]:
     """Score what is not known yet; failures in words."""
     due = []
     for each in work:
-        if missing := tuple(task for task in planned.tasks if each.entry(task).key not in known):
+        if missing := tuple(task for task in each.tasks if each.entry(task).key not in known):
             due.append(SubjectScores(**{**vars(each), "tasks": missing}))
     if not due:
         console.print("These scores are in results.json already: nothing to compute.", highlight=False)
@@ -309,88 +319,9 @@ def _next(subject: Subject, judged: Verdict | None, flags: str) -> str:
     )
 
 
-def remarks(found: Iterable[Score]) -> Iterable[str]:
-    """Images that are not in the scores, and masks of another size: a line for each data set."""
-    said: dict[str, None] = {}
-    for score in found:
-        origin = (score.detail or {}).get("features", {})
-        for split, data in (("train", score.train), ("test", score.val)):
-            if (bad := origin.get("unreadable", {}).get(split)) and bad["count"]:
-                said[f"{bad['count']} of {data.images} images in {data.path} are left out: {bad['first']}"] = None
-            if resized := (origin.get("rescaled_masks") or {}).get(split):
-                said[
-                    f"{resized['count']} masks of {data.path} are not of their image's size and were scored at their "
-                    f"own, the first: {resized['first']}"
-                ] = None
-    return said
-
-
-def score_features(
-    train: Path,
-    val: Path,
-    *,
-    tasks: Iterable[str] | None,
-    head: str,
-    file: Path | None,
-    console: Console,
-    device: torch.device | str = "cpu",
-) -> list[Score]:
-    """Score two folders that `nearfar features` wrote, without running the network again, and print the table.
-
-    tasks: None for all that fit: k-NN and linear probe of pooled features, segmentation of grids. The scores also go to
-    `file`, if given.
-
-    Raises:
-        UserError: folders that do not belong together, tasks that do not fit them, or a task that failed (after the
-            others).
-    """
-    if file:
-        results.check_writable(file)
-    known = FeatureStore.open(train)
-    manifest = known.manifest
-    pair = known, FeatureStore.open(val, {key: manifest[key] for key in ("checkpoint", "layer", "pooling", "size")})
-    fitting = ("segment",) if known.x.ndim == 4 else ("knn", "linear")
-    chosen = fitting if tasks is None else tuple(tasks)
-    if wrong := set(chosen) - set(fitting):
-        held = "grids of patches" if known.x.ndim == 4 else "one vector an image"
-        raise UserError(
-            f"{train} holds {held} (--pooling {manifest.get('pooling')}), which {', '.join(sorted(wrong))} "
-            f"cannot read; {' and '.join(fitting)} can."
-        )
-    protocol = Protocol(Reading(224), head=head)
-    names = [
-        DataName(str(folder), str(each.manifest.get("dataset")), len(each.x))
-        for folder, each in zip((train, val), pair, strict=True)
-    ]
-    keys = ("layer", "pooling", "size", "resize", "compute")
-    found, failures = [], []
-    for task in chosen:
-        try:
-            if task == "segment":
-                one = segment_score(*pair, protocol, device=device)
-            else:
-                one = (
-                    knn_score(*pair, device=device)
-                    if task == "knn"
-                    else linear_score({str(manifest["layer"]): pair}, protocol, device=device)
-                )
-        except UserError as error:
-            failures.append(str(error))
-            continue
-        reading = {key: manifest.get(key) for key in keys} | protocol.training(task)
-        entry = Score(
-            "trained", task, one.percent, str(manifest["checkpoint"]), names[0], names[1], reading, None, one.detail
-        )
-        found.append(entry)
-        if file:
-            results.add(file, entry)
-    if found:
-        console.print(score_table(found))
-    for line in remarks(found):
-        console.print(line, highlight=False, markup=False, soft_wrap=True)
-    if failures:
-        raise UserError(" ".join(dict.fromkeys(failures)))
-    return found
+def _tasks_of(name: str, planned: Plan) -> tuple[str, ...]:
+    """The planned tasks that make sense of these features: a shuffle of patches tests a network, not pixels."""
+    return tuple(task for task in planned.tasks if name != "pixels" or task != "robustness")
 
 
 def baselines(subject: Subject) -> list[Backbone]:
@@ -410,20 +341,6 @@ def untrained(subject: Subject) -> Backbone:
     random = run.model_copy(update={"backbone": run.backbone.model_copy(update={"pretrained": False})})
     learner = build_learner(random, weights=False)
     return learner.teacher.backbone.eval().requires_grad_(False).to(subject.device)
-
-
-def score_table(found: Iterable[Score]) -> Table:
-    """Scores of one pair of data sets in percent, a row for each kind of features; only what was scored."""
-    by_subject: Mapping[str, Mapping[str, Score]] = next(results.tables(found), {})
-    tasks = [task for task in TITLES if any(task in scores for scores in by_subject.values())]
-    shown = Table(title="Frozen features, percent")
-    shown.add_column("")
-    for task in tasks:
-        shown.add_column(TITLES[task], justify="right")
-    for subject, scores in by_subject.items():
-        cells = [f"{scores[task].percent:.1f}" if task in scores else "-" for task in tasks]
-        shown.add_row(SUBJECTS[subject], *cells)
-    return shown
 
 
 def _weights(name: str, subject: Subject) -> str:

@@ -15,16 +15,17 @@ from nearfar.ssl.data.sources.base import Source, passed_over
 from nearfar.ssl.data.sources.files import kinds_of
 from nearfar.ssl.defaults import Derived, ResolvedRun, fork_command
 from nearfar.ssl.device import Compute
-from nearfar.ssl.learner import Learner
+from nearfar.ssl.finetune_settings import FinetuneRun, ResolvedFinetune
 from nearfar.ssl.memory import Need
-from nearfar.ssl.settings import Run
+from nearfar.ssl.settings import AnyRun, Run
 from nearfar.ssl.step import Numbers
+from nearfar.ssl.student_teacher import StudentTeacher
 
 
 def start_lines(
-    run: Run,
+    run: AnyRun,
     derived: list[Derived],
-    learner: Learner,
+    learner: StudentTeacher,
     steps: int,
     compute: Compute,
     step: int,
@@ -40,6 +41,7 @@ def start_lines(
     )
     if names := passed_over(source):
         lines.append(passed_over_line(names))
+    lines += learner.notes
     lines.append(disk_line(learner, run.train.keep_last, run.train.save_in_background))
     if run.train.shard:
         lines.append(
@@ -62,7 +64,7 @@ def passed_over_line(names: list[str]) -> str:
     return f"{len(names):,} files of data.path are skipped because of their type: {kinds_of(names)}."
 
 
-def continuation_changes(saved: dict[str, Any], run: Run, precision: str) -> list[str]:
+def continuation_changes(saved: dict[str, Any], run: AnyRun, precision: str) -> list[str]:
     """What differs from the run that saved a checkpoint, so that it is not continued bit for bit."""
     lines = []
     if (ranks := saved.get("world_size", 1)) != run.train.world_size:
@@ -95,7 +97,7 @@ def step_skipped(step: int, scale: float) -> str:
     )
 
 
-def not_finite(step: int, numbers: Numbers, names: list[str], record: Path | None, run: Run) -> str:
+def not_finite(step: int, numbers: Numbers, names: list[str], record: Path | None, run: Run | FinetuneRun) -> str:
     """names: of the first images of the batch. record: where the step was saved; None where that failed."""
     again = f"`nearfar replay {record}` computes it again and names the part that failed first. " if record else ""
     scaled = f" (fp16, with the loss scaled by {numbers.loss_scale:,.0f})" if numbers.loss_scale else ""
@@ -106,12 +108,16 @@ def not_finite(step: int, numbers: Numbers, names: list[str], record: Path | Non
     )
 
 
-def _way_on(run: Run) -> str:
+def _way_on(run: Run | FinetuneRun) -> str:
     """The command that goes on from the last checkpoint, or starts again without one, in a folder of its own."""
-    slower = [] if run.optim.lr is None else [f"optim.lr={run.optim.lr / 2:g}"]
-    if checkpoint_names.finished(run.path / "checkpoints"):
-        return fork_command(run, *slower)
-    return shlex.join(["nearfar", "pretrain", str(run.path / "config.yaml"), f"name={run.name}-again", *slower])
+    saved = bool(checkpoint_names.finished(run.path / "checkpoints"))
+    changes = [] if run.optim.lr is None else [f"optim.lr={run.optim.lr / 2:g}"]
+    if saved and isinstance(run, Run):
+        return fork_command(run, *changes)
+    if saved:  # a supervised run: from its backbone
+        changes.append(f"backbone.weights={run.path}")
+    verb = "finetune" if isinstance(run, FinetuneRun) else "pretrain"
+    return shlex.join(["nearfar", verb, str(run.path / "config.yaml"), f"name={run.name}-again", *changes])
 
 
 def not_saved(step: int, tensors: list[str], folder: Path) -> str:
@@ -134,19 +140,20 @@ def _last_checkpoint(folder: Path) -> str:
 NO_MEMORY = ("can't allocate memory", "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
 
 
-def out_of_memory(error: BaseException, run: Run, ranks: int = 1) -> str | None:
+def out_of_memory(error: BaseException, run: AnyRun, ranks: int = 1) -> str | None:
     """What to try when an error of torch or Python says that memory ran out; None for any other error."""
     text = " ".join(str(error).split())
     told = any(words in text for words in NO_MEMORY)
     if not told and not isinstance(error, MemoryError | torch.OutOfMemoryError):
         return None
     return (
-        f"There is not enough memory ({text[:200] or 'MemoryError'}). {less_memory(run, ranks)} Smaller "
-        "head.prototypes or a smaller backbone.name need less as well. Checkpoints that were written are intact."
+        f"There is not enough memory ({text[:200] or 'MemoryError'}). {less_memory(run, ranks)} "
+        f"{'Smaller head.prototypes or a' if isinstance(run, Run) else 'A'} smaller backbone.name needs less as well. "
+        "Checkpoints that were written are intact."
     )
 
 
-def less_memory(run: Run, ranks: int) -> str:
+def less_memory(run: AnyRun, ranks: int) -> str:
     """The settings that make a step need less memory, with what they are now: the cheapest first."""
     train, each = run.train, run.train.batch_size // ranks
     ways = []
@@ -158,12 +165,12 @@ def less_memory(run: Run, ranks: int) -> str:
     if not train.checkpoint_activations:
         ways.append("train.checkpoint_activations=true (now false; a run may be continued with it)")
     ways.append(f"a smaller train.batch_size (now {train.batch_size})")
-    if run.views.local_crops_number:
+    if isinstance(run, Run) and run.views.local_crops_number:
         ways.append(f"a smaller views.local_crops_number (now {run.views.local_crops_number})")
     return f"Try {', '.join(ways[:-1])} or {ways[-1]}."
 
 
-def memory_line(run: ResolvedRun, need: Need, free: int | None) -> str:
+def memory_line(run: ResolvedRun | ResolvedFinetune, need: Need, free: int | None) -> str:
     """What a step needs, before the first one."""
     images = run.train.batch_size // run.train.world_size // run.train.accumulate_steps
     each = "A step" if run.train.world_size == 1 else f"A step of each of {run.train.world_size} processes"
@@ -196,21 +203,22 @@ def saving_line(count: int, waited: float, seconds: float) -> str:
     )
 
 
-def disk_line(learner: Learner, keep: int, copied: bool) -> str:
+def disk_line(learner: StudentTeacher, keep: int, copied: bool) -> str:
     """What a checkpoint holds, and how much disk space the run will take; `copied`: it is written from a copy."""
 
     def size(module: nn.Module) -> int:
         return sum(tensor.numel() * tensor.element_size() for tensor in module.state_dict().values())
 
     backbone, head = size(learner.student.backbone), size(learner.student) - size(learner.student.backbone)
-    anchor = 0 if learner.anchor is None else backbone
+    inside = set(learner.modules())
+    anchor = sum(size(network) for network in learner.frozen if network in inside)
     one = 4 * (backbone + head) + anchor
     with_anchor = ", and the anchor of the patches" if anchor else ""
     most = (keep + 1) * one + backbone
     return (
         f"A checkpoint takes {_in_units(one)}: student, teacher and AdamW's two moments, each a backbone of "
         f"{_in_units(backbone)} and a head of {_in_units(head)}{with_anchor}. With train.keep_last={keep}, one more "
-        f"while it is written, and teacher.safetensors the run takes up to {_in_units(most)} of disk."
+        f"while it is written, and the exported weights the run takes up to {_in_units(most)} of disk."
         + (f" It is written from a copy, which takes {_in_units(one)} of the host's memory." if copied else "")
     )
 

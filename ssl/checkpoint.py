@@ -16,7 +16,7 @@ import shutil
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -26,10 +26,12 @@ from torch import Tensor, nn
 from nearfar.ssl import checkpoint_names, digests, files
 from nearfar.ssl.backbones import Backbone, create_described
 from nearfar.ssl.backbones.weights import misfits
+from nearfar.ssl.classifier import Classifier
 from nearfar.ssl.errors import UserError
 from nearfar.ssl.sharding import is_sharded, split_like
 
 TENSORS, STATE, MANIFEST = "tensors.safetensors", "state.json", "manifest.json"
+TEACHER, CLASSIFIER = "teacher.safetensors", "classifier.safetensors"  # what a run leaves beside its checkpoints
 
 
 class Checkpoint(NamedTuple):
@@ -193,18 +195,61 @@ def load(path: str | Path) -> Backbone:
     """
     file = weights_file(path)
     state = about(file)
-    if file.name == TENSORS:
-        prefix = "learner/teacher.backbone."
-        everything = _intact(file.parent).tensors
-        tensors = {name.removeprefix(prefix): t for name, t in everything.items() if name.startswith(prefix)}
-    else:
-        try:
-            tensors = load_file(file)
-        except (OSError, MemoryError, SafetensorError) as error:
-            raise UserError(f"{file} cannot be read: {error}.") from None
+    tensors = _teacher(file)
+    if "classifier" in state or file.name == TENSORS:
+        tensors = _within(tensors, "backbone.")
     backbone = create_described(state.get("arch"), tensors, str(file))
     load_strict(backbone, tensors, str(file))
     return backbone.eval().requires_grad_(False)
+
+
+def load_classifier(path: str | Path) -> Classifier:
+    """The classifier of a supervised run's folder, of one of its checkpoints or of a classifier.safetensors, in
+    evaluation mode. Its `classes` are the names of its outputs.
+
+    Raises:
+        UserError: nothing there, not a classifier, damaged, or weights that do not fit what they describe.
+    """
+    file = weights_file(path)
+    state = about(file)
+    classes, pooling = _classes(state, file)
+    tensors = _teacher(file)
+    backbone = create_described(state.get("arch"), _within(tensors, "backbone."), str(file))
+    if (weight := tensors.get("head.weight")) is None or weight.shape != (len(classes), backbone.embed_dim):
+        raise UserError(f"{file} is damaged: its head does not fit its {len(classes)} classes.")
+    classifier = Classifier(backbone, classes, pooling)
+    load_strict(classifier, tensors, str(file))
+    return classifier.eval().requires_grad_(False)
+
+
+def _classes(state: dict[str, Any], file: Path) -> tuple[list[str], Literal["cls", "mean"]]:
+    """Names of the classes, and what the head reads. Raises UserError where there is no head."""
+    described = state.get("classifier")
+    if described is None:
+        raise UserError(
+            f"{file} holds a backbone without a classifier: train one from it with `nearfar finetune RECIPE "
+            f"backbone.weights={file} data.path=LABELED_IMAGES`."
+        )
+    classes, pooling = (described.get("classes"), described.get("pooling")) if isinstance(described, dict) else (0, 0)
+    if not isinstance(classes, list) or len(classes) < 2 or not all(isinstance(name, str) for name in classes):
+        raise UserError(f"{file} is damaged: the names of its classes cannot be read.")
+    if pooling not in ("cls", "mean"):
+        raise UserError(f"{file} is damaged: it does not say what its head reads.")
+    return classes, pooling
+
+
+def _teacher(file: Path) -> dict[str, Tensor]:
+    """The tensors of an exported file, or those of the teacher in a checkpoint."""
+    if file.name == TENSORS:
+        return _within(_intact(file.parent).tensors, "learner/teacher.")
+    try:
+        return load_file(file)
+    except (OSError, MemoryError, SafetensorError) as error:
+        raise UserError(f"{file} cannot be read: {error}.") from None
+
+
+def _within(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
 
 
 def about(path: str | Path) -> dict[str, Any]:
@@ -238,7 +283,7 @@ def weights_file(path: str | Path) -> Path:
     try:
         if path.is_file():
             return path
-        for file in (path / "teacher.safetensors", path / TENSORS):
+        for file in (path / TEACHER, path / CLASSIFIER, path / TENSORS):
             if file.is_file():
                 return file
         if found := checkpoint_names.finished(path / "checkpoints"):

@@ -3,24 +3,42 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
 from pydantic import ValidationError
 
 from nearfar.ssl import bounded_files
 from nearfar.ssl.errors import UserError
-from nearfar.ssl.setting_errors import in_words, unknown
-from nearfar.ssl.settings import KEYS, TEXTS, BackboneSettings, Run, ViewSettings
+from nearfar.ssl.setting_errors import PRETRAIN, in_words, unknown
+from nearfar.ssl.settings import AnyRun, BackboneSettings, Run, ViewSettings, all_settings
 
 MAX_REPORTED = 20  # mistakes
 MAX_NAME_BYTES = 200  # file systems take 255; the rest is left for prefixes and suffixes
 
 
+R = TypeVar("R", bound=AnyRun)
+
+
 def load(recipe: Path | None, overrides: list[str] | tuple[str, ...] = ()) -> Run:
-    """Read a YAML recipe, apply the `key.sub=value` overrides, validate.
+    """A pretraining run from a YAML recipe and `key.sub=value` overrides. Raises UserError as `read`."""
+    return read(Run, recipe, overrides, combinations)
+
+
+def read(
+    kind: type[R],
+    recipe: Path | None,
+    overrides: Sequence[str],
+    combinations: Callable[[R], list[str]],
+    command: str = PRETRAIN,
+) -> R:
+    """Read a YAML recipe of settings of this kind, apply the `key.sub=value` overrides, validate.
+
+    Args:
+        combinations: what is wrong with settings that are each valid alone, in words.
+        command: whose help lists the settings.
 
     Raises:
         UserError: one paragraph with every unknown key (and the nearest right one), every bad value and every
@@ -28,9 +46,12 @@ def load(recipe: Path | None, overrides: list[str] | tuple[str, ...] = ()) -> Ru
     """
     tree: dict[str, Any] = {}
     problems: list[str] = []
+    texts = {setting.key: setting.default for setting in all_settings(kind) if setting.is_text}
     if recipe is not None:
-        read = bounded_files.read_yaml(recipe, "recipe")
-        tree = {key: value for key, value in read.items() if value is not None}  # all of a section may be commented out
+        written = bounded_files.read_yaml(recipe, "recipe")
+        tree = {
+            key: value for key, value in written.items() if value is not None
+        }  # all of a section may be commented out
     for item in overrides:
         key, sign, text = item.partition("=")
         if not sign:
@@ -41,20 +62,23 @@ def load(recipe: Path | None, overrides: list[str] | tuple[str, ...] = ()) -> Ru
         if len(sections) == 1:
             node = tree.setdefault(sections[0], {})
         if isinstance(node, dict) and len(sections) < 2:
-            node[leaf] = _typed(key.strip(), text)
+            node[leaf] = _typed(key.strip(), text, texts)
         else:
-            problems.append(unknown(key, KEYS))
+            problems.append(unknown(key, [setting.key for setting in all_settings(kind)], command))
     if recipe is not None and not tree.get("name"):
         tree["name"] = recipe.stem
-    return validate(tree, problems)
+    return validated(kind, tree, combinations, problems, command)
 
 
-def require_images(run: Run) -> None:
+def require_images(run: AnyRun) -> None:
     """Raises UserError where `run` names no training images, or not the weights it needs; nothing is looked up."""
     if not run.data.path:
         raise UserError("data.path is not set: name the training images, for example data.path=~/pictures.")
-    if run.train.start_from or run.backbone.weights or run.backbone.pretrained:
-        return
+    if isinstance(run, Run) and not (run.train.start_from or run.backbone.weights or run.backbone.pretrained):
+        _require_no_weights(run)
+
+
+def _require_no_weights(run: Run) -> None:
     for key, value in (
         ("optim.freeze_backbone_epochs", run.optim.freeze_backbone_epochs),
         ("loss.anchor_weight", run.loss.anchor_weight),
@@ -66,11 +90,14 @@ def require_images(run: Run) -> None:
             )
 
 
-def _typed(key: str, text: str) -> Any:
-    """The value of `key=text`: as YAML reads it, but text is kept as it is unless quoted; empty is the default."""
-    if key in TEXTS:
+def _typed(key: str, text: str, texts: Mapping[str, Any]) -> Any:
+    """The value of `key=text`: as YAML reads it, but text is kept as it is unless quoted; empty is the default.
+
+    texts: the settings that are text, with their defaults.
+    """
+    if key in texts:
         if not text.strip():
-            return TEXTS[key]
+            return texts[key]
         if text.strip() != "null" and text.strip()[0] not in ("'", '"'):
             return text
     try:
@@ -81,35 +108,48 @@ def _typed(key: str, text: str) -> Any:
 
 def validate(tree: dict[str, Any], problems: list[str] | None = None) -> Run:
     """A `Run` from nested dicts, or one `UserError` with all that is wrong."""
+    return validated(Run, tree, combinations, problems)
+
+
+def validated(
+    kind: type[R],
+    tree: dict[str, Any],
+    combinations: Callable[[R], list[str]],
+    problems: list[str] | None = None,
+    command: str = PRETRAIN,
+) -> R:
+    """Settings of this kind from nested dicts, or one `UserError` with all that is wrong."""
     tree, problems = _string_keys(tree), list(problems or [])
     try:
-        run = Run.model_validate(tree)
+        run = kind.model_validate(tree)
     except ValidationError as error:
-        for mistake in in_words(error, KEYS):
+        for mistake in in_words(error, [setting.key for setting in all_settings(kind)], command):
             problems.append(mistake.message)
             _drop(tree, mistake.path)
-        run = Run.model_validate(tree)  # the rest is valid: its combinations are checked as well
-    problems += combinations(run)
+        run = kind.model_validate(tree)  # the rest is valid: its combinations are checked as well
+    refuse([*problems, *combinations(run)])
+    return run
+
+
+def refuse(problems: list[str]) -> None:
+    """Raises one UserError with all of these mistakes, if there are any."""
     if problems:
         count = f"{len(problems)} mistakes" if len(problems) > 1 else "A mistake"
         more = [f"and {len(problems) - MAX_REPORTED} more"] if len(problems) > MAX_REPORTED else []
         raise UserError(f"{count} in the settings: " + "; ".join(problems[:MAX_REPORTED] + more) + ".")
-    return run
 
 
 def combinations(run: Run) -> list[str]:
     """Contradictions between settings that are each valid alone, in words."""
-    found = [*_wrong_names(run), *_wrong_ranges(run.views), *_wrong_sizes(run), *_wrong_backbone(run.backbone)]
+    files = {
+        "train.start_from": run.train.start_from,
+        "loss.gram_teacher": run.loss.gram_teacher,
+        "distill.teacher": run.distill.teacher,
+        "distill.teacher_weights": run.distill.teacher_weights,
+    }
+    found = [*wrong_names(run, **files), *_wrong_ranges(run.views), *_wrong_sizes(run), *wrong_backbone(run.backbone)]
     found += [*_wrong_loss(run), *_wrong_schedule(run), *_wrong_start(run)]
-    if run.train.batch_size % (run.train.world_size or 1):
-        found.append(
-            f"train.batch_size={run.train.batch_size} does not divide into train.world_size={run.train.world_size}"
-        )
-    elif run.train.batch_size // (run.train.world_size or 1) % run.train.accumulate_steps:
-        found.append(
-            f"the {run.train.batch_size // (run.train.world_size or 1)} images of a step in each process do not divide "
-            f"into train.accumulate_steps={run.train.accumulate_steps}"
-        )
+    found += [*_wrong_distilling(run), *wrong_slices(run)]
     for key, epochs in (
         ("optim.cooldown_epochs", run.optim.cooldown_epochs),
         ("optim.warmup_epochs", run.optim.warmup_epochs),
@@ -122,21 +162,25 @@ def combinations(run: Run) -> list[str]:
     return found
 
 
-def _wrong_names(run: Run) -> Iterator[str]:
-    """Names and paths that no file system accepts."""
+def wrong_slices(run: AnyRun) -> Iterator[str]:
+    """Steps that do not divide into processes and parts."""
+    if run.train.batch_size % (run.train.world_size or 1):
+        yield f"train.batch_size={run.train.batch_size} does not divide into train.world_size={run.train.world_size}"
+    elif run.train.batch_size // (run.train.world_size or 1) % run.train.accumulate_steps:
+        yield (
+            f"the {run.train.batch_size // (run.train.world_size or 1)} images of a step in each process do not divide "
+            f"into train.accumulate_steps={run.train.accumulate_steps}"
+        )
+
+
+def wrong_names(run: AnyRun, **more: str | None) -> Iterator[str]:
+    """Names and paths that no file system accepts. more: the paths that only this kind of run has, by their keys."""
     if "/" in run.name or run.name in (".", "..") or not run.name.isprintable():
         yield f"name={run.name!r} must be a plain folder name (folder= says where it is)"
     if (length := len(os.fsencode(run.name))) > MAX_NAME_BYTES:
         yield f"name is {length} bytes long, and the name of a run's folder has at most {MAX_NAME_BYTES}"
-    paths: dict[str, str | None] = {
-        "train.start_from": run.train.start_from,
-        "folder": run.folder,
-        "data.path": run.data.path,
-        "data.val": run.data.val,
-    }
-    for key, path in (
-        paths | {"backbone.weights": run.backbone.weights, "loss.gram_teacher": run.loss.gram_teacher}
-    ).items():
+    paths: dict[str, str | None] = {"folder": run.folder, "data.path": run.data.path, "data.val": run.data.val}
+    for key, path in (paths | {"backbone.weights": run.backbone.weights} | more).items():
         if path and "\0" in path:
             yield f"{key}={path!r} contains a null character, which no path can"
         if path and max(len(os.fsencode(part)) for part in path.split("/")) > 255:
@@ -158,7 +202,7 @@ def _wrong_ranges(views: ViewSettings) -> Iterator[str]:
 
 def _wrong_sizes(run: Run) -> Iterator[str]:
     """Sides in pixels that do not fit each other or the patches."""
-    views, patch = run.views, run.backbone.patch_size or _patch_in(run.backbone.name)
+    views, patch = run.views, run.backbone.patch_size or patch_in(run.backbone.name)
     if patch:
         for name in ("global_crops_size", "local_crops_size") if views.local_crops_number else ("global_crops_size",):
             size = getattr(views, name)
@@ -172,7 +216,7 @@ def _wrong_sizes(run: Run) -> Iterator[str]:
         yield f"eval.resize={run.eval.resize} is smaller than the crop eval.size={size}"
 
 
-def _wrong_backbone(backbone: BackboneSettings) -> Iterator[str]:
+def wrong_backbone(backbone: BackboneSettings) -> Iterator[str]:
     """Settings that a backbone does not support, as far as its name tells."""
     if backbone.embed_dim and backbone.num_heads and backbone.embed_dim % backbone.num_heads:
         yield f"backbone.embed_dim={backbone.embed_dim} does not divide into {backbone.num_heads} heads"
@@ -220,6 +264,21 @@ def _wrong_loss(run: Run) -> Iterator[str]:
         yield f"loss.gram_teacher_epoch={loss.gram_teacher_epoch:g} is later than loss.gram_start_epoch={start:g}"
 
 
+def _wrong_distilling(run: Run) -> Iterator[str]:
+    """Parts of other losses beside a teacher to distill, and settings of a teacher where there is none."""
+    distill, loss = run.distill, run.loss
+    if not distill.teacher:
+        if (distill.teacher_weights, distill.teacher_size) != (None, None):
+            yield "distill.teacher_weights and distill.teacher_size belong to distill.teacher, which is not set"
+        return
+    for key in ("koleo_weight", "ibot_weight", "gram_weight", "anchor_weight"):
+        if weight := getattr(loss, key):
+            yield (
+                f"loss.{key}={weight:g} and distill.teacher={distill.teacher} contradict each other: a student learns "
+                f"from a frozen teacher alone (loss.{key}=0), or without one"
+            )
+
+
 def _wrong_schedule(run: Run) -> Iterator[str]:
     optim = run.optim
     if optim.schedule != "cosine" and optim.weight_decay_end not in (None, optim.weight_decay):
@@ -246,11 +305,11 @@ def _wrong_start(run: Run) -> Iterator[str]:
         yield "train.restart_schedule is a setting of a fork, and train.start_from (--from) names no run"
 
 
-def to_yaml(run: Run) -> str:
+def to_yaml(run: AnyRun) -> str:
     return yaml.safe_dump(run.model_dump(mode="json"), sort_keys=False, default_flow_style=None, width=110)
 
 
-def _patch_in(name: str) -> int | None:
+def patch_in(name: str) -> int | None:
     """The patch size in one of our names; that of a timm model is known once it is built."""
     if name.startswith("timm/"):
         return None

@@ -5,10 +5,11 @@ from __future__ import annotations
 import math
 import shlex
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from nearfar.ssl.errors import UserError
 from nearfar.ssl.settings import (
+    AnyRun,
     DataSettings,
     EvalSettings,
     HeadSettings,
@@ -18,6 +19,8 @@ from nearfar.ssl.settings import (
     TrainSettings,
     all_settings,
 )
+
+R = TypeVar("R", bound=AnyRun)
 
 
 class Derived(NamedTuple):
@@ -103,12 +106,13 @@ def resolve(
     if world_size is not None:
         run = on_ranks(run, world_size)
     if saved is not None:
-        run = continued(run, saved, done / max(1, images // run.train.batch_size))
+        run = continued(run, saved, longer=True)
+        _check_length(run, saved, done / max(1, images // run.train.batch_size))
     filled, derived = _fill(run, images, cores)
     return ResolvedRun.of(filled), derived
 
 
-def on_ranks(run: Run, world_size: int) -> Run:
+def on_ranks(run: R, world_size: int) -> R:
     """The run on `world_size` ranks. Raises UserError where that contradicts its settings."""
     if run.train.batch_size % world_size:
         sizes = " and ".join(map(str, dividing(run.train.batch_size, run.train.accumulate_steps, world_size)))
@@ -128,10 +132,10 @@ def on_ranks(run: Run, world_size: int) -> Run:
     return run.model_copy(update={"train": run.train.model_copy(update={"world_size": world_size})})
 
 
-def continued(run: Run, saved: Run, done: float = 0.0) -> Run:
+def continued(run: R, saved: R, longer: bool = False) -> R:
     """`run` as the continuation of `saved`: what it leaves unset is taken from there.
 
-    done: epochs of its newest checkpoint, where they are known.
+    longer: may it have more epochs?
 
     Raises:
         UserError: naming each setting that would change the weights.
@@ -139,13 +143,7 @@ def continued(run: Run, saved: Run, done: float = 0.0) -> Run:
     run = inherit(run, saved)
     train = run.train.model_copy(update={"start_from": saved.train.start_from})  # where it began stays what it was
     run = run.model_copy(update={"train": train})
-    if only_longer(saved, run):
-        if why := _cannot_be_longer(saved, done):
-            raise UserError(
-                f"train.epochs cannot be raised from {saved.train.epochs} to {run.train.epochs} in {run.path}: {why} "
-                f"Fork it instead: `{fork_command(run, f'train.epochs={run.train.epochs}')}`."
-            )
-    elif changed := differences(saved, run):
+    if not (longer and only_longer(saved, run)) and (changed := differences(saved, run)):
         raise UserError(
             f"{run.path} holds a run with other settings ({'; '.join(changed)}). Continue it with its own "
             "settings, or choose another name=."
@@ -153,10 +151,19 @@ def continued(run: Run, saved: Run, done: float = 0.0) -> Run:
     return run
 
 
-def only_longer(saved: Run, run: Run) -> bool:
+def only_longer(saved: AnyRun, run: AnyRun) -> bool:
     """Does `run` differ from `saved` by more epochs, and by nothing else?"""
     longer = run.train.epochs > saved.train.epochs
     return longer and all(each.startswith("train.epochs:") for each in differences(saved, run))
+
+
+def _check_length(run: Run, saved: Run, done: float) -> None:
+    """Raises UserError where `run`, which continues `saved` after `done` epochs, is longer than it can be."""
+    if run.train.epochs > saved.train.epochs and (why := _cannot_be_longer(saved, done)):
+        raise UserError(
+            f"train.epochs cannot be raised from {saved.train.epochs} to {run.train.epochs} in {run.path}: {why} "
+            f"Fork it instead: `{fork_command(run, f'train.epochs={run.train.epochs}')}`."
+        )
 
 
 def _cannot_be_longer(saved: Run, done: float) -> str:
@@ -181,34 +188,35 @@ def fork_command(run: Run, *settings: str) -> str:
     return shlex.join(["nearfar", "pretrain", "--from", str(run.path), f"name={run.name}-fork", *place, *settings])
 
 
-def inherit(run: Run, saved: Run) -> Run:
+def inherit(run: R, saved: R) -> R:
     """Fill every `None` of `run` from a resolved run: a requeue on other cores must not derive other values."""
     tree = run.model_dump()
     for section, values in saved.model_dump().items():
         if isinstance(values, dict):
             kept = {key: value for key, value in tree[section].items() if value is not None}
             tree[section] = values | kept
-    return Run.model_validate(tree)
+    return run.as_asked().model_validate(tree)  # type: ignore[return-value]  # of the same kind
 
 
-def differences(old: Run, new: Run) -> list[str]:
+def differences(old: AnyRun, new: AnyRun) -> list[str]:
     """Dotted `key: old -> new` for every setting that would change the weights of a continued run."""
     found = []
-    for setting in all_settings():
-        before, after = _get(old, setting.key), _get(new, setting.key)
+    for setting in all_settings(new.as_asked()):
+        before, after = value_of(old, setting.key), value_of(new, setting.key)
         if not setting.free and before != after:
             found.append(f"{setting.key}: {before} -> {after}")
     return found
 
 
-def _get(run: Run, key: str) -> Any:
+def value_of(run: AnyRun, key: str) -> Any:
+    """The value of a dotted setting."""
     node: Any = run
     for part in key.split("."):
         node = getattr(node, part)
     return node
 
 
-def world_size(run: Run, saved: Run | None, cores: int, gpus: int) -> Derived:
+def world_size(run: AnyRun, saved: AnyRun | None, cores: int, gpus: int) -> Derived:
     """Ranks of a run on this machine: as set, as the run was begun, or by its GPUs or cores. Known before images are
     read.
 

@@ -20,8 +20,8 @@ from nearfar.ssl.checkpoint import Checkpoint, DamagedError
 from nearfar.ssl.data.loaders.base import Batch
 from nearfar.ssl.data.sources.base import Source
 from nearfar.ssl.errors import UserError
-from nearfar.ssl.learner import Learner
 from nearfar.ssl.step import Numbers
+from nearfar.ssl.student_teacher import StudentTeacher
 
 FOLDER = "not_finite"
 KEPT = 2
@@ -33,7 +33,7 @@ def save(
     numbers: Numbers,
     batch: Batch,
     source: Source,
-    learner: Learner,
+    learner: StudentTeacher,
     optimizer: torch.optim.Optimizer,
     description: dict[str, Any],
 ) -> Path | None:

@@ -23,7 +23,7 @@ from nearfar.ssl.defaults import Derived, ResolvedRun
 from nearfar.ssl.errors import UserError
 from nearfar.ssl.learner import Learner
 from nearfar.ssl.loss_scale import fitted
-from nearfar.ssl.settings import Run, all_settings
+from nearfar.ssl.settings import AnyRun, Run, all_settings
 from nearfar.ssl.sharding import whole
 
 # Parts that one of the two runs may have alone: they begin afresh, or are left out.
@@ -82,6 +82,11 @@ def read(where: str) -> Checkpoint:
         ) from None
     if not isinstance(saved.state.get("run"), dict):
         raise UserError(f"The checkpoint {path} does not say which settings it was trained with.")
+    if "classifier" in saved.state["run"]:
+        raise UserError(
+            f"{where} is a supervised run, and a fork goes on with pretraining: to begin with its backbone, set "
+            f"backbone.weights={path} in place of train.start_from (--from)."
+        )
     return saved
 
 
@@ -90,7 +95,7 @@ def begins_with_weights(run: Run) -> bool:
     return bool(run.backbone.weights or run.backbone.pretrained or run.train.restart_schedule)
 
 
-def lineage(saved: Checkpoint | None, run: Run) -> list[dict[str, Any]]:
+def lineage(saved: Checkpoint | None, run: AnyRun) -> list[dict[str, Any]]:
     """What a run that begins records: where its weights come from, the oldest first. saved: what it is a fork of."""
     if saved is None:
         if not run.backbone.weights:
@@ -136,7 +141,7 @@ def begin(
     if problems := misfits(own, given, fresh):
         raise UserError(_other_network(saved, run, problems))
     checkpoint.load_strict(learner, given | {name: whole(own[name]) for name in fresh}, str(saved.path))
-    if learner.anchor is not None and not run.loss.gram_teacher and any(n.startswith("anchor.") for n in fresh):
+    if any(n.startswith("anchor.") for n in fresh) and not run.loss.gram_teacher:
         learner.take_anchor()
     if not run.train.restart_schedule:
         names = {parameter: name for name, parameter in learner.student.named_parameters()}

@@ -66,6 +66,8 @@ ALIKE = 0.05  # std of features below which they count as equal, unless they beg
 def collapse(metrics: dict[str, float], start: dict[str, float] | None = None) -> str | None:
     """What is wrong with these numbers of `teacher_health`, and what to do about it; None when nothing is.
 
+    Those of features (feature_std, rankme) may stand alone.
+
     start: the numbers of the run's first line. The features of some untrained networks (LGP, PRR) are nearly alike, so
         those of a run count as collapsed where they are three times as alike as they were.
     """
@@ -77,21 +79,22 @@ def collapse(metrics: dict[str, float], start: dict[str, float] | None = None) -
             f"Dimensional collapse: all images get nearly the same features (std {metrics['feature_std']:.3f}, healthy "
             "near 1). Try a lower optim.lr or more warm-up."
         )
-    if metrics["entropy"] > 0.98:
+    if metrics.get("entropy", 0.0) > 0.98:
         return (
             f"Collapse to the flat answer: the teacher's entropy is {metrics['entropy']:.3f} of ln K, so the loss "
             "stays near ln K. Try fewer head.prototypes, a lower loss.teacher_temp, head.batch_norm=true, or a "
             "higher optim.lr."
         )
-    if metrics["kl"] < 0.02:
+    if metrics.get("kl", 1.0) < 0.02:
         return (
             "Collapse to one answer: the teacher does not tell images apart (KL to its own mean is "
             f"{metrics['kl']:.3f} nats). Try a higher loss.teacher_temp or a lower loss.center_momentum."
         )
     if metrics["rankme"] < rank and start is not None:
+        koleo = "loss.koleo_weight=0.02, " if "entropy" in metrics else ""
         return (
             f"Dimensional collapse: the features share few directions (RankMe {metrics['rankme']:.1f}, "
-            f"{start['rankme']:.1f} at the start). Try loss.koleo_weight=0.02, a lower optim.lr or more warm-up."
+            f"{start['rankme']:.1f} at the start). Try {koleo}a lower optim.lr or more warm-up."
         )
     return None
 
@@ -206,13 +209,16 @@ def features_lost(metrics: list[dict[str, float]]) -> str | None:
     )
 
 
-def nothing_learned(metrics: list[dict[str, float]], most_directions: int, batch_norm: bool = False) -> str | None:
+def nothing_learned(
+    metrics: list[dict[str, float]], most_directions: int, batch_norm: bool = False, remedy: str | None = None
+) -> str | None:
     """One sentence where the metrics of a whole run show features no better than at its start; None elsewhere.
 
     Args:
         metrics: the lines of metrics.jsonl, in order.
         most_directions: the largest RankMe possible: min(rows of a step, dimensions).
         batch_norm: has the head batch norm already?
+        remedy: what else to try, where the head is not DINO's.
     """
     signs = []
     scores = [line["knn_top1"] for line in metrics if "knn_top1" in line]
@@ -227,8 +233,8 @@ def nothing_learned(metrics: list[dict[str, float]], most_directions: int, batch
     if not signs:
         return None
     batch_norm_too = "" if batch_norm else "head.batch_norm=true, "
+    others = remedy or f"{batch_norm_too}fewer head.prototypes or a larger views.local_crops_scale"
     return (
         f"Little or nothing was learned: {' and '.join(signs)}. Try more train.epochs, another optim.lr, "
-        f"{batch_norm_too}fewer head.prototypes or a larger views.local_crops_scale; `nearfar eval all RUN "
-        "--baselines` compares with the untrained network and raw pixels."
+        f"{others}; `nearfar eval all RUN --baselines` compares with the untrained network and raw pixels."
     )

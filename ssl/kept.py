@@ -10,7 +10,7 @@ from nearfar.ssl.errors import UserError
 from nearfar.ssl.run_folder import read_metrics
 
 BEST, NEWEST = "best", "newest"
-SCORE = "knn_top1"  # of the metrics: what `best` is about
+SCORES = ("knn_top1", "val_top1")  # of the metrics: what `best` is about, in pretraining and in a supervised run
 
 
 def spared(metrics: Path, step: int, every: int | None, best: bool) -> Callable[[int], bool]:
@@ -29,8 +29,8 @@ def spared(metrics: Path, step: int, every: int | None, best: bool) -> Callable[
 
 
 def scores_by_step(metrics: Path) -> dict[int, float]:
-    """The online k-NN scores of a run, by step."""
-    return {int(line["step"]): line[SCORE] for line in read_metrics(metrics) if SCORE in line}
+    """The scores of a run during training, by step."""
+    return {int(line["step"]): line[key] for line in read_metrics(metrics) for key in SCORES if key in line}
 
 
 def best_of(scores: dict[int, float]) -> int | None:

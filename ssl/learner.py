@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from typing import Literal, NamedTuple, Self
 
 import torch
@@ -11,11 +13,12 @@ from nearfar.ssl.backbones import Backbone, Tokens, create
 from nearfar.ssl.defaults import ResolvedRun
 from nearfar.ssl.gram import anchor_loss, gram_loss
 from nearfar.ssl.heads.dino import DINOHead
+from nearfar.ssl.health import teacher_health
 from nearfar.ssl.ibot import PatchLoss
-from nearfar.ssl.loss_scale import LossScale
 from nearfar.ssl.losses import DINOLoss, koleo
 from nearfar.ssl.masks import BlockMasks, Masks
-from nearfar.ssl.sharding import local, whole
+from nearfar.ssl.sharding import whole
+from nearfar.ssl.student_teacher import StudentTeacher
 
 
 class Seen(NamedTuple):
@@ -35,12 +38,33 @@ class Outputs(NamedTuple):
     teacher_features: Tensor  # (G, B, D)
     parts: dict[str, Tensor]  # what else the loss holds, unweighted
 
+    @staticmethod
+    def joined(parts: list[Outputs]) -> Outputs:
+        """The outputs of all parts of a step as those of one batch: means, and the images in order."""
+        return Outputs(
+            loss=torch.stack([part.loss for part in parts]).mean(),
+            teacher_probabilities=torch.cat([part.teacher_probabilities for part in parts], 1),
+            teacher_features=torch.cat([part.teacher_features for part in parts], 1),
+            parts={name: torch.stack([part.parts[name] for part in parts]).mean() for name in parts[0].parts},
+        )
 
-class Network(nn.Module):
+
+class HeadedBackbone(nn.Module):
+    """A backbone and what a loss reads it through. Called with groups of views, the global one first."""
+
+    backbone: Backbone
+    head: nn.Module
+    outputs: int  # numbers that the head says of a view
+    head_title: str  # the same in words
+
+
+class Network(HeadedBackbone):
     """A backbone and its projection head, which reads CLS or the mean over the patches.
 
     With iBOT the patches have a head of their own (`patch_head`), or share that one.
     """
+
+    head: DINOHead
 
     def __init__(
         self,
@@ -54,6 +78,8 @@ class Network(nn.Module):
         self.head = head
         self.pooling = pooling
         self.patch_head = patch_head
+        self.outputs = len(head.prototypes)
+        self.head_title = f"{self.outputs:,} prototypes"
 
     def forward(self, groups: list[Tensor], masks: Masks | None = None, hide: bool = False) -> Seen:
         """Groups of equally sized views [(G, B, 3, s, s), ...], the global one first. One backbone pass per size.
@@ -72,7 +98,29 @@ class Network(nn.Module):
         return Seen(logits.unflatten(0, (-1, batch)), features.unflatten(0, (-1, batch)), seen.patches, patch_logits)
 
 
-class Learner(nn.Module):
+class Learner(StudentTeacher, ABC):
+    """What a `Stepper` pretrains, whatever the loss: `teacher`, the student's moving average, is exported.
+
+    Which one a run has is decided in learners.py.
+    """
+
+    remedy: str | None = None  # what to try where little was learned, if that is not what DINO needs
+
+    @abstractmethod
+    def forward(
+        self, groups: list[Tensor], teacher_temp: float, masks: Masks | None = None, gram_weight: float = 0.0
+    ) -> Outputs:
+        """Normalized views, the global group first -> the loss and the values that are monitored."""
+
+    @abstractmethod
+    def health(self, outputs: Outputs) -> dict[str, float]:
+        """Numbers that show a collapse, the most telling one first."""
+
+    def take_anchor(self) -> None:
+        """Where Gram anchoring is on: from now on keep what the teacher's patches are like now."""
+
+
+class DINOLearner(Learner):
     """DINO: a student that matches, on every view, what its own moving average says of the global views.
 
     Both networks run in training mode, as in the reference: batch norm (of a head or of a convolutional backbone)
@@ -80,6 +128,9 @@ class Learner(nn.Module):
     to its loss: KoLeo, iBOT where a step has masks, and what keeps patches (Gram anchoring) and features near those of
     `anchor`, a frozen earlier teacher or the weights that the run began with.
     """
+
+    student: Network
+    teacher: Network
 
     def __init__(
         self,
@@ -92,19 +143,13 @@ class Learner(nn.Module):
         anchor: Backbone | None = None,
         anchor_weight: float = 0.0,
     ) -> None:
-        super().__init__()
-        self.student = student
-        self.teacher = teacher
+        super().__init__(student, teacher)
         self.loss = loss
         self.koleo_weight = koleo_weight
-        self.loss_scale: LossScale | None = None  # under fp16
         self.ibot = ibot
         self.ibot_weight = ibot_weight
         self.anchor = anchor
         self.anchor_weight = anchor_weight
-        self._frozen: list[nn.Parameter] = []  # of the student's backbone
-        self.teacher.load_state_dict(self.student.state_dict())
-        self.teacher.requires_grad_(False)
         if anchor is not None:
             anchor.requires_grad_(False)
 
@@ -113,6 +158,13 @@ class Learner(nn.Module):
         if self.anchor is not None:
             self.anchor.eval()
         return self
+
+    @property
+    def frozen(self) -> Sequence[Backbone]:
+        return () if self.anchor is None else (self.anchor,)
+
+    def health(self, outputs: Outputs) -> dict[str, float]:
+        return teacher_health(outputs.teacher_probabilities, outputs.teacher_features)
 
     @torch.no_grad()
     def teacher_outputs(self, global_views: Tensor, masks: Masks | None = None) -> Seen:
@@ -173,15 +225,6 @@ class Learner(nn.Module):
         for name, tensor in self.anchor.state_dict().items():
             tensor.copy_(whole(now[name]))
 
-    def freeze_backbone(self, frozen: bool) -> None:
-        """To be called before the forward pass: the heads learn alone, and no gradient goes through the backbone."""
-        if frozen and not self._frozen:
-            self._frozen = [p for p in self.student.backbone.parameters() if p.requires_grad]
-        for parameter in self._frozen:
-            parameter.requires_grad_(not frozen)
-        if not frozen:
-            self._frozen = []
-
     def freeze_prototypes(self, frozen: bool) -> None:
         """To be called before the forward pass: in the first epochs the prototypes stay as they are (DINO, appendix A)
         and no gradient is computed for them.
@@ -198,22 +241,10 @@ class Learner(nn.Module):
         self.loss.update_center(not_finite)
         if self.ibot is not None:
             self.ibot.update_center(not_finite)
-        self.update_teacher(momentum, not_finite)
-
-    @torch.no_grad()
-    def update_teacher(self, momentum: float, not_finite: Tensor | None = None) -> None:
-        """theta_teacher <- momentum * theta_teacher + (1 - momentum) * theta_student, unless `not_finite` is 1."""
-        teacher = [local(p) for p in self.teacher.parameters()]
-        student = [local(p) for p in self.student.parameters()]
-        # A step of gradient descent on |teacher - student|^2 / 2 from decay (teacher) and gradient (-student): the one
-        # kernel of torch that takes all tensors in a few launches and is cancelled by a flag on the device.
-        torch._fused_sgd_(
-            teacher, student, [], weight_decay=1.0, momentum=0.0, lr=1 - momentum, dampening=0.0, nesterov=False,
-            maximize=True, is_first_step=False, grad_scale=None, found_inf=not_finite,
-        )  # fmt: skip
+        super().after_step(momentum, not_finite)
 
 
-def build_learner(run: ResolvedRun, weights: bool = True) -> Learner:
+def build_learner(run: ResolvedRun, weights: bool = True) -> DINOLearner:
     """Student and teacher as the settings say, seeded: the same weights on every machine and every start.
 
     weights: read backbone.weights, if set; a run that continues from a checkpoint does not need that file any more.
@@ -240,7 +271,7 @@ def build_learner(run: ResolvedRun, weights: bool = True) -> Learner:
     dino = DINOLoss(head.prototypes, loss.student_temp, loss.center_momentum, sinkhorn)
     ibot = PatchLoss(patch_prototypes, loss.student_temp, loss.center_momentum, sinkhorn) if loss.ibot_weight else None
     anchor = bare(0.0, loss.gram_teacher) if loss.gram_weight or loss.anchor_weight else None
-    learner = Learner(student, teacher, dino, loss.koleo_weight, ibot, loss.ibot_weight, anchor, loss.anchor_weight)
+    learner = DINOLearner(student, teacher, dino, loss.koleo_weight, ibot, loss.ibot_weight, anchor, loss.anchor_weight)
     if anchor is not None and not loss.gram_teacher:
         learner.take_anchor()
     return learner.train()
@@ -256,7 +287,7 @@ def block_masks(run: ResolvedRun, patch_size: int, rank: int = 0) -> BlockMasks 
     return BlockMasks(run.train.seed, share, ratios, (side, side), images, rank)
 
 
-def share_batch_norm(learner: Learner) -> None:
+def share_batch_norm(learner: StudentTeacher) -> None:
     """Batch norm of the backbones over all ranks' images, on GPUs. On a CPU each rank's slice has its own statistics.
 
     The head's is shared everywhere (heads/batch_norm.py).

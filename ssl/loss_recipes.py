@@ -1,4 +1,4 @@
-"""What `loss.recipe` stands for: the parts of DINOv2 and DINOv3, each a setting of its own; what the user writes wins.
+"""What `loss.recipe` and a teacher to distill stand for: parts, each a setting of its own; what the user writes wins.
 
 Only what makes the method is here. What follows from the size of the job (prototypes, momentum, temperatures, rates) is
 derived as for DINO, and the architecture (registers, rotary positions) is the user's.
@@ -26,6 +26,9 @@ DINOV3: dict[str, Any] = DINOV2 | {
 }
 PARTS = {"dino": dict[str, Any](), "dinov2": DINOV2, "dinov3": DINOV3}
 
+# Both see the same views, so views of different sizes teach nothing; DINOv2, section 5: no stochastic depth.
+DISTILLING: dict[str, Any] = {"views.local_crops_number": 0, "backbone.drop_path": 0.0}
+
 # A part that means nothing without another one, and goes with it when the user turns that off.
 NEEDS = {"head.ibot_separate": "loss.ibot_weight"}
 # Weights that are started from say whether their network has layer scale.
@@ -33,7 +36,9 @@ STARTING_WEIGHTS = ("weights", "pretrained")
 
 
 def filled(tree: Any) -> Any:
-    """Settings as nested dicts -> the same with the parts of their `loss.recipe` wherever they say nothing."""
+    """Settings as nested dicts -> the same with the parts of their `loss.recipe`, and those of distilling, wherever
+    they say nothing.
+    """
     written = tree.get("loss") if isinstance(tree, dict) else None
     name = written.get("recipe") if isinstance(written, dict) else None
     parts = dict(PARTS[name]) if isinstance(name, str) and name in PARTS else {}
@@ -43,6 +48,8 @@ def filled(tree: Any) -> Any:
     for part, needed in NEEDS.items():
         if not _value(tree, needed, parts.get(needed)):
             parts.pop(part, None)
+    if _value(tree, "distill.teacher", None):
+        parts = DISTILLING | parts
     if not parts:
         return tree
     out = dict(tree)

@@ -13,14 +13,15 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from nearfar.ssl.backbones import Backbone
 from nearfar.ssl.backbones.adapter import Adapter
+from nearfar.ssl.classifier import Classifier, ClassifierLearner
 from nearfar.ssl.errors import UserError
-from nearfar.ssl.learner import Learner, Network
+from nearfar.ssl.learner import HeadedBackbone, Learner
 
 
 class Need(NamedTuple):
     """Bytes that one process keeps at the end of the forward pass, when a step needs most."""
 
-    weights: int  # student and teacher
+    weights: int  # student and teacher, and networks that stay as they are
     gradients: int
     moments: int  # of AdamW
     activations: int  # of the student
@@ -76,28 +77,52 @@ def estimate(
         recompute: are activations computed again in the backward pass?
     """
     student = learner.student
-    one, two = (activations(student, views, count, autocast) for count in (1, 2))
+    count = sum(number for number, _ in views) + 3 * views[0][0]
+    logits = count * images * student.outputs * next(student.parameters()).element_size()
+    need = _need(student, lambda n: activations(student, views, n, autocast), images, logits, recompute)
+    return need._replace(weights=need.weights + sum(map(_bytes, learner.frozen)))
+
+
+def estimate_classifier(
+    learner: ClassifierLearner,
+    side: int,
+    images: int,
+    autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
+    recompute: bool = False,
+) -> Need:
+    """`estimate` of supervised training on one view of `side` pixels of each image; its logits are few."""
+    student = learner.student
+
+    def kept(count: int) -> Activations:
+        return activations(student, [(1, side)], count, autocast, lambda groups: student(groups[0][0]))
+
+    return _need(student, kept, images, 0, recompute)
+
+
+def _need(student: nn.Module, kept: Callable[[int], Activations], images: int, logits: int, recompute: bool) -> Need:
+    one, two = kept(1), kept(2)
     first, second = (pair.recomputed if recompute else pair.everything for pair in (one, two))
     weights = _bytes(student)
-    prototypes = student.head.prototypes
-    count = sum(number for number, _ in views) + 3 * views[0][0]
-    logits = count * images * len(prototypes) * prototypes.element_size()
     return Need(2 * weights, weights, 2 * weights, first + (images - 1) * max(0, second - first), logits)
 
 
 def activations(
-    network: Network,
+    network: HeadedBackbone | Classifier,
     views: Sequence[tuple[int, int]],
     images: int,
     autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
+    forward: Callable[[list[Tensor]], Any] | None = None,
 ) -> Activations:
-    """What autograd keeps of a pass of `images` (black ones) through `network`, which is left as it was."""
+    """What autograd keeps of a pass of `images` (black ones) through `network`, which is left as it was.
+
+    forward: how they pass, in groups (V, images, 3, s, s); the network itself by default.
+    """
     device = next(network.parameters()).device
     groups = [torch.zeros((number, images, 3, side, side), device=device) for number, side in views]
     before = {name: buffer.clone() for name, buffer in network.named_buffers()}  # of batch norm
     try:
         with torch.random.fork_rng([device] if device.type == "cuda" else []), _Kept(network) as kept, autocast():
-            network(groups)
+            (forward or network)(groups)
     finally:
         for name, buffer in network.named_buffers():
             buffer.copy_(before[name])
@@ -107,7 +132,7 @@ def activations(
 class _Kept:
     """Within this context every storage that autograd saves is counted once, by the block that saved it."""
 
-    def __init__(self, network: Network) -> None:
+    def __init__(self, network: HeadedBackbone | Classifier) -> None:
         self.blocks = _blocks(network.backbone)
         self._own = {tensor.untyped_storage().data_ptr() for tensor in (*network.parameters(), *network.buffers())}
         self._saved: dict[int, tuple[Any, int]] = {}  # address -> the storage, kept so that no other takes it; its pass

@@ -17,7 +17,8 @@ from nearfar.ssl.data.transforms.colors import color_views
 from nearfar.ssl.data.transforms.normalize import normalize
 from nearfar.ssl.defaults import ResolvedRun
 from nearfar.ssl.distributed import ALONE
-from nearfar.ssl.learner import Learner, block_masks, build_learner
+from nearfar.ssl.learner import Learner, block_masks
+from nearfar.ssl.learners import learner_of
 from nearfar.ssl.optim import adamw_of
 from nearfar.ssl.schedule import Schedule
 from nearfar.ssl.step import Stepper
@@ -45,7 +46,7 @@ def replay(
     """
     run, step = settings_of(saved), int(saved.state["step"])
     torch.set_num_threads(run.train.threads)
-    learner = build_learner(run, weights=False)
+    learner = learner_of(run, weights=False)
     width = learner.teacher.backbone.embed_dim
     compute = device.choose(where or run.train.device, precision or run.train.precision, width, "--device ")
     prepare_learner(learner, run, compute)
@@ -63,7 +64,10 @@ def replay(
     torch.manual_seed(step_seed(run.train.seed, step))
     with watched(learner) as found:
         normalized = [normalize(group) for group in views]
-        result = stepper(normalized, schedule.at(step), masks=masks, freeze_last_layer=schedule.prototypes_frozen(step))
+        prototypes, backbone = schedule.prototypes_frozen(step), schedule.backbone_frozen(step)
+        result = stepper(
+            normalized, schedule.at(step), masks=masks, freeze_last_layer=prototypes, freeze_backbone=backbone
+        )
     numbers = result.report.read()
     lines = [
         f"Step {step} of {run.name} (epoch {failed['epoch']}), {len(batch.index)} images from {failed['names'][0]} on, "
@@ -137,7 +141,8 @@ def _gradient(found: list[str], name: str) -> Callable[[Tensor], None]:
 
 def _in_weights(learner: Learner) -> str | None:
     """Not in batch norm's running statistics, which the failed step itself wrote and which no step reads."""
-    tensors = {**dict(learner.named_parameters()), "center": learner.loss.center}
+    centers = {name.removeprefix("loss."): b for name, b in learner.named_buffers() if name.endswith("center")}
+    tensors = {**dict(learner.named_parameters()), **centers}
     bad = [_readable(name) for name, tensor in tensors.items() if not _finite(tensor)]
     return f"the weights before the step, of which {bad[0]} is the first of {len(bad)}" if bad else None
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,15 +14,17 @@ from torch import Tensor, nn
 from nearfar.ssl import checkpoint, distributed, kept
 from nearfar.ssl.announce import not_saved
 from nearfar.ssl.backbones import Backbone, create_described
-from nearfar.ssl.checkpoint import Checkpoint
+from nearfar.ssl.checkpoint import TEACHER, Checkpoint
 from nearfar.ssl.defaults import ResolvedRun
 from nearfar.ssl.distributed import Ranks
 from nearfar.ssl.errors import UserError
+from nearfar.ssl.finetune_settings import ResolvedFinetune
 from nearfar.ssl.learner import Learner
 from nearfar.ssl.loss_scale import fitted
-from nearfar.ssl.run_folder import TEACHER, RunFolder
+from nearfar.ssl.run_folder import RunFolder
 from nearfar.ssl.settings import TrainSettings
 from nearfar.ssl.sharding import is_sharded, whole
+from nearfar.ssl.student_teacher import StudentTeacher
 
 
 def latest(folder: RunFolder, world: Ranks, warnings: list[str]) -> Checkpoint | None:
@@ -32,7 +34,7 @@ def latest(folder: RunFolder, world: Ranks, warnings: list[str]) -> Checkpoint |
     return saved or (checkpoint.read(Path(path)) if path else None)
 
 
-def restore(saved: Checkpoint, learner: Learner, optimizer: torch.optim.Optimizer, fingerprint: str) -> int:
+def restore(saved: Checkpoint, learner: StudentTeacher, optimizer: torch.optim.Optimizer, fingerprint: str) -> int:
     """Restore everything and return the step. `fingerprint`: that of the images the run is continued on.
 
     Raises:
@@ -43,6 +45,7 @@ def restore(saved: Checkpoint, learner: Learner, optimizer: torch.optim.Optimize
             f"The run was begun on other images than data.path holds now (fingerprint {saved.state['data']}, now "
             f"{fingerprint}). Continue it on the same images, or choose another name=."
         )
+    learner.check_continues(saved.state)
     parts: dict[str, dict[str, Tensor]] = {"learner": {}, "optimizer": {}}
     for full, tensor in saved.tensors.items():
         part, _, name = full.partition("/")
@@ -52,7 +55,7 @@ def restore(saved: Checkpoint, learner: Learner, optimizer: torch.optim.Optimize
     return int(saved.state["step"])
 
 
-def contents(learner: Learner, optimizer: torch.optim.Optimizer) -> Iterator[tuple[str, Tensor]]:
+def contents(learner: StudentTeacher, optimizer: torch.optim.Optimizer) -> Iterator[tuple[str, Tensor]]:
     """All that a checkpoint holds, by name: the tensors themselves, and no copies.
 
     Where they are sharded, every rank must go through all of them: one after the other is made whole.
@@ -63,7 +66,7 @@ def contents(learner: Learner, optimizer: torch.optim.Optimizer) -> Iterator[tup
         yield f"optimizer/{name}", whole(tensor)
 
 
-def teacher_backbone(learner: Learner) -> dict[str, Tensor]:
+def teacher_backbone(learner: StudentTeacher) -> dict[str, Tensor]:
     """The teacher's backbone by name; where it is sharded every rank must ask, and gets it whole in its own memory."""
     state = learner.teacher.backbone.state_dict()
     return {name: whole(tensor).cpu() if is_sharded(tensor) else tensor for name, tensor in state.items()}
@@ -89,7 +92,7 @@ def whole_teacher(learner: Learner, world: Ranks) -> Backbone:
 def write(
     folder: RunFolder, step: int, tensors: dict[str, Tensor], description: dict[str, Any], train: TrainSettings
 ) -> None:
-    """Write the checkpoint of `step` from its `contents`, then the teacher's backbone beside it.
+    """Write the checkpoint of `step` from its `contents`.
 
     Raises:
         UserError: the disk refused, or some weight is not finite: such a checkpoint could never be continued.
@@ -98,8 +101,10 @@ def write(
         raise UserError(not_saved(step, bad, folder.path))
     spared = kept.spared(folder.metrics, step, train.keep_every, train.keep_best)
     checkpoint.save(folder.checkpoints, step, tensors, description | {"step": step}, train.keep_last, spared)
-    prefix = "learner/teacher.backbone."
-    backbone = {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
+
+
+def export(folder: RunFolder, step: int, backbone: Mapping[str, Tensor], description: dict[str, Any]) -> None:
+    """Write teacher.safetensors from the tensors of the teacher's backbone."""
     checkpoint.export_tensors(folder.path / TEACHER, backbone, description | {"step": step})
 
 
@@ -111,20 +116,17 @@ def _finite(tensor: Tensor) -> bool:
 
 
 def self_description(
-    run: ResolvedRun, learner: Learner, fingerprint: str, precision: str, lineage: list[dict[str, Any]]
+    run: ResolvedRun | ResolvedFinetune, learner: StudentTeacher, fingerprint: str, precision: str
 ) -> dict[str, Any]:
-    """What a checkpoint records about itself besides its step.
-
-    lineage: the weights that it began from, and those that they began from, the oldest first.
-    """
+    """What a checkpoint records about itself besides its step and the weights that it began from."""
     return {
-        "lineage": lineage,
         "world_size": run.train.world_size,
         "precision": precision,
         "arch": learner.teacher.backbone.arch,
         "run": run.model_dump(mode="json"),
         "data": fingerprint,
         "versions": versions(),
+        **learner.description(),
     }
 
 
@@ -134,5 +136,5 @@ def versions() -> dict[str, str]:
     return {"torch": torch.__version__, "cuda": cuda, "python": platform.python_version()}
 
 
-def _names(learner: Learner) -> dict[nn.Parameter, str]:
+def _names(learner: StudentTeacher) -> dict[nn.Parameter, str]:
     return {parameter: name for name, parameter in learner.student.named_parameters()}

@@ -12,15 +12,18 @@ import socket
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Any
+from typing import IO, Any, TypeVar
 
-from nearfar.ssl import checkpoint, checkpoint_names, config, file_lock, files
+from nearfar.ssl import bounded_files, checkpoint, checkpoint_names, config, file_lock, files
+from nearfar.ssl.checkpoint import CLASSIFIER, TEACHER
 from nearfar.ssl.defaults import differences, only_longer
 from nearfar.ssl.errors import UserError
-from nearfar.ssl.settings import Run
+from nearfar.ssl.finetune_settings import FinetuneRun, recorded
+from nearfar.ssl.settings import AnyRun, Run
 
-TEACHER = "teacher.safetensors"
-START = "start.safetensors"  # the backbone as it began, of a run that begins with weights
+START = "start.safetensors"  # the backbone as it began, of a pretraining run that begins with weights
+VERBS: dict[type[AnyRun], str] = {Run: "pretrain", FinetuneRun: "finetune"}
+R = TypeVar("R", bound=AnyRun)
 _log = logging.getLogger(__name__)
 
 # A forked worker holds its parent's lock as well, and would keep it for seconds after the parent was killed.
@@ -101,31 +104,46 @@ class RunFolder:
         self._lock.close()  # releases the lock, as the end of the process does, however it dies
 
     def saved_settings(self) -> Run | None:
+        """`saved` of a pretraining run."""
+        return self.saved(Run)
+
+    def saved(self, kind: type[R]) -> R | None:
         """The resolved settings of the run that was begun here; None where there is none.
 
         Raises:
-            UserError: another version of nearfar wrote them.
+            UserError: another version of nearfar wrote them, or the run is not of this kind.
         """
         try:
             if not self._begun():
                 return None
             file = self.path / "config.yaml"
-            written = config.load(file) if file.exists() else None
+            written = self._written(file) if file.exists() else None
         except OSError as error:
             raise UserError(f"The run folder {self.path} cannot be read: {error.strerror}.") from None
-        except UserError as error:
-            raise UserError(f"{file} does not fit this version of nearfar. {error}") from None
         trained = self._trained_settings()
-        if written and trained and only_longer(trained, written):
-            return trained  # a longer run that was accepted, and has no checkpoint yet
+        if isinstance(trained, Run) and written and only_longer(trained, written):
+            written = trained  # a longer run that was accepted, and has no checkpoint yet
         if written and trained and (changed := differences(trained, written)):
             raise UserError(
                 f"{file} was changed: the checkpoints were trained with other settings ({'; '.join(changed)}). Put it "
                 "back, or remove it, since checkpoints know their settings; for other settings choose another name=."
             )
-        return written or trained
+        found = written or trained
+        if found is not None and not isinstance(found, kind):
+            raise UserError(
+                f"{self.path} holds a run of nearfar {VERBS[type(found)]}, and not of nearfar {VERBS[kind]}: choose "
+                "another name=."
+            )
+        return found
 
-    def _trained_settings(self) -> Run | None:
+    def _written(self, file: Path) -> AnyRun:
+        try:
+            tree = bounded_files.read_yaml(file, "recipe")
+        except UserError as error:
+            raise UserError(f"{file} does not fit this version of nearfar. {error}") from None
+        return self._validated({"name": file.stem} | {k: v for k, v in tree.items() if v is not None}, file)
+
+    def _trained_settings(self) -> AnyRun | None:
         """What the newest readable checkpoint, or else the exported teacher, records as its settings."""
         for path in reversed(checkpoint_names.finished(self.checkpoints)):
             try:
@@ -133,20 +151,22 @@ class RunFolder:
             except (OSError, ValueError, KeyError, TypeError, RecursionError):
                 continue  # a damaged one; the resume sets it aside and says so
             return self._validated(settings, path)
-        try:
-            settings = checkpoint.about(self.path / TEACHER)["run"]
-        except (UserError, KeyError):
-            return None
-        return self._validated(settings, self.path / TEACHER)
+        for name in (TEACHER, CLASSIFIER):
+            try:
+                settings = checkpoint.about(self.path / name)["run"]
+            except (UserError, KeyError):
+                continue
+            return self._validated(settings, self.path / name)
+        return None
 
     @staticmethod
-    def _validated(settings: Any, where: Path) -> Run:
+    def _validated(settings: Any, where: Path) -> AnyRun:
         try:
-            return config.validate(settings)
+            return recorded(settings)
         except UserError as error:
             raise UserError(f"{where} does not fit this version of nearfar. {error}") from None
 
-    def record(self, run: Run) -> None:
+    def record(self, run: AnyRun) -> None:
         """Write config.yaml, once the start is accepted: a refused one must not change the run's recorded settings.
 
         Raises:
@@ -160,12 +180,13 @@ class RunFolder:
 
     def _begun(self) -> bool:
         """Are there weights that other settings would not fit? A start that failed leaves only its config."""
-        return any(self.checkpoints.glob("step-*")) or (self.path / TEACHER).exists()
+        exported = any((self.path / name).exists() for name in (TEACHER, CLASSIFIER))
+        return any(self.checkpoints.glob("step-*")) or exported
 
-    def exported_step(self) -> int | None:
-        """The step of the exported teacher; None where there is none, or none that can be read."""
+    def exported_step(self, name: str = TEACHER) -> int | None:
+        """The step of the exported weights; None where there are none, or none that can be read."""
         try:
-            return int(checkpoint.about(self.path / TEACHER)["step"])
+            return int(checkpoint.about(self.path / name)["step"])
         except (UserError, KeyError, TypeError, ValueError):
             return None
 

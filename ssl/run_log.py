@@ -1,4 +1,4 @@
-"""The log of a run: metrics.jsonl, TensorBoard, run.log, and a progress bar or plain lines."""
+"""The log of a run: metrics.jsonl, a tracker (TensorBoard), run.log, and a progress bar or plain lines."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from typing import IO, TYPE_CHECKING, Any
 import numpy as np
 
 from nearfar.ssl.errors import UserError
+from nearfar.ssl.tracking import Track, open_tracker
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -46,26 +47,35 @@ class RunLog(NoLog):
         steps, start: length of the run and the step it continues from.
         console: a terminal shows a progress bar, anything else the lines of run.log.
         every: seconds between two lines of progress.
+        track: where numbers and pictures go besides the files.
 
     Raises:
-        UserError: the files cannot be written.
+        UserError: the files cannot be written, or the tracker is not installed.
     """
 
-    def __init__(self, folder: Path, steps: int, start: int, console: Console, every: float = 10.0) -> None:
-        # Here, so that whoever takes steps without a log (a benchmark, a later rank) needs neither package.
+    def __init__(
+        self,
+        folder: Path,
+        steps: int,
+        start: int,
+        console: Console,
+        every: float = 10.0,
+        track: Track = "tensorboard",
+    ) -> None:
+        # Here, so that whoever takes steps without a log (a benchmark, a later rank) does not need the package.
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
         from rich.table import Column
-        from torch.utils.tensorboard import SummaryWriter
+
+        self._console = console
 
         try:
             self._metrics: IO[str] = (folder / "metrics.jsonl").open("a")
             self._log: IO[str] = (folder / "run.log").open("a")
-            # A finished run that is only called again has nothing to show, and each writer makes a file.
-            self._board = None if start >= steps else SummaryWriter(str(folder), purge_step=start + 1)
+            # A finished run that is only called again has nothing to show, and each tracker makes a file.
+            self._late_tracker = partial(open_tracker, track, folder, start, self.say)
+            self._tracker = None if start >= steps else self._late_tracker()
         except OSError as error:
             raise UserError(f"The log of the run cannot be written to {folder}: {error}.") from None
-        self._board_of_late_score = partial(SummaryWriter, str(folder))
-        self._console = console
         self._every = every
         self._last_line = float("-inf")
         self._steps = steps
@@ -89,8 +99,8 @@ class RunLog(NoLog):
 
     def __exit__(self, *_: object) -> None:
         self._bar.stop()
-        if self._board:
-            self._board.close()
+        if self._tracker:
+            self._tracker.close()
         self._metrics.close()
         self._log.close()
 
@@ -103,10 +113,8 @@ class RunLog(NoLog):
         """A line of metrics after `step` finished steps."""
         self._metrics.write(json.dumps({"step": step, **values}) + "\n")
         self._metrics.flush()
-        self._board = self._board or self._board_of_late_score()  # of a score that a finished run still lacked
-        for key, value in values.items():
-            if isinstance(value, int | float):
-                self._board.add_scalar(key, value, step)
+        self._tracker = self._tracker or self._late_tracker()  # of a score that a finished run still lacked
+        self._tracker.record(step, values)
 
     def progress(self, step: int, numbers: str) -> None:
         """Move the bar to `step`; every few seconds write a line, and print it where there is no bar."""
@@ -125,24 +133,14 @@ class RunLog(NoLog):
             self.say(line)
 
     def settings(self, values: dict[str, Any]) -> None:
-        """The settings of the run for TensorBoard's table of runs, beside their loss and k-NN score."""
-        if self._board is None:
-            return
-        from torch.utils.tensorboard.summary import hparams
-
-        shown = {}
-        for section, part in values.items():
-            for key, value in part.items() if isinstance(part, dict) else ():
-                plain = isinstance(value, bool | int | float | str)
-                shown[f"{section}.{key}"] = value if plain else str(value)
-        writer = self._board._get_file_writer()
-        for summary in hparams(shown, {"loss": None, "knn_top1": None}):
-            writer.add_summary(summary)
+        """The settings of the run, for the tracker's table of runs."""
+        if self._tracker:
+            self._tracker.settings(values)
 
     def picture(self, name: str, step: int, pixels: np.ndarray) -> None:
-        """A picture (H, W, 3), uint8, for TensorBoard."""
-        if self._board:
-            self._board.add_image(name, pixels, step, dataformats="HWC")
+        """A picture (H, W, 3), uint8, for the tracker."""
+        if self._tracker:
+            self._tracker.picture(name, step, pixels)
 
     def sync(self) -> None:
         """fsync the metrics: no checkpoint may exist before the lines of its steps."""

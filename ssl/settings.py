@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import Annotated, Any, Literal, NamedTuple, get_args, get_origin
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, NamedTuple, get_args, get_origin
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, JsonValue, model_validator
 
@@ -76,6 +76,8 @@ class DataSettings(Section):
 
 
 class ViewSettings(Section):
+    global_crops: ClassVar[int] = 2  # number of global views of each image
+
     global_crops_size: int = Field(224, ge=4, description="side of the two global views, in pixels")
     global_crops_scale: Share = Field(
         (0.4, 1.0), description="smallest and largest share of the image's area that a global view covers"
@@ -252,6 +254,28 @@ class LossSettings(Section):
     )
 
 
+class DistillSettings(Section):
+    teacher: str | None = Field(
+        None,
+        description="learn from this frozen network and not by DINO: a run's folder, a checkpoint, an exported file, "
+        "timm/NAME, or with distill.teacher_weights a name as in backbone.name",
+        json_schema_extra=FREE,  # a file may be moved: checkpoints hold the digest of its weights
+    )
+    teacher_weights: str | None = Field(
+        None,
+        description="the teacher's weights, where distill.teacher is a name: a .pth of DINO or DINOv2, or a file of "
+        "timm's; default: those that timm publishes",
+        json_schema_extra=FREE,
+    )
+    teacher_size: int | None = Field(
+        None,
+        ge=1,
+        description="side at which the teacher sees a global view, in pixels (the same view, resized); default: "
+        "views.global_crops_size",
+    )
+    patch_weight: float = Field(1.0, ge=0, description="weight of the loss on patch tokens; that on CLS has 1")
+
+
 class OptimSettings(Section):
     lr: float | None = Field(None, gt=0, description="highest learning rate; default: 5e-4 x batch size / 256")
     min_lr: float = Field(
@@ -422,16 +446,44 @@ class EvalSettings(Section):
     )
 
 
-class Run(Section):
+class AnyRun(Section):
+    """What the settings of every run hold, whatever is learned."""
+
+    if TYPE_CHECKING:  # declared by each kind of run, in the order of its recipe
+        name: str
+        folder: str
+        track: Literal["tensorboard", "wandb"]
+        data: DataSettings
+        backbone: BackboneSettings
+        train: TrainSettings
+
+    @property
+    def path(self) -> Path:
+        return Path(self.folder) / self.name
+
+    @classmethod
+    def as_asked(cls) -> type[AnyRun]:
+        """This kind of run before anything is derived: the class that describes every setting."""
+        return next(kind for kind in cls.__mro__ if AnyRun in kind.__bases__)
+
+
+class Run(AnyRun):
     """One pretraining run, whole. `config.yaml` in its folder holds it with every derived value filled in."""
 
     name: str = Field("", description="name of the run's folder; default: the recipe's name")
     folder: str = Field("runs", description="where run folders are", json_schema_extra=FREE)
+    track: Literal["tensorboard", "wandb"] = Field(
+        "tensorboard",
+        description="where metrics and pictures go besides the run's own files: TensorBoard's events in its folder, or "
+        "Weights & Biases (the package wandb)",
+        json_schema_extra=FREE,
+    )
     data: DataSettings = DataSettings()
     views: ViewSettings = ViewSettings()
     backbone: BackboneSettings = BackboneSettings()
     head: HeadSettings = HeadSettings()
     loss: LossSettings = LossSettings()
+    distill: DistillSettings = DistillSettings()
     optim: OptimSettings = OptimSettings()
     train: TrainSettings = TrainSettings()
     eval: EvalSettings = EvalSettings()
@@ -440,10 +492,6 @@ class Run(Section):
     @classmethod
     def _with_recipe(cls, tree: Any) -> Any:
         return loss_recipes.filled(tree)
-
-    @property
-    def path(self) -> Path:
-        return Path(self.folder) / self.name
 
 
 class Setting(NamedTuple):
@@ -474,12 +522,13 @@ NEVER_DERIVED = frozenset(
     + [f"loss.gram_{name}" for name in ("start_epoch", "teacher_epoch", "teacher")]
     + [f"backbone.{name}" for name in ("patch_size", "embed_dim", "depth", "num_heads", "pos_size", "weights")]
     + ["backbone.layer_scale"]
+    + [f"distill.teacher{part}" for part in ("", "_weights", "_size")]
 )
 
 
-def all_settings() -> Iterator[Setting]:
-    """Every setting with its dotted key, in the order of the recipe."""
-    for section, field in Run.model_fields.items():
+def all_settings(kind: type[AnyRun] = Run) -> Iterator[Setting]:
+    """Every setting of a kind of run with its dotted key, in the order of the recipe."""
+    for section, field in kind.model_fields.items():
         if isinstance(field.annotation, type) and issubclass(field.annotation, Section):
             leaves = [(f"{section}.{name}", leaf) for name, leaf in field.annotation.model_fields.items()]
         else:
@@ -503,4 +552,3 @@ def _in_words(kind: Any) -> str:
 
 
 KEYS = [setting.key for setting in all_settings()]
-TEXTS = {setting.key: setting.default for setting in all_settings() if setting.is_text}

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from nearfar.ssl.gradients import GradientMean
-from nearfar.ssl.learner import Learner, Outputs
 from nearfar.ssl.masks import Masks
 from nearfar.ssl.optim import clip_gradients, set_rates
 from nearfar.ssl.sharding import is_sharded
+from nearfar.ssl.student_teacher import StudentTeacher
 
 
 class Numbers(NamedTuple):
@@ -58,7 +58,7 @@ class StepResult(NamedTuple):
     """What one step returns."""
 
     report: Report
-    outputs: Outputs  # of this rank
+    outputs: Any  # what the learner's forward pass returned, on this rank: `Outputs` in pretraining
 
 
 class Stepper:
@@ -72,7 +72,7 @@ class Stepper:
 
     def __init__(
         self,
-        learner: Learner,
+        learner: StudentTeacher,
         optimizer: torch.optim.Optimizer,
         clip_grad: float,
         autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
@@ -141,27 +141,21 @@ class Stepper:
         numbers = torch.cat([torch.stack([each.to(means.dtype) for each in said]), means[1:]])
         return StepResult(Report(numbers), outputs)
 
-    def _passes(self, views: list[Tensor], values: dict[str, float], masks: Sequence[Masks]) -> Outputs:
+    def forward(self, views: list[Tensor], values: dict[str, float], masks: Masks | None) -> Any:
+        """The learner's forward pass on (a part of) the step's views: its loss, and what is monitored."""
+        return self.learner(views, values["teacher_temp"], masks, values.get("gram_weight", 0.0))
+
+    def _passes(self, views: list[Tensor], values: dict[str, float], masks: Sequence[Masks]) -> Any:
         """Forward and backward, part by part; the gradients are sent during the last backward pass."""
         parts = list(zip(*(group.chunk(self.accumulate_steps, 1) for group in views), strict=True))
-        done, gram_weight = [], values.get("gram_weight", 0.0)
+        done = []
         of_parts: Sequence[Masks | None] = masks or [None] * len(parts)
         for number, (part, hidden) in enumerate(zip(parts, of_parts, strict=True), 1):
             with self.autocast():
-                outputs = self.learner(list(part), values["teacher_temp"], hidden, gram_weight)
+                outputs = self.forward(list(part), values, hidden)
             if number == len(parts):
                 self.gradients.begin()
             loss = outputs.loss / len(parts) if len(parts) > 1 else outputs.loss
             (loss if self.learner.loss_scale is None else self.learner.loss_scale.scaled(loss)).backward()
             done.append(outputs._replace(loss=outputs.loss.detach()))
-        return _joined(done) if len(done) > 1 else done[0]
-
-
-def _joined(parts: list[Outputs]) -> Outputs:
-    """The outputs of all parts as those of one batch: means, and the images in order."""
-    return Outputs(
-        loss=torch.stack([part.loss for part in parts]).mean(),
-        teacher_probabilities=torch.cat([part.teacher_probabilities for part in parts], 1),
-        teacher_features=torch.cat([part.teacher_features for part in parts], 1),
-        parts={name: torch.stack([part.parts[name] for part in parts]).mean() for name in parts[0].parts},
-    )
+        return done[0].joined(done) if len(done) > 1 else done[0]

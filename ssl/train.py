@@ -7,20 +7,19 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from nearfar.ssl import announce, distributed
 from nearfar.ssl.data.loaders.base import Batch
 from nearfar.ssl.data.sources.base import Source
 from nearfar.ssl.distributed import ALONE, Ranks
 from nearfar.ssl.errors import UserError
-from nearfar.ssl.health import CollapseWatch, patience, teacher_health
 from nearfar.ssl.prefetch import Prefetch, side_stream
-from nearfar.ssl.run_folder import RunFolder, read_metrics
+from nearfar.ssl.run_folder import RunFolder
 from nearfar.ssl.run_log import NoLog, RunLog
-from nearfar.ssl.settings import Run
+from nearfar.ssl.settings import AnyRun, Run
 from nearfar.ssl.step import StepResult
-from nearfar.ssl.training import NO_OBSERVERS, Observers, Training, set_up
+from nearfar.ssl.training import NO_OBSERVERS, Observers, Pretraining, Training, set_up
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -56,14 +55,28 @@ def pretrain(
         UserError: settings, data, folder, disk, memory or checkpoint are wrong, or the loss is no longer finite.
         PeerError: another rank ended.
     """
+    return carry_out(Pretraining, run, source, observers, should_stop, console, world)
+
+
+def carry_out(
+    kind: type[Training[Any, Any]],
+    run: AnyRun,
+    source: Source,
+    observers: Observers = NO_OBSERVERS,
+    should_stop: Callable[[], bool] = lambda: False,
+    console: Console | None = None,
+    world: Ranks = ALONE,
+) -> Outcome:
+    """`pretrain`, or another `kind` of training, of which it is the same in everything but what is learned."""
     from rich.console import Console
 
     console = console or Console(quiet=not world.first)
     joined = distributed.joined(world, device=run.train.device, silence=run.train.rank_timeout)
     with joined, _out_of_memory_explained(run, world), RunFolder(run.path, owns=world.first) as folder:
-        training = set_up(run, source, observers, folder, world)
+        training = set_up(kind, run, source, observers, folder, world)
         steps, start = training.schedule.steps, training.step
-        with RunLog(folder.path, steps, start, console) if world.first else NoLog() as log:
+        track = training.run.track
+        with RunLog(folder.path, steps, start, console, track=track) if world.first else NoLog() as log:
             training.log = log
             training.log_start()
             begun = time.monotonic()
@@ -75,19 +88,15 @@ def pretrain(
             finished = training.step >= steps
             if finished and start < steps and (message := training.verdict()):
                 log.say(message)
-            log.say(announce.what_next(training.run, finished, training.step, steps))
+            log.say(training.what_next(finished))
             return Outcome(folder.path, training.step, steps, seconds)
 
 
 class Meter:
-    """Speed since the last line of metrics, and whether the teacher collapses."""
+    """Speed since the last line of metrics, and what is wrong with the numbers of a step."""
 
-    def __init__(self, training: Training) -> None:
+    def __init__(self, training: Training[Any, Any]) -> None:
         self.training = training
-        first = next((line for line in read_metrics(training.folder.metrics) if "feature_std" in line), None)
-        self.watch = CollapseWatch(
-            training.schedule.steps // 10, patience(training.run.train.log_every_steps), start=first
-        )
         self.restart()
 
     def restart(self) -> None:
@@ -101,11 +110,10 @@ class Meter:
         return batch
 
     def log(self, trained: StepResult, values: dict[str, float]) -> None:
-        """A line of metrics, the progress, and a collapse that lasts."""
-        training, step, outputs = self.training, self.training.step, trained.outputs
+        """A line of metrics, the progress, and a warning."""
+        training, step = self.training, self.training.step
         numbers = trained.report.read()
-        health = teacher_health(outputs.teacher_probabilities, outputs.teacher_features)
-        health = distributed.mean_of(health | {name: float(part) for name, part in outputs.parts.items()})
+        health = distributed.mean_of(training.measured(trained.outputs))
         seconds = max(1e-9, time.monotonic() - self.since)
         speed = {
             "img_per_s": (step - self.first_step) * training.run.train.batch_size / seconds,
@@ -118,14 +126,14 @@ class Meter:
         training.log.progress(
             step,
             f"loss {numbers.loss:.3f}  {speed['img_per_s']:.0f} img/s  "
-            f"waits {100 * speed['data_wait']:.0f} %  entropy {health['entropy']:.2f}",
+            f"waits {100 * speed['data_wait']:.0f} %  {training.progress(health)}",
         )
-        if message := self.watch.update(step, health):
+        if message := training.warning(step, health):
             training.log.say(message)
         self.restart()
 
 
-def _loop(training: Training, should_stop: Callable[[], bool]) -> None:
+def _loop(training: Training[Any, Any], should_stop: Callable[[], bool]) -> None:
     """From the current step of `training` to the last one, or to the first at which any rank is to stop."""
     schedule, run, meter = training.schedule, training.run, Meter(training)
     if training.step >= schedule.steps:
@@ -159,7 +167,7 @@ def _loop(training: Training, should_stop: Callable[[], bool]) -> None:
 
 
 @contextmanager
-def _out_of_memory_explained(run: Run, world: Ranks) -> Iterator[None]:
+def _out_of_memory_explained(run: AnyRun, world: Ranks) -> Iterator[None]:
     try:
         yield
     except (MemoryError, RuntimeError) as error:

@@ -18,12 +18,14 @@ import yaml
 
 from nearfar.launch.cli import build_parser
 from nearfar.ssl import config
-from nearfar.ssl.settings import KEYS, Run
+from nearfar.ssl.finetune_settings import FinetuneRun
+from nearfar.ssl.settings import KEYS, Run, all_settings
 
 ROOT = Path(__file__).resolve().parents[1]
 CODE = ("ssl", "eval", "launch", "bench", "tests", "examples", "docs")
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
 SECTIONS = [name for name, value in Run.model_fields.items() if name in {key.split(".")[0] for key in KEYS}]
+SUPERVISED = [setting.key for setting in all_settings(FinetuneRun)]
 FILE_ENDINGS = {
     "py",
     "md",
@@ -175,7 +177,8 @@ def test_commands_parse(page: str, arguments: list[str], capsys: pytest.CaptureF
     assert code == 0, f"{page}: nearfar {shlex.join(arguments)}\n{capsys.readouterr().err}"
     for setting in getattr(parsed, "settings", None) or []:
         key = setting.partition("=")[0]
-        assert key in KEYS, f"{page}: nearfar {shlex.join(arguments)}: there is no setting {key}"
+        keys = SUPERVISED if arguments[0] == "finetune" else KEYS
+        assert key in keys, f"{page}: nearfar {shlex.join(arguments)}: there is no setting {key}"
 
 
 @pytest.mark.parametrize(("page", "arguments"), command_cases(inline), ids=command_id)
@@ -228,12 +231,14 @@ def test_make_targets_exist(page: Path) -> None:
 def test_settings_named_in_a_page_exist(page: Path) -> None:
     if page.name == "CHANGELOG.md":  # it names what settings were called before
         pytest.skip("old names are its subject")
-    sections = "|".join(SECTIONS)
+    supervised = page.name == "finetuning.md"
+    sections = "|".join([*SECTIONS, "augment", "classifier"] if supervised else SECTIONS)
+    keys = [*KEYS, *SUPERVISED] if supervised else KEYS
     unknown = {
         f"{section}.{field}"
         for snippet in snippets(page)
         for section, field in re.findall(rf"(?<![\w./-])({sections})\.([a-z]\w*)", snippet)
-        if field not in FILE_ENDINGS and f"{section}.{field}" not in KEYS
+        if field not in FILE_ENDINGS and f"{section}.{field}" not in keys
     }
     assert not unknown, f"{names(page)}: no such settings: {', '.join(sorted(unknown))}"
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
+from nearfar.eval.results import TITLES
 from nearfar.launch.command_line import Parser
 from nearfar.launch.forking import add_from, recipe_and_settings
 from nearfar.launch.recipes import bundled
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
 
 CLUSTERS = ("auto", "slurm", "local", "debug")
 CONTROLS = ("status", "cancel", "logs", "resubmit")
-SCORES = ("knn", "linear", "segment")
+SCORES = tuple(TITLES)
 
 
 def add_launch(verbs: Any) -> None:

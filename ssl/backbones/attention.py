@@ -72,7 +72,7 @@ def window_bias(rows: Tensor, columns: Tensor, tokens: int) -> Tensor:
     """S of `attend_in_windows`, written out: (..., N, N) for N = `tokens`, 0 for the prefix tokens in front."""
     prefix, width = tokens - rows.shape[-2], columns.shape[-1]
     # The prefix keys are the end of enough rows of zeros above the grid: padding the tables is cheaper than padding S.
-    above = -(-prefix // width)
+    above = (prefix + width - 1) // width  # upwards; ONNX rounds a negative quotient towards 0
     rows, columns = F.pad(rows, (above, 0, prefix, 0)), F.pad(columns, (0, 0, prefix, 0))
     bias = (rows.unsqueeze(-1) * columns.unsqueeze(-2)).flatten(-2)
     return bias[..., above * width - prefix :]

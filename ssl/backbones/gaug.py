@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nearfar.ssl.backbones.attention import attend_in_windows, compiled, window_bias
+from nearfar.ssl.backbones.tokens import without_autocast
 
 LARGEST = 1e4  # of alpha: a weight of this size is a choice of one patch already, and float16 ends at 65,504
 
@@ -38,7 +39,7 @@ class GaugBias(nn.Module):
         `q` is (..., h*w, head_dim), queries of patch tokens before scaling and before any rotation. Returns
         (..., h*w, h), which carries alpha, and (..., h*w, w).
         """
-        with torch.autocast(q.device.type, enabled=False):
+        with without_autocast(q.device.type):
             own_graph = q.device.type == "cuda" and not torch.compiler.is_compiling()
             make = compiled(window_tables) if own_graph else window_tables
             u = self._predicted(q)
@@ -47,7 +48,7 @@ class GaugBias(nn.Module):
 
     def windows(self, q: Tensor, grid: tuple[int, int]) -> tuple[Tensor, Tensor]:
         """The variances (..., h*w, 2), down and across in patches, and alphas (..., h*w, 1) of the windows."""
-        with torch.autocast(q.device.type, enabled=False):
+        with without_autocast(q.device.type):
             return window_shapes(self._predicted(q), grid, self.grid, self.ceiling, self.shift, self.eps)
 
     def _predicted(self, q: Tensor) -> Tensor:
@@ -84,7 +85,9 @@ def window_tables(
     farthest = (max(made_for) - 1) ** 2
     y, x = (torch.arange(side, device=u.device) for side in grid)
     down, across = ((v[:, None] - v).square().clamp(max=farthest).to(u.dtype) for v in (y, x))
-    rows, columns = down.repeat_interleave(width, 0), across.repeat(height, 1)  # (h*w, h) and (h*w, w)
+    # ONNX converts `repeat_interleave` wrongly for a number of repeats that varies (torch 2.13): expanded instead.
+    rows = down.unsqueeze(1).expand(-1, width, -1).flatten(0, 1)  # (h*w, h)
+    columns = across.repeat(height, 1)  # (h*w, w)
     variance, alpha = window_shapes(u, grid, made_for, ceiling, shift, eps)
     precision = -0.5 / variance
     return alpha * torch.exp(precision[..., :1] * rows), torch.exp(precision[..., 1:] * columns)
@@ -94,8 +97,7 @@ def window_shapes(
     u: Tensor, grid: tuple[int, int], made_for: tuple[int, int], ceiling: float, shift: float, eps: float
 ) -> tuple[Tensor, Tensor]:
     """Variances (..., h*w, 2) and alphas (..., h*w, 1) from what the predictor says, u (..., h*w, 3)."""
-    if grid != made_for:
-        ceiling = ceiling * (min(grid) / min(made_for))
+    ceiling = ceiling * (min(grid) / min(made_for))  # no branch, so that one exported graph holds for every grid
     variance = ceiling * torch.sigmoid(u[..., :2] - shift) + eps
     return variance, F.softplus(u[..., 2:]).clamp(max=LARGEST)
 

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from timm.layers import DropPath
 from torch import Tensor, nn
 
-from nearfar.ssl.backbones.tokens import check_size
+from nearfar.ssl.backbones.tokens import check_size, without_autocast
 from nearfar.ssl.errors import UserError
 
 COLORS = 3
@@ -120,7 +120,7 @@ class LGPPatchEmbed(nn.Module):
         """
         size = self.patch_size
         check_size(images, size)
-        with torch.autocast(images.device.type, enabled=False):
+        with without_autocast(images.device.type):
             images = images.to(self.proj.weight.dtype)
             if self.folds:
                 weight = torch.cat([self.proj.weight.flatten(1), self._folded().flatten(1)])

@@ -31,7 +31,8 @@ class AxialRope(nn.Module):
         frequencies: Tensor = self.frequencies  # type: ignore[assignment]
         height, width = grid
         y, x = (torch.arange(side, device=frequencies.device)[:, None] * frequencies for side in (height, width))
-        angles = torch.cat([y.repeat_interleave(width, 0), x.repeat(height, 1)], 1)
+        rows = y.unsqueeze(1).expand(-1, width, -1).flatten(0, 1)  # ONNX has no `repeat_interleave` by a varying number
+        angles = torch.cat([rows, x.repeat(height, 1)], 1)
         return angles.sin(), angles.cos()
 
 

@@ -40,8 +40,11 @@ def selective_scan(
 
     `dt` is positive (after softplus) and `A` negative. State and sums are float32 (float64 for float64) whatever the
     dtypes and autocast say; gradients of first order flow to all six. `reverse` reads from the last step to the first.
-    `scan` as in `choose_scan`; the two kernels have no float64, which is torch's.
+    `scan` as in `choose_scan`; the two kernels have no float64, which is torch's. While torch.export traces a network,
+    it is `prefix_scan`, which any program can run.
     """
+    if torch.compiler.is_exporting():
+        return prefix_scan(x, dt, A, B, C, D, reverse)
     chosen = choose_scan(scan, x.device.type)
     if chosen == "triton" and torch.float64 not in (x.dtype, A.dtype):
         return _triton_scan(x, dt, A, B, C, D, reverse)
@@ -51,6 +54,27 @@ def selective_scan(
         return _mamba_scan(x, dt, A, B, C, D)
     y: Tensor = _SelectiveScan.apply(x, dt, A, B, C, D)
     return y
+
+
+def prefix_scan(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, reverse: bool = False) -> Tensor:
+    """`selective_scan` in log2(L) rounds of plain operators, for graphs that leave torch: neither kernels nor a loop
+    over steps. Each round joins every step with the one 1, 2, 4, ... before it (Hillis and Steele, 1986), so it does
+    log2(L) times the work of the recurrence, and keeps all states (batch, L, N, D) at once.
+    """
+    if reverse:
+        return prefix_scan(x.flip(1), dt.flip(1), A, B.flip(1), C.flip(1), D).flip(1)
+    precise, rates, skip = _precise(x, A, D)
+    dt, drive = dt.to(precise), dt.to(precise) * x.to(precise)
+    decay = torch.exp(dt.unsqueeze(2) * rates)  # (batch, L, N, D)
+    state = drive.unsqueeze(2) * B.to(precise).unsqueeze(3)
+    span, length = 1, x.shape[1]
+    while span < length:
+        late = decay[:, span:]
+        state = torch.cat([state[:, :span], state[:, span:] + late * state[:, :-span]], 1)
+        decay = torch.cat([decay[:, :span], late * decay[:, :-span]], 1)
+        span *= 2
+    y = (C.to(precise).unsqueeze(3) * state).sum(2) + x.to(precise) * skip
+    return y.to(x.dtype)
 
 
 @torch.compiler.assume_constant_result

@@ -12,6 +12,7 @@ from timm.models import FeatureInfo, register_model
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from nearfar.ssl.backbones.tokens import without_autocast
 from nearfar.ssl.errors import UserError
 
 Grid = tuple[int, int]
@@ -212,7 +213,7 @@ def resize_positions(positions: Tensor, made_for: Grid, grid: Grid, antialias: b
         return positions
     # Two products: bicubic's own backward does not compile for sizes that vary (torch 2.13).
     make = _antialiased if antialias else _bicubic
-    with torch.autocast(positions.device.type, enabled=False):
+    with without_autocast(positions.device.type):
         down, across = (make(*sides, positions) for sides in zip(made_for, grid, strict=True))
         return torch.einsum("yh,xw,bhwd->byxd", down, across, positions.unflatten(1, made_for)).flatten(1, 2)
 

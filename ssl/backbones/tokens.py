@@ -1,9 +1,11 @@
 """The contract between backbones and everything above them: images in, tokens out."""
 
 import logging
+from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache
 from typing import Any, NamedTuple
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -81,6 +83,12 @@ class Backbone(nn.Module):
         Raises UserError for a network that has no global attention.
         """
         raise NotImplementedError
+
+
+def without_autocast(device: str) -> AbstractContextManager[object]:
+    """Within it autocast is off on a type of device. Nothing at all while torch.export traces, where it is off anyway:
+    archives cannot hold a region with autocast around sizes that vary (torch 2.13)."""
+    return nullcontext() if torch.compiler.is_exporting() else torch.autocast(device, enabled=False)
 
 
 def check_size(images: Tensor, patch_size: int) -> None:

@@ -217,7 +217,7 @@ class VisionMamba(TokenModel):
         images = pad_to_multiple(images, self.patch_size)
         grid = (images.shape[-2] // self.patch_size, images.shape[-1] // self.patch_size)
         patches = self.hide(self.patch_embed(images), masks)
-        x = _insert(patches, self.cls_token.expand(len(patches), -1, -1))
+        x = _insert(patches, self.cls_token.expand(patches.shape[0], -1, -1))
         x = x.to(torch.promote_types(self.cls_token.dtype, torch.float32))  # the residual stream
         if self.pos_embed is None:
             return x, grid

@@ -151,7 +151,12 @@ def weights_in(path: Path) -> Path:
     if not path.is_dir():
         return path
     checkpoints = sorted(path.glob("checkpoints/step-?????????/tensors.safetensors"))
-    for file in (path / "teacher.safetensors", path / "tensors.safetensors", *checkpoints[-1:]):
+    for file in (
+        path / "teacher.safetensors",
+        path / "classifier.safetensors",
+        path / "tensors.safetensors",
+        *checkpoints[-1:],
+    ):
         if file.is_file():
             return file
     raise UserError(f"There are no weights in {path}: it is neither a run's folder nor a checkpoint's.")

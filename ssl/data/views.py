@@ -76,11 +76,11 @@ def plan_views(views: ViewSettings, seed: int, epoch: int, index: ArrayLike, siz
     """Plan all views of some samples.
 
     index: (n,) sample numbers below 2**32; size: (n, 2) height and width of each upright image. Views 0 and 1 are the
-    global ones, the others local. Distributions are those of torchvision's RandomResizedCrop, ColorJitter and
-    RandomHorizontalFlip.
+    global ones (view 0 alone where each image has one view), the others local. Distributions are those of torchvision's
+    RandomResizedCrop, ColorJitter and RandomHorizontalFlip.
     """
     sample = np.asarray(index, np.uint64)
-    n, count = len(sample), 2 + views.local_crops_number
+    n, count = len(sample), views.global_crops + views.local_crops_number
     counter = np.empty((4, n, count, (16 + 2 * _TRIES) // 4), np.uint64)
     counter[0] = np.arange(counter.shape[-1])
     counter[1] = np.arange(count)[:, None]
@@ -109,7 +109,7 @@ def plan_views(views: ViewSettings, seed: int, epoch: int, index: ArrayLike, siz
 
 def _per_view(role: tuple[float, float, float], count: int) -> NDArray[np.float64]:
     """Values for (first global, second global, local) -> one a view."""
-    return np.array([*role[:2], *[role[2]] * (count - 2)])
+    return np.array([*role[:2], *[role[2]] * (count - 2)][:count])
 
 
 def _boxes(
@@ -117,7 +117,9 @@ def _boxes(
 ) -> NDArray[np.int32]:
     """RandomResizedCrop: (n, V, 10, 2) draws of area and log ratio, (n, V, 2) of the position -> (n, V, 4) boxes."""
     count = position.shape[1]
-    scale = np.array([views.global_crops_scale] * 2 + [views.local_crops_scale] * (count - 2))  # (V, 2)
+    scale = np.array(
+        [views.global_crops_scale] * views.global_crops + [views.local_crops_scale] * (count - views.global_crops)
+    )  # (V, 2)
     rows, columns = size[:, 0, None], size[:, 1, None]  # (n, 1)
     area = rows * columns * (scale[:, 0] + tries[..., 0].transpose(2, 0, 1) * (scale[:, 1] - scale[:, 0]))
     low, high = np.log(views.ratio)

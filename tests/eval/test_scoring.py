@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 import torch
 
+from nearfar.eval.evaluation import evaluate, evaluate_pixels
 from nearfar.eval.features import Features, Reading, extract
 from nearfar.eval.knn import knn, leave_one_out
 from nearfar.eval.linear import linear_probe
-from nearfar.eval.scoring import Protocol, evaluate, evaluate_pixels, knn_score, native_grid, segment_score
+from nearfar.eval.scoring import Protocol, knn_score, native_grid, segment_score
 from nearfar.eval.segmentation import ProbeTraining, segment_probe
 from nearfar.ssl.backbones import create
 from nearfar.ssl.data.sources.base import ArraySource

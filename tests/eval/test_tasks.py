@@ -20,13 +20,15 @@ BARE = Data("bare", ArraySource(IMAGES))
 
 
 def test_all_means_what_the_images_allow() -> None:
-    assert plan(BOTH, BOTH) == (("knn", "linear", "segment"), 3, ())
+    assert plan(BOTH, BOTH) == (("knn", "linear", "logistic", "fewshot", "segment"), 3, ())
     labels = plan(LABELED, BOTH)
-    assert labels.tasks == ("knn", "linear") and labels.classes is None
+    assert labels.tasks == ("knn", "linear", "logistic", "fewshot") and labels.classes is None
     assert [line[:38] for line in labels.left_out] == ["Left out: mIoU. labeled has no masks. "]
     masks = plan(MASKED, MASKED)
     assert masks.tasks == ("segment",) and masks.classes == 3
-    assert masks.left_out[0].startswith("Left out: k-NN top-1 and linear top-1. masked has no labels. ")
+    assert masks.left_out[0].startswith(
+        "Left out: k-NN top-1, linear top-1, logistic top-1 and few-shot top-1. masked has no labels. "
+    )
 
 
 def test_what_was_asked_for_and_cannot_be_is_refused() -> None:

@@ -10,7 +10,7 @@ from importlib.metadata import version
 import pytest
 
 from nearfar.launch import cli, command_line
-from nearfar.ssl.settings import KEYS
+from nearfar.ssl.settings import KEYS, Run
 
 LIGHT = {"torch", "torchvision", "timm", "numpy", "matplotlib", "safetensors", "submitit", "PIL", "sklearn", "numba"}
 
@@ -51,7 +51,7 @@ def test_help_and_mistakes_load_none_of_the_slow_packages(argv: list[str]) -> No
         (["evl", "all"], "did you mean eval?"),
         (["--epochs", "3"], "The verb comes first: write `nearfar VERB ...`, then --epochs. There are demo, pretrain,"),
         (["--epochs", "3", "pretrain", "x.yaml"], "The verb comes first: write `nearfar pretrain ...`"),
-        (["xyzzy"], "there are demo, pretrain, features"),
+        (["xyzzy"], "there are demo, pretrain, replay"),
         (["mine.yaml"], "`nearfar pretrain mine.yaml`"),
         (["cifar10"], "`nearfar pretrain cifar10`"),
         (["train.epochs=3"], "`nearfar pretrain RECIPE train.epochs=3`"),
@@ -64,7 +64,10 @@ def test_help_and_mistakes_load_none_of_the_slow_packages(argv: list[str]) -> No
         (["pretrain", "demo", "-x"], "-x is no flag of `nearfar pretrain`."),
         (["export", "a", "b", "c"], "'c' is not expected by `nearfar export`"),
         (["export"], "model and out are missing"),
-        (["eval", "lienar", "x"], "'lienar' is not one of knn, linear, segment, all; did you mean linear?"),
+        (
+            ["eval", "lienar", "x"],
+            "position, all; did you mean linear?",
+        ),
         (["features", "a", "b", "c", "--device", "gpu"], "'gpu' is not one of auto, cpu, cuda; did you mean cuda?"),
         (["launch", "demo", "--cluster", "slrum"], "did you mean slurm?"),
     ],
@@ -105,5 +108,5 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
 
 @pytest.mark.parametrize("width", [40, 80, 150])
 def test_the_settings_fit_the_terminal(width: int) -> None:
-    lines = command_line.settings_help(width).splitlines()
+    lines = command_line.settings_help(width, Run).splitlines()
     assert all(len(line) < width for line in lines if not line.strip().startswith(tuple(KEYS)))

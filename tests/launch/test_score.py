@@ -118,7 +118,7 @@ def test_all_scores_what_the_images_allow_and_says_first_what_is_left_out(
     one = subject(tmp_path)
     options = ScoreOptions(protocol=protocol_of(one, steps=3))
     score(one, *plain, options=options, console=Console(file=said, width=200))
-    expected = {"labels": {"knn", "linear"}, "masks": {"segment"}}[kind]
+    expected = {"labels": {"knn", "linear", "logistic", "fewshot"}, "masks": {"segment"}}[kind]
     assert {task for _, task in held(tmp_path)} == expected
     text = said.getvalue()
     assert 0 <= text.index("Left out: ") < text.index("Scoring ")
@@ -139,7 +139,8 @@ def test_a_score_is_kept_when_another_task_fails(
     monkeypatch.setattr(scores, "evaluate", linear_fails)
     with pytest.raises(UserError, match="linear top-1: The probe fell over"):
         score(subject(tmp_path), TRAIN, VAL, console=Console(file=said, width=200))
-    assert held(tmp_path) == {("trained", "knn"): 50.0, ("trained", "segment"): 50.0}
+    kept = ("knn", "logistic", "fewshot", "segment")
+    assert held(tmp_path) == {("trained", task): 50.0 for task in kept}
 
 
 def test_where_no_score_can_be_written_nothing_is_computed(
@@ -218,8 +219,8 @@ def test_features_on_disk_are_scored_without_the_network(stores: Path, capsys: p
     ("what", "train", "val", "words"),
     [
         ("knn", "cls-train", "other-val", "was made with checkpoint"),
-        ("segment", "cls-train", "cls-val", "which segment cannot read; knn and linear can"),
-        ("linear", "grid-train", "grid-val", "which linear cannot read; segment can"),
+        ("segment", "cls-train", "cls-val", "which segment cannot read; knn, linear, logistic and fewshot can"),
+        ("linear", "grid-train", "grid-val", "which linear cannot read; segment, retrieval and position can"),
         ("knn", "cls-train", None, "name those to score with --val"),
         ("knn", "cls-train", "nowhere", "not a readable feature store"),
     ],

@@ -136,7 +136,7 @@ def test_keys_that_are_no_text(tmp_path: Path) -> None:
         "train.batch_size=3.5",
         "train.epochs=many",
         "train.device=gpu",
-        "train.precision=fp16",
+        "train.precision=fp8",
         "optim.lr=0",
         "optim.lr=.nan",
         "optim.weight_decay=.inf",
@@ -315,10 +315,10 @@ def test_nothing_is_left_open_and_every_derived_value_is_told_with_its_reason() 
     before = config.load(None)
     run, told = resolve(before, 50_000)
     open_before = {s.key for s in all_settings() if s.default is None}
-    open_after = {s.key for s in all_settings() if defaults._get(run, s.key) is None}
+    open_after = {s.key for s in all_settings() if defaults.value_of(run, s.key) is None}
     assert open_after == NEVER_DERIVED
     assert {d.key for d in told} == open_before - open_after
-    assert all(d.reason and defaults._get(run, d.key) == d.value for d in told)
+    assert all(d.reason and defaults.value_of(run, d.key) == d.value for d in told)
     assert resolve(run, 50_000) == (run, [])
 
 
@@ -393,6 +393,10 @@ def test_differences_name_every_setting_that_changes_weights_and_no_free_one() -
         "train.keep_last",
         "train.rank_timeout",
         "train.world_size",
+        "train.shard",
+        "train.compile",
+        "train.checkpoint_activations",
+        "train.save_in_background",
         "eval.size",
         "eval.resize",
         "eval.knn_every_epochs",
@@ -412,6 +416,10 @@ def test_differences_name_every_setting_that_changes_weights_and_no_free_one() -
         "train.keep_last=9",
         "train.rank_timeout=0",
         "train.world_size=4",
+        "train.shard=true",
+        "train.compile=true",
+        "train.checkpoint_activations=true",
+        "train.save_in_background=false",
         "eval.knn_every_epochs=3",
         "eval.knn_max_images=10",
     ]

@@ -22,6 +22,7 @@ import yaml
 from PIL import Image
 
 from nearfar.ssl import checkpoint, config, distributed
+from nearfar.ssl.backbones import create
 from nearfar.ssl.data.views import epoch_order
 from nearfar.ssl.distributed import Ranks, available_cores, from_environment
 from nearfar.ssl.run_folder import read_metrics
@@ -127,7 +128,8 @@ LEARNERS = """
     from nearfar.ssl import config, distributed
     from nearfar.ssl.defaults import resolve
     from nearfar.ssl.gradients import GradientMean
-    from nearfar.ssl.learner import block_masks, build_learner
+    from nearfar.ssl.learner import block_masks
+    from nearfar.ssl.learners import learner_of
 
     torch.set_num_threads(1)
     world = distributed.from_environment()
@@ -135,7 +137,8 @@ LEARNERS = """
     with distributed.joined(world):
         for settings in json.loads(sys.argv[1]):
             run = resolve(config.load(None, settings), 2000, world_size=world.size)[0]
-            learner = build_learner(run).double()
+            learner = learner_of(run).double()
+            gram = run.loss.gram_weight > 0
             hidden = block_masks(run, 4, world.rank)
             optimizer = torch.optim.SGD(learner.student.parameters(), lr=0.1)  # Adam scales up rounding
             gradients = GradientMean(learner.student.parameters(), 1000)  # in many buckets
@@ -147,9 +150,9 @@ LEARNERS = """
                 groups = [torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes]
                 mine = slice(8 // world.size * world.rank, 8 // world.size * (world.rank + 1))
                 masks = hidden.of_step(step, torch.device("cpu"))[0] if hidden else None
-                if step == 1 and learner.anchor is not None:
+                if step == 1 and gram:
                     learner.take_anchor()
-                out = learner([group[:, mine] for group in groups], 0.04, masks, float(learner.anchor is not None))
+                out = learner([group[:, mine] for group in groups], 0.04, masks, float(gram))
                 gradients.begin()
                 out.loss.backward()
                 (loss,) = gradients.finish(out.loss.detach()[None])
@@ -170,12 +173,15 @@ def test_ranks_with_a_slice_each_agree_with_one_rank_in_float64(tmp_path: Path, 
     script.write_text(textwrap.dedent(LEARNERS))
     small = [*tiny_settings, "backbone.name=vit_tiny_patch4", "backbone.drop_path=0"]
     small += ["views.global_crops_size=16", "views.local_crops_size=8"]
+    teacher = tmp_path / "teacher.safetensors"
+    checkpoint.export(teacher, create("vit_tiny_patch8", img_size=16, embed_dim=12, depth=1, num_heads=2), {"step": 1})
     cases = [
         [*small, "loss.centering=sinkhorn_knopp", "loss.koleo_weight=0.1"],
         [*small, "head.batch_norm=false"],
         small,
         [*small, "loss.ibot_weight=1"],
         [*small, "loss.recipe=dinov3"],
+        [*small, f"distill.teacher={teacher}"],
     ]
     one, two, four = (tmp_path / f"{size}.json" for size in (1, 2, 4))
     for size, file in ((1, one), (2, two), (4, four)):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext, suppress
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,9 +14,12 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from nearfar.ssl import checkpoint
+from nearfar.ssl.backbones import create
 from nearfar.ssl.defaults import resolve
 from nearfar.ssl.errors import UserError
 from nearfar.ssl.learner import Learner, block_masks, build_learner
+from nearfar.ssl.learners import learner_of
 from nearfar.ssl.masks import Masks
 from nearfar.ssl.optim import adamw
 from nearfar.ssl.settings import Run
@@ -133,6 +137,22 @@ def test_all_of_a_step_is_on_the_learners_device(
     moments = [value for state in stepper.optimizer.state.values() for value in state.values()]
     tensors = [*learner.state_dict().values(), *moments, *trained.outputs[:3], *trained.outputs.parts.values()]
     assert {tensor.device.type for tensor in tensors} == {"meta"} and len(moments) > 50
+
+
+@pytest.mark.parametrize("parts", [1, 2])
+def test_no_operation_of_a_distilling_step_has_to_be_waited_for(tiny: Make, tmp_path: Path, parts: int) -> None:
+    """With a teacher of another width and patch size, and views of two sizes."""
+    file = tmp_path / "teacher.safetensors"
+    checkpoint.export(file, create("vit_tiny_patch16", img_size=32, embed_dim=40, depth=1, num_heads=2), {"step": 1})
+    run = resolve(tiny("train.batch_size=4", f"distill.teacher={file}"), 40)[0]
+    learner = learner_of(run)
+    stepper = Stepper(learner, adamw(learner.student), 3.0, accumulate_steps=parts)
+    views = [torch.randn((2, 4, 3, side, side)) for side in (32, 16)]
+    stepper(views, VALUES)
+    with Watch() as watch:
+        trained = stepper(views, VALUES, votes=lambda: (0.0, 1.0))
+    assert watch.waits == [] and watch.mixed == [] and watch.count > 200
+    assert trained.report.read().finite and trained.outputs.teacher_features.shape == (2, 4, 24)
 
 
 def test_the_watch_sees_what_has_to_be_waited_for() -> None:

@@ -21,7 +21,7 @@ from nearfar.ssl.settings import ViewSettings
 class Batch:
     """The geometric views of B samples; color is still to be done, by `colors.color_views` with `plan`."""
 
-    groups: list[Tensor]  # uint8 (2, B, 3, s, s) global views, and (V - 2, B, 3, s, s) local ones if there are any
+    groups: list[Tensor]  # uint8 (G, B, 3, s, s) global views, and (V - G, B, 3, s, s) local ones if there are any
     plan: ViewPlan
     index: NDArray[np.int64]  # (B,) the samples, after unreadable ones were replaced
     label: NDArray[np.int64] | None  # (B,)

@@ -79,7 +79,9 @@ class DeviceLoader(Loader):
         groups = []
         if taken.complete:
             images = self._images[torch.from_numpy(index).to(self.device)]
-            groups = [render(images, plan.views(slice(2)), self.views.global_crops_size)]
+            groups = [render(images, plan.views(slice(self.views.global_crops)), self.views.global_crops_size)]
             if self.views.local_crops_number:
-                groups.append(render(images, plan.views(slice(2, None)), self.views.local_crops_size))
+                groups.append(
+                    render(images, plan.views(slice(self.views.global_crops, None)), self.views.local_crops_size)
+                )
         return self.batch(task, taken, groups, plan)

@@ -49,7 +49,9 @@ class FFCVLoader(Loader):
         libjpeg.require("The ffcv loader")
         super().__init__(source, views, options)
         self.beton, self.colored = source, colored
-        self._sides = np.array([views.global_crops_size] * 2 + [views.local_crops_size] * views.local_crops_number)
+        self._sides = np.array(
+            [views.global_crops_size] * views.global_crops + [views.local_crops_size] * views.local_crops_number
+        )
         self._of_this_thread = local()
 
     def batches(self, tasks: Iterator[Task]) -> Iterator[Batch]:
@@ -104,8 +106,9 @@ class FFCVLoader(Loader):
         taken = self.take(task.index, use)
         groups = []
         if taken.complete:
-            size, small, split = self.views.global_crops_size, self.views.local_crops_size, int(start[2])
-            groups = [pixels[:split].view(2, n, 3, size, size)]
+            size, small, number = self.views.global_crops_size, self.views.local_crops_size, self.views.global_crops
+            split = int(start[number])
+            groups = [pixels[:split].view(number, n, 3, size, size)]
             if self.views.local_crops_number:
                 groups.append(pixels[split:].view(self.views.local_crops_number, n, 3, small, small))
         return replace(self.batch(task, taken, groups, plan, decoded), colored=self.colored)

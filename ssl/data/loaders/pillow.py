@@ -44,9 +44,11 @@ class PillowLoader(Loader):
         plan = plan_views(self.views, self.options.seed, task.epoch, taken.index[: len(images)], size)
         groups = []
         if taken.complete:
-            groups = [render(images, plan.views(slice(2)), self.views.global_crops_size)]
+            groups = [render(images, plan.views(slice(self.views.global_crops)), self.views.global_crops_size)]
             if self.views.local_crops_number:
-                groups.append(render(images, plan.views(slice(2, None)), self.views.local_crops_size))
+                groups.append(
+                    render(images, plan.views(slice(self.views.global_crops, None)), self.views.local_crops_size)
+                )
         return self.batch(task, taken, groups, plan, decoded)
 
     def batches(self, tasks: Iterator[Task]) -> Iterator[Batch]:

@@ -155,3 +155,9 @@ class Subset:
     @cached_property
     def fingerprint(self) -> str:
         return digests.fingerprint([self.source.fingerprint, self.index.tobytes()])
+
+
+def spread(source: Source, most: int) -> Source:
+    """At most so many images, evenly spread over a source."""
+    n = len(source)
+    return source if n <= most else Subset(source, np.linspace(0, n - 1, most).astype(np.int64))

@@ -6,6 +6,7 @@ from pathlib import Path
 from nearfar.ssl.data.decode import SUFFIXES
 from nearfar.ssl.data.sources.base import Source
 from nearfar.ssl.data.sources.beton import BetonSource
+from nearfar.ssl.data.sources.dense import dense_source
 from nearfar.ssl.data.sources.files import FolderSource, ListSource, contents
 from nearfar.ssl.data.sources.hugging_face import is_hugging_face, open_hugging_face
 from nearfar.ssl.data.sources.npz import open_npz
@@ -14,11 +15,14 @@ from nearfar.ssl.errors import UserError
 
 
 def open_source(path: str | Path) -> Source:
-    """The images at a path: a folder of images or of .tar shards, a .txt list, an .npz, .beton or .tar file.
+    """The images at a path: a folder of images or of .tar shards, a .txt list, an .npz, .beton or .tar file, or a split
+    of a data set with masks (`nearfar.ssl.data.sources.dense`).
 
     Raises UserError, telling what was found instead.
     """
     path = Path(os.path.expanduser(path))
+    if (masked := dense_source(path)) is not None:
+        return masked
     if os.path.isdir(path):
         if is_hugging_face(path):
             return open_hugging_face(path)
@@ -34,6 +38,10 @@ def open_source(path: str | Path) -> Source:
     if not os.path.exists(path):  # Path.exists raises for a name too long to be one
         parent = next(folder for folder in path.absolute().parents if os.path.isdir(folder))
         raise UserError(f"There is nothing at {path}. The nearest folder that exists is {parent}: {contents(parent)}")
+    return _open_file(path)
+
+
+def _open_file(path: Path) -> Source:
     if path.suffix == ".txt":
         return ListSource(path)
     if path.suffix == ".npz":

@@ -169,7 +169,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         (["train.batch_size=10", "--cpu", "--tasks-per-node", "4"], "does not divide into 4 processes (1 nodes x 4)"),
         (["--cpu", "--then", "eval=knn"], "set data.val="),
         (["--cpu", "--then", "knn"], "--then knn: write eval="),
-        (["--cpu", "--then", "eval=color"], "any of knn, linear, segment"),
+        (["--cpu", "--then", "eval=color"], "any of knn, linear, logistic, fewshot, segment"),
         (["--cpu", "--parallel", "2"], "--parallel is the number of runs of a --sweep"),
         (["--nodes", "2"], "Say --gpus-per-node 8"),
         (["--cpu", "optim.lrr=1"], "did you mean optim.lr?"),

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from nearfar.ssl.backbones import scan
-from nearfar.ssl.backbones.scan import choose_scan, selective_scan
+from nearfar.ssl.backbones.scan import choose_scan, prefix_scan, selective_scan
 from nearfar.ssl.errors import UserError
 
 
@@ -209,3 +209,18 @@ def test_equals_the_recurrence_on_a_gpu(backend: Any) -> None:
     up = torch.randn_like(got)
     for a, b in zip(torch.autograd.grad(got, leaves, up), torch.autograd.grad(wanted, leaves, up), strict=True):
         assert relative(a, b) < 1e-4
+
+
+@pytest.mark.parametrize("length", [1, 2, 7, 16, 33])
+@pytest.mark.parametrize("reverse", [False, True])
+def test_the_scan_in_rounds_is_the_recurrence(length: int, reverse: bool) -> None:
+    """`prefix_scan`, which exported graphs use, against the steps one by one in float64."""
+    torch.manual_seed(length)
+    x, dt = torch.randn(2, length, 5).double(), torch.rand(2, length, 5).double()
+    a, d = -torch.rand(5, 3).double(), torch.randn(5).double()
+    b, c = torch.randn(2, length, 3).double(), torch.randn(2, length, 3).double()
+    state, expected = torch.zeros(2, 5, 3).double(), torch.zeros(2, length, 5).double()
+    for t in reversed(range(length)) if reverse else range(length):
+        state = torch.exp(dt[:, t, :, None] * a) * state + dt[:, t, :, None] * b[:, t, None] * x[:, t, :, None]
+        expected[:, t] = (state * c[:, t, None]).sum(-1) + d * x[:, t]
+    torch.testing.assert_close(prefix_scan(x, dt, a, b, c, d, reverse), expected, rtol=1e-12, atol=1e-12)

@@ -1,0 +1,184 @@
+"""The model card: what a folder holds, how good it is by results.json, and how it is used."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import PurePath
+from typing import Any, NamedTuple
+
+import yaml
+
+from nearfar.eval import results
+from nearfar.eval.features import digest
+from nearfar.eval.results import SUBJECTS, TITLES, DataName, Score
+from nearfar.launch.exports.subject import Subject
+from nearfar.ssl.backbones.tokens import one_line
+from nearfar.ssl.data.transforms.normalize import MEAN, STD
+
+SHOWN = (  # settings of the training that a reader wants first
+    "train.epochs", "train.batch_size", "optim.lr", "views.global_crops_size", "views.local_crops_size",
+    "views.local_crops_number", "head.prototypes", "loss.centering", "train.seed",
+)  # fmt: skip
+
+
+class Preprocessing(NamedTuple):
+    """How an image becomes the network's input: shorter side to `resize` (antialiased bicubic), central `crop`."""
+
+    resize: int
+    crop: int
+
+
+def preprocessing_of(subject: Subject) -> Preprocessing:
+    """As the run evaluates, where its settings are known; else 256 / 224 of the size of the network."""
+    crop = setting(subject, "eval.size") or setting(subject, "views.global_crops_size") or min(subject.size)
+    crop = crop if isinstance(crop, int) and crop > 0 else min(subject.size)
+    resize = setting(subject, "eval.resize")
+    return Preprocessing(resize if isinstance(resize, int) and resize >= crop else round(crop * 256 / 224), crop)
+
+
+def setting(subject: Subject, key: str) -> Any:
+    """A setting of the run as the weights record it; None where they do not."""
+    node: Any = subject.about.get("run")
+    for part in key.split("."):
+        node = node.get(part) if isinstance(node, dict) else None
+    return node
+
+
+def model_card(subject: Subject, library: str) -> str:
+    """README.md of a folder that `library` ("timm", "transformers" or "nearfar") loads.
+
+    Raises UserError for a results.json that cannot be read.
+    """
+    name, numbers = one_line(str(subject.arch["name"]), 80), sum(p.numel() for p in subject.backbone.parameters())
+    ideas = f", with {' and '.join(subject.ideas)}" if subject.ideas else ""
+    lines = [
+        "---",
+        yaml.safe_dump(_front(subject, library), sort_keys=False).strip(),
+        "---",
+        "",
+        f"# {one_line(str(setting(subject, 'name') or name), 80)}",
+        "",
+        f"A {name}{ideas} ({numbers / 1e6:.1f} million parameters), pretrained without labels by nearfar (DINO)"
+        f"{_trained_on(subject)}. It gives features and has no classifier.",
+        "",
+        "## Scores of the frozen features",
+        "",
+        *_scores(subject),
+        "",
+        "## Use",
+        "",
+        "```python",
+        *_use(library),
+        "```",
+        "",
+        *_preprocessing(preprocessing_of(subject)),
+        "",
+        "## Training",
+        "",
+        *_training(subject),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _front(subject: Subject, library: str) -> dict[str, Any]:
+    return {
+        "license": subject.license,
+        "library_name": library,
+        "pipeline_tag": "image-feature-extraction",
+        "tags": ["nearfar", "self-supervised-learning", "dino", *(idea.lower() for idea in subject.ideas)],
+    }
+
+
+def _trained_on(subject: Subject) -> str:
+    path, epochs, step = (setting(subject, "data.path"), setting(subject, "train.epochs"), subject.about.get("step"))
+    on = f" on {_data_name(str(path))}" if path else ""
+    return (
+        on + (f" for {epochs} epochs" if epochs else "") + (f"; these are the weights of step {step}" if step else "")
+    )
+
+
+def _data_name(path: str) -> str:
+    """The end of a path, since nobody else has its beginning: `imagenette/train`."""
+    return one_line("/".join(PurePath(path).parts[-2:]).lstrip("/"), 80)
+
+
+def own_scores(subject: Subject) -> list[Score]:
+    """The entries of results.json for exactly these weights, and the baselines beside them."""
+    weights = digest(subject.backbone)
+    return [score for score in results.read(subject.results) if score.subject != "trained" or score.weights == weights]
+
+
+def _scores(subject: Subject) -> Iterator[str]:
+    scores = own_scores(subject)
+    known = {score.data for score in scores if score.subject == "trained"}
+    if not known:
+        yield "These weights have not been scored."
+        return
+    yield "Percent, as `nearfar eval` measured them; untrained is the same network before its first step."
+    for table in results.tables(score for score in scores if score.data in known):
+        tasks = [task for task in TITLES if any(task in row for row in table.values())]
+        first = next(iter(next(iter(table.values())).values()))
+        yield from (
+            "",
+            f"Learned from {_named(first.train)}, scored on {_named(first.val)}:",
+            "",
+            f"| | {' | '.join(TITLES[task] for task in tasks)} |",
+            f"|---|{'---|' * len(tasks)}",
+        )
+        for who, row in table.items():
+            cells = [f"{row[task].percent:.1f}" if task in row else "-" for task in tasks]
+            yield f"| {SUBJECTS[who]} | {' | '.join(cells)} |"
+
+
+def _named(data: DataName) -> str:
+    return f"{_data_name(data.path)} ({data.images:,} images)"
+
+
+def _use(library: str) -> list[str]:
+    if library == "timm":
+        return [
+            "import timm",
+            "",
+            'model = timm.create_model("local-dir:PATH_OF_THIS_FOLDER", pretrained=True).eval()',
+            "features = model(images)  # (B, 3, H, W) -> CLS (B, D)",
+            "tokens = model.forward_features(images)  # (B, 1 + registers + h*w, D)",
+        ]
+    if library == "transformers":
+        return [
+            "from transformers import AutoImageProcessor, AutoModel",
+            "",
+            'processor = AutoImageProcessor.from_pretrained("PATH_OF_THIS_FOLDER")',
+            'model = AutoModel.from_pretrained("PATH_OF_THIS_FOLDER").eval()',
+            "tokens = model(**processor(images, return_tensors='pt')).last_hidden_state",
+            "features = tokens[:, 0]  # CLS",
+        ]
+    return [
+        "from nearfar.ssl.checkpoint import load",
+        "",
+        'backbone = load("PATH_OF_THIS_FOLDER/model.safetensors")  # architecture and weights from the file alone',
+        "tokens = backbone(images)  # (B, 3, H, W) -> tokens.cls (B, D), tokens.patches (B, N, D)",
+    ]
+
+
+def _preprocessing(prepared: Preprocessing) -> list[str]:
+    mean, std = (", ".join(f"{value:g}" for value in values) for values in (MEAN, STD))
+    return [
+        f"Preprocessing: shorter side to {prepared.resize} pixels (antialiased bicubic), central crop of "
+        f"{prepared.crop} x {prepared.crop}, RGB from 0 to 1, minus the mean ({mean}), divided by the deviation "
+        f"({std}).",
+    ]
+
+
+def _training(subject: Subject) -> Iterator[str]:
+    known = {key: setting(subject, key) for key in SHOWN}
+    known = {key: value for key, value in known.items() if value is not None}
+    if not known:
+        yield "The weights do not say how they were trained."
+        return
+    yield from ("| setting | value |", "|---|---|")
+    yield from (f"| `{key}` | {one_line(str(value), 60)} |" for key, value in known.items())
+    versions = subject.about.get("versions")
+    if isinstance(versions, dict):
+        yield ""
+        told = ", ".join(f"{one_line(str(key), 20)} {one_line(str(value), 30)}" for key, value in versions.items())
+        yield f"Trained with {told}."

@@ -1,0 +1,150 @@
+"""One supervised run from the command line: the loop of `nearfar.ssl.finetune` with signals, scores and a report."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from rich.console import Console
+
+from nearfar.eval import results
+from nearfar.eval.classification import Predictions, accuracies, detail, predict
+from nearfar.eval.classification_report import write_classification_report
+from nearfar.eval.features import digest
+from nearfar.eval.images import Decoding
+from nearfar.eval.results import DataName, Score
+from nearfar.launch import processes
+from nearfar.launch.pretrain import save_views
+from nearfar.launch.stop_signals import StopFlag
+from nearfar.ssl import checkpoint, config, device, train
+from nearfar.ssl.classifier import Classifier
+from nearfar.ssl.data import open_source
+from nearfar.ssl.data.sources.base import Source
+from nearfar.ssl.data.sources.files import FolderSource
+from nearfar.ssl.distributed import ALONE, Ranks, from_environment
+from nearfar.ssl.errors import UserError, printable
+from nearfar.ssl.finetune import class_names, finetune, labels_as
+from nearfar.ssl.finetune_settings import FinetuneRun, ResolvedFinetune
+from nearfar.ssl.train import Outcome
+
+
+def run_finetuning(run: FinetuneRun, console: Console) -> Outcome:
+    """Train `run`, or continue it, score its classifier on data.val and write its report. Signals and processes are as
+    in `nearfar.launch.pretrain.run_pretraining`.
+
+    Raises:
+        UserError: as `nearfar.ssl.finetune.finetune`; data.val does not fit the classes; the device is not there.
+        PeerError: another of the run's processes ended.
+    """
+    world = from_environment()
+    if world != ALONE:  # torchrun and srun start what is to run, one process or many
+        return train_rank(run, console, world)
+    config.require_images(run)
+    key, size, reason = processes.world_size(run)
+    if run.train.world_size is None:
+        console.print(f"derived {key} = {size}  ({reason})", highlight=False, soft_wrap=True)
+    threads = torch.get_num_threads()
+    try:
+        with processes.started(run, size) as world:
+            return train_rank(run, console, world)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def train_rank(run: FinetuneRun, console: Console, world: Ranks) -> Outcome:
+    """The part of `run_finetuning` that each process of the run does."""
+    config.require_images(run)
+    source = open_source(run.data.path)
+    refuse_empty_folders(source, run.data.path)
+    classes = class_names(source, run.data.path)
+    with StopFlag() as stop:
+        probe = None
+        if run.data.val:  # on every rank: a mistake in it is one of the whole run
+            val = open_source(run.data.val)
+            probe = Scoring(val, labels_as(classes, val, run.data.val), stop)
+        observers = train.Observers(save_views, probe if world.first else None)
+        outcome = finetune(run, source, observers, stop, console, world)
+    if world.first and outcome.finished:
+        if probe is not None:
+            record_score(outcome, source, probe)
+        console.print(str(write_classification_report(outcome.folder)), highlight=False, markup=False, soft_wrap=True)
+    return outcome
+
+
+def refuse_empty_folders(source: Source, path: str) -> None:
+    """Raises UserError for a class folder without an image, which a source of files passes over."""
+    root = Path(path).expanduser()
+    if not isinstance(source, FolderSource) or not source.classes:
+        return
+    folders = sorted(each.name for each in root.iterdir() if each.is_dir() and not each.name.startswith("."))
+    if empty := [name for name in folders if printable(name) not in source.classes]:
+        some = ", ".join(empty[:5]) + (" and others" if len(empty) > 5 else "")
+        raise UserError(
+            f"{len(empty)} of the {len(folders)} class folders of {path} hold no image: {some}. Add images to them, or "
+            "remove them."
+        )
+
+
+@dataclass
+class Scoring:
+    """Top-1 and top-5 of the classifier on the validation images; None where a signal asks to stop first."""
+
+    val: Source
+    labels: np.ndarray  # of its images, as numbers of the classifier's classes
+    should_stop: Callable[[], bool] = lambda: False
+    last: Predictions | None = field(default=None, init=False)
+
+    def __call__(self, classifier: Classifier, run: ResolvedFinetune) -> dict[str, float] | None:
+        def go_on() -> None:
+            if self.should_stop():
+                raise _StoppedError
+
+        self.last = None
+        compute = device.choose(run.train.device, run.train.precision, classifier.backbone.embed_dim)
+        decoding = Decoding(workers=run.data.workers)
+        try:
+            self.last = predict(
+                classifier, self.val, run.eval.size, run.eval.resize, decoding, bf16=compute.bf16, go_on=go_on
+            )
+        except _StoppedError:
+            return None
+        scores = accuracies(self.last.probabilities, self.labels[self.last.rows])
+        return {f"val_{name}": score for name, score in scores.items()}
+
+
+def record_score(outcome: Outcome, source: Source, scoring: Scoring) -> None:
+    """Put the score of a finished run into its results.json, with the accuracy of each class and the confusion."""
+    classifier = checkpoint.load_classifier(outcome.folder)
+    run = ResolvedFinetune.of(FinetuneRun.model_validate(checkpoint.about(outcome.folder)["run"]))
+    if scoring.last is None:  # the run was finished before: its score may be there already
+        if any(score.task == "finetune" and score.step == outcome.step for score in _scores(outcome.folder)):
+            return
+        compute = device.choose(run.train.device, run.train.precision, classifier.backbone.embed_dim)
+        scoring(classifier.to(compute.device), run)
+    if scoring.last is None:  # a signal asked to stop first: the same command scores it
+        return
+    said = detail(scoring.last.probabilities, scoring.labels[scoring.last.rows], classifier.classes)
+    assert run.data.val is not None
+    score = Score(
+        subject="trained",
+        task="finetune",
+        percent=said["top1"],
+        weights=digest(classifier),
+        train=DataName(run.data.path, source.fingerprint, len(source)),
+        val=DataName(run.data.val, scoring.val.fingerprint, len(scoring.val)),
+        reading={"size": run.eval.size, "resize": run.eval.resize},
+        step=outcome.step,
+        detail=said | {"bad": scoring.last.bad},
+    )
+    results.add(outcome.folder / "results.json", score)
+
+
+def _scores(folder: Path) -> list[Score]:
+    return results.read(folder / "results.json")
+
+
+class _StoppedError(Exception):
+    pass

@@ -1,0 +1,145 @@
+"""Data sets with a class for every pixel, as they are published: Pascal VOC, ADE20K, COCO-Stuff.
+
+A split is named by the path that lists or holds its images, and its masks are found from there:
+
+    VOC2012/ImageSets/Segmentation/train.txt    JPEGImages/NAME.jpg, SegmentationClass/NAME.png
+    ADEChallengeData2016/images/training        annotations/training/NAME.png, where 0 = ignore
+    coco/train2017 (or coco/images/train2017)   stuffthingmaps/train2017/NAME.png, at either level
+
+(`images` beside `masks`, as CamVid often comes, needs nothing of this: `nearfar.ssl.data.sources.files`.)
+"""
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from nearfar.ssl.data.decode import SUFFIXES
+from nearfar.ssl.data.sources.base import Source
+from nearfar.ssl.data.sources.files import FolderSource, PathSource, contents
+from nearfar.ssl.errors import UserError
+
+IGNORE = 255
+_SPLIT_LIST = ("ImageSets", "Segmentation")
+_COCO_SPLITS = ("train2017", "val2017")
+_COCO_MASKS = ("stuffthingmaps", "stuffthingmaps_trainval2017")
+
+
+@dataclass(frozen=True)
+class MaskCode:
+    """What the values of a data set's masks mean: 0 to classes - 1, each plus `shift`; `unlabeled` = ignore."""
+
+    title: str
+    classes: int
+    shift: int
+    unlabeled: tuple[int, ...]
+
+    def decode(self, mask: NDArray[np.uint8], file: str) -> NDArray[np.uint8]:
+        """Classes from 0, 255 = ignore. Raises UserError, naming file and value, for a value without meaning."""
+        table = np.full(256, -1, np.int16)
+        table[self.shift : self.shift + self.classes] = np.arange(self.classes)
+        table[list(self.unlabeled)] = IGNORE
+        decoded = table[mask]
+        if (decoded < 0).any():
+            value = int(mask[decoded < 0].min())
+            raise UserError(
+                f"The mask {file} has the value {value}, which {self.title} does not know: classes are {self.shift} to "
+                f"{self.shift + self.classes - 1}, and {' or '.join(map(str, self.unlabeled))} is ignored."
+            )
+        return decoded.astype(np.uint8)
+
+
+VOC = MaskCode("Pascal VOC", 21, 0, (255,))
+ADE20K = MaskCode("ADE20K", 150, 1, (0,))
+COCO_STUFF = MaskCode("COCO-Stuff", 182, 0, (255,))  # 171 of the numbers are in use
+
+
+class MaskedSource(PathSource):
+    """Images and masks of one of these data sets: `PathSource` whose masks are decoded by `code`."""
+
+    def __init__(self, root: Path, names: Sequence[str], masks: Sequence[Path], code: MaskCode) -> None:
+        super().__init__(root, names, masks=[str(mask) for mask in masks])
+        self.code = code
+        if missing := [mask for mask in masks if not mask.is_file()]:
+            raise UserError(
+                f"{len(missing)} of the {len(masks)} masks of {root} are missing, the first of them {missing[0]}."
+            )
+
+    def mask(self, i: int) -> NDArray[np.uint8] | None:
+        mask = super().mask(i)
+        assert self.masks is not None
+        return None if mask is None else self.code.decode(mask, self.masks[i])
+
+
+def known_classes(source: Source) -> int | None:
+    """How many classes the masks of a source have, where its data set fixes that."""
+    return source.code.classes if isinstance(source, MaskedSource) else None
+
+
+def dense_source(path: Path) -> MaskedSource | None:
+    """The split at a path, where it belongs to one of these data sets; None where it does not.
+
+    Raises UserError for a split with missing files, and for the folder of a whole data set: which split is wanted?
+    """
+    if path.suffix == ".txt" and path.absolute().parts[-3:-1] == _SPLIT_LIST and os.path.isfile(path):
+        return _voc(path)
+    if not os.path.isdir(path):
+        return None
+    _refuse_whole(path)
+    place = path.absolute()
+    if place.parent.name == "images" and os.path.isdir(annotations := place.parents[1] / "annotations" / place.name):
+        return _folder(path, annotations, ADE20K)
+    if place.name in _COCO_SPLITS:
+        for above in place.parents[:2]:
+            for name in _COCO_MASKS:
+                if os.path.isdir(above / name / place.name):
+                    return _folder(path, above / name / place.name, COCO_STUFF)
+    return None
+
+
+def _voc(file: Path) -> MaskedSource:
+    root = file.absolute().parents[2]
+    try:
+        names = file.read_text("utf-8").split()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{file} cannot be read as a list of image names: {error}.") from None
+    if not names:
+        raise UserError(f"{file} is empty: one image name a line is needed.")
+    images = [f"{name}.jpg" for name in names]
+    if missing := [name for name in images if not (root / "JPEGImages" / name).is_file()]:
+        raise UserError(
+            f"{len(missing)} of the {len(names)} images of {file} are missing, the first of them "
+            f"{root / 'JPEGImages' / missing[0]}."
+        )
+    masks = [root / "SegmentationClass" / f"{name}.png" for name in names]
+    return MaskedSource(root / "JPEGImages", images, masks, VOC)
+
+
+def _folder(root: Path, masks: Path, code: MaskCode) -> MaskedSource:
+    found = FolderSource(root)
+    if found.labels is not None:
+        raise UserError(f"{root} has folders in it; the images of {code.title} lie side by side: {contents(root)}")
+    source = MaskedSource(root, found.names, [(masks / name).with_suffix(".png") for name in found.names], code)
+    source.passed_over = found.passed_over
+    return source
+
+
+def _refuse_whole(root: Path) -> None:
+    """Raises UserError for the folder of a whole data set, whose sub-folders would look like classes."""
+    lists = root.joinpath(*_SPLIT_LIST)
+    if os.path.isdir(root / "JPEGImages") and os.path.isdir(lists):
+        splits = [lists / f"{name}.txt" for name in ("train", "val")]
+    elif os.path.isdir(root / "images" / "training") and os.path.isdir(root / "annotations"):
+        splits = [root / "images" / name for name in ("training", "validation")]
+    elif any(os.path.isdir(root / name) for name in _COCO_MASKS) and not _holds_images(root):
+        splits = [(root / "images" if os.path.isdir(root / "images") else root) / name for name in _COCO_SPLITS]
+    else:
+        return
+    raise UserError(f"{root} holds a whole data set. Name a split of it: --train {splits[0]} --val {splits[1]}.")
+
+
+def _holds_images(root: Path) -> bool:
+    return any(entry.suffix.lower() in SUFFIXES for entry in root.iterdir() if entry.is_file())
