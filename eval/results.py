@@ -32,6 +32,8 @@ TITLES = {
     "finetune": "fine-tuned top-1",
 }
 """What each task's score is called, everywhere; the order is that of every table. All are percentages."""
+TASKS = tuple(task for task in TITLES if task != "finetune")
+"""Those that `nearfar eval` scores; a classifier's own score is written by `nearfar finetune`."""
 HEADLINES = ("knn", "linear", "segment")
 """The tasks that say whether training helped, the first that there is deciding."""
 SUBJECTS = {"trained": "trained", "start": "starting weights", "untrained": "untrained", "pixels": "raw pixels"}

@@ -9,12 +9,11 @@ from typing import NamedTuple
 import numpy as np
 
 from nearfar.eval.features import IGNORE
-from nearfar.eval.results import HEADLINES, TITLES, DataName
+from nearfar.eval.results import HEADLINES, TASKS, TITLES, DataName
 from nearfar.ssl.data.sources.base import Source
 from nearfar.ssl.data.sources.dense import known_classes
 from nearfar.ssl.errors import BadImage, UserError
 
-TASKS = tuple(TITLES)
 OF_ALL = ("knn", "linear", "logistic", "fewshot", "segment")
 """What `nearfar eval all` scores: all that reads the features which k-NN, linear probe and segmentation need anyway.
 The other evaluators run the network again, and are asked for by name."""

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
-from nearfar.eval.results import TITLES
+from nearfar.eval.results import TASKS
 from nearfar.launch.command_line import add_model, add_reading
 from nearfar.ssl.errors import UserError
 
@@ -58,11 +58,11 @@ def add_eval(verbs: argparse._SubParsersAction) -> None:
     """Put `eval` among the verbs of the `nearfar` command."""
     evaluate = verbs.add_parser(
         "eval",
-        help=f"score frozen features: {', '.join(TITLES)}, or all that is cheap and the images allow",
+        help=f"score frozen features: {', '.join(TASKS)}, or all that is cheap and the images allow",
         description=_DESCRIPTION,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    evaluate.add_argument("what", choices=[*TITLES, "all"], metavar="WHAT", help=f"{', '.join(TITLES)}, or all")
+    evaluate.add_argument("what", choices=[*TASKS, "all"], metavar="WHAT", help=f"{', '.join(TASKS)}, or all")
     add_model(evaluate, ", or features to learn from, as `nearfar features` writes them")
     evaluate.add_argument("--train", help="images to learn from (default: data.path of the run)")
     evaluate.add_argument("--val", help="images, or features, to score (default: data.val of the run)")

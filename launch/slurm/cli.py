@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
-from nearfar.eval.results import TITLES
+from nearfar.eval.results import TASKS
 from nearfar.launch.command_line import Parser
 from nearfar.launch.forking import add_from, recipe_and_settings
 from nearfar.launch.recipes import bundled
@@ -22,7 +22,6 @@ if TYPE_CHECKING:
 
 CLUSTERS = ("auto", "slurm", "local", "debug")
 CONTROLS = ("status", "cancel", "logs", "resubmit")
-SCORES = tuple(TITLES)
 
 
 def add_launch(verbs: Any) -> None:
@@ -64,7 +63,7 @@ def submit_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--site", type=Path, help="YAML with defaults for these flags (~/.config/nearfar/slurm.yaml)")
     parser.add_argument("--dry-run", action="store_true", help="print what sbatch would be given, and submit nothing")
-    parser.add_argument("--then", metavar="eval=A,B", help=f"score the run when it is finished: {', '.join(SCORES)}")
+    parser.add_argument("--then", metavar="eval=A,B", help=f"score the run when it is finished: {', '.join(TASKS)}")
     parser.add_argument("--sweep", nargs="+", metavar="key=a,b", help="a run for every combination, as one array")
     parser.add_argument("--parallel", type=int, help="runs of a sweep at the same time (default: all)")
     add_from(parser)
@@ -189,6 +188,6 @@ def evaluations(text: str | None) -> tuple[str, ...]:
         return ()
     what, sign, names = text.partition("=")
     chosen = tuple(names.split(","))
-    if what != "eval" or not sign or not set(chosen) <= set(SCORES):
-        raise UserError(f"--then {text}: write eval= and any of {', '.join(SCORES)}, separated by commas.")
+    if what != "eval" or not sign or not set(chosen) <= set(TASKS):
+        raise UserError(f"--then {text}: write eval= and any of {', '.join(TASKS)}, separated by commas.")
     return chosen
