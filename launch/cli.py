@@ -80,7 +80,7 @@ def parsed(argv: Sequence[str]) -> argparse.Namespace:
 
 
 VERBS = (
-    "demo", "pretrain", "adapt", "distill", "replay", "finetune", "predict", "features", "eval", "export", "report",
+    "demo", "pretrain", "adapt", "replay", "distill", "finetune", "predict", "features", "eval", "export", "report",
     "data", "launch",
 )  # fmt: skip
 

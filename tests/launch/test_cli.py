@@ -17,8 +17,8 @@ import yaml
 from PIL import Image
 
 from nearfar.launch import cli
-from nearfar.launch.recipes import find_recipe
-from nearfar.ssl import checkpoint, config
+from nearfar.launch.recipes import SUPERVISED, find_recipe
+from nearfar.ssl import checkpoint, config, finetune_settings
 from nearfar.ssl.run_folder import RunFolder, read_metrics
 from nearfar.ssl.settings import all_settings
 
@@ -202,9 +202,10 @@ def test_bundled_recipes_are_found_by_name_and_are_right() -> None:
     names = {file.stem for file in folder.glob("*.yaml")}
     assert "demo" in names
     for name in names:
-        file = find_recipe(name)
+        supervised = name.startswith(SUPERVISED)
+        file = find_recipe(name, supervised)
         assert file.samefile(folder / f"{name}.yaml")
-        assert config.load(file).name == name
+        assert (finetune_settings if supervised else config).load(file).name == name
 
 
 def test_a_file_of_that_name_beside_you_is_meant_by_its_suffix(here: Path) -> None:

@@ -51,7 +51,7 @@ def test_help_and_mistakes_load_none_of_the_slow_packages(argv: list[str]) -> No
         (["evl", "all"], "did you mean eval?"),
         (["--epochs", "3"], "The verb comes first: write `nearfar VERB ...`, then --epochs. There are demo, pretrain,"),
         (["--epochs", "3", "pretrain", "x.yaml"], "The verb comes first: write `nearfar pretrain ...`"),
-        (["xyzzy"], "there are demo, pretrain, replay"),
+        (["xyzzy"], "there are demo, pretrain, adapt"),
         (["mine.yaml"], "`nearfar pretrain mine.yaml`"),
         (["cifar10"], "`nearfar pretrain cifar10`"),
         (["train.epochs=3"], "`nearfar pretrain RECIPE train.epochs=3`"),

@@ -383,10 +383,13 @@ def test_differences_name_every_setting_that_changes_weights_and_no_free_one() -
     free = {s.key for s in all_settings() if s.free}
     assert free == {
         "folder",
+        "track",
         "data.path",
         "data.val",
         "data.max_bad_fraction",
         "data.workers",
+        "distill.teacher",
+        "distill.teacher_weights",
         "train.log_every_steps",
         "train.save_every_minutes",
         "train.save_every_steps",
