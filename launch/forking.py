@@ -57,12 +57,13 @@ def start(run: Run, dry: bool) -> None:
 
 def _settings_of(start: str, settings: list[str]) -> tuple[Path, list[str]]:
     """The config.yaml of a run, and what of it does not hold for a fork."""
-    from nearfar.ssl import config, kept
+    from nearfar.ssl import bounded_files, config, fork, kept
 
     run = kept.named(start).parent.parent
     file = run / "config.yaml"
     if not file.is_file():
         raise UserError(f"{run} has no config.yaml to take settings from: name a recipe before --from.")
+    fork.check_pretraining(bounded_files.read_yaml(file, "recipe"), run)
     source, given = config.load(file), {setting.partition("=")[0].strip() for setting in settings}
     own = [f"name={source.name}-fork", "train.restart_schedule=false", "backbone.weights=", "backbone.pretrained=false"]
     if "views.global_crops_size" in given:  # the size of the scores follows it, unless it was another one

@@ -106,8 +106,7 @@ def resolve(
     if world_size is not None:
         run = on_ranks(run, world_size)
     if saved is not None:
-        run = continued(run, saved, longer=True)
-        _check_length(run, saved, done / max(1, images // run.train.batch_size))
+        run = continued_or_longer(run, saved, done / max(1, images // run.train.batch_size))
     filled, derived = _fill(run, images, cores)
     return ResolvedRun.of(filled), derived
 
@@ -157,13 +156,21 @@ def only_longer(saved: AnyRun, run: AnyRun) -> bool:
     return longer and all(each.startswith("train.epochs:") for each in differences(saved, run))
 
 
-def _check_length(run: Run, saved: Run, done: float) -> None:
-    """Raises UserError where `run`, which continues `saved` after `done` epochs, is longer than it can be."""
+def continued_or_longer(run: Run, saved: Run, done: float = 0.0) -> Run:
+    """`continued` for pretraining, where the run may have more epochs too, if that changes none of its steps so far.
+
+    done: epochs of its newest checkpoint, where they are known.
+
+    Raises:
+        UserError: naming each setting that would change the weights.
+    """
+    run = continued(run, saved, longer=True)
     if run.train.epochs > saved.train.epochs and (why := _cannot_be_longer(saved, done)):
         raise UserError(
             f"train.epochs cannot be raised from {saved.train.epochs} to {run.train.epochs} in {run.path}: {why} "
             f"Fork it instead: `{fork_command(run, f'train.epochs={run.train.epochs}')}`."
         )
+    return run
 
 
 def _cannot_be_longer(saved: Run, done: float) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -82,12 +83,17 @@ def read(where: str) -> Checkpoint:
         ) from None
     if not isinstance(saved.state.get("run"), dict):
         raise UserError(f"The checkpoint {path} does not say which settings it was trained with.")
-    if "classifier" in saved.state["run"]:
-        raise UserError(
-            f"{where} is a supervised run, and a fork goes on with pretraining: to begin with its backbone, set "
-            f"backbone.weights={path} in place of train.start_from (--from)."
-        )
+    check_pretraining(saved.state["run"], path.parent.parent)
     return saved
+
+
+def check_pretraining(settings: Mapping[str, Any], run: Path) -> None:
+    """Raises UserError where `settings`, those of a run's folder, are not of pretraining."""
+    if "classifier" in settings:
+        raise UserError(
+            f"{run} is a supervised run, and a fork goes on with pretraining: to begin with its backbone, set "
+            f"backbone.weights={run} in place of train.start_from (--from)."
+        )
 
 
 def begins_with_weights(run: Run) -> bool:

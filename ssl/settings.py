@@ -402,7 +402,8 @@ class TrainSettings(Section):
     )
     keep_best: bool = Field(
         False,
-        description="a checkpoint is written with the best online k-NN score so far, and kept until there is a better",
+        description="a checkpoint is written with the best score so far (online k-NN; of a supervised run top-1), and "
+        "kept until there is a better",
         json_schema_extra=FREE,
     )
     start_from: str | None = Field(

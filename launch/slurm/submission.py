@@ -17,7 +17,7 @@ from nearfar.launch.slurm.executor import JobOptions
 from nearfar.launch.slurm.records import Ending, Job, SubmissionRecord
 from nearfar.launch.slurm.resources import Resources
 from nearfar.ssl import config, kept
-from nearfar.ssl.defaults import continued, dividing
+from nearfar.ssl.defaults import continued_or_longer, dividing
 from nearfar.ssl.errors import UserError
 from nearfar.ssl.run_folder import RunFolder
 from nearfar.ssl.settings import Run
@@ -55,12 +55,12 @@ def for_cluster(run: Run, resources: Resources) -> Run:
         kept.named(placed.train.start_from)
     saved = RunFolder(placed.path).saved_settings()
     if saved is None:  # "auto" on a node whose GPU is broken would train on its CPU for days
-        device = run.train.model_copy(update={"device": "cpu" if resources.cpu else "cuda"})
+        device = placed.train.model_copy(update={"device": "cpu" if resources.cpu else "cuda"})
         placed = placed.model_copy(update={"train": device})
     elif saved.train.device != run.train.device == "auto":  # begun by a job: continued by one
-        placed = placed.model_copy(update={"train": run.train.model_copy(update={"device": saved.train.device})})
+        placed = placed.model_copy(update={"train": placed.train.model_copy(update={"device": saved.train.device})})
     if saved:
-        continued(placed, saved)
+        continued_or_longer(placed, saved)
     return placed
 
 

@@ -223,6 +223,24 @@ def test_a_stopped_run_goes_on_to_the_bit_and_so_does_one_whose_teacher_was_move
     same_bits(final(whole), final(halves))
 
 
+def test_a_fork_of_it_goes_on_to_the_bit(distilled: Make, images: ArraySource, same_bits: Callable[..., None]) -> None:
+    whole = distilled("train.keep_every=10", folder="whole")
+    fork = distilled("name=fork", f"train.start_from={whole.path}@10", folder="whole")
+    assert pretrain(whole, images).finished and pretrain(fork, images).finished
+    ends = [checkpoint.latest(run.path / "checkpoints") for run in (whole, fork)]
+    assert ends[0] is not None and ends[1] is not None
+    same_bits(ends[0].tensors, ends[1].tensors)
+
+
+def test_its_projections_can_learn_alone(distilled: Make) -> None:
+    learner = built(distilled())
+    for frozen in (True, False):
+        learner.freeze_backbone(frozen)
+        learner(views(32)).loss.backward()
+        assert all((p.grad is None) == frozen for p in learner.student.backbone.parameters() if p.dim() > 1)
+        assert all(p.grad is not None for p in learner.student.head.parameters())
+
+
 def test_a_run_is_not_continued_with_another_teacher_or_none(
     distilled: Make, tiny: Make, images: ArraySource, teacher_file: Path
 ) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import argparse
+import hashlib
 import signal
 import subprocess
 import sys
@@ -15,7 +17,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from nearfar.ssl import checkpoint, distributed, finetune_settings
+from nearfar.launch.forking import recipe_and_settings
+from nearfar.ssl import checkpoint, checkpoint_names, distributed, finetune_settings, fork
 from nearfar.ssl.classifier import ClassifierLearner, build_classifier_learner, soft_cross_entropy
 from nearfar.ssl.data.sources.base import ArraySource
 from nearfar.ssl.distributed import Ranks
@@ -25,6 +28,7 @@ from nearfar.ssl.finetune_settings import FinetuneRun, resolve
 from nearfar.ssl.mixing import Mixing
 from nearfar.ssl.optim import adamw
 from nearfar.ssl.run_folder import RunFolder, read_metrics
+from nearfar.ssl.training import Observers
 
 Make = Callable[..., FinetuneRun]
 TINY = [
@@ -281,6 +285,34 @@ def test_a_run_starts_from_another(tiny: Make, quiet: Any) -> None:
     assert all(torch.equal(started[name], tensor) for name, tensor in trained.items())
 
 
+def test_it_records_the_weights_that_it_began_with(tiny: Make, quiet: Any) -> None:
+    first = finetune(tiny("train.epochs=1"), colored(24), console=quiet).folder
+    second = finetune(tiny("name=second", "train.epochs=1", f"backbone.weights={first}"), colored(24), console=quiet)
+    (origin,) = checkpoint.about(second.folder)["lineage"]
+    file = first / "classifier.safetensors"
+    assert origin["from"] == str(file) and origin["sha256"] == hashlib.sha256(file.read_bytes()).hexdigest()
+    assert checkpoint.about(first)["lineage"] == []
+
+
+def test_kept_are_the_best_by_its_own_score_and_each_multiple(tiny: Make, quiet: Any) -> None:
+    scores = iter([50.0, 90.0, 60.0, 70.0, 80.0])
+    asked = ["train.epochs=5", "train.keep_best=true", "train.keep_every=4", "train.keep_last=1", "eval.every_epochs=1"]
+    observers = Observers(probe=lambda classifier, run: {"val_top1": next(scores)})
+    run = tiny(*asked)
+    finetune(run, colored(24), observers, console=quiet)  # 3 steps an epoch
+    kept = [checkpoint_names.step_of(path) for path in checkpoint_names.finished(run.path / "checkpoints")]
+    assert kept == [4, 6, 8, 12, 15]
+
+
+def test_no_pretraining_is_a_fork_of_it(tiny: Make, quiet: Any) -> None:
+    first = finetune(tiny("train.epochs=1"), colored(24), console=quiet).folder
+    with pytest.raises(UserError, match=r"is a supervised run, .*set backbone\.weights="):
+        fork.read(str(first))
+    arguments = argparse.Namespace(recipe="name=forked", settings=[], start_from=str(first))
+    with pytest.raises(UserError, match=r"is a supervised run, .*set backbone\.weights="):
+        recipe_and_settings(arguments)
+
+
 def test_a_folder_keeps_its_kind_of_run(tiny: Make, quiet: Any) -> None:
     run = tiny("train.epochs=1")
     finetune(run, colored(24), console=quiet)
@@ -288,6 +320,8 @@ def test_a_folder_keeps_its_kind_of_run(tiny: Make, quiet: Any) -> None:
         RunFolder(run.path).saved_settings()
     with pytest.raises(UserError, match=r"classifier.mixup: 0.0 -> 0.5"):
         finetune(tiny("train.epochs=1", "classifier.mixup=0.5"), colored(24), console=quiet)
+    with pytest.raises(UserError, match=r"holds a run with other settings \(train.epochs: 1 -> 2\)"):
+        finetune(tiny("train.epochs=2"), colored(24), console=quiet)
 
 
 # Mistakes
@@ -329,6 +363,8 @@ def test_labels_of_other_images_are_matched_by_name() -> None:
         (["augment.size=18"], "augment.size=18 is not a multiple of the patch size 4 (nearest: 16)"),
         (["train.batch_size=9", "classifier.mixup=1"], "mix pairs of images"),
         (["train.shard=true"], "nearfar finetune does not split networks"),
+        (["train.start_from=runs/a"], "are for pretraining: name the run whose backbone"),
+        (["train.restart_schedule=true"], "are for pretraining: name the run whose backbone"),
         (["head.prototypes=3"], "head is unknown"),
         (["augment.scale=0.5,1.5"], "cannot exceed 1"),
         (["eval.size=32", "eval.resize=16"], "eval.resize=16 is smaller than the crop"),

@@ -297,6 +297,16 @@ def test_settings_behind_sweep_are_no_sweep(here: Path, capsys: pytest.CaptureFi
     assert said.count("3 epochs") == 2 and "runs/mine/lr=1e-3: " in said and "runs/mine/lr=1e-4: " in said
 
 
+def test_what_a_fork_leaves_is_named_by_an_absolute_path(here: Path) -> None:
+    (here / "runs" / "old" / "checkpoints" / "step-000000010").mkdir(parents=True)
+    run = config.load(None, ["name=mine", "data.path=pictures", "train.start_from=runs/old@10"])
+    placed = submission.for_cluster(run, Resources(cpu=True))
+    assert placed.train.start_from == str(here / "runs" / "old@10") and placed.train.device == "cpu"
+    missing = run.model_copy(update={"train": run.train.model_copy(update={"start_from": "runs/old@20"})})
+    with pytest.raises(UserError, match="has no checkpoint of step 20"):
+        submission.for_cluster(missing, Resources(cpu=True))
+
+
 def test_weights_are_named_by_an_absolute_path(here: Path) -> None:
     (here / "dino.pth").touch()
     run = config.load(None, ["name=mine", "data.path=pictures", "backbone.weights=dino.pth"])
