@@ -31,11 +31,16 @@ CLOCK = {"img_per_s", "data_wait", "save_wait", "time"}
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The cluster's files first: they are the longest and mostly wait, while a second process runs the others.
+    """The cluster's files first, one after the other in one process: they are the longest and mostly wait, and two
+    clusters at once get in each other's way. The tests of any other file share a process as well.
 
     Tests marked `cuda` are skipped where there is no CUDA device.
     """
-    items.sort(key=lambda item: not item.path.is_relative_to(Path(__file__).parent / "slurm"))
+    cluster = Path(__file__).parent / "slurm"
+    for item in items:
+        group = "slurm" if item.path.is_relative_to(cluster) else item.nodeid.partition("::")[0]
+        item.add_marker(pytest.mark.xdist_group(group))
+    items.sort(key=lambda item: not item.path.is_relative_to(cluster))
     if not torch.cuda.is_available():
         for item in items:
             if item.get_closest_marker("cuda"):

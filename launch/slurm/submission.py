@@ -83,14 +83,19 @@ def _check(run: Run, resources: Resources) -> None:
 def _absolute_paths(run: Run) -> Run:
     data = {"path": _absolute(run.data.path), "val": run.data.val and _absolute(run.data.val)}
     weights = {"weights": run.backbone.weights and _absolute(run.backbone.weights)}
+    start = {"start_from": run.train.start_from and _absolute(run.train.start_from)}
+    anchor = {"gram_teacher": run.loss.gram_teacher and _absolute(run.loss.gram_teacher)}
+    teacher = {"teacher_weights": run.distill.teacher_weights and _absolute(run.distill.teacher_weights)}
+    if run.distill.teacher and Path(run.distill.teacher).expanduser().exists():  # else it is the name of a network
+        teacher["teacher"] = _absolute(run.distill.teacher)
     return run.model_copy(
         update={
             "folder": _absolute(run.folder),
             "data": run.data.model_copy(update=data),
             "backbone": run.backbone.model_copy(update=weights),
-            "train": run.train.model_copy(
-                update={"start_from": run.train.start_from and _absolute(run.train.start_from)}
-            ),
+            "train": run.train.model_copy(update=start),
+            "loss": run.loss.model_copy(update=anchor),
+            "distill": run.distill.model_copy(update=teacher),
         }
     )
 

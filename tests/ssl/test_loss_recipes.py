@@ -16,7 +16,8 @@ from nearfar.ssl.settings import KEYS, Run
 
 def value(run: Run, key: str) -> object:
     section, _, name = key.partition(".")
-    return getattr(getattr(run, section), name)
+    part = getattr(run, section)
+    return getattr(part, name) if name else part
 
 
 @pytest.mark.parametrize("name", PARTS)

@@ -15,7 +15,7 @@ from nearfar.ssl import checkpoint, device, train
 from nearfar.ssl.data.sources.base import ArraySource
 from nearfar.ssl.defaults import resolve
 from nearfar.ssl.errors import UserError
-from nearfar.ssl.learner import Learner, build_learner
+from nearfar.ssl.learner import DINOLearner, Learner, build_learner
 from nearfar.ssl.loss_scale import FIRST, GROWTH_INTERVAL, LEAST, MOST, LossScale, fitted
 from nearfar.ssl.optim import adamw
 from nearfar.ssl.run_folder import read_metrics
@@ -188,7 +188,7 @@ def test_the_message_at_the_end_says_that_no_scale_helped(
     tiny: Make, images: ArraySource, fp16: None, quiet: Console, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("nearfar.ssl.loss_scale.FIRST", 1.0)
-    monkeypatch.setattr(Learner, "freeze_prototypes", lambda self, _: _poison(self))
+    monkeypatch.setattr(DINOLearner, "freeze_prototypes", lambda self, _: _poison(self))
     with pytest.raises(UserError, match=r"fp16, with the loss scaled by 1\).*train\.precision=fp32"):
         train.pretrain(tiny("train.precision=fp16"), images, console=quiet)
 
