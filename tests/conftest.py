@@ -30,6 +30,7 @@ TINY: dict[str, dict[str, Any]] = {
 CLOCK = {"img_per_s", "data_wait", "save_wait", "time"}
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The cluster's files first, one after the other in one process: they are the longest and mostly wait, and two
     clusters at once get in each other's way. The tests of any other file share a process as well.
