@@ -60,7 +60,7 @@ demo: setup
 # Two test processes of one thread each: faster than one of two threads, since most tests are small. The cluster's
 # files go first (tests/conftest.py) and not those with the most tests.
 test: setup
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup --no-loadscope-reorder
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 # The tested versions but for torch and torchvision, and for numpy, since the interpreter of the Triton that belongs to
 # that torch fails on a newer one. PyPI's torch of that age is the CUDA build (several GB); where pip is configured with

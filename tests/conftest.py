@@ -30,18 +30,12 @@ TINY: dict[str, dict[str, Any]] = {
 CLOCK = {"img_per_s", "data_wait", "save_wait", "time"}
 
 
-@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The cluster's files first, one after the other in one process: they are the longest and mostly wait, and two
-    clusters at once get in each other's way. The tests of any other file share a process as well.
+    """The cluster's files first: they are the longest and mostly wait, while a second process runs the others.
 
     Tests marked `cuda` are skipped where there is no CUDA device.
     """
-    cluster = Path(__file__).parent / "slurm"
-    for item in items:
-        group = "slurm" if item.path.is_relative_to(cluster) else item.nodeid.partition("::")[0]
-        item.add_marker(pytest.mark.xdist_group(group))
-    items.sort(key=lambda item: not item.path.is_relative_to(cluster))
+    items.sort(key=lambda item: not item.path.is_relative_to(Path(__file__).parent / "slurm"))
     if not torch.cuda.is_available():
         for item in items:
             if item.get_closest_marker("cuda"):
