@@ -96,7 +96,14 @@ class Heartbeat:
     def __exit__(self, *_: object) -> None:
         """Say that this rank leaves; the first one, with whom the store goes, waits a little for the others."""
         self._leaving.set()
-        if not self.watches or self._silent_store(2 * self.every):
+        if not self.watches:
+            return
+        self._say_goodbye()
+        for thread in self._threads:  # one that is still in the store's code when Python ends would abort the process
+            thread.join(2 * self.every)
+
+    def _say_goodbye(self) -> None:
+        if self._silent_store(2 * self.every):
             return
         self._set(_key(self.rank), _LEFT)
         until = time.monotonic() + 3 * self.every
