@@ -15,6 +15,11 @@ def find_recipe(name: str, supervised: bool = False) -> Path:
     known = bundled(supervised)
     if name in known:
         return _folder() / f"{name}.yaml"
+    if not path.is_file() and "=" in name:
+        raise UserError(
+            f"{name} is a setting, and the recipe comes before the settings: a .yaml file of yours (an empty one has "
+            f"every default) or one of: {', '.join(known)}."
+        )
     if not path.is_file():
         near = nearest(path.stem, known)
         hint = f" Did you mean {near}?" if near else ""

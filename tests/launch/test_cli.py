@@ -97,6 +97,7 @@ def test_recipes_that_are_none(here: Path, refused: Refused) -> None:
     assert "There is no recipe cifar100" in told and "demo" in told
     assert "'statsu', and it is no recipe; did you mean status?" in refused("launch", "statsu", "runs/mine")
     assert "There is no recipe missing.yaml" in refused("pretrain", "missing.yaml")
+    assert "the recipe comes before the settings" in refused("pretrain", "train.epochs=3")
     assert "cannot be read" in refused("pretrain", "pictures/cat/0.png")
     (here / "list.yaml").write_text("- 1\n")
     assert "must hold sections" in refused("pretrain", "list.yaml")
