@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nearfar.ssl import distributed
+from nearfar.ssl.losses import sinkhorn_knopp
 
 
 def patch_loss(student: Tensor, teacher: Tensor, weights: Tensor, views: int, temperature: float) -> Tensor:
@@ -28,16 +29,6 @@ def patch_loss(student: Tensor, teacher: Tensor, weights: Tensor, views: int, te
     logits = student / temperature
     cross_entropy = teacher.sum(-1) * logits.logsumexp(-1) - torch.linalg.vecdot(teacher, logits)
     return torch.linalg.vecdot(cross_entropy, weights.to(logits.dtype)) / views
-
-
-def balanced(logits: Tensor, counts: Tensor, temperature: float, iterations: int = 3) -> Tensor:
-    """`losses.sinkhorn_knopp` over those rows of all ranks that count: (M, K), (M,) bool -> (M, K), 0 elsewhere."""
-    left_out = ~counts.unsqueeze(1)
-    rows = logits / temperature
-    for _ in range(iterations):
-        rows = rows - distributed.all_logsumexp(rows.masked_fill(left_out, -torch.inf))
-        rows = rows - rows.logsumexp(1, keepdim=True)
-    return rows.exp().masked_fill(left_out, 0)
 
 
 class PatchLoss(nn.Module):
@@ -60,7 +51,7 @@ class PatchLoss(nn.Module):
         """Balanced and sharpened teacher: logits (M, K) -> probabilities, in float32 or wider."""
         logits = logits.to(self.center.dtype)
         if self.sinkhorn:
-            return balanced(logits, weights > 0, temperature)
+            return sinkhorn_knopp(logits, temperature, counts=weights > 0)
         return F.softmax((logits - self.center) / temperature, dim=-1)
 
     def forward(self, student_logits: Tensor, teacher_probabilities: Tensor, weights: Tensor, views: int) -> Tensor:

@@ -62,17 +62,22 @@ def dino_loss(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
     return loss
 
 
-def sinkhorn_knopp(logits: Tensor, temperature: float, iterations: int = 3) -> Tensor:
+def sinkhorn_knopp(logits: Tensor, temperature: float, iterations: int = 3, counts: Tensor | None = None) -> Tensor:
     """Teacher probabilities that use all prototypes alike over the rows of all ranks: logits (..., K) -> (..., K).
 
     Alternately scales exp(logits / temperature) to equal mass a prototype and mass 1 a row (SwAV, section 3.1;
     DINOv2, section 4), in logarithms, so that no temperature overflows.
+
+    counts: (...,) bool; rows where it is False are left out, and 0 in what is returned. None: all rows count.
     """
     rows = logits.flatten(0, -2) / temperature
+    left_out = None if counts is None else ~counts.flatten().unsqueeze(1)
     for _ in range(iterations):
-        rows = rows - distributed.all_logsumexp(rows)
+        counted = rows if left_out is None else rows.masked_fill(left_out, -torch.inf)
+        rows = rows - distributed.all_logsumexp(counted)
         rows = rows - rows.logsumexp(1, keepdim=True)
-    return rows.exp().view_as(logits)
+    found = rows.exp() if left_out is None else rows.exp().masked_fill(left_out, 0)
+    return found.view_as(logits)
 
 
 def koleo(features: Tensor) -> Tensor:

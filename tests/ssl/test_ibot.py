@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from nearfar.ssl.ibot import PatchLoss, balanced, patch_loss
+from nearfar.ssl.ibot import PatchLoss, patch_loss
 from nearfar.ssl.losses import sinkhorn_knopp
 from nearfar.ssl.masks import BlockMasks, Masks
 
@@ -59,12 +59,14 @@ def test_gradients_are_right_and_rows_that_fill_the_list_have_none(masks: Masks)
 
 def test_sinkhorn_knopp_sees_the_rows_that_count_only(masks: Masks) -> None:
     rows, counts = logits(0, len(masks.rows)), masks.weights > 0
-    found = balanced(rows, counts, 0.05)
+    found = sinkhorn_knopp(rows, 0.05, counts=counts)
     torch.testing.assert_close(found[counts], sinkhorn_knopp(rows[counts], 0.05), rtol=1e-12, atol=0)
     assert not found[~counts].any()
     changed = torch.where(counts[:, None], rows, 1e3)
-    assert torch.equal(balanced(changed, counts, 0.05), found)
-    assert torch.equal(balanced(rows, torch.zeros_like(counts), 0.05), torch.zeros_like(rows))  # and no NaN
+    assert torch.equal(sinkhorn_knopp(changed, 0.05, counts=counts), found)
+    assert torch.equal(
+        sinkhorn_knopp(rows, 0.05, counts=torch.zeros_like(counts)), torch.zeros_like(rows)
+    )  # and no NaN
 
 
 def test_the_center_follows_the_mean_over_all_hidden_patches(masks: Masks) -> None:
