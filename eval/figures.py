@@ -94,9 +94,7 @@ def read(file: Path) -> list[Figure]:
     if not file.exists():
         return []
     try:
-        content = json.loads(bounded_files.read_text(file, MOST_BYTES))
-        if not isinstance(content, dict) or content.get("format") != FORMAT:
-            raise ValueError(f'it does not begin with "format": "{FORMAT}"')
+        content = bounded_files.read_format(file, MOST_BYTES, FORMAT)
         return [_figure(entry) for entry in content["figures"]]
     except (OSError, ValueError, KeyError, TypeError, RecursionError, binascii.Error) as error:
         why = " ".join(str(error).split())[:300]

@@ -84,9 +84,7 @@ def read(file: Path) -> list[Score]:
     if not file.exists():
         return []
     try:
-        content = json.loads(bounded_files.read_text(file, MOST_BYTES))
-        if not isinstance(content, dict) or content.get("format") != FORMAT:
-            raise ValueError(f'it does not begin with "format": "{FORMAT}"')
+        content = bounded_files.read_format(file, MOST_BYTES, FORMAT)
         return [_score(entry, number) for number, entry in enumerate(content["scores"])]
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         why = " ".join(str(error).split())[:300]

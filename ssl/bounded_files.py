@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +51,14 @@ def read_text(path: Path, max_bytes: int) -> str:
     if path.stat().st_size > max_bytes:
         raise ValueError(f"it is longer than {max_bytes // 2**20} MiB")
     return path.read_text(encoding="utf-8")
+
+
+def read_format(path: Path, most: int, name: str) -> dict[str, Any]:
+    """A JSON object that says under "format" that it is `name`. Raises OSError, or ValueError for anything else."""
+    content = json.loads(read_text(path, most))
+    if not isinstance(content, dict) or content.get("format") != name:
+        raise ValueError(f'it does not begin with "format": "{name}"')
+    return content
 
 
 def parse_yaml(text: str) -> Any:
