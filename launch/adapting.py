@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import math
 import re
 from pathlib import Path
@@ -61,6 +62,7 @@ def settings_for(weights: str, guess: bool = True) -> list[str]:
     """
     if weights.startswith("timm/"):
         return [f"backbone.name={weights}", "backbone.pretrained=true"]
+    from nearfar.launch.starting_weights import described
     from nearfar.ssl import checkpoint
     from nearfar.ssl.backbones.weights import read_state, weights_in
 
@@ -71,16 +73,8 @@ def settings_for(weights: str, guess: bool = True) -> list[str]:
     except UserError:  # another's safetensors, or damaged, which `read_state` will say
         about = {}
     if isinstance(about.get("arch"), dict):
-        return [*start, *_of_arch(about["arch"]), *_of_run(about.get("run"))]
+        return [*start, *described(about["arch"]), *_of_run(about.get("run"))]
     return [*start, *(vit_of(read_state(file), file) if guess else [])]
-
-
-def _of_arch(arch: dict[str, Any]) -> list[str]:
-    """Of one of our files, which names its network."""
-    from nearfar.ssl.settings import BackboneSettings
-
-    known = set(BackboneSettings.model_fields) - {"drop_path", "weights", "pretrained"}
-    return [f"backbone.{key}={_typed(value)}" for key, value in arch.items() if key in known and value is not None]
 
 
 def _of_run(run: Any) -> list[str]:
@@ -91,12 +85,8 @@ def _of_run(run: Any) -> list[str]:
         values = run.get(section) if isinstance(run, dict) else None
         for key in keys:
             if isinstance(values, dict) and values.get(key) is not None:
-                found.append(f"{section}.{key}={_typed(values[key])}")
+                found.append(f"{section}.{key}={json.dumps(values[key])}")
     return found
-
-
-def _typed(value: Any) -> str:
-    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def vit_of(state: dict[str, Tensor], file: Path) -> list[str]:

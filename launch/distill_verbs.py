@@ -5,9 +5,8 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from rich.console import Console
-
 from nearfar.launch.command_line import HelpWithSettings, add_settings
+from nearfar.launch.forking import start
 from nearfar.launch.recipes import bundled, find_recipe
 from nearfar.ssl.errors import UserError
 
@@ -40,12 +39,4 @@ def run_distill(arguments: argparse.Namespace) -> None:
     recipe = find_recipe(arguments.recipe) if arguments.recipe else None
     name = [] if recipe else ["name=distilled"]
     run = config.load(recipe, [*name, f"distill.teacher={arguments.teacher}", *arguments.settings])
-    config.require_images(run)
-    if arguments.dry_run:
-        from nearfar.launch.dry_run import dry_run
-
-        dry_run(run, Console())
-    else:
-        from nearfar.launch.pretrain import run_pretraining
-
-        run_pretraining(run, Console())
+    start(run, arguments.dry_run)

@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
-import torch
 from rich.console import Console
 
 from nearfar.eval import results
@@ -24,7 +23,7 @@ from nearfar.ssl.classifier import Classifier
 from nearfar.ssl.data import open_source
 from nearfar.ssl.data.sources.base import Source
 from nearfar.ssl.data.sources.files import FolderSource
-from nearfar.ssl.distributed import ALONE, Ranks, from_environment
+from nearfar.ssl.distributed import Ranks
 from nearfar.ssl.errors import UserError, printable
 from nearfar.ssl.finetune import class_names, finetune, labels_as
 from nearfar.ssl.finetune_settings import FinetuneRun, ResolvedFinetune
@@ -39,19 +38,7 @@ def run_finetuning(run: FinetuneRun, console: Console) -> Outcome:
         UserError: as `nearfar.ssl.finetune.finetune`; data.val does not fit the classes; the device is not there.
         PeerError: another of the run's processes ended.
     """
-    world = from_environment()
-    if world != ALONE:  # torchrun and srun start what is to run, one process or many
-        return train_rank(run, console, world)
-    config.require_images(run)
-    key, size, reason = processes.world_size(run)
-    if run.train.world_size is None:
-        console.print(f"derived {key} = {size}  ({reason})", highlight=False, soft_wrap=True)
-    threads = torch.get_num_threads()
-    try:
-        with processes.started(run, size) as world:
-            return train_rank(run, console, world)
-    finally:
-        torch.set_num_threads(threads)
+    return processes.in_all(run, console, train_rank)
 
 
 def train_rank(run: FinetuneRun, console: Console, world: Ranks) -> Outcome:

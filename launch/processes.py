@@ -8,17 +8,22 @@ import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from typing import Any
+from typing import Any, TypeVar
+
+import torch
+from rich.console import Console
 
 from nearfar.ssl import defaults, distributed, gpus
 from nearfar.ssl.defaults import Derived
-from nearfar.ssl.distributed import ALONE, Ranks, available_cores
+from nearfar.ssl.distributed import ALONE, Ranks, available_cores, from_environment
 from nearfar.ssl.errors import EXIT_PEER, EXIT_USER, PeerError
 from nearfar.ssl.run_folder import RunFolder
 from nearfar.ssl.settings import AnyRun
 
+R = TypeVar("R", bound=AnyRun)
+T = TypeVar("T")
 HEARD_WITHIN = 5.0  # seconds in which the main thread must have noticed that another rank died
 
 
@@ -30,6 +35,28 @@ def world_size(run: AnyRun) -> Derived:
     """
     saved = RunFolder(run.path).saved(run.as_asked())
     return defaults.world_size(run, saved, available_cores(), gpus.visible(run.train.device))
+
+
+def in_all(run: R, console: Console, train_rank: Callable[[R, Console, Ranks], T]) -> T:
+    """What `train_rank` returns as one of the processes that torchrun or srun started, or as the first of those that it
+    starts here: one for each visible GPU, or by the cores, unless `train.world_size` says how many.
+
+    Raises:
+        UserError: the device is not there, or has not as many GPUs as processes are set.
+        PeerError: another of the run's processes ended.
+    """
+    world = from_environment()
+    if world != ALONE:
+        return train_rank(run, console, world)
+    key, size, reason = world_size(run)
+    if run.train.world_size is None:
+        console.print(f"derived {key} = {size}  ({reason})", highlight=False, soft_wrap=True)
+    threads = torch.get_num_threads()
+    try:
+        with started(run, size) as world:
+            return train_rank(run, console, world)
+    finally:
+        torch.set_num_threads(threads)
 
 
 @contextmanager

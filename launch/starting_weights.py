@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 from nearfar.ssl import checkpoint
 from nearfar.ssl.errors import UserError
 from nearfar.ssl.settings import BackboneSettings
-
-# Of a backbone's own description: the rest of it is of one training (drop-path), or of what an input's size is.
-_NOT_OF_IT = {"drop_path", "img_size", "mask_token"}
 
 
 def settings_of(weights: str) -> list[str]:
@@ -22,7 +20,11 @@ def settings_of(weights: str) -> list[str]:
     arch = checkpoint.about(Path(weights)).get("arch")
     if not isinstance(arch, dict):
         raise UserError(f"{weights} does not say which architecture it holds. Export the backbone again.")
-    known = BackboneSettings.model_fields.keys()
-    described = {key: value for key, value in arch.items() if key in known and key not in _NOT_OF_IT}
-    written = [f"backbone.{key}={json.dumps(value)}" for key, value in described.items() if value is not None]
-    return [*written, f"backbone.weights={weights}"]
+    arch.pop("img_size", None)  # a classifier's images have the size of its own views
+    return [*described(arch), f"backbone.weights={weights}"]
+
+
+def described(arch: dict[str, Any]) -> list[str]:
+    """`backbone.key=value` of a backbone's description, but for what belongs to one training (drop-path)."""
+    known = BackboneSettings.model_fields.keys() - {"drop_path", "weights", "pretrained"}
+    return [f"backbone.{key}={json.dumps(value)}" for key, value in arch.items() if key in known and value is not None]
