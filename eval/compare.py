@@ -17,7 +17,7 @@ from nearfar.eval import results
 from nearfar.eval.results import TITLES, Score
 from nearfar.eval.run_files import flat, read_numbers, read_settings
 from nearfar.ssl.errors import UserError
-from nearfar.ssl.settings import all_settings
+from nearfar.ssl.setting_list import all_settings
 
 ONLINE = "* online, during training: fewer images, so not to be compared with the others"
 _ONLINE_TASK = {"knn": "knn_top1"}

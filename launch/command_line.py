@@ -71,7 +71,7 @@ def check_verb(parser: argparse.ArgumentParser, words: Sequence[str], verbs: Seq
 def refuse_leftover(words: Sequence[str], left: Sequence[str]) -> NoReturn:
     """End with what each unrecognized word may have meant: `--epochs 3` is train.epochs=3."""
     from nearfar.ssl.setting_errors import nearest_setting
-    from nearfar.ssl.settings import KEYS
+    from nearfar.ssl.setting_list import KEYS
 
     told = []
     for flag in (word for word in left if word.startswith("-")):
@@ -129,7 +129,7 @@ class HelpWithSettings(argparse.Action):
 
 def settings_help(width: int, kind: type[AnyRun]) -> str:
     """Every setting of a kind of run as it may be typed, with its meaning below, wrapped to `width`."""
-    from nearfar.ssl.settings import all_settings
+    from nearfar.ssl.setting_list import all_settings
 
     def wrapped(text: str, indent: int) -> str:
         return textwrap.fill(

@@ -30,9 +30,10 @@ from nearfar.ssl.learners import learner_of
 from nearfar.ssl.optim import adamw_of
 from nearfar.ssl.run_folder import RunFolder
 from nearfar.ssl.schedule import Schedule
-from nearfar.ssl.settings import Run, all_settings
+from nearfar.ssl.set_up import compile_learner, loader_of, prepare_learner
+from nearfar.ssl.setting_list import all_settings
+from nearfar.ssl.settings import Run
 from nearfar.ssl.step import Stepper
-from nearfar.ssl.training import compile_learner, loader_of, prepare_learner
 
 FEWEST_STEPS, MOST_STEPS, LONGEST = (
     3,
@@ -78,9 +79,9 @@ def dry_run(run: Run, console: Console) -> None:
         learner = learner_of(resolved, weights=not done)
         width = learner.teacher.backbone.embed_dim
         compute = device.choose(resolved.train.device, resolved.train.precision, width)
-        prepare_learner(learner, resolved, compute)
+        prepare_learner(learner, compute, resolved.train.checkpoint_activations)
         warnings: list[str] = []
-        compute = compile_learner(learner, resolved, compute, warnings)
+        compute = compile_learner(learner, resolved.train, compute, warnings)
         loader = loader_of(resolved, source, Ranks(0, ranks.value), compute.device)
         schedule = Schedule(resolved, loader.steps_per_epoch)
         sizes = _sizes(resolved, learner, source, schedule, done, labeled)

@@ -6,7 +6,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-import torch
 from rich.console import Console
 from torch import Tensor
 
@@ -22,7 +21,7 @@ from nearfar.ssl.data import open_source
 from nearfar.ssl.data.loaders.base import Batch
 from nearfar.ssl.data.sources.base import Source, Subset
 from nearfar.ssl.defaults import ResolvedRun
-from nearfar.ssl.distributed import ALONE, Ranks, from_environment
+from nearfar.ssl.distributed import Ranks
 from nearfar.ssl.health import start_similarity
 from nearfar.ssl.run_folder import START
 from nearfar.ssl.settings import Run
@@ -39,18 +38,7 @@ def run_pretraining(run: Run, console: Console) -> train.Outcome:
             or has fewer GPUs than `train.world_size`.
         PeerError: another of the run's processes ended.
     """
-    world = from_environment()
-    if world != ALONE:  # torchrun and srun start what is to run, one process or many
-        return train_rank(run, console, world)
-    key, size, reason = processes.world_size(run)
-    if run.train.world_size is None:
-        console.print(f"derived {key} = {size}  ({reason})", highlight=False, soft_wrap=True)
-    threads = torch.get_num_threads()
-    try:
-        with processes.started(run, size) as world:
-            return train_rank(run, console, world)
-    finally:
-        torch.set_num_threads(threads)
+    return processes.in_all(run, console, train_rank)
 
 
 def train_rank(run: Run, console: Console, world: Ranks) -> train.Outcome:

@@ -13,7 +13,8 @@ from pydantic import ValidationError
 from nearfar.ssl import bounded_files
 from nearfar.ssl.errors import UserError
 from nearfar.ssl.setting_errors import PRETRAIN, in_words, unknown
-from nearfar.ssl.settings import AnyRun, BackboneSettings, Run, ViewSettings, all_settings
+from nearfar.ssl.setting_list import all_settings
+from nearfar.ssl.settings import AnyRun, BackboneSettings, Run, ViewSettings
 
 MAX_REPORTED = 20  # mistakes
 MAX_NAME_BYTES = 200  # file systems take 255; the rest is left for prefixes and suffixes

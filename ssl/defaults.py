@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple, TypeVar
 
 from nearfar.ssl.errors import UserError
+from nearfar.ssl.setting_list import all_settings
 from nearfar.ssl.settings import (
     AnyRun,
     DataSettings,
@@ -17,7 +18,6 @@ from nearfar.ssl.settings import (
     OptimSettings,
     Run,
     TrainSettings,
-    all_settings,
 )
 
 R = TypeVar("R", bound=AnyRun)

@@ -24,7 +24,8 @@ from nearfar.ssl.defaults import Derived, ResolvedRun
 from nearfar.ssl.errors import UserError
 from nearfar.ssl.learner import Learner
 from nearfar.ssl.loss_scale import fitted
-from nearfar.ssl.settings import AnyRun, Run, all_settings
+from nearfar.ssl.setting_list import all_settings
+from nearfar.ssl.settings import AnyRun, Run
 from nearfar.ssl.sharding import whole
 
 # Parts that one of the two runs may have alone: they begin afresh, or are left out.

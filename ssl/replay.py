@@ -21,8 +21,9 @@ from nearfar.ssl.learner import Learner, block_masks
 from nearfar.ssl.learners import learner_of
 from nearfar.ssl.optim import adamw_of
 from nearfar.ssl.schedule import Schedule
+from nearfar.ssl.set_up import loader_of, prepare_learner
 from nearfar.ssl.step import Stepper
-from nearfar.ssl.training import loader_of, prepare_learner, step_seed
+from nearfar.ssl.training import step_seed
 
 
 def settings_of(saved: Checkpoint) -> ResolvedRun:
@@ -49,7 +50,7 @@ def replay(
     learner = learner_of(run, weights=False)
     width = learner.teacher.backbone.embed_dim
     compute = device.choose(where or run.train.device, precision or run.train.precision, width, "--device ")
-    prepare_learner(learner, run, compute)
+    prepare_learner(learner, compute, run.train.checkpoint_activations)
     optimizer = adamw_of(run.optim, learner.student)
     resume.restore(saved, learner, optimizer, source.fingerprint)
     loader = loader_of(run, source, ALONE, compute.device)

@@ -15,11 +15,13 @@ from nearfar.ssl.data.sources.base import Source
 from nearfar.ssl.distributed import ALONE, Ranks
 from nearfar.ssl.errors import UserError
 from nearfar.ssl.prefetch import Prefetch, side_stream
+from nearfar.ssl.pretraining import Pretraining
 from nearfar.ssl.run_folder import RunFolder
 from nearfar.ssl.run_log import NoLog, RunLog
+from nearfar.ssl.set_up import set_up
 from nearfar.ssl.settings import AnyRun, Run
 from nearfar.ssl.step import StepResult
-from nearfar.ssl.training import NO_OBSERVERS, Observers, Pretraining, Training, set_up
+from nearfar.ssl.training import NO_OBSERVERS, Observers, Training
 
 if TYPE_CHECKING:
     from rich.console import Console

@@ -1,4 +1,7 @@
-"""A run that is set up, and what its loop calls: views, the next step, scores, checkpoints."""
+"""A run that is set up, and what its loop calls: views, the next step, scores, checkpoints.
+
+What is learned is said in pretraining.py and finetune.py; how a run gets here, in set_up.py.
+"""
 
 from __future__ import annotations
 
@@ -18,43 +21,25 @@ from torch import Tensor
 
 from nearfar.ssl import (
     announce,
-    checkpoint,
-    checkpoint_names,
-    compiled,
-    device,
     distributed,
-    failed_step,
-    fork,
-    gpus,
     kept,
     memory,
     resume,
-    tracking,
 )
-from nearfar.ssl.backbones import Backbone
 from nearfar.ssl.background_save import Saver
-from nearfar.ssl.checkpoint import TEACHER
-from nearfar.ssl.data import open_loader
-from nearfar.ssl.data.loaders.base import Batch, Loader, LoaderOptions
+from nearfar.ssl.data.loaders.base import Batch, Loader
 from nearfar.ssl.data.sources.base import Source
 from nearfar.ssl.data.transforms.colors import color_views
 from nearfar.ssl.data.transforms.normalize import normalize
-from nearfar.ssl.defaults import Derived, ResolvedRun, resolve
+from nearfar.ssl.defaults import Derived, ResolvedRun
 from nearfar.ssl.device import Compute
 from nearfar.ssl.distributed import Ranks
 from nearfar.ssl.errors import UserError
 from nearfar.ssl.finetune_settings import ResolvedFinetune
-from nearfar.ssl.health import CollapseWatch, falling_score, features_lost, nothing_learned, patience
-from nearfar.ssl.learner import Learner, Outputs, block_masks, share_batch_norm
-from nearfar.ssl.learners import learner_of
-from nearfar.ssl.loss_scale import LossScale
-from nearfar.ssl.masks import Masks
-from nearfar.ssl.optim import adamw_of
-from nearfar.ssl.run_folder import START, RunFolder, read_metrics
+from nearfar.ssl.run_folder import RunFolder
 from nearfar.ssl.run_log import NoLog
-from nearfar.ssl.schedule import Schedule
-from nearfar.ssl.settings import AnyRun, Run
-from nearfar.ssl.sharding import is_sharded, shard
+from nearfar.ssl.settings import AnyRun
+from nearfar.ssl.sharding import is_sharded
 from nearfar.ssl.step import Numbers, Stepper, StepResult
 from nearfar.ssl.student_teacher import StudentTeacher
 
@@ -86,13 +71,12 @@ class Observers:
 
 
 NO_OBSERVERS = Observers()
-T = TypeVar("T", bound="Training[Any, Any]")
 
 
 @dataclass
 class Training(ABC, Generic[R, L]):
     """A run that is set up: all that its loop needs. What is learned, and how, is said by its subclasses:
-    `Pretraining` here, and `Finetuning` in finetune.py.
+    `Pretraining` in pretraining.py, and `Finetuning` in finetune.py.
     """
 
     run: R
@@ -319,283 +303,6 @@ class Training(ABC, Generic[R, L]):
         train, step = self.run.train, self.step
         due = any(every is not None and step % every == 0 for every in (train.save_every_steps, train.keep_every))
         return step == self.schedule.steps or due or self.late_save or self.is_best
-
-
-class Pretraining(Training[ResolvedRun, Learner]):
-    """Student and teacher on unlabeled images: DINO, or distillation."""
-
-    settings = ResolvedRun
-    exported = TEACHER
-    schedule: Schedule
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        first = next((line for line in read_metrics(self.folder.metrics) if "feature_std" in line), None)
-        self.block_masks = block_masks(self.run, self.learner.student.backbone.patch_size, self.world.rank)
-        self.told = ""
-        self.watch = CollapseWatch(self.schedule.steps // 10, patience(self.run.train.log_every_steps), start=first)
-
-    @classmethod
-    def resolved(
-        cls, run: Run, images: int, cores: int, world_size: int, saved: Run | None, done: int
-    ) -> tuple[ResolvedRun, list[Derived]]:
-        begun, taken = (run, []) if saved else fork.located(run)
-        settings, derived = resolve(begun, images, cores, world_size=world_size, saved=saved, done=done)
-        return settings, [*taken, *derived]
-
-    @classmethod
-    def built(cls, run: ResolvedRun, source: Source, weights: bool) -> Learner:
-        return learner_of(run, weights)
-
-    @classmethod
-    def optimizer_for(cls, run: ResolvedRun, learner: Learner) -> torch.optim.Optimizer:
-        return adamw_of(run.optim, learner.student)
-
-    @classmethod
-    def schedule_for(cls, run: ResolvedRun, steps_per_epoch: int) -> Schedule:
-        return Schedule(run, steps_per_epoch)
-
-    @classmethod
-    def needed(cls, run: ResolvedRun, learner: Learner, compute: Compute) -> memory.Need:
-        return needed(learner, run, compute)
-
-    @classmethod
-    def description_of(cls, run: ResolvedRun, learner: Learner, source: Source, rounding: str) -> dict[str, Any]:
-        return resume.self_description(run, learner, source.fingerprint, rounding)
-
-    @classmethod
-    def export(cls, folder: RunFolder, step: int, tensors: dict[str, Tensor], description: dict[str, Any]) -> None:
-        prefix = "learner/teacher.backbone."
-        backbone = {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
-        resume.export(folder, step, backbone, description)
-
-    def started_step(self, views: list[Tensor], values: dict[str, float], votes: Votes) -> StepResult:
-        if self.schedule.takes_anchor(self.step):
-            self.learner.take_anchor()
-        return self.stepper(
-            views,
-            values,
-            masks=self.masks(),
-            freeze_last_layer=self.schedule.prototypes_frozen(self.step),
-            freeze_backbone=self.schedule.backbone_frozen(self.step),
-            votes=votes,
-        )
-
-    def masks(self) -> list[Masks]:
-        """Of the coming step, for each of its parts; none without iBOT."""
-        if self.block_masks is None:
-            return []
-        return self.block_masks.of_step(self.step, self.compute.device, self.run.train.accumulate_steps)
-
-    def measured(self, outputs: Outputs) -> dict[str, float]:
-        health = self.learner.health(outputs)
-        self.told = next(iter(health))  # the most telling one
-        return health | {name: float(part) for name, part in outputs.parts.items()}
-
-    def warning(self, step: int, measured: dict[str, float]) -> str | None:
-        return self.watch.update(step, measured)
-
-    def progress(self, measured: dict[str, float]) -> str:
-        return f"{self.told} {measured[self.told]:.2f}"
-
-    def _score(self) -> bool:
-        backbone = resume.whole_teacher(self.learner, self.world)
-        return distributed.from_first(lambda: self._score_of(backbone))
-
-    def _score_of(self, backbone: Backbone) -> bool:
-        assert self.observers.probe is not None
-        scores = self.observers.probe(backbone.eval(), self.run)
-        backbone.train()
-        stopped = self.tell_scores(scores)
-        metrics = read_metrics(self.folder.metrics) if scores else []
-        for message in (falling_score(metrics), features_lost(metrics)):
-            if message:
-                self.log.say(message)
-        return stopped
-
-    def _not_finite(self, batch: Batch, step: int, numbers: Numbers) -> str:
-        """Save the batch and the state before it for `nearfar replay`, and say what happened."""
-        record = failed_step.save(
-            self.folder.path, step, numbers, batch, self.source, self.learner, self.optimizer, self.description
-        )
-        first = [self.source.name(int(index)) for index in batch.index[:4]]
-        return announce.not_finite(step, numbers, first, record, self.run)
-
-    def verdict(self) -> str | None:
-        """One sentence where a finished run learned little; None elsewhere."""
-        rows = 2 * self.run.train.batch_size // self.world.size
-        most = min(rows, self.learner.teacher.backbone.embed_dim)
-        if not self.world.first:
-            return None
-        return nothing_learned(read_metrics(self.folder.metrics), most, self.run.head.batch_norm, self.learner.remedy)
-
-    def what_next(self, finished: bool) -> str:
-        return announce.what_next(self.run, finished, self.step, self.schedule.steps)
-
-
-def set_up(kind: type[T], run: AnyRun, source: Source, observers: Observers, folder: RunFolder, world: Ranks) -> T:
-    """Everything as it stands at the step that the run continues from, and its folder made ready for it.
-
-    kind: what is learned, `Pretraining` or another.
-
-    Raises:
-        UserError: settings, data, folder or checkpoint are wrong. Then nothing in the folder was changed.
-    """
-    tracking.check(run.track)
-    resolved, derived = _settings(kind, run, folder, len(source), world)
-    torch.set_num_threads(resolved.train.threads)
-    warnings: list[str] = []
-    saved = resume.latest(folder, world, warnings)
-    origin = fork.read(resolved.train.start_from) if saved is None and resolved.train.start_from else None
-    learner = kind.built(resolved, source, saved is None)
-    compute = device.choose(resolved.train.device, resolved.train.precision, learner.teacher.backbone.embed_dim)
-    # Student, its gradients and AdamW's two moments; the teacher; what stays as it is.
-    weights = 4 * _size(learner.student) + _size(learner.teacher) + sum(map(_size, learner.frozen))
-    gpus.require_room(compute.device, weights, "the weights and the optimizer's state")
-    prepare_learner(learner, resolved, compute)
-    if compute.device.type == "cpu":
-        device.keep_freed_memory()
-    loader = loader_of(resolved, source, world, compute.device)
-    need, free = kind.needed(resolved, learner, compute), memory.free(compute.device)
-    if world.size > 1:
-        _spread(learner, resolved.train.shard)
-    optimizer = kind.optimizer_for(resolved, learner)
-    if origin:
-        begun = fork.begin(origin, learner, optimizer, resolved, source.fingerprint, loader.steps_per_epoch)
-    else:
-        begun = fork.Begun(resume.restore(saved, learner, optimizer, source.fingerprint) if saved else 0, [])
-    step, warnings = begun.step, [*warnings, *begun.said]
-    if step < resolved.train.epochs * loader.steps_per_epoch:
-        warnings.append(announce.memory_line(resolved, need, free))
-    compute = compile_learner(learner, resolved, compute, warnings)
-    description = kind.description_of(resolved, learner, source, compute.rounding)
-    description["lineage"] = (saved.state.get("lineage") or []) if saved else fork.lineage(origin, resolved)
-    if before := saved or origin:
-        warnings += announce.continuation_changes(before.state, resolved, compute.rounding)
-        warnings += announce.changed_versions(before.state, description["versions"])
-    if world.first:
-        folder.record(resolved)
-        folder.forget_metrics_after(step)
-    if saved:
-        _export_what_lacks(kind, folder, step, learner, optimizer, description, world)
-    else:
-        _export_start(resolved, folder, step, learner, description, world)
-    return kind(
-        run=resolved,
-        source=source,
-        observers=observers,
-        folder=folder,
-        world=world,
-        compute=compute,
-        learner=learner,
-        optimizer=optimizer,
-        loader=loader,
-        schedule=kind.schedule_for(resolved, loader.steps_per_epoch),
-        step=step,
-        resumed=saved is not None,
-        description=description,
-        derived=derived,
-        warnings=warnings,
-    )
-
-
-def _spread(learner: StudentTeacher, sharded: bool) -> None:
-    """Make a learner one of several: batch norm over all ranks' images, and its tensors in shards where set."""
-    share_batch_norm(learner)
-    if sharded:
-        shard(learner.student, learns=True)
-        shard(learner.teacher, learns=False)
-
-
-def _export_what_lacks(
-    kind: type[Training[Any, Any]],
-    folder: RunFolder,
-    step: int,
-    learner: StudentTeacher,
-    optimizer: torch.optim.Optimizer,
-    description: dict[str, Any],
-    world: Ranks,
-) -> None:
-    """Export again where a run that continues was killed, or out of space, between the two files of a save."""
-    if distributed.from_first(lambda: folder.exported_step(kind.exported) != step):
-        contents = resume.contents(learner, optimizer)  # all ranks go through it, to make sharded ones whole
-        teacher = {name: tensor for name, tensor in contents if name.startswith("learner/teacher.")}
-        if world.first:
-            kind.export(folder, step, teacher, description)
-
-
-def _export_start(
-    run: AnyRun, folder: RunFolder, step: int, learner: StudentTeacher, description: dict[str, Any], world: Ranks
-) -> None:
-    """The backbone that a pretraining run begins with, where it is trained already: to compare its features with."""
-    if isinstance(run, Run) and fork.begins_with_weights(run):
-        backbone = resume.teacher_backbone(learner)
-        if world.first:
-            checkpoint.export_tensors(folder.path / START, backbone, description | {"step": step})
-
-
-def _size(module: torch.nn.Module) -> int:
-    """Bytes of the parameters."""
-    return sum(parameter.numel() * parameter.element_size() for parameter in module.parameters())
-
-
-def prepare_learner(learner: StudentTeacher, run: ResolvedRun | ResolvedFinetune, compute: Compute) -> None:
-    """To the device, with a scaled loss under fp16, and with activations that are computed twice where set."""
-    if compute.fp16:
-        learner.loss_scale = LossScale()
-    if run.train.checkpoint_activations:
-        memory.recompute_activations(learner.student.backbone)
-    learner.to(compute.device)
-
-
-def needed(learner: Learner, run: ResolvedRun, compute: Compute) -> memory.Need:
-    """What a step of one rank keeps in memory; to be asked before anything is split over ranks or compiled."""
-    sizes = [(2, run.views.global_crops_size), (run.views.local_crops_number, run.views.local_crops_size)]
-    images = run.train.batch_size // run.train.world_size // run.train.accumulate_steps
-    views = [(number, side) for number, side in sizes if number]
-    need = memory.estimate(learner, views, images, compute.autocast, run.train.checkpoint_activations)
-    return need.split(run.train.world_size) if run.train.shard else need
-
-
-def compile_learner(
-    learner: StudentTeacher, run: ResolvedRun | ResolvedFinetune, compute: Compute, warnings: list[str]
-) -> Compute:
-    """Compile what student and teacher do in training, as `train.compile` says. Returns how the run computes now."""
-    backbones, wanted = (learner.student.backbone, learner.teacher.backbone), run.train.compile
-    if run.train.shard and wanted == "auto":
-        wanted = False  # compiled blocks of sharded networks were never tried
-    return compute._replace(compiled=compiled.switch_on(backbones, wanted, compute.device, warnings))
-
-
-def _settings(
-    kind: type[Training[Any, Any]], run: AnyRun, folder: RunFolder, images: int, world: Ranks
-) -> tuple[Any, list[Derived]]:
-    """Resolved on the first rank, so that all have the same."""
-
-    def resolved() -> list[Any]:
-        saved = folder.saved(run.as_asked())
-        done = checkpoint_names.newest_step(folder.checkpoints)
-        cores = world.cores or distributed.available_cores()
-        settings, derived = kind.resolved(run, images, cores, world.size, saved, done)
-        return [settings.model_dump(mode="json"), [list(each) for each in derived]]
-
-    settings, derived = distributed.from_first(resolved)
-    return kind.settings.model_validate(settings), [Derived(*each) for each in derived]
-
-
-def loader_of(run: ResolvedRun | ResolvedFinetune, source: Source, world: Ranks, target: torch.device) -> Loader:
-    """The loader of one rank of the run, which makes views for the device `target`."""
-    options = LoaderOptions(
-        batch_size=run.train.batch_size // world.size,
-        epochs=run.train.epochs,
-        seed=run.train.seed,
-        workers=run.data.workers,
-        rank=world.rank,
-        world_size=world.size,
-        max_bad_fraction=run.data.max_bad_fraction,
-        min_side=run.data.min_side,
-    )
-    return open_loader(source, run.views, options, loader=run.data.loader, color=run.data.color_on, device=target)
 
 
 def step_seed(seed: int, step: int, rank: int = 0) -> int:

@@ -20,7 +20,7 @@ FLOORS: list[set[str]] = [
     {"errors", "files", "file_lock", "bounded_files", "digests", "checkpoint_names"},
     {"backbones"},
     {"heads", "setting_errors", "gpus", "heartbeat", "distributed", "sharding"},
-    {"settings", "config", "loss_recipes"},
+    {"settings", "setting_list", "config", "loss_recipes"},
     {"defaults"},
     {"finetune_settings"},
     {"data"},
@@ -32,7 +32,7 @@ FLOORS: list[set[str]] = [
     {"announce"},
     {"learners", "resume", "background_save", "fork"},
     {"failed_step"},
-    {"training", "train", "replay", "mixing", "finetune"},
+    {"training", "pretraining", "set_up", "train", "replay", "mixing", "finetune"},
     {"eval"},
     {"launch"},
 ]

@@ -20,7 +20,7 @@ from nearfar.launch import cli
 from nearfar.launch.recipes import SUPERVISED, find_recipe
 from nearfar.ssl import checkpoint, config, finetune_settings
 from nearfar.ssl.run_folder import RunFolder, read_metrics
-from nearfar.ssl.settings import all_settings
+from nearfar.ssl.setting_list import all_settings
 
 STEPS = 25
 

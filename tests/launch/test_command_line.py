@@ -10,7 +10,8 @@ from importlib.metadata import version
 import pytest
 
 from nearfar.launch import cli, command_line
-from nearfar.ssl.settings import KEYS, Run
+from nearfar.ssl.setting_list import KEYS
+from nearfar.ssl.settings import Run
 
 LIGHT = {"torch", "torchvision", "timm", "numpy", "matplotlib", "safetensors", "submitit", "PIL", "sklearn", "numba"}
 

@@ -10,7 +10,8 @@ import yaml
 from nearfar.ssl import config, defaults
 from nearfar.ssl.defaults import local_ranks, resolve
 from nearfar.ssl.errors import UserError
-from nearfar.ssl.settings import NEVER_DERIVED, Run, all_settings
+from nearfar.ssl.setting_list import NEVER_DERIVED, all_settings
+from nearfar.ssl.settings import Run
 
 
 def mistakes(*overrides: str, recipe: Path | None = None) -> str:

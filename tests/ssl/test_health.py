@@ -24,7 +24,7 @@ from nearfar.ssl.health import (
     start_similarity,
     teacher_health,
 )
-from nearfar.ssl.settings import all_settings
+from nearfar.ssl.setting_list import all_settings
 
 HEALTHY = {"entropy": 0.6, "kl": 1.0, "feature_std": 0.9, "rankme": 30.0, "prototypes_used": 0.7}
 FLAT = {**HEALTHY, "entropy": 0.995}

@@ -11,7 +11,8 @@ from nearfar.ssl import config
 from nearfar.ssl.defaults import resolve
 from nearfar.ssl.errors import UserError
 from nearfar.ssl.loss_recipes import DINOV3, PARTS
-from nearfar.ssl.settings import KEYS, Run
+from nearfar.ssl.setting_list import KEYS
+from nearfar.ssl.settings import Run
 
 
 def value(run: Run, key: str) -> object:
