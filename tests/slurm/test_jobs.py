@@ -14,8 +14,6 @@ from nearfar.launch import cli
 from nearfar.launch.slurm import control, queue, records
 from nearfar.ssl.run_folder import read_metrics
 
-pytestmark = pytest.mark.slow
-
 Launch = Callable[..., Any]
 
 
