@@ -44,14 +44,8 @@ def run_finetuning(run: FinetuneRun, console: Console) -> Outcome:
 def train_rank(run: FinetuneRun, console: Console, world: Ranks) -> Outcome:
     """The part of `run_finetuning` that each process of the run does."""
     config.require_images(run)
-    source = open_source(run.data.path)
-    refuse_empty_folders(source, run.data.path)
-    classes = class_names(source, run.data.path)
     with StopFlag() as stop:
-        probe = None
-        if run.data.val:  # on every rank: a mistake in it is one of the whole run
-            val = open_source(run.data.val)
-            probe = Scoring(val, labels_as(classes, val, run.data.val), stop)
+        source, probe = labeled_images(run, stop)  # on every rank: a mistake in them is one of the whole run
         observers = train.Observers(save_views, probe if world.first else None)
         outcome = finetune(run, source, observers, stop, console, world)
     if world.first and outcome.finished:
@@ -59,6 +53,21 @@ def train_rank(run: FinetuneRun, console: Console, world: Ranks) -> Outcome:
             return replace(outcome, unscored=True)
         console.print(str(write_classification_report(outcome.folder)), highlight=False, markup=False, soft_wrap=True)
     return outcome
+
+
+def labeled_images(run: FinetuneRun, should_stop: Callable[[], bool] = lambda: False) -> tuple[Source, Scoring | None]:
+    """The images that a run learns from, and what scores its classifier; None without data.val.
+
+    Raises:
+        UserError: no labels, fewer than two classes or some without an image, or others in data.val.
+    """
+    source = open_source(run.data.path)
+    refuse_empty_folders(source, run.data.path)
+    classes = class_names(source, run.data.path)
+    if not run.data.val:
+        return source, None
+    val = open_source(run.data.val)
+    return source, Scoring(val, labels_as(classes, val, run.data.val), should_stop)
 
 
 def refuse_empty_folders(source: Source, path: str) -> None:

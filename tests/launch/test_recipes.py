@@ -56,7 +56,7 @@ def test_published_rates() -> None:
         (["pretrain", "classes.yaml"], "has the section classifier"),
         (["distill", "runs/mine", "--recipe", "classes.yaml"], "write nearfar finetune classes.yaml ..."),
         (["finetune", "views.yaml"], "has the section views"),
-        (["finetune", "both.yaml"], "There is no setting views"),  # of neither kind: what is wrong is told one by one
+        (["finetune", "both.yaml"], "views is unknown"),  # of neither kind: what is wrong is told one by one
     ],
 )
 def test_a_recipe_of_the_other_kind_is_told_with_its_command(
