@@ -115,5 +115,5 @@ def vit_of(state: dict[str, Tensor], file: Path) -> list[str]:
     own += [f"backbone.depth={len(blocks)}"] if len(blocks) != 12 else []
     own += [f"backbone.registers={int(registers[1])}"] if registers is not None else []
     own += ["backbone.layer_scale=1e-5"] if any(".ls1." in name for name in shapes) else []
-    large, small = round(224 / side) * side, max(1, round(96 / side)) * side
+    large, small = (max(1, round(size / side)) * side for size in (224, 96))  # never less than a patch
     return [*own, f"views.global_crops_size={large}", f"views.local_crops_size={small}"]
