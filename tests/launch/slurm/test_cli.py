@@ -56,9 +56,8 @@ def test_a_job_of_finetuning_trains_scores_and_reports(labeled: Path, capsys: py
     scores = {score["task"]: score for score in json.loads((run / "results.json").read_text())["scores"]}
     assert set(scores) == {"finetune", "knn"} and scores["finetune"]["step"] == 10
     assert checkpoint.load_classifier(run).classes == ["cat", "dog"]
-    assert (
-        "Top-1 on data.val" in (run / "report.html").read_text()
-    )  # the page of a classifier, after the evaluation too
+    page = (run / "report.html").read_text()  # that of a classifier, after the evaluation too
+    assert "Top-1 on data.val" in page and "Frozen features" in page and "k-NN top-1" in page
 
 
 @pytest.mark.parametrize("sbatch", [9], indirect=True)
