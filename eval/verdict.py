@@ -102,7 +102,7 @@ def _shortfall(score: Score, margins: Mapping[str, _Margin]) -> str:
     if tied:
         differences = ", ".join(f"{margin.points:+.1f}" for margin in tied.values())
         most = max(margin.chance for margin in tied.values())
-        why = f"within the noise of {score.val.images:,} images, of which {most:.1f} points may be chance"
+        why = f"within the noise of {score.val.images:,} images, where up to {most:.1f} points may be chance"
         why = f"less than {most:.1f} points" if score.task == "segment" else why
         told.append(f"neither better nor worse than {' and than '.join(tied)} ({differences}: {why})")
     how = "has paid off in part" if better and not worse else "has not paid off yet"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, TypeVar
+from typing import Any
 
 import submitit
 from rich.console import Console
@@ -16,8 +16,6 @@ from nearfar.ssl.errors import UserError
 from nearfar.ssl.finetune_settings import FinetuneRun
 from nearfar.ssl.run_folder import VERBS
 from nearfar.ssl.settings import Run
-
-R = TypeVar("R", Run, FinetuneRun)
 
 
 def launch(
@@ -76,7 +74,7 @@ def _of_this_machine(given: dict[str, Any]) -> Resources:
     return asked
 
 
-def _as_given(run: R, given: dict[str, Any], debug: bool) -> R:
+def _as_given(run: Run | FinetuneRun, given: dict[str, Any], debug: bool) -> Run | FinetuneRun:
     """With the device and the number of processes that the flags say."""
     update: dict[str, Any] = {}
     if given.get("cpu"):

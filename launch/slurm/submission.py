@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple
 
 from rich.console import Console
 
@@ -24,7 +24,6 @@ from nearfar.ssl.run_folder import VERBS, RunFolder
 from nearfar.ssl.settings import AnyRun, Run
 
 EVAL_HOURS = 4.0
-R = TypeVar("R", Run, FinetuneRun)
 
 
 class Submission(NamedTuple):
@@ -41,7 +40,7 @@ class Submission(NamedTuple):
         return "".join(letter if letter.isalnum() or letter in "-_.=+" else "-" for letter in self.folder.name)
 
 
-def for_cluster(run: R, resources: Resources) -> R:
+def for_cluster(run: Run | FinetuneRun, resources: Resources) -> Run | FinetuneRun:
     """`run` as a job on another machine will read it: paths absolute, the device that was asked for.
 
     Raises:
@@ -86,7 +85,7 @@ def _check(run: AnyRun, resources: Resources) -> None:
         config.refuse(finetune_settings.contradictions(on_ranks(run, resources.world)))
 
 
-def _absolute_paths(run: R) -> R:
+def _absolute_paths(run: Run | FinetuneRun) -> Run | FinetuneRun:
     update = {
         "data": {"path": _absolute(run.data.path), "val": run.data.val and _absolute(run.data.val)},
         "backbone": {"weights": run.backbone.weights and _absolute(run.backbone.weights)},

@@ -59,7 +59,9 @@ def test_a_gain_within_the_noise_is_called_that() -> None:
     got = verdict(table(1000, trained=61.2, untrained=30.6, pixels=59.0), WELL, {})
     assert got is not None and not got.good and "no better" not in got.text and "has paid off in part" in got.finding
     assert "better than untrained by 30.6 points" in got.finding
-    assert "than raw pixels (+2.2: within the noise of 1,000 images, of which 4.4 points may be chance)" in got.finding
+    assert (
+        "than raw pixels (+2.2: within the noise of 1,000 images, where up to 4.4 points may be chance)" in got.finding
+    )
     assert "About 4,000 test images would tell such a gain from chance." in got.advice
     enough = verdict(table(4000, trained=61.2, untrained=30.6, pixels=59.0), WELL, {})
     assert enough is not None and enough.good
