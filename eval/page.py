@@ -83,7 +83,7 @@ img { max-width: 100%; height: auto; display: block; border-radius: 3px }
         grid-template-columns: repeat(auto-fit, minmax(min(26rem, 100%), 1fr)) } .numbers td { white-space: nowrap }
 .plot { max-width: 24rem; margin: .6rem 0 1rem }
 @media (max-width: 30rem) { body { padding-inline: .9rem } h1 { font-size: 1.5rem } th, td { padding-right: .7rem }
-  .lead { flex-basis: 22% } .group { gap: .6rem } }
+  .lead { flex-basis: 22% } .group { gap: .6rem } .numbers td { white-space: normal } }
 @media print { html { font-size: 11px } body { padding: 0; max-width: none; font-size: 1rem }
   table.confusion { break-inside: avoid } .curves { grid-template-columns: repeat(3, 1fr) }
   .groups.small, .groups.medium { grid-template-columns: repeat(2, 1fr) } .groups.large { grid-template-columns:

@@ -87,7 +87,11 @@ def _sides(score: Score | None) -> tuple[float, float] | None:
 def _left_out(score: Score) -> str:
     reasons = _mapping(_mapping(score.detail).get("left_out"))
     lines = "".join(f"<li>{html.escape(f'{name}: {why}')}</li>" for name, why in reasons.items())
-    return f'<div class="soft">Left out, since this network does not allow it:<ul>{lines}</ul></div>' if lines else ""
+    return (
+        f'<p class="soft">Left out, since this network does not allow it:</p><ul class="soft">{lines}</ul>'
+        if lines
+        else ""
+    )
 
 
 def _cell(row: Sequence[float] | None, name: str) -> str:
