@@ -83,7 +83,7 @@ def label_numbers(train: Sequence[str] | None, val: Sequence[str] | None) -> np.
         return None
     if unknown := [name for name in val if name not in train]:
         raise UserError(
-            f"{len(unknown)} classes of the validation images are not among the training images' "
+            f"{len(unknown)} of the {len(val)} classes of the validation images are not among the training images' "
             f"({', '.join(unknown[:3])}; the training images have {', '.join(train[:3])} ...): name two folders with "
             "the same class names."
         )
