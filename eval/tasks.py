@@ -157,17 +157,33 @@ def masks_of(source: Source) -> Iterator[tuple[str, np.ndarray]]:
             yield source.name(i), mask
 
 
+def listed_names(path: str) -> list[str] | None:
+    """The names of mask classes, by their number, in a classes.txt beside the folder `images`: a name a line, or lines
+    of a number and a name; None where there is no such file, or it leaves a number out."""
+    lines = _class_lines(path)
+    numbered = [(int(line[0]), " ".join(line[1:])) for line in lines if line[0].isdecimal()]
+    if len(numbered) < len(lines):
+        return [" ".join(line) for line in lines]
+    names = {number: name for number, name in numbered if number != IGNORE and name}
+    return [names[number] for number in range(len(names))] if names and max(names) == len(names) - 1 else None
+
+
 def _listed_classes(data: Data) -> int | None:
-    """How many classes a classes.txt beside the folder `images` lists: a name a line, or numbers with names."""
-    parts = Path(data.path).expanduser().absolute().parts
-    if "images" not in parts or data.source.labels is not None:
-        return None
-    file = Path(*parts[: len(parts) - 1 - parts[::-1].index("images")]) / "classes.txt"
-    try:
-        lines = [line.split() for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
-    except (OSError, ValueError):
-        return None
+    """How many classes a classes.txt beside the folder `images` lists."""
+    lines = [] if data.source.labels is not None else _class_lines(data.path)
     numbers = [int(line[0]) for line in lines if line[0].isdecimal()]
     if len(numbers) < len(lines):
         return len(lines)
-    return 1 + max((number for number in numbers if number != IGNORE), default=0) or None
+    return 1 + max((number for number in numbers if number != IGNORE), default=-1) or None
+
+
+def _class_lines(path: str) -> list[list[str]]:
+    """The words of each line of a classes.txt beside the folder `images` of a path; [] where there is none."""
+    parts = Path(path).expanduser().absolute().parts
+    if "images" not in parts:
+        return []
+    file = Path(*parts[: len(parts) - 1 - parts[::-1].index("images")]) / "classes.txt"
+    try:
+        return [line.split() for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+    except (OSError, ValueError):
+        return []
