@@ -25,6 +25,7 @@ from nearfar.ssl.data.transforms.normalize import normalize
 from nearfar.ssl.defaults import Derived, ResolvedRun, resolve
 from nearfar.ssl.device import Compute
 from nearfar.ssl.distributed import Ranks, available_cores
+from nearfar.ssl.errors import counted
 from nearfar.ssl.learner import Learner, block_masks
 from nearfar.ssl.learners import learner_of
 from nearfar.ssl.optim import adamw_of
@@ -149,9 +150,9 @@ def _sizes(run: Run, learner: Learner, source: Source, schedule: Schedule, done:
         f"Head       {head / 1e6:.2f} M parameters, {learner.student.head_title}",
         f"Images     {len(source):,} in {run.data.path}",
         *([f"           {passed_over_line(names)}"] if (names := passed_over(source)) else []),
-        f"Steps      {schedule.steps:,}: {run.train.epochs} epochs of {schedule.steps_per_epoch:,} steps with "
-        f"{run.train.batch_size} images each, on {run.train.world_size} "
-        + ("process" if run.train.world_size == 1 else "processes"),
+        f"Steps      {schedule.steps:,}: {counted(run.train.epochs, 'epoch')} of "
+        f"{counted(schedule.steps_per_epoch, 'step')} with {run.train.batch_size} images each, on "
+        f"{run.train.world_size} " + ("process" if run.train.world_size == 1 else "processes"),
         f"Folder     {run.path}" + (f", which continues from step {done:,}" if done else ""),
     ]
     if not labeled:

@@ -231,12 +231,13 @@ def score(
     failures = _compute(work, {entry.key for entry in results.read(file)}, console)
     held = {entry.key: entry for entry in results.read(file)}
     found = [held[key] for key in keys if key in held]
-    console.print(score_table(found))
-    for table in detail_tables(found):
-        console.print(table)
-    _say_meaning(subject, found, console, _data_flags(subject.run, train, val))
+    if found:
+        console.print(score_table(found))
+        for table in detail_tables(found):
+            console.print(table)
+        _say_meaning(subject, found, console, _data_flags(subject.run, train, val))
     if failures:
-        raise UserError(" ".join(dict.fromkeys(failures)) + " The other scores are kept.")
+        raise UserError(" ".join(dict.fromkeys(failures)) + (" The other scores are kept." if found else ""))
     return found
 
 

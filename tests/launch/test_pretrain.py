@@ -154,7 +154,7 @@ def test_derived_ranks_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(processes, "available_cores", lambda: 1)
     monkeypatch.setattr(pretrain, "train_rank", lambda run, console, world: worlds.append(world))
     pretrain.run_pretraining(make(tmp_path), Console(file=said, width=200))
-    assert "derived train.world_size = 1  (1 cores" in said.getvalue()
+    assert "derived train.world_size = 1  (1 core," in said.getvalue()
     pretrain.run_pretraining(make(tmp_path, "train.world_size=1"), Console(file=said, width=200))
     assert said.getvalue().count("derived") == 1 and len(worlds) == 2
 

@@ -143,6 +143,14 @@ def test_a_score_is_kept_when_another_task_fails(
     assert held(tmp_path) == {("trained", task): 50.0 for task in kept}
 
 
+def test_where_no_task_has_a_score_only_the_reason_is_told(tmp_path: Path, said: StringIO) -> None:
+    alone = Data("/data/one", ArraySource(TRAIN_SCENES.images, labels=np.zeros(60, int)))
+    with pytest.raises(UserError, match="with one class only") as told:
+        score(subject(tmp_path), alone, alone, tasks=("knn", "linear"), console=Console(file=said, width=200))
+    assert "other scores" not in str(told.value)
+    assert "Frozen features" not in said.getvalue() and "Next:" not in said.getvalue()
+
+
 def test_where_no_score_can_be_written_nothing_is_computed(
     tmp_path: Path, said: StringIO, monkeypatch: pytest.MonkeyPatch
 ) -> None:
