@@ -10,6 +10,7 @@ import numpy as np
 
 from nearfar.eval.features import IGNORE
 from nearfar.eval.results import HEADLINES, TASKS, TITLES, DataName
+from nearfar.ssl import digests
 from nearfar.ssl.data.sources.base import Source
 from nearfar.ssl.data.sources.dense import known_classes
 from nearfar.ssl.errors import BadImage, UserError
@@ -37,11 +38,13 @@ class Data(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """The tasks to score, the number of mask classes where segmentation is among them, and what is left out and why."""
+    """The tasks to score, the number of mask classes where segmentation is among them, what is left out and why, and
+    the digest of all masks: a source's fingerprint is that of its images."""
 
     tasks: tuple[str, ...]
     classes: int | None
     left_out: tuple[str, ...]
+    masks: str | None = None
 
 
 def plan(train: Data, val: Data, wanted: Iterable[str] | None = None, classes: int | None = None) -> Plan:
@@ -58,8 +61,9 @@ def plan(train: Data, val: Data, wanted: Iterable[str] | None = None, classes: i
     if not possible or (reasons and wanted is not None and not set(HEADLINES) <= set(chosen)):
         raise UserError(" ".join(dict.fromkeys(reasons.values())))
     masked = any(task in _NEED_MASKS for task in possible)
+    digested: list[str] = []
     if masked:
-        masks = (pair for data in (train, val) for pair in masks_of(data.source))
+        masks = (pair for data in (train, val) for pair in _digested(masks_of(data.source), digested))
         classes = mask_classes(masks, classes or known_classes(train.source) or _listed_classes(train))
     if any(task in _NEED_LABELS for task in possible):
         label_numbers(train.source.classes, val.source.classes)
@@ -67,7 +71,16 @@ def plan(train: Data, val: Data, wanted: Iterable[str] | None = None, classes: i
     for task, reason in reasons.items():
         left_out.setdefault(reason, []).append(TITLES[task])
     words = tuple(f"Left out: {_listed(tasks)}. {reason}" for reason, tasks in left_out.items())
-    return Plan(possible, classes if masked else None, words)
+    if not masked:
+        return Plan(possible, None, words)
+    return Plan(possible, classes, words, digests.fingerprint(digested)[:16])
+
+
+def _digested(masks: Iterable[tuple[str, np.ndarray]], parts: list[str]) -> Iterator[tuple[str, np.ndarray]]:
+    """The same masks, each leaving its digest in `parts`."""
+    for name, mask in masks:
+        parts.append(digests.fingerprint([str(mask.shape), mask.tobytes()]))
+        yield name, mask
 
 
 def _listed(words: Sequence[str]) -> str:

@@ -142,6 +142,7 @@ class SubjectScores:
     tasks: tuple[str, ...]
     protocol: Protocol
     classes: int | None
+    masks: str | None
     decoding: Decoding
     file: Path
 
@@ -149,7 +150,7 @@ class SubjectScores:
         patch = self.subject.backbone.patch_size
         reading = self.protocol.decides_of_pixels(task, patch) if self.name == "pixels" else self.protocol.decides(task)
         if task in ("segment", "retrieval"):
-            reading["classes"] = self.classes
+            reading |= {"classes": self.classes, "masks": self.masks}
         step = self.subject.step if self.name == "trained" else None
         return Score(
             self.name, task, percent, self.weights, self.train.name, self.val.name, reading, step, detail
@@ -223,7 +224,7 @@ def score(
     work = [
         SubjectScores(
             name, _weights(name, subject), subject, train, val, _tasks_of(name, planned), protocol, planned.classes,
-            options.decoding, file,
+            planned.masks, options.decoding, file,
         )
         for name in names
     ]  # fmt: skip

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from rich.console import Console
 
 from nearfar.eval import results
@@ -23,6 +24,7 @@ from nearfar.launch import score as scores
 from nearfar.launch.score import ScoreOptions, Subject, protocol_of, score, sources
 from nearfar.ssl import config
 from nearfar.ssl.backbones import Backbone, create
+from nearfar.ssl.data import open_source
 from nearfar.ssl.data.sources.base import ArraySource
 from nearfar.ssl.defaults import resolve
 from nearfar.ssl.errors import UserError
@@ -80,6 +82,25 @@ def test_what_is_known_is_not_computed_again_and_other_tasks_join_it(
     scored(["knn", "segment"], 4)  # k-NN knows no steps
     assert computed == [("knn",), ("segment",), ("segment",)]
     assert len(results.read(tmp_path / "results.json")) == 3
+
+
+def test_other_masks_of_the_same_images_are_scored_again(tmp_path: Path, said: StringIO) -> None:
+    """Masks may be put right under the names that they had; the images, and so k-NN, are the same."""
+    for kind in ("images", "masks"):
+        (tmp_path / kind).mkdir()
+    for i in range(8):
+        Image.fromarray(TRAIN_SCENES.images[i]).save(tmp_path / "images" / f"{i}.png")
+        Image.fromarray(np.full((16, 16), i % 2, np.uint8)).save(tmp_path / "masks" / f"{i}.png")
+
+    def scored() -> int:
+        data = Data(str(tmp_path / "images"), open_source(tmp_path / "images"))
+        score(subject(tmp_path), data, data, tasks=("segment",), console=Console(file=said, width=200))
+        return len(results.read(tmp_path / "results.json"))
+
+    assert [scored(), scored()] == [1, 1]
+    fingerprint = open_source(tmp_path / "images").fingerprint
+    Image.fromarray(np.full((16, 16), 1, np.uint8)).save(tmp_path / "masks" / "0.png")
+    assert scored() == 2 and open_source(tmp_path / "images").fingerprint == fingerprint
 
 
 def test_features_are_pooled_as_the_head_read_them_unless_told(tmp_path: Path) -> None:
