@@ -185,8 +185,8 @@ def export_tensors(path: Path, tensors: Mapping[str, Tensor], about: dict[str, A
         _write_tensors(path, tensors, {"format": "pt", "nearfar": json.dumps(about)})
     except (OSError, SafetensorError) as error:
         raise UserError(
-            f"{path} could not be written: {error}. Nothing half-written was left, and checkpoints are intact. Free some "
-            "space (or choose another place) and start the same command again."
+            f"{path} could not be written: {error}. Nothing half-written was left, and checkpoints are intact. Free "
+            "some space (or choose another place) and start the same command again."
         ) from error
 
 
