@@ -148,8 +148,8 @@ def _masks(pictured: Pictured) -> Figure:
     legend = tuple((names[number], mask_color(number, names)) for number in used)
     text = (
         f"Test images, evenly spread, with their masks and what a head on the frozen patch tokens makes of them: the "
-        f"scored kind ({training.head}), here trained on {len(grids[0].x):,} images. Over all {score.val.images:,} "
-        f"test images the score is {score.percent:.1f} % mIoU."
+        f"scored kind ({training.head}), here trained on {len(grids[0].x):,} images. "
+        f"{results.segmentation_line(score)}"
     )
     return Figure("masks", title, text, groups, legend, "medium")
 
