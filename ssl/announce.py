@@ -214,7 +214,7 @@ def disk_line(learner: StudentTeacher, keep: int, copied: bool) -> str:
     inside = set(learner.modules())
     anchor = sum(size(network) for network in learner.frozen if network in inside)
     one = 4 * (backbone + head) + anchor
-    with_anchor = ", and the anchor of the patches" if anchor else ""
+    with_anchor = ", and the frozen anchor" if anchor else ""
     most = (keep + 1) * one + backbone
     return (
         f"A checkpoint takes {_in_units(one)}: student, teacher and AdamW's two moments, each a backbone of "
