@@ -22,7 +22,7 @@ from nearfar.eval.tasks import Data
 from nearfar.launch import cli
 from nearfar.launch import score as scores
 from nearfar.launch.score import ScoreOptions, Subject, protocol_of, score, sources
-from nearfar.ssl import config
+from nearfar.ssl import checkpoint, config
 from nearfar.ssl.backbones import Backbone, create
 from nearfar.ssl.data import open_source
 from nearfar.ssl.data.sources.base import ArraySource
@@ -194,6 +194,14 @@ def test_the_end_says_what_the_scores_mean_and_what_to_do_next(tmp_path: Path, s
     assert after.startswith("Next: ")
     log = (tmp_path / "run.log").read_text()
     assert meaning in log and after in log
+
+
+def test_the_command_that_is_next_names_the_exported_file(tmp_path: Path, said: StringIO) -> None:
+    """And not the folder in which it lies, which holds no weights that anyone meant."""
+    one, file = subject(tmp_path), tmp_path / "mine.safetensors"
+    checkpoint.export(file, one.backbone, {"run": one.run.model_dump(mode="json"), "step": 10})
+    score(Subject.of(file), TRAIN, VAL, tasks=["knn"], console=Console(file=said, width=200))
+    assert f"Next: nearfar features {file} IMAGES OUT" in said.getvalue()
 
 
 def test_the_command_that_is_next_scores_the_same_images(tmp_path: Path, said: StringIO) -> None:
