@@ -2,8 +2,9 @@
 #
 #   make setup   .venv with the tested versions (constraints.txt); again in a second once it is there
 #   make demo    pretrain on drawn scenes, score the frozen features: runs/demo/report.html
-#   make test    every test           make lint   ruff and mypy           make clean   remove what set-up made
-#   make test-oldest   every test with the oldest torch that pyproject.toml admits, in an environment of its own
+#   make test    the tests            make lint   ruff and mypy           make clean   remove what set-up made
+#   make test-all      and those marked `long`
+#   make test-oldest   the tests with the oldest torch that pyproject.toml admits, in an environment of its own
 #
 # PYTHON=python3.12 make setup   chooses the interpreter (3.11 or newer).
 
@@ -19,7 +20,7 @@ READY := $(VENV)/.ready
 FFCV_PACKAGES := libturbojpeg0-dev libopencv-dev pkg-config
 HAVE_FFCV_PACKAGES := pkg-config --exists opencv4 libturbojpeg 2>/dev/null
 
-.PHONY: setup demo test test-oldest lint clean ffcv-packages
+.PHONY: setup demo test test-all test-oldest lint clean ffcv-packages
 
 setup: $(READY)
 
@@ -59,8 +60,9 @@ demo: setup
 
 # Two test processes of one thread each: faster than one of two threads, since most tests are small. The cluster's
 # files go first (tests/conftest.py) and not those with the most tests.
-test: setup
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+test: TESTS := -m "not long"
+test test-all: setup
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(TESTS)
 
 # The tested versions but for torch and torchvision, and for numpy, since the interpreter of the Triton that belongs to
 # that torch fails on a newer one. PyPI's torch of that age is the CUDA build (several GB); where pip is configured with

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import html
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,9 @@ from nearfar.eval.curves import Panel, curves
 from nearfar.eval.mistakes import confusion_matrix
 from nearfar.eval.page import folded, image, missing, page, section, soft, text_table, write_page
 from nearfar.eval.results import Score
+from nearfar.eval.robustness_page import position_section, robustness_section
 from nearfar.eval.run_files import flat, read_numbers, read_settings
+from nearfar.eval.summary import scores_section
 from nearfar.ssl.errors import UserError
 
 _PANELS = (
@@ -33,7 +35,8 @@ def write_classification_report(run: Path) -> Path:
         UserError: one of its files cannot be read, or the page cannot be written.
     """
     settings, metrics = read_settings(run), read_numbers(run / "metrics.jsonl")
-    scores = [score for score in results.read(run / "results.json") if score.task == "finetune"]
+    found = results.read(run / "results.json")
+    scores = [score for score in found if score.task == "finetune"]
     score = max(scores, key=lambda each: each.step or 0) if scores else None
     name = str(settings.get("name") or run.resolve().name)
     drawn = "".join(curves(metrics, _PANELS))
@@ -42,6 +45,7 @@ def write_classification_report(run: Path) -> Path:
         f'<p class="lede">{html.escape(_summary(settings, score))}</p>',
         section("Curves", f'<div class="curves">{drawn}</div>' if drawn else missing("No step is logged yet.")),
         section("Classes", _classes(score)),
+        *_frozen(found),
         section("Views", _views(run / "views.png")),
         section("Settings", folded("All settings", text_table((k, str(v)) for k, v in flat(settings).items()))),
     ]
@@ -77,6 +81,15 @@ def _classes(score: Score | None) -> str:
     matrix = confusion_matrix(said.get("confusion"), names)
     told = soft("Rows are true classes, columns answers, in percent of the row.") + matrix if matrix else ""
     return told + folded("Accuracy of each class", text_table(rows))
+
+
+def _frozen(scores: Sequence[Score]) -> Iterator[str]:
+    """What `nearfar eval` has scored of the backbone's features, where it has."""
+    if any(score.task != "finetune" for score in scores):
+        tables = list(results.tables(scores))
+        yield scores_section(tables, scores)
+        yield robustness_section(tables[0])
+        yield position_section(tables[0])
 
 
 def _views(picture: Path) -> str:

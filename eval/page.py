@@ -158,11 +158,12 @@ def figure_section(figure: Figure) -> str:
         parts.append(f'<div class="plot">{scatter(figure.points, *figure.axes)}</div>')
     if figure.table:
         heads, *rows = figure.table
-        parts.append(_table(heads, rows))
+        parts.append(number_table(heads, rows))
     return section(figure.title, "".join(parts))
 
 
-def _table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def number_table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table of text, each line beginning with what it is of; where it is wider than the page, it scrolls alone."""
     top = "".join(f"<th>{html.escape(head)}</th>" for head in heads)
     lines = "".join("<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
     return (

@@ -12,6 +12,7 @@ from nearfar.eval.figures import Figure
 from nearfar.eval.mistakes import confusion_section
 from nearfar.eval.page import figure_section, folded, image, missing, page, section, soft, text_table, write_page
 from nearfar.eval.results import Score
+from nearfar.eval.robustness_page import position_section, robustness_section
 from nearfar.eval.run_files import flat, read_numbers, read_settings
 from nearfar.eval.summary import part, scores_section, summary
 from nearfar.eval.verdict import verdict
@@ -53,6 +54,8 @@ def write_report(run: Path, reason: str = "", about: Mapping[str, Any] = {}) -> 
         _curves(metrics),
         scores_section(tables, scores),
         confusion_section(tables[0] if tables else {}),
+        robustness_section(tables[0] if tables else {}),
+        position_section(tables[0] if tables else {}),
         *(figure_section(figure) for figure in drawn if figure.key == "layers"),
         _views(run / "views.png"),
         _settings(settings),

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from nearfar.eval.results import HEADLINES, TITLES, Score
 
 _STANDARD_ERRORS = 2.0  # a smaller difference may be chance
+_SAME_MIOU = 0.5  # points of mIoU, of which no error follows from the number of images
 _FEW_STEPS = 3000
+_MANY_TIMES = 20  # more test images are advised up to so many times those there are
 
 
 class Verdict(NamedTuple):
@@ -32,7 +34,7 @@ def verdict(
     """Did training help? From one table of `nearfar.eval.results.tables`, the lines of metrics.jsonl and flat settings.
 
     The first task of k-NN, linear probe and segmentation that the trained features have decides. A difference within
-    two standard errors (of so many test images) counts as none. None where there is no score of trained features.
+    two standard errors (of so many test images) is called noise. None where there is no score of trained features.
     """
     trained = table.get("trained", {})
     task = next((task for task in HEADLINES if task in trained), None)
@@ -51,25 +53,70 @@ def verdict(
     facts = f"{said} ({compared})" if compared else said
     facts += _health(last)
     besides = _other_tasks(table, task)
-    lost = [
-        against[subject]
-        for subject, other in others.items()
-        if score.percent - other.percent <= _chance_difference(score, other)
-    ]
     advice = _advice(last, settings, score.step)
     if not others:
         if _weak(last):
             return Verdict(f"{facts}: the features vary little from image to image.", advice, False, besides)
         return Verdict(f"{facts}.", "What training added is not known: score again with --baselines.", True, besides)
-    if lost:
-        behind = " and than ".join(lost)
-        return Verdict(
-            f"Training has not paid off yet: the features are no better than {behind}: {facts}.", advice, False, besides
+    margins = {against[subject]: _Margin.of(score, other) for subject, other in others.items()}
+    if all(margin.better for margin in margins.values()):
+        gains = ", ".join(f"{margin.points:+.1f} over {name}" for name, margin in margins.items())
+        return Verdict(f"Training paid off: {gains}: {facts}.", "", True, besides)
+    return Verdict(f"{_shortfall(score, margins)}: {facts}.", _more_images(score, margins) + advice, False, besides)
+
+
+class _Margin(NamedTuple):
+    """By how many points the trained features are above others, and how many may be chance."""
+
+    points: float
+    chance: float
+
+    @staticmethod
+    def of(score: Score, other: Score) -> _Margin:
+        if score.task == "segment":
+            return _Margin(score.percent - other.percent, _SAME_MIOU)
+        chance = chance_difference([score.percent, other.percent], [score.val.images, other.val.images])
+        return _Margin(score.percent - other.percent, chance)
+
+    @property
+    def better(self) -> bool:
+        return self.points > self.chance
+
+    @property
+    def worse(self) -> bool:
+        return self.points < -self.chance
+
+
+def _shortfall(score: Score, margins: Mapping[str, _Margin]) -> str:
+    """Than what the features are better, than what worse, and where the images are too few to say."""
+    better = {name: margin.points for name, margin in margins.items() if margin.better}
+    worse = [name for name, margin in margins.items() if margin.worse]
+    tied = {name: margin for name, margin in margins.items() if not margin.better and not margin.worse}
+    told = []
+    if better:
+        told.append(
+            "better than " + " and than ".join(f"{name} by {points:.1f} points" for name, points in better.items())
         )
-    gains = ", ".join(
-        f"{score.percent - other.percent:+.1f} over {against[subject]}" for subject, other in others.items()
-    )
-    return Verdict(f"Training paid off: {gains}: {facts}.", "", True, besides)
+    if worse:
+        told.append("worse than " + " and than ".join(worse))
+    if tied:
+        differences = ", ".join(f"{margin.points:+.1f}" for margin in tied.values())
+        most = max(margin.chance for margin in tied.values())
+        why = f"within the noise of {score.val.images:,} images, where up to {most:.1f} points may be chance"
+        why = f"less than {most:.1f} points" if score.task == "segment" else why
+        told.append(f"neither better nor worse than {' and than '.join(tied)} ({differences}: {why})")
+    how = "has paid off in part" if better and not worse else "has not paid off yet"
+    return f"Training {how}: the features are {', and '.join(told)}"
+
+
+def _more_images(score: Score, margins: Mapping[str, _Margin]) -> str:
+    """How many test images would tell a gain from chance, where that is not out of reach; else nothing."""
+    times = [(m.chance / m.points) ** 2 for m in margins.values() if 0 < m.points <= m.chance]
+    if not times or max(times) > _MANY_TIMES or score.task == "segment":
+        return ""
+    images = max(times) * score.val.images
+    unit = 10 ** max(0, math.floor(math.log10(images)) - 1)
+    return f"About {unit * math.ceil(images / unit):,} test images would tell such a gain from chance. "
 
 
 def _other_tasks(table: Mapping[str, Mapping[str, Score]], decided: str) -> str:
@@ -121,7 +168,9 @@ def _advice(last: Mapping[str, float], settings: Mapping[str, Any], step: int | 
     return f"Try {'; '.join(tries[:4])}."
 
 
-def _chance_difference(one: Score, other: Score) -> float:
-    """Percentage points that two accuracies on so many test images may differ by chance."""
-    variance = sum(max(score.percent * (100 - score.percent), 0.0) / max(score.val.images, 1) for score in (one, other))
-    return _STANDARD_ERRORS * math.sqrt(variance) if one.task != "segment" else 0.5
+def chance_difference(percents: Sequence[float], images: Sequence[int]) -> float:
+    """Percentage points by which two accuracies (in percent), on so many test images each, may differ by chance: two
+    standard errors of the difference of two binomial shares."""
+    pairs = zip(percents, images, strict=True)
+    variance = sum(max(percent * (100 - percent), 0.0) / max(count, 1) for percent, count in pairs)
+    return _STANDARD_ERRORS * math.sqrt(variance)

@@ -9,9 +9,8 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nearfar.launch.command_line import HelpWithSettings, add_settings
-from nearfar.launch.forking import start
 from nearfar.launch.recipes import find_recipe
+from nearfar.launch.training_verbs import Asked, TrainingVerb
 from nearfar.ssl.errors import UserError
 
 if TYPE_CHECKING:
@@ -21,35 +20,37 @@ NAMES = {192: "vit_tiny", 384: "vit_small", 768: "vit_base"}  # by width
 HEAD_WIDTH = 64  # of attention, in all public ViTs
 
 
-def add_adapt(verbs: Any) -> None:
-    adapt = verbs.add_parser(
-        "adapt",
-        help="go on from public weights, or those of a run, on your own pictures without losing what they know",
-        description="Heads learn alone for an epoch, then the backbone follows at a low rate, held by an anchor to "
-        "what it began with. It is `nearfar pretrain adapt` with the network that the weights belong to.",
-        add_help=False,
-    )
-    adapt.add_argument("-h", "--help", action=HelpWithSettings, nargs=0, help="show this and every setting")
-    adapt.add_argument(
+def _add_subject(parser: Any) -> None:
+    parser.add_argument(
         "weights",
         help="run folder, checkpoint folder, exported .safetensors, a file of DINO, DINOv2 or timm, or timm/NAME for "
         "what timm publishes",
     )
-    adapt.add_argument("images", help="images to adapt to, without labels: as data.path")
-    adapt.add_argument("--dry-run", action="store_true", help="train nothing: show settings and cost")
-    add_settings(adapt)
-    adapt.set_defaults(verb=run_adapt)
+    parser.add_argument("images", help="images to adapt to, without labels: as data.path")
 
 
-def run_adapt(arguments: argparse.Namespace) -> None:
-    from nearfar.ssl import config
-
+def _asked(arguments: argparse.Namespace) -> Asked:
+    """The recipe `adapt`, with the network that the weights belong to."""
+    if not Path(arguments.weights).exists() and "=" in arguments.weights:
+        raise UserError(
+            f"The weights and the images come first: nearfar adapt WEIGHTS IMAGES {arguments.weights} ... (the recipe "
+            "`adapt` with settings alone is `nearfar pretrain adapt`, or `nearfar launch pretrain adapt`)."
+        )
     given = {setting.partition("=")[0].strip() for setting in arguments.settings}
     found = settings_for(arguments.weights, guess="backbone.name" not in given)
     if "name" not in given:
         found.append(f"name=adapt-{Path(arguments.images).resolve().stem}")
-    settings = [*found, f"data.path={arguments.images}", *arguments.settings]
-    start(config.load(find_recipe("adapt"), settings), arguments.dry_run)
+    return find_recipe("adapt"), [*found, f"data.path={arguments.images}", *arguments.settings]
+
+
+ADAPT = TrainingVerb(
+    "adapt",
+    "go on from public weights, or those of a run, on your own pictures without losing what they know",
+    _add_subject,
+    _asked,
+    description="Heads learn alone for an epoch, then the backbone follows at a low rate, held by an anchor to what it "
+    "began with. It is `nearfar pretrain adapt` with the network that the weights belong to.",
+)
 
 
 def settings_for(weights: str, guess: bool = True) -> list[str]:
@@ -114,5 +115,5 @@ def vit_of(state: dict[str, Tensor], file: Path) -> list[str]:
     own += [f"backbone.depth={len(blocks)}"] if len(blocks) != 12 else []
     own += [f"backbone.registers={int(registers[1])}"] if registers is not None else []
     own += ["backbone.layer_scale=1e-5"] if any(".ls1." in name for name in shapes) else []
-    large, small = round(224 / side) * side, max(1, round(96 / side)) * side
+    large, small = (max(1, round(size / side)) * side for size in (224, 96))  # never less than a patch
     return [*own, f"views.global_crops_size={large}", f"views.local_crops_size={small}"]

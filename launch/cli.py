@@ -15,9 +15,8 @@ from pathlib import Path
 from rich.console import Console
 
 from nearfar.launch import failures
-from nearfar.launch.adapting import add_adapt
+from nearfar.launch.adapting import ADAPT
 from nearfar.launch.command_line import (
-    HelpWithSettings,
     Parser,
     ShowVersion,
     add_model,
@@ -26,15 +25,14 @@ from nearfar.launch.command_line import (
     check_verb,
     refuse_leftover,
 )
-from nearfar.launch.distill_verbs import add_distill
+from nearfar.launch.distill_verbs import DISTILL
 from nearfar.launch.eval_verbs import add_eval
 from nearfar.launch.export_verbs import add_export
 from nearfar.launch.feature_verbs import add_features
-from nearfar.launch.finetune_verbs import add_finetuning
-from nearfar.launch.forking import add_from, recipe_and_settings, start
-from nearfar.launch.recipes import bundled
+from nearfar.launch.finetune_verbs import FINETUNE, add_predict
 from nearfar.launch.slurm.cli import add_launch
 from nearfar.launch.streams import outliving_their_reader
+from nearfar.launch.training_verbs import PRETRAIN
 from nearfar.ssl.errors import EXIT_PEER, EXIT_USER, PeerError, UserError
 
 EXIT_BUG = 1
@@ -97,8 +95,9 @@ def build_parser() -> Parser:
     )
     verbs = parser.add_subparsers(required=True, metavar="VERB")
     _add_training(verbs)
-    add_distill(verbs)
-    add_finetuning(verbs)
+    DISTILL.add_to(verbs)
+    FINETUNE.add_to(verbs)
+    add_predict(verbs)
 
     features = verbs.add_parser("features", help="write the frozen features of a folder of images")
     add_model(features)
@@ -135,23 +134,8 @@ def _add_training(verbs: argparse._SubParsersAction) -> None:
     add_settings(demo)
     demo.set_defaults(verb=run_demo)
 
-    pretrain = verbs.add_parser(
-        "pretrain",
-        help="train a backbone on images without labels; the same command continues it",
-        add_help=False,
-    )
-    pretrain.add_argument("-h", "--help", action=HelpWithSettings, nargs=0, help="show this and every setting")
-    pretrain.add_argument("recipe", help=f"a .yaml file, or the name of a bundled one: {', '.join(bundled())}")
-    pretrain.add_argument(
-        "--dry-run",
-        action="store_true",
-        help="train nothing: show every setting with its reason, sizes, and an estimate of time, memory and disk",
-    )
-    add_from(pretrain)
-    add_settings(pretrain)
-    pretrain.set_defaults(verb=run_pretrain)
-
-    add_adapt(verbs)
+    PRETRAIN.add_to(verbs)
+    ADAPT.add_to(verbs)
 
     replay = verbs.add_parser("replay", help="compute a step that was not finite again, and name what failed first")
     replay.add_argument("record", type=Path, help="RUN/not_finite/step-XXXXXXXXX, or the run's folder for its newest")
@@ -178,12 +162,6 @@ def run_replay(arguments: argparse.Namespace) -> None:
     source = open_source(arguments.data or settings_of(saved).data.path)
     for line in replay(saved, source, arguments.device, arguments.precision):
         print(line)
-
-
-def run_pretrain(arguments: argparse.Namespace) -> None:
-    from nearfar.ssl import config
-
-    start(config.load(*recipe_and_settings(arguments)), arguments.dry_run)
 
 
 def run_report(arguments: argparse.Namespace) -> None:

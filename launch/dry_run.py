@@ -1,4 +1,4 @@
-"""`nearfar pretrain RECIPE --dry-run`: a run's settings, sizes and estimated cost, without starting it."""
+"""`nearfar VERB ... --dry-run` of a verb that trains: settings, sizes and estimated cost of a run that is not begun."""
 
 from __future__ import annotations
 
@@ -8,33 +8,32 @@ import sys
 import time
 from collections.abc import Generator
 from contextlib import closing
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from rich.console import Console
 from torch import nn
 
 from nearfar.launch import processes
-from nearfar.ssl import checkpoint_names, config, device, fork
+from nearfar.launch.finetune import labeled_images
+from nearfar.ssl import checkpoint_names, config, device
 from nearfar.ssl.announce import passed_over_line
 from nearfar.ssl.data import open_source
-from nearfar.ssl.data.loaders.base import Batch, Loader
+from nearfar.ssl.data.loaders.base import Batch
 from nearfar.ssl.data.sources.base import Source, passed_over
-from nearfar.ssl.data.transforms.colors import color_views
-from nearfar.ssl.data.transforms.normalize import normalize
-from nearfar.ssl.defaults import Derived, ResolvedRun, resolve
+from nearfar.ssl.defaults import Derived
 from nearfar.ssl.device import Compute
 from nearfar.ssl.distributed import Ranks, available_cores
 from nearfar.ssl.errors import counted
-from nearfar.ssl.learner import Learner, block_masks
-from nearfar.ssl.learners import learner_of
-from nearfar.ssl.optim import adamw_of
+from nearfar.ssl.finetune import Finetuning
+from nearfar.ssl.finetune_settings import FinetuneRun
+from nearfar.ssl.pretraining import Pretraining
 from nearfar.ssl.run_folder import RunFolder
-from nearfar.ssl.schedule import Schedule
 from nearfar.ssl.set_up import compile_learner, loader_of, prepare_learner
 from nearfar.ssl.setting_list import all_settings
-from nearfar.ssl.settings import Run
-from nearfar.ssl.step import Stepper
+from nearfar.ssl.settings import AnyRun, Run
+from nearfar.ssl.student_teacher import StudentTeacher
+from nearfar.ssl.training import NO_OBSERVERS, Training
 
 FEWEST_STEPS, MOST_STEPS, LONGEST = (
     3,
@@ -52,73 +51,98 @@ class Measured(NamedTuple):
     memory: int  # bytes of this process at its highest
 
 
-def dry_run(run: Run, console: Console) -> None:
+def dry_run(run: Run | FinetuneRun, console: Console) -> None:
     """Print the resolved settings with their reasons, sizes, steps, and an estimate of time, memory and disk.
 
     A few steps are run on the first images, in this process alone and with a network that is then thrown away; nothing
     is written.
 
     Raises:
-        UserError: as `nearfar.launch.pretrain.run_pretraining` would at its start.
+        UserError: as `nearfar.launch.any_run.train` would at its start.
     """
     config.require_images(run)
-    source = open_source(run.data.path)
-    labeled = bool(run.data.val) and source.labels is not None and open_source(str(run.data.val)).labels is not None
+    source, scores = _images(run)
     ranks = processes.world_size(run)
-    folder = RunFolder(run.path)
-    cores = max(1, available_cores() // ranks.value)
-    saved, done = folder.saved_settings(), checkpoint_names.newest_step(folder.checkpoints)
-    begun, taken = (run, []) if saved else fork.located(run)
-    resolved, derived = resolve(begun, len(source), cores, world_size=ranks.value, saved=saved, done=done)
-    derived = [*taken, *derived]
-    if run.train.world_size is None:
-        derived = [ranks, *derived]
-
     threads = torch.get_num_threads()
-    torch.set_num_threads(resolved.train.threads)
     try:
-        learner = learner_of(resolved, weights=not done)
-        width = learner.teacher.backbone.embed_dim
-        compute = device.choose(resolved.train.device, resolved.train.precision, width)
-        prepare_learner(learner, compute, resolved.train.checkpoint_activations)
-        warnings: list[str] = []
-        compute = compile_learner(learner, resolved.train, compute, warnings)
-        loader = loader_of(resolved, source, Ranks(0, ranks.value), compute.device)
-        schedule = Schedule(resolved, loader.steps_per_epoch)
-        sizes = _sizes(resolved, learner, source, schedule, done, labeled)
-        for line in warnings + _settings(resolved, derived) + sizes:
+        training = _set_up(run, source, ranks.value)
+        if run.train.world_size is None:
+            training.derived.insert(0, ranks)
+        lines = [*training.warnings, *_settings(training.run, training.derived), *_sizes(training, scores)]
+        for line in lines:
             console.print(line, highlight=False, markup=False, soft_wrap=True)
         with console.status("Measuring a few steps ..."):
-            measured = measure(learner, loader, schedule, resolved, compute)
+            measured = measure(training)
     finally:
         torch.set_num_threads(threads)
-    for line in _costs(resolved, learner, schedule.steps - done, compute, measured):
+    for line in _costs(
+        training.run, training.learner, training.schedule.steps - training.step, training.compute, measured
+    ):
         console.print(line, highlight=False, markup=False, soft_wrap=True)
 
 
-def measure(learner: Learner, loader: Loader, schedule: Schedule, run: ResolvedRun, compute: Compute) -> Measured:
-    """Train `learner` for a few steps, as one of the run's ranks would."""
-    optimizer = adamw_of(run.optim, learner.student)
-    stepper = Stepper(learner, optimizer, run.optim.clip_grad, compute.autocast, run.train.accumulate_steps)
-    hidden = block_masks(run, learner.student.backbone.patch_size)
-    masks = hidden.of_step(0, compute.device, run.train.accumulate_steps) if hidden else []
-    loader.seek(0, 0)
-    values = schedule.at(0)
+def _images(run: Run | FinetuneRun) -> tuple[Source, str]:
+    """What the run learns from, and a line where nothing is scored meanwhile."""
+    if isinstance(run, FinetuneRun):
+        source, scoring = labeled_images(run)
+        return source, "" if scoring else "Score      none: it needs labeled images in data.val"
+    source = open_source(run.data.path)
+    labeled = bool(run.data.val) and source.labels is not None and open_source(str(run.data.val)).labels is not None
+    return source, "" if labeled else "k-NN       none during training: it needs labels in data.path and in data.val"
+
+
+def _set_up(run: Run | FinetuneRun, source: Source, ranks: int) -> Training[Any, Any]:
+    """The run at the step where it would begin or go on, on its first rank, but without the weights of a checkpoint."""
+    kind: type[Training[Any, Any]] = Finetuning if isinstance(run, FinetuneRun) else Pretraining
+    folder, warnings = RunFolder(run.path), list[str]()
+    saved, done = folder.saved(type(run)), checkpoint_names.newest_step(folder.checkpoints)
+    resolved, derived = kind.resolved(run, len(source), max(1, available_cores() // ranks), ranks, saved, done)
+    torch.set_num_threads(resolved.train.threads)
+    learner = kind.built(resolved, source, not done)
+    compute = device.choose(resolved.train.device, resolved.train.precision, learner.teacher.backbone.embed_dim)
+    prepare_learner(learner, compute, resolved.train.checkpoint_activations)
+    compute = compile_learner(learner, resolved.train, compute, warnings)
+    loader = loader_of(resolved, source, Ranks(0, ranks), compute.device)
+    return kind(
+        run=resolved,
+        source=source,
+        observers=NO_OBSERVERS,
+        folder=folder,
+        world=Ranks(0, ranks),
+        compute=compute,
+        learner=learner,
+        optimizer=kind.optimizer_for(resolved, learner),
+        loader=loader,
+        schedule=kind.schedule_for(resolved, loader.steps_per_epoch),
+        step=done,
+        resumed=done > 0,
+        description={},
+        derived=derived,
+        warnings=warnings,
+    )
+
+
+def measure(training: Training[Any, Any]) -> Measured:
+    """Train for a few steps, as one of the run's ranks would in its last one: nothing is frozen any more, and all parts
+    of the loss are on."""
+    begins, training.step = training.step, training.schedule.steps - 1
+    values = training.schedule.at(training.step)
+    training.loader.seek(0, 0)
     took: list[float] = []
     waits: list[float] = []
     begun = asked = time.monotonic()
-    with closing(cast("Generator[Batch]", iter(loader))) as batches:
+    with closing(cast("Generator[Batch]", iter(training.loader))) as batches:
         for batch in batches:
             waits.append(time.monotonic() - asked)
-            views = [normalize(group) for group in color_views(batch, compute.device)]
-            stepper(views, values, masks=masks).report.read()  # a step that is not finite costs as much
+            training.started_step(training.views(batch), values, tuple).report.read()  # one not finite costs as much
             took.append(time.monotonic() - asked)
             asked = time.monotonic()
             if len(took) > MOST_STEPS or (len(took) > FEWEST_STEPS and asked - begun - took[0] > LONGEST):
                 break
+    training.step = begins
     timed = took[1:] or took  # the first also starts workers and allocates
     waiting = sum(waits[1:] or waits) / max(1e-9, sum(timed))
-    return Measured(statistics.median(timed), len(took) - 1, waiting, _peak_memory(compute))
+    return Measured(statistics.median(timed), len(took) - 1, waiting, _peak_memory(training.compute))
 
 
 def _peak_memory(compute: Compute) -> int:
@@ -128,11 +152,11 @@ def _peak_memory(compute: Compute) -> int:
     return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
-def _settings(run: Run, derived: list[Derived]) -> list[str]:
+def _settings(run: AnyRun, derived: list[Derived]) -> list[str]:
     """Every setting of the run, a section at a time, with the reason for those that were derived."""
     reasons = {key: why for key, _, why in derived}
     lines, tree = ["Settings (derived ones with their reason):"], run.model_dump()
-    for setting in all_settings():
+    for setting in all_settings(run.as_asked()):
         section, _, name = setting.key.rpartition(".")
         value = tree[section][name] if section else tree[name]
         if value is not None:
@@ -141,26 +165,26 @@ def _settings(run: Run, derived: list[Derived]) -> list[str]:
     return lines
 
 
-def _sizes(run: Run, learner: Learner, source: Source, schedule: Schedule, done: int, labeled: bool) -> list[str]:
+def _sizes(training: Training[Any, Any], scores: str) -> list[str]:
     """What would be trained, on what, and where."""
-    backbone, head = _parameters(learner.student.backbone), _parameters(learner.student.head)
-    lines = [
+    run, student, done = training.run, training.learner.student, training.step
+    backbone, head = _parameters(student.backbone), _parameters(student.head)
+    names = passed_over(training.source)
+    return [
         "",
         f"Backbone   {backbone / 1e6:.2f} M parameters ({run.backbone.name})",
-        f"Head       {head / 1e6:.2f} M parameters, {learner.student.head_title}",
-        f"Images     {len(source):,} in {run.data.path}",
-        *([f"           {passed_over_line(names)}"] if (names := passed_over(source)) else []),
-        f"Steps      {schedule.steps:,}: {counted(run.train.epochs, 'epoch')} of "
-        f"{counted(schedule.steps_per_epoch, 'step')} with {run.train.batch_size} images each, on "
+        f"Head       {head / 1e6:.2f} M parameters, {student.head_title}",
+        f"Images     {len(training.source):,} in {run.data.path}",
+        *([f"           {passed_over_line(names)}"] if names else []),
+        f"Steps      {training.schedule.steps:,}: {counted(run.train.epochs, 'epoch')} of "
+        f"{counted(training.loader.steps_per_epoch, 'step')} with {run.train.batch_size} images each, on "
         f"{run.train.world_size} " + ("process" if run.train.world_size == 1 else "processes"),
         f"Folder     {run.path}" + (f", which continues from step {done:,}" if done else ""),
+        *([scores] if scores else []),
     ]
-    if not labeled:
-        lines.append("k-NN       none during training: it needs labels in data.path and in data.val")
-    return lines
 
 
-def _costs(run: Run, learner: Learner, steps: int, compute: Compute, measured: Measured) -> list[str]:
+def _costs(run: AnyRun, learner: StudentTeacher, steps: int, compute: Compute, measured: Measured) -> list[str]:
     ranks = run.train.world_size or 1
     backbone, head = _bytes(learner.student.backbone), _bytes(learner.student.head)
     one = 4 * (backbone + head)
@@ -181,7 +205,7 @@ def _costs(run: Run, learner: Learner, steps: int, compute: Compute, measured: M
         ),
         f"Disk       about {_size((run.train.keep_last + 1) * one + backbone)}: {run.train.keep_last} checkpoints, and "
         f"one being written, of {_size(one)} each (student, teacher, and two moments of the optimizer, each a backbone "
-        f"of {_size(backbone)} and a head of {_size(head)}), and the exported teacher",
+        f"of {_size(backbone)} and a head of {_size(head)}), and the exported weights",
         "",
         "Nothing was trained or written. Leave out --dry-run to begin.",
     ]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -44,21 +44,30 @@ def run_finetuning(run: FinetuneRun, console: Console) -> Outcome:
 def train_rank(run: FinetuneRun, console: Console, world: Ranks) -> Outcome:
     """The part of `run_finetuning` that each process of the run does."""
     config.require_images(run)
-    source = open_source(run.data.path)
-    refuse_empty_folders(source, run.data.path)
-    classes = class_names(source, run.data.path)
     with StopFlag() as stop:
-        probe = None
-        if run.data.val:  # on every rank: a mistake in it is one of the whole run
-            val = open_source(run.data.val)
-            probe = Scoring(val, labels_as(classes, val, run.data.val), stop)
+        source, probe = labeled_images(run, stop)  # on every rank: a mistake in them is one of the whole run
         observers = train.Observers(save_views, probe if world.first else None)
         outcome = finetune(run, source, observers, stop, console, world)
     if world.first and outcome.finished:
-        if probe is not None:
-            record_score(outcome, source, probe)
+        if probe is not None and not record_score(outcome, source, probe):
+            return replace(outcome, unscored=True)
         console.print(str(write_classification_report(outcome.folder)), highlight=False, markup=False, soft_wrap=True)
     return outcome
+
+
+def labeled_images(run: FinetuneRun, should_stop: Callable[[], bool] = lambda: False) -> tuple[Source, Scoring | None]:
+    """The images that a run learns from, and what scores its classifier; None without data.val.
+
+    Raises:
+        UserError: no labels, fewer than two classes or some without an image, or others in data.val.
+    """
+    source = open_source(run.data.path)
+    refuse_empty_folders(source, run.data.path)
+    classes = class_names(source, run.data.path)
+    if not run.data.val:
+        return source, None
+    val = open_source(run.data.val)
+    return source, Scoring(val, labels_as(classes, val, run.data.val), should_stop)
 
 
 def refuse_empty_folders(source: Source, path: str) -> None:
@@ -102,17 +111,19 @@ class Scoring:
         return {f"val_{name}": score for name, score in scores.items()}
 
 
-def record_score(outcome: Outcome, source: Source, scoring: Scoring) -> None:
-    """Put the score of a finished run into its results.json, with the accuracy of each class and the confusion."""
+def record_score(outcome: Outcome, source: Source, scoring: Scoring) -> bool:
+    """Put the score of a finished run into its results.json, with the accuracy of each class and the confusion; False
+    where a signal asks to stop first (the same command scores it then).
+    """
     classifier = checkpoint.load_classifier(outcome.folder)
     run = ResolvedFinetune.of(FinetuneRun.model_validate(checkpoint.about(outcome.folder)["run"]))
     if scoring.last is None:  # the run was finished before: its score may be there already
         if any(score.task == "finetune" and score.step == outcome.step for score in _scores(outcome.folder)):
-            return
+            return True
         compute = device.choose(run.train.device, run.train.precision, classifier.backbone.embed_dim)
         scoring(classifier.to(compute.device), run)
-    if scoring.last is None:  # a signal asked to stop first: the same command scores it
-        return
+    if scoring.last is None:
+        return False
     said = detail(scoring.last.probabilities, scoring.labels[scoring.last.rows], classifier.classes)
     assert run.data.val is not None
     score = Score(
@@ -127,6 +138,7 @@ def record_score(outcome: Outcome, source: Source, scoring: Scoring) -> None:
         detail=said | {"bad": scoring.last.bad},
     )
     results.add(outcome.folder / "results.json", score)
+    return True
 
 
 def _scores(folder: Path) -> list[Score]:

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
-from nearfar.launch.command_line import HelpWithSettings, add_settings
+from nearfar.launch.command_line import HelpWithSettings
 from nearfar.launch.recipes import bundled, find_recipe
+from nearfar.launch.training_verbs import Asked, TrainingVerb
 
 if TYPE_CHECKING:
+    from nearfar.ssl.finetune_settings import FinetuneRun
     from nearfar.ssl.settings import AnyRun
 
 
@@ -25,24 +28,43 @@ class HelpWithFinetuneSettings(HelpWithSettings):
         return FinetuneRun
 
 
-def add_finetuning(verbs: argparse._SubParsersAction) -> None:
-    finetune = verbs.add_parser(
-        "finetune",
-        help="train a classifier on labeled images: from scratch, a run or public weights",
-        add_help=False,
-    )
-    finetune.add_argument("-h", "--help", action=HelpWithFinetuneSettings, nargs=0, help="show this and every setting")
-    finetune.add_argument("recipe", help=f"a .yaml file, or the name of a bundled one: {', '.join(bundled(True))}")
-    finetune.add_argument(
+def _add_subject(parser: Any) -> None:
+    parser.add_argument("recipe", help=f"a .yaml file, or the name of a bundled one: {', '.join(bundled(True))}")
+    parser.add_argument(
         "--from",
         dest="weights",
         metavar="WEIGHTS",
         help="weights to start from, and the backbone that they are of where they say it: a run's folder, a "
         "checkpoint or an exported file (backbone.weights= starts the recipe's own backbone from any file)",
     )
-    add_settings(finetune)
-    finetune.set_defaults(verb=run_finetune)
 
+
+def _asked(arguments: argparse.Namespace) -> Asked:
+    settings = list(arguments.settings)
+    if arguments.weights:
+        from nearfar.launch.starting_weights import settings_of
+
+        settings = [*settings_of(arguments.weights), *settings]
+    return find_recipe(arguments.recipe, supervised=True), settings
+
+
+def _load(recipe: Path | None, settings: Sequence[str]) -> FinetuneRun:
+    from nearfar.ssl import finetune_settings
+
+    return finetune_settings.load(recipe, settings)
+
+
+FINETUNE = TrainingVerb(
+    "finetune",
+    "train a classifier on labeled images: from scratch, a run or public weights",
+    _add_subject,
+    _asked,
+    _load,
+    HelpWithFinetuneSettings,
+)
+
+
+def add_predict(verbs: Any) -> None:
     predict = verbs.add_parser("predict", help="classify images with what `nearfar finetune` trained, into a .csv")
     predict.add_argument("model", type=Path, help="run folder, checkpoint folder or classifier.safetensors")
     predict.add_argument(
@@ -56,21 +78,6 @@ def add_finetuning(verbs: argparse._SubParsersAction) -> None:
     predict.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto", help="where to compute")
     predict.add_argument("--workers", type=int, help="threads or processes that decode images (default: by cores)")
     predict.set_defaults(verb=run_predict)
-
-
-def run_finetune(arguments: argparse.Namespace) -> None:
-    from nearfar.ssl import config, finetune_settings
-
-    settings = list(arguments.settings)
-    if arguments.weights:
-        from nearfar.launch.starting_weights import settings_of
-
-        settings = [*settings_of(arguments.weights), *settings]
-    run = finetune_settings.load(find_recipe(arguments.recipe, supervised=True), settings)
-    config.require_images(run)  # here too: before torch is loaded
-    from nearfar.launch.finetune import run_finetuning
-
-    run_finetuning(run, Console())
 
 
 def run_predict(arguments: argparse.Namespace) -> None:

@@ -1,18 +1,13 @@
-"""What a run begins with: `--from RUN[@STEP]`, a checkpoint and the settings of another one; and beginning it."""
+"""What a run begins with: `--from RUN[@STEP]`, a checkpoint and the settings of another one."""
 
 from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-from rich.console import Console
+from typing import Any
 
 from nearfar.launch.recipes import find_recipe
 from nearfar.ssl.errors import UserError
-
-if TYPE_CHECKING:
-    from nearfar.ssl.settings import Run
 
 
 def add_from(parser: Any) -> None:
@@ -38,21 +33,6 @@ def recipe_and_settings(arguments: argparse.Namespace) -> tuple[Path, list[str]]
     if "=" not in recipe or Path(recipe).is_file():
         return find_recipe(recipe), settings
     return _settings_of(start, [recipe, *settings])
-
-
-def start(run: Run, dry: bool) -> None:
-    """Train a run, or only tell what it would cost."""
-    from nearfar.ssl import config
-
-    config.require_images(run)  # here too: before torch is loaded
-    if dry:
-        from nearfar.launch.dry_run import dry_run
-
-        dry_run(run, Console())
-    else:
-        from nearfar.launch.pretrain import run_pretraining
-
-        run_pretraining(run, Console())
 
 
 def _settings_of(start: str, settings: list[str]) -> tuple[Path, list[str]]:

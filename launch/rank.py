@@ -24,20 +24,14 @@ def main(argv: Sequence[str]) -> int:
 
     from rich.console import Console
 
-    from nearfar.launch import finetune, pretrain
-    from nearfar.ssl import bounded_files
+    from nearfar.launch.any_run import train_rank
     from nearfar.ssl.distributed import from_environment, met
-    from nearfar.ssl.finetune_settings import FinetuneRun, recorded
+    from nearfar.ssl.finetune_settings import recorded, recorded_in
 
     world = from_environment()
     try:
-        given = json.loads(sys.stdin.read()) if argv[0] == "-" else bounded_files.read_yaml(Path(argv[0]), "recipe")
-        run = recorded({"name": Path(argv[0]).stem} | {key: part for key, part in given.items() if part is not None})
-        console = Console(quiet=not world.first)
-        if isinstance(run, FinetuneRun):
-            finetune.train_rank(run, console, world)
-        else:
-            pretrain.train_rank(run, console, world)
+        run = recorded(json.loads(sys.stdin.read())) if argv[0] == "-" else recorded_in(Path(argv[0]))
+        train_rank(run, Console(quiet=not world.first), world)
     except UserError as error:
         if world.first or not met():  # the first has received the message of the others
             print(f"nearfar: {error}", file=sys.stderr)

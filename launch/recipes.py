@@ -10,11 +10,17 @@ from nearfar.ssl.setting_errors import nearest
 
 
 def find_recipe(name: str, supervised: bool = False) -> Path:
-    """A recipe by path, or by the name of one that comes with nearfar for this kind of run."""
+    """A recipe by path, or by the name of one that comes with nearfar for this kind of run.
+
+    Raises:
+        UserError: there is none, or it is for the other kind of run.
+    """
     path = Path(name)
     known = bundled(supervised)
     if name in known:
         return _folder() / f"{name}.yaml"
+    if not path.exists() and name in bundled(not supervised):
+        raise UserError(f"{name} is {_for_other_kind(name, supervised)}")
     if not path.is_file() and "=" in name:
         raise UserError(
             f"{name} is a setting, and the recipe comes before the settings: a .yaml file of yours (an empty one has "
@@ -22,6 +28,7 @@ def find_recipe(name: str, supervised: bool = False) -> Path:
         )
     if not path.is_file():
         raise UserError(f"{_not_there(path, known)} Give a .yaml file or one of: {', '.join(known)}.")
+    _refuse_other_kind(path, supervised)
     return path
 
 
@@ -32,6 +39,26 @@ def _not_there(path: Path, known: list[str]) -> str:
     others = [path.with_suffix(suffix) for suffix in (".yaml", ".yml")]
     near = next((str(other) for other in others if other.is_file()), None) or nearest(path.stem, known)
     return f"There is no recipe {path}." + (f" Did you mean {near}?" if near else "")
+
+
+def _refuse_other_kind(path: Path, supervised: bool) -> None:
+    """Raises UserError for a recipe with sections that only the other kind of run has."""
+    from nearfar.ssl import bounded_files
+    from nearfar.ssl.finetune_settings import FinetuneRun
+    from nearfar.ssl.settings import Run
+
+    own, other = (Run.model_fields.keys(), FinetuneRun.model_fields.keys())[:: -1 if supervised else 1]
+    written = bounded_files.read_yaml(path, "recipe").keys()
+    if (wrong := sorted(written & (other - own))) and not written & (own - other):
+        raise UserError(f"{path} has the section {wrong[0]}: it is {_for_other_kind(path, supervised)}")
+
+
+def _for_other_kind(recipe: str | Path, supervised: bool) -> str:
+    verb = "pretrain" if supervised else "finetune"
+    return (
+        f"a recipe of `nearfar {verb}`. Write nearfar {verb} {recipe} ..., or on a cluster nearfar launch {verb} "
+        f"{recipe} ..."
+    )
 
 
 SUPERVISED = "finetune_"  # what the names of recipes for `nearfar finetune` begin with

@@ -22,6 +22,12 @@ class Classifier(nn.Module):
         nn.init.trunc_normal_(self.head.weight, std=0.02)
         nn.init.zeros_(self.head.bias)
 
+    @property
+    def head_title(self) -> str:
+        """What the head tells apart, in words."""
+        some = ", ".join(self.classes[:5]) + (" and others" if len(self.classes) > 5 else "")
+        return f"linear, {len(self.classes)} classes: {some}"
+
     def forward(self, images: Tensor) -> Tensor:
         """Normalized images (B, 3, H, W) -> logits (B, classes)."""
         tokens = self.backbone(images)

@@ -210,10 +210,13 @@ def _wrong_sizes(run: Run) -> Iterator[str]:
             size = getattr(views, name)
             if size % patch:
                 near = max(patch, round(size / patch) * patch)
-                yield f"views.{name}={size} is not a multiple of the patch size {patch} (nearest: {near})"
+                less = ", and smaller than one patch" if size < patch else ""
+                yield f"views.{name}={size} is not a multiple of the patch size {patch}{less} (nearest: {near})"
     if views.local_crops_number and views.local_crops_size > views.global_crops_size:
         yield f"local views ({views.local_crops_size} px) are larger than global ones ({views.global_crops_size} px)"
     size = run.eval.size or views.global_crops_size
+    if patch and run.eval.size and run.eval.size < patch:
+        yield f"eval.size={run.eval.size} is smaller than one patch of the backbone ({patch} pixels)"
     if run.eval.resize and run.eval.resize < size:
         yield f"eval.resize={run.eval.resize} is smaller than the crop eval.size={size}"
 

@@ -11,7 +11,7 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import Field
 
-from nearfar.ssl import config, defaults
+from nearfar.ssl import bounded_files, config, defaults
 from nearfar.ssl.defaults import Derived, ResolvedData, ResolvedTrain
 from nearfar.ssl.errors import UserError, counted
 from nearfar.ssl.settings import (
@@ -221,6 +221,12 @@ def recorded(tree: dict[str, Any]) -> Run | FinetuneRun:
     if "classifier" in tree:
         return config.validated(FinetuneRun, tree, contradictions, command=COMMAND)
     return config.validate(tree)
+
+
+def recorded_in(file: Path) -> Run | FinetuneRun:
+    """`recorded` of a YAML file. Raises UserError where it cannot be read, too."""
+    tree = bounded_files.read_yaml(file, "recipe")
+    return recorded({"name": file.stem} | {key: value for key, value in tree.items() if value is not None})
 
 
 class ResolvedFinetuneOptim(FinetuneOptimSettings):

@@ -9,6 +9,7 @@ import torch
 
 from nearfar.ssl import checkpoint, digests
 from nearfar.ssl.backbones import Backbone, create
+from nearfar.ssl.backbones.adapter import Adapter
 from nearfar.ssl.backbones.factory import OUR_NAME, VIM_NAME
 from nearfar.ssl.defaults import ResolvedRun
 from nearfar.ssl.distill import Distiller, FrozenTeacher, Pooling, ProjectedStudent
@@ -21,9 +22,29 @@ def learner_of(run: ResolvedRun, weights: bool = True) -> Learner:
     """The learner of a run: distilling where it names a teacher, DINO elsewhere; seeded as `build_learner`.
 
     Raises:
-        UserError: the backbone, the teacher or their files are not what the settings need.
+        UserError: the backbone, the teacher or their files are not what the settings need, or the images that a
+            backbone is to see are smaller than one of its patches.
     """
-    return build_distiller(run, weights) if run.distill.teacher else build_learner(run, weights)
+    learner: Learner = build_distiller(run, weights) if run.distill.teacher else build_learner(run, weights)
+    _check_patch(learner.student.backbone, run)
+    return learner
+
+
+def _check_patch(backbone: Backbone, run: ResolvedRun) -> None:
+    """The patch size of a network of timm's is known once it is made; for ours `config` has looked."""
+    sizes = {"views.global_crops_size": run.views.global_crops_size, "eval.size": run.eval.size}
+    if run.views.local_crops_number:
+        sizes["views.local_crops_size"] = run.views.local_crops_size
+    small = {key: size for key, size in sizes.items() if size < backbone.patch_size}
+    if not small or not (isinstance(backbone, Adapter) and backbone.isotropic):  # others take images of any size
+        return
+    told = " and ".join(f"{key}={size}" for key, size in small.items())
+    larger = " ".join(f"{key}={backbone.patch_size}" for key in small)
+    raise UserError(
+        f"{run.backbone.name} cuts images into patches of {backbone.patch_size} pixels, and {told} "
+        f"{'is' if len(small) == 1 else 'are'} smaller than one patch. Choose {larger} or a multiple, or a network of "
+        "smaller patches."
+    )
 
 
 def build_distiller(run: ResolvedRun, weights: bool = True) -> Distiller:

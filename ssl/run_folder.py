@@ -12,17 +12,17 @@ import socket
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Any, TypeVar
+from typing import IO, Any, Literal, TypeVar
 
-from nearfar.ssl import bounded_files, checkpoint, checkpoint_names, config, file_lock, files
+from nearfar.ssl import checkpoint, checkpoint_names, config, file_lock, files
 from nearfar.ssl.checkpoint import CLASSIFIER, TEACHER
 from nearfar.ssl.defaults import differences, only_longer
 from nearfar.ssl.errors import UserError
-from nearfar.ssl.finetune_settings import FinetuneRun, recorded
+from nearfar.ssl.finetune_settings import FinetuneRun, recorded, recorded_in
 from nearfar.ssl.settings import AnyRun, Run
 
 START = "start.safetensors"  # the backbone as it began, of a pretraining run that begins with weights
-VERBS: dict[type[AnyRun], str] = {Run: "pretrain", FinetuneRun: "finetune"}
+VERBS: dict[type[AnyRun], Literal["pretrain", "finetune"]] = {Run: "pretrain", FinetuneRun: "finetune"}
 R = TypeVar("R", bound=AnyRun)
 _log = logging.getLogger(__name__)
 
@@ -138,10 +138,9 @@ class RunFolder:
 
     def _written(self, file: Path) -> AnyRun:
         try:
-            tree = bounded_files.read_yaml(file, "recipe")
+            return recorded_in(file)
         except UserError as error:
             raise UserError(f"{file} does not fit this version of nearfar. {error}") from None
-        return self._validated({"name": file.stem} | {k: v for k, v in tree.items() if v is not None}, file)
 
     def _trained_settings(self) -> AnyRun | None:
         """What the newest readable checkpoint, or else the exported teacher, records as its settings."""

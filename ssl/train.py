@@ -33,10 +33,11 @@ class Outcome:
     step: int
     steps: int
     seconds: float
+    unscored: bool = False  # did a stop request come before the score that belongs to the run?
 
     @property
     def finished(self) -> bool:
-        return self.step >= self.steps
+        return self.step >= self.steps and not self.unscored
 
 
 def pretrain(

@@ -178,7 +178,8 @@ def test_commands_parse(page: str, arguments: list[str], capsys: pytest.CaptureF
     assert code == 0, f"{page}: nearfar {shlex.join(arguments)}\n{capsys.readouterr().err}"
     for setting in getattr(parsed, "settings", None) or []:
         key = setting.partition("=")[0]
-        keys = SUPERVISED if arguments[0] == "finetune" else KEYS
+        supervised = arguments[0] == "finetune" or arguments[:2] == ["launch", "finetune"]
+        keys = SUPERVISED if supervised else KEYS
         assert key in keys, f"{page}: nearfar {shlex.join(arguments)}: there is no setting {key}"
 
 

@@ -10,24 +10,29 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 
 from nearfar.eval.results import TASKS
+from nearfar.launch.adapting import ADAPT
 from nearfar.launch.command_line import Parser
-from nearfar.launch.forking import add_from, recipe_and_settings
+from nearfar.launch.distill_verbs import DISTILL
+from nearfar.launch.finetune_verbs import FINETUNE
 from nearfar.launch.recipes import bundled
 from nearfar.launch.slurm import resources
+from nearfar.launch.training_verbs import PRETRAIN, TrainingVerb
 from nearfar.ssl.errors import UserError
 from nearfar.ssl.setting_errors import nearest
 
 if TYPE_CHECKING:
+    from nearfar.ssl.finetune_settings import FinetuneRun
     from nearfar.ssl.settings import Run
 
 CLUSTERS = ("auto", "slurm", "local", "debug")
 CONTROLS = ("status", "cancel", "logs", "resubmit")
+TRAINING = (PRETRAIN, ADAPT, DISTILL, FINETUNE)
 
 
 def add_launch(verbs: Any) -> None:
     """Put `launch` among the verbs of the `nearfar` command."""
-    verbs.add_parser("launch", help="pretrain on a SLURM cluster: submit, status, logs, cancel, resubmit")
-    verbs.choices["launch"] = LaunchParser()  # in its place: what follows `launch` is a recipe or one of CONTROLS
+    verbs.add_parser("launch", help="train on a SLURM cluster: submit, status, logs, cancel, resubmit")
+    verbs.choices["launch"] = LaunchParser()  # in its place: what follows is one of TRAINING, of CONTROLS, or a recipe
 
 
 class LaunchParser(Parser):
@@ -42,17 +47,23 @@ class LaunchParser(Parser):
         words = list(args or [])
         if words[:1] and words[0] in CONTROLS:
             return control_parser(words[0]).parse_args(words[1:], namespace), []
-        return submit_parser().parse_known_intermixed_args(words, namespace)
+        named = next((verb for verb in TRAINING if words[:1] == [verb.name]), None)
+        if named is None:
+            return submit_parser(PRETRAIN, "nearfar launch").parse_known_intermixed_args(words, namespace)
+        return submit_parser(named, f"nearfar launch {named.name}").parse_known_intermixed_args(words[1:], namespace)
 
 
-def submit_parser() -> argparse.ArgumentParser:
+def submit_parser(training: TrainingVerb, prog: str) -> argparse.ArgumentParser:
+    """Of what `training` takes, and of the flags of a job."""
+    others = " | ".join(verb.name for verb in TRAINING)
     parser = Parser(
-        prog="nearfar launch",
-        description="Pretrain as `nearfar pretrain` does, as a job that survives preemption, time limits and dead "
-        "nodes, or as an array of jobs.",
+        prog=prog,
+        description=f"Train as `nearfar {training.name}` does, as a job that survives preemption, time limits and dead "
+        f"nodes, or as an array of jobs. `nearfar launch {others}` takes what that verb takes; without one it is "
+        "pretrain.",
         epilog="Afterwards: nearfar launch " + " | ".join(f"{verb} RUN" for verb in CONTROLS),
     )
-    parser.add_argument("recipe", help=f"a .yaml file, or the name of a bundled one: {', '.join(bundled())}")
+    training.add_subject(parser)
     parser.add_argument("settings", nargs="*", metavar="key=value", help="settings, such as train.epochs=20")
     parser.add_argument(
         "--cluster",
@@ -66,9 +77,8 @@ def submit_parser() -> argparse.ArgumentParser:
     parser.add_argument("--then", metavar="eval=A,B", help=f"score the run when it is finished: {', '.join(TASKS)}")
     parser.add_argument("--sweep", nargs="+", metavar="key=a,b", help="a run for every combination, as one array")
     parser.add_argument("--parallel", type=int, help="runs of a sweep at the same time (default: all)")
-    add_from(parser)
     resources.add_flags(parser)
-    parser.set_defaults(verb=run_launch)
+    parser.set_defaults(verb=run_launch, training=training)
     return parser
 
 
@@ -119,25 +129,32 @@ def run_launch(arguments: argparse.Namespace) -> None:
         local_cluster.launch(runs, given, then, debug=debug, console=console)
 
 
-def _runs(arguments: argparse.Namespace) -> tuple[Path, list[Run]]:
+def _runs(arguments: argparse.Namespace) -> tuple[Path, list[Run | FinetuneRun]]:
     """The folder of the run or the sweep, and the runs."""
     from nearfar.launch.slurm import sweep
-    from nearfar.ssl import config
 
-    known = arguments.start_from or arguments.recipe in bundled() or Path(arguments.recipe).exists()
-    if not known and (near := nearest(arguments.recipe, CONTROLS)):
-        raise UserError(f"`nearfar launch` has no verb '{arguments.recipe}', and it is no recipe; did you mean {near}?")
-    recipe, settings = recipe_and_settings(arguments)
+    training: TrainingVerb = arguments.training
+    if training is PRETRAIN:
+        _refuse_misspelled_verb(arguments.recipe, known=bool(arguments.start_from))
+    recipe, settings = training.asked(arguments)
     if not arguments.sweep:
-        run = config.load(recipe, settings)
+        run = training.load(recipe, settings)
         return run.path, [run]
-    folder, runs = sweep.runs(recipe, settings, arguments.sweep)
+    folder, runs = sweep.runs(lambda more: training.load(recipe, [*settings, *more]), arguments.sweep)
     if (folder / "config.yaml").exists():
         raise UserError(f"{folder} holds a run; a sweep needs a folder of its own: choose another name=.")
     return folder, runs
 
 
-def _launch_on_slurm(arguments: argparse.Namespace, folder: Path, runs: list[Run], then: tuple[str, ...]) -> None:
+def _refuse_misspelled_verb(recipe: str, known: bool) -> None:
+    known = known or recipe in bundled() or recipe in bundled(supervised=True) or Path(recipe).exists()
+    if not known and (near := nearest(recipe, [*CONTROLS, *(verb.name for verb in TRAINING)])):
+        raise UserError(f"`nearfar launch` has no verb '{recipe}', and it is no recipe; did you mean {near}?")
+
+
+def _launch_on_slurm(
+    arguments: argparse.Namespace, folder: Path, runs: list[Run | FinetuneRun], then: tuple[str, ...]
+) -> None:
     from nearfar.launch.slurm import submission
 
     share = resources.load(arguments.site, resources.given(arguments))

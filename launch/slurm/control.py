@@ -119,7 +119,7 @@ def resubmit(runs: Sequence[Path], given: dict[str, Any], console: Console) -> l
         UserError: nothing is left to submit.
     """
     from nearfar.launch.slurm import resources, submission
-    from nearfar.ssl import config
+    from nearfar.ssl.finetune_settings import recorded_in
 
     states = statuses(runs)
     if len(runs) > 1:
@@ -136,7 +136,7 @@ def resubmit(runs: Sequence[Path], given: dict[str, Any], console: Console) -> l
         share = resources.check(record.resources.model_dump(exclude_defaults=True) | given, "in the flags")
         again.append(
             submission.Submission(
-                folder.parent.parent, [config.load(job.config) for job in jobs], share, tuple(record.then),
+                folder.parent.parent, [recorded_in(job.config) for job in jobs], share, tuple(record.then),
                 record.parallel,
             )
         )  # fmt: skip

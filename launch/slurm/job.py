@@ -102,7 +102,7 @@ def train_job(config: str, folder: str) -> None:
                 wait_for_lock(run, stop)
             deadline = rendezvous(submission / "meeting", process, save_by(run, submission, process))
             with _alarm(deadline):
-                outcome = _pretrain(Path(config))
+                outcome = _train(Path(config))
         except Exception as error:
             _failed(run, "train", process, error)
         if outcome.finished:
@@ -344,22 +344,23 @@ def is_infrastructure(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and _BROKEN.search(str(error)) is not None
 
 
-def _pretrain(config_file: Path) -> Outcome:
+def _train(config: Path) -> Outcome:
+    """The run that these settings are of: which kind it is they say themselves."""
     from rich.console import Console
 
-    from nearfar.launch.pretrain import train_rank
-    from nearfar.ssl import config
+    from nearfar.launch.any_run import train_rank
     from nearfar.ssl.distributed import from_environment
+    from nearfar.ssl.finetune_settings import recorded_in
 
     world = from_environment()
-    return train_rank(config.load(config_file), Console(quiet=not world.first), world)
+    return train_rank(recorded_in(config), Console(quiet=not world.first), world)
 
 
 def score_run(run: Path, tasks: list[str]) -> None:
     from rich.console import Console
 
-    from nearfar.eval.report import write_report
     from nearfar.launch.computing import compute_for
+    from nearfar.launch.report import report_run
     from nearfar.launch.score import Subject, score, sources
 
     subject = Subject.of(run)
@@ -367,4 +368,4 @@ def score_run(run: Path, tasks: list[str]) -> None:
     subject = subject.on(compute_for(subject.backbone, device, "train.device="))
     train, val = sources(subject.run, None, None)
     score(subject, train, val, tasks=tasks, console=Console())
-    write_report(run)
+    report_run(run, subject)

@@ -13,18 +13,22 @@ from nearfar.launch.slurm.records import SubmissionRecord
 from nearfar.launch.slurm.resources import Resources, gpu_count
 from nearfar.ssl import config
 from nearfar.ssl.errors import UserError
+from nearfar.ssl.finetune_settings import FinetuneRun
+from nearfar.ssl.run_folder import VERBS
 from nearfar.ssl.settings import Run
 
 
-def launch(runs: Sequence[Run], given: dict[str, Any], then: Sequence[str], *, debug: bool, console: Console) -> None:
+def launch(
+    runs: Sequence[Run | FinetuneRun], given: dict[str, Any], then: Sequence[str], *, debug: bool, console: Console
+) -> None:
     """Train (and score) each run; a signal saves and leaves, and the same command continues where it was.
 
     debug: exactly what a job does, in this process, with a debugger at the place of an error.
 
     Raises:
-        UserError: more than one machine is asked for, and as `pretrain`.
+        UserError: more than one machine is asked for, and as the run's own verb.
     """
-    from nearfar.launch.pretrain import run_pretraining
+    from nearfar.launch.any_run import train
 
     asked = _of_this_machine(given)
     for run in runs:
@@ -33,7 +37,7 @@ def launch(runs: Sequence[Run], given: dict[str, Any], then: Sequence[str], *, d
             _debug(run, asked, then)
             continue
         before = records.read_ending(run.path)
-        if not run_pretraining(run, console).finished:
+        if not train(run, console).finished:
             return
         if before is None or before.state != "finished":
             step = records.saved_step(run.path)
@@ -43,7 +47,7 @@ def launch(runs: Sequence[Run], given: dict[str, Any], then: Sequence[str], *, d
             job.score_run(run.path, list(then))
 
 
-def dry_run(runs: Sequence[Run], given: dict[str, Any], then: Sequence[str], console: Console) -> None:
+def dry_run(runs: Sequence[Run | FinetuneRun], given: dict[str, Any], then: Sequence[str], console: Console) -> None:
     """Say what `launch` would do, and do nothing.
 
     Raises:
@@ -55,7 +59,8 @@ def dry_run(runs: Sequence[Run], given: dict[str, Any], then: Sequence[str], con
     for run in runs:
         run = _as_given(run, given, debug=False)
         count, why = processes.world_size(run)[1:]
-        told = f"{run.path}: pretrain on {run.data.path or 'no images (data.path= is not set)'}, {run.train.device}, "
+        verb, images = VERBS[run.as_asked()], run.data.path or "no images (data.path= is not set)"
+        told = f"{run.path}: {verb} on {images}, {run.train.device}, "
         told += f"{count} process{'es' if count != 1 else ''} ({why})"
         told += f", {run.train.epochs} epochs" + (f"; then {', '.join(then)}" if then else "")
         console.print(told, highlight=False, soft_wrap=True)
@@ -69,7 +74,7 @@ def _of_this_machine(given: dict[str, Any]) -> Resources:
     return asked
 
 
-def _as_given(run: Run, given: dict[str, Any], debug: bool) -> Run:
+def _as_given(run: Run | FinetuneRun, given: dict[str, Any], debug: bool) -> Run | FinetuneRun:
     """With the device and the number of processes that the flags say."""
     update: dict[str, Any] = {}
     if given.get("cpu"):
@@ -80,7 +85,7 @@ def _as_given(run: Run, given: dict[str, Any], debug: bool) -> Run:
     return run.model_copy(update={"train": run.train.model_copy(update=update)})
 
 
-def _debug(run: Run, resources: Resources, then: Sequence[str]) -> None:
+def _debug(run: Run | FinetuneRun, resources: Resources, then: Sequence[str]) -> None:
     submission = run.path / "cluster" / "debug"
     settings = submission / "settings" / f"{run.name}.yaml"
     settings.parent.mkdir(parents=True, exist_ok=True)

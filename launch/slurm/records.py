@@ -62,6 +62,7 @@ class Job(BaseModel):
 
     job: str
     kind: Kind
+    verb: Literal["pretrain", "finetune"] = "pretrain"  # what a job that trains continues
     name: str
     submission: Path  # the submission's folder
     config: Path

@@ -143,6 +143,7 @@ def as_json(all_of_them: Iterable[Status]) -> str:
             {
                 "run": str(status.run),
                 "job": status.job.job if status.job else None,
+                "verb": status.job.verb if status.job else None,
                 "state": status.state,
                 "why": status.why,
                 "nodes": status.nodes,
@@ -174,7 +175,7 @@ def _fields(status: Status) -> Iterator[tuple[str, str]]:
     if status.why:
         yield "because", status.why
     if status.job:
-        yield "job", f"{status.job.job} ({status.job.name})"
+        yield "job", f"{status.job.job} ({status.job.name}), which continues nearfar {status.job.verb}"
         lost = f", {status.lost} steps done again" if status.lost else ""
         yield "attempts", f"{len(status.attempts)}{lost}"
     if status.nodes:

@@ -16,11 +16,12 @@ from nearfar.launch.slurm import executor, job, queue, records, snapshot
 from nearfar.launch.slurm.executor import JobOptions
 from nearfar.launch.slurm.records import Ending, Job, SubmissionRecord
 from nearfar.launch.slurm.resources import Resources
-from nearfar.ssl import config, kept
-from nearfar.ssl.defaults import continued_or_longer, dividing
+from nearfar.ssl import config, finetune_settings, kept
+from nearfar.ssl.defaults import continued, continued_or_longer, dividing, on_ranks
 from nearfar.ssl.errors import UserError
-from nearfar.ssl.run_folder import RunFolder
-from nearfar.ssl.settings import Run
+from nearfar.ssl.finetune_settings import FinetuneRun
+from nearfar.ssl.run_folder import VERBS, RunFolder
+from nearfar.ssl.settings import AnyRun, Run
 
 EVAL_HOURS = 4.0
 
@@ -29,7 +30,7 @@ class Submission(NamedTuple):
     """What is to be submitted: one run, or the runs of a sweep."""
 
     folder: Path  # of the run or the sweep
-    runs: list[Run]
+    runs: list[Run | FinetuneRun]
     resources: Resources
     then: tuple[str, ...] = ()  # evaluations after training
     parallel: int | None = None  # runs of a sweep at the same time
@@ -39,7 +40,7 @@ class Submission(NamedTuple):
         return "".join(letter if letter.isalnum() or letter in "-_.=+" else "-" for letter in self.folder.name)
 
 
-def for_cluster(run: Run, resources: Resources) -> Run:
+def for_cluster(run: Run | FinetuneRun, resources: Resources) -> Run | FinetuneRun:
     """`run` as a job on another machine will read it: paths absolute, the device that was asked for.
 
     Raises:
@@ -53,18 +54,20 @@ def for_cluster(run: Run, resources: Resources) -> Run:
         _check_exists("backbone.weights", placed.backbone.weights)
     if placed.train.start_from:
         kept.named(placed.train.start_from)
-    saved = RunFolder(placed.path).saved_settings()
+    saved = RunFolder(placed.path).saved(type(placed))
     if saved is None:  # "auto" on a node whose GPU is broken would train on its CPU for days
         device = placed.train.model_copy(update={"device": "cpu" if resources.cpu else "cuda"})
         placed = placed.model_copy(update={"train": device})
     elif saved.train.device != run.train.device == "auto":  # begun by a job: continued by one
         placed = placed.model_copy(update={"train": placed.train.model_copy(update={"device": saved.train.device})})
-    if saved:
+    if isinstance(placed, Run) and isinstance(saved, Run):
         continued_or_longer(placed, saved)
+    elif saved:
+        continued(placed, saved)
     return placed
 
 
-def _check(run: Run, resources: Resources) -> None:
+def _check(run: AnyRun, resources: Resources) -> None:
     config.require_images(run)
     if not run.name:
         raise UserError("The run has no name: set name=.")
@@ -78,26 +81,23 @@ def _check(run: Run, resources: Resources) -> None:
             f"train.batch_size={run.train.batch_size} does not divide into {resources.world} processes "
             f"({resources.nodes} nodes x {resources.tasks}); the nearest that do: {' and '.join(map(str, sizes))}."
         )
+    if isinstance(run, FinetuneRun):  # images are mixed in pairs within a process
+        config.refuse(finetune_settings.contradictions(on_ranks(run, resources.world)))
 
 
-def _absolute_paths(run: Run) -> Run:
-    data = {"path": _absolute(run.data.path), "val": run.data.val and _absolute(run.data.val)}
-    weights = {"weights": run.backbone.weights and _absolute(run.backbone.weights)}
-    start = {"start_from": run.train.start_from and _absolute(run.train.start_from)}
-    anchor = {"gram_teacher": run.loss.gram_teacher and _absolute(run.loss.gram_teacher)}
-    teacher = {"teacher_weights": run.distill.teacher_weights and _absolute(run.distill.teacher_weights)}
-    if run.distill.teacher and Path(run.distill.teacher).expanduser().exists():  # else it is the name of a network
-        teacher["teacher"] = _absolute(run.distill.teacher)
-    return run.model_copy(
-        update={
-            "folder": _absolute(run.folder),
-            "data": run.data.model_copy(update=data),
-            "backbone": run.backbone.model_copy(update=weights),
-            "train": run.train.model_copy(update=start),
-            "loss": run.loss.model_copy(update=anchor),
-            "distill": run.distill.model_copy(update=teacher),
-        }
-    )
+def _absolute_paths(run: Run | FinetuneRun) -> Run | FinetuneRun:
+    update = {
+        "data": {"path": _absolute(run.data.path), "val": run.data.val and _absolute(run.data.val)},
+        "backbone": {"weights": run.backbone.weights and _absolute(run.backbone.weights)},
+        "train": {"start_from": run.train.start_from and _absolute(run.train.start_from)},
+    }
+    if isinstance(run, Run):
+        update["loss"] = {"gram_teacher": run.loss.gram_teacher and _absolute(run.loss.gram_teacher)}
+        update["distill"] = {"teacher_weights": run.distill.teacher_weights and _absolute(run.distill.teacher_weights)}
+        if run.distill.teacher and Path(run.distill.teacher).expanduser().exists():  # else it is the name of a network
+            update["distill"]["teacher"] = _absolute(run.distill.teacher)
+    sections = {name: getattr(run, name).model_copy(update=values) for name, values in update.items()}
+    return run.model_copy(update={"folder": _absolute(run.folder)} | sections)
 
 
 def _check_exists(key: str, path: str) -> None:
@@ -237,8 +237,8 @@ def _record(kind: records.Kind, name: str, folder: Path, submission: Submission,
     for run, number in zip(submission.runs, numbers, strict=True):
         made.append(
             Job(
-                job=number, kind=kind, name=name, submission=folder, config=_config(folder, run), tasks=tasks,
-                submitted_at=now,
+                job=number, kind=kind, verb=VERBS[run.as_asked()], name=name, submission=folder,
+                config=_config(folder, run), tasks=tasks, submitted_at=now,
             )
         )  # fmt: skip
         records.record_jobs(run.path, made[-1])
@@ -260,7 +260,7 @@ def _evaluation(folder: Path, submission: Submission, training: str) -> executor
     return executor.executor(folder, submission.resources.one_process(EVAL_HOURS), options)
 
 
-def _config(folder: Path, run: Run) -> Path:
+def _config(folder: Path, run: AnyRun) -> Path:
     return folder / "settings" / f"{run.name}.yaml"
 
 

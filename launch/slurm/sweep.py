@@ -4,22 +4,25 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TypeVar
 
-from nearfar.ssl import config
 from nearfar.ssl.errors import UserError
-from nearfar.ssl.settings import Run
+from nearfar.ssl.settings import AnyRun
+
+R = TypeVar("R", bound=AnyRun)
 
 
-def runs(recipe: Path, settings: list[str], sweep: Sequence[str]) -> tuple[Path, list[Run]]:
+def runs(load: Callable[[list[str]], R], sweep: Sequence[str]) -> tuple[Path, list[R]]:
     """The folder of a sweep and its runs.
 
-    sweep: `key=a,b` each. All combinations are run, in FOLDER/NAME/ of the recipe, each in a folder named by what
-    differs: `lr=1e-4_lgp=true`. What has one value is a setting like those of `settings`.
+    load: the run of the recipe with these settings besides. sweep: `key=a,b` each. All combinations are run, in
+    FOLDER/NAME/ of the recipe, each in a folder named by what differs: `lr=1e-4_lgp=true`. What has one value is a
+    setting of all of them.
 
     Raises:
-        UserError: as `config.load`; a key without values, or one that is given twice; nothing that differs.
+        UserError: as `load`; a key without values, or one that is given twice; nothing that differs.
     """
     fixed, varied = [], {}
     for item in sweep:
@@ -35,8 +38,7 @@ def runs(recipe: Path, settings: list[str], sweep: Sequence[str]) -> tuple[Path,
         varied[key] = values
     if not varied:
         raise UserError(f"--sweep {' '.join(sweep)}: no setting has two values, such as optim.lr=1e-4,5e-4.")
-    settings, keys = [*settings, *fixed], list(varied)
-    base = config.load(recipe, settings)
+    base, keys = load(fixed), list(varied)
     leaves = [key.rpartition(".")[2] for key in keys]
     short = leaves if len(set(leaves)) == len(leaves) else keys
     made = []
@@ -45,7 +47,7 @@ def runs(recipe: Path, settings: list[str], sweep: Sequence[str]) -> tuple[Path,
         chosen = [f"{key}={value}" for key, value in zip(keys, combination, strict=True)]
         # JSON is YAML, so a name such as lr=1 stays a name.
         place = [f"folder={json.dumps(str(base.path))}", f"name={json.dumps(name)}"]
-        made.append(config.load(recipe, [*settings, *chosen, *place]))
+        made.append(load([*fixed, *chosen, *place]))
     return base.path, made
 
 

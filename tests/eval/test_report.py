@@ -174,6 +174,19 @@ def test_part_of_the_scores_is_enough(run: Path) -> None:
     assert rows["Trained \u2212 raw pixels"] == ["\u2013", "\u2013"]
 
 
+def test_robustness_and_position_are_sections_where_they_are_scored(run: Path) -> None:
+    detail = {"table": {"clean": {"top1": 64.6, "drop": 0.0}, "patch shuffle": {"top1": 50.1, "drop": 14.5}}}
+    more = [
+        entry("trained", "robustness", 50.1, detail=detail),
+        entry("trained", "position", 62.5, detail={"row": 0.75, "column": 0.5}),
+    ]
+    (run / "results.json").write_text(held(*RESULTS, *more))
+    page = write_report(run).read_text()
+    assert re.findall(r"<h2>(.*?)</h2>", page)[4:8] == ["Confusion", "Robustness", "Position", "Views"]
+    assert ["patch shuffle", "50.1 (\u221214.5)"] in parsed(page).rows
+    assert ["trained", "0.750", "0.500"] in parsed(page).rows
+
+
 def test_names_from_outside_are_escaped(run: Path) -> None:
     (run / "config.yaml").write_text("name: <b>bold</b>\ndata: {path: '<script>alert(1)</script>'}\n")
     page = write_report(run).read_text()
@@ -200,7 +213,9 @@ def test_scores_on_other_images_stand_in_a_table_of_their_own(run: Path) -> None
 def test_what_the_scores_mean_stands_at_the_top(run: Path) -> None:
     page = write_report(run).read_text()
     top = page[: page.index("<h2>")]
-    assert '<p class="verdict bad"><b>Training has not paid off yet: the features are no better than raw pixels' in top
+    told = "Training has not paid off yet: the features are better than untrained by 34.0 points, and worse than raw "
+    told += "pixels"
+    assert f'<p class="verdict bad"><b>{told}: ' in top
     assert "k-NN top-1 64.6 % (untrained 30.6 %, raw pixels 90.1 %)" in top
 
 

@@ -14,7 +14,7 @@ import yaml
 from PIL import Image
 
 from nearfar.launch import cli
-from nearfar.launch.adapting import settings_for
+from nearfar.launch.adapting import settings_for, vit_of
 from nearfar.ssl import checkpoint, config
 from nearfar.ssl.backbones import create
 from nearfar.ssl.run_folder import START, read_metrics
@@ -112,6 +112,26 @@ def test_the_network_of_a_file_is_told_from_its_tensors(tmp_path: Path, name: st
     again = create(img_size=224, **{k: v for k, v in wanted.items() if k not in ("drop_path", "pretrained")})
     loaded = again.state_dict()
     assert all(torch.equal(loaded[key], x) for key, x in made.state_dict().items())
+
+
+def test_weights_with_patches_larger_than_what_they_are_to_see(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Of timm's networks the patch size is known once they are made, of ours from the name."""
+    sizes = {"embed_dim": 24, "depth": 1, "num_heads": 2}
+    checkpoint.export(here / "timm.safetensors", create("timm/vit_tiny_patch16_224", img_size=32, **sizes), {"step": 1})
+    checkpoint.export(here / "ours.safetensors", create("vit_tiny_patch16", img_size=32, **sizes), {"step": 1})
+    views = ["views.global_crops_size=32", "views.local_crops_size=16"]
+    cases = [
+        ("timm.safetensors", "views.local_crops_size=8", "views.local_crops_size=8 is smaller than one patch"),
+        ("timm.safetensors", "eval.size=12", "eval.size=12 is smaller than one patch. Choose eval.size=16"),
+        ("ours.safetensors", "views.local_crops_size=8", "of the patch size 16, and smaller than one patch"),
+        ("ours.safetensors", "eval.size=12", "eval.size=12 is smaller than one patch of the backbone (16 pixels)"),
+    ]
+    for file, setting, words in cases:
+        assert words in refused(capsys, "adapt", file, "new", *SMALL, *views, setting)
+    large = {"patch_embed.proj.weight": torch.ones(192, 3, 512, 512), "pos_embed": torch.ones(1, 2, 192)}
+    found = vit_of(large | {"blocks.0.norm1.weight": torch.ones(192), "blocks.0.mlp.fc1.weight": torch.ones(1)}, here)
+    assert {"views.global_crops_size=512", "views.local_crops_size=512"} <= set(found)
+    assert not Path("runs/adapt-new").exists()
 
 
 def test_what_cannot_be_is_one_paragraph(here: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -239,7 +239,6 @@ def test_a_run_with_its_pictures_scores_and_export(
     assert (run / "metrics.jsonl").read_bytes() == before
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(("sent", "workers"), [(signal.SIGTERM, 2), (signal.SIGINT, 0)])
 def test_a_signal_saves_and_ends_with_0_and_the_same_command_continues(
     here: Path, sent: signal.Signals, workers: int, same_runs: Callable[[Path, Path, int], None]

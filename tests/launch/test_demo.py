@@ -30,7 +30,6 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "demo"
 
 
-@pytest.mark.slow
 def test_it_scores_trained_untrained_and_pixels_in_percent(run: Path) -> None:
     scores = results.read(run / "results.json")
     assert {(each.subject, each.task) for each in scores} == {
@@ -41,7 +40,6 @@ def test_it_scores_trained_untrained_and_pixels_in_percent(run: Path) -> None:
     assert len(weights) == 2
 
 
-@pytest.mark.slow
 def test_it_leaves_a_whole_run_and_its_report(run: Path) -> None:
     for file in ("teacher.safetensors", "views.png", "figures.json", "run.log"):
         assert (run / file).stat().st_size > 0
@@ -55,7 +53,6 @@ def test_it_leaves_a_whole_run_and_its_report(run: Path) -> None:
     assert [line["step"] for line in scores] == [5]
 
 
-@pytest.mark.slow
 def test_a_second_call_computes_nothing(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def never(*_: object, **__: object) -> None:
         raise AssertionError("computed again")
@@ -68,7 +65,6 @@ def test_a_second_call_computes_nothing(run: Path, monkeypatch: pytest.MonkeyPat
     assert (run / "teacher.safetensors").read_bytes() == weights
 
 
-@pytest.mark.slow
 def test_the_scores_of_other_weights_are_computed(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The verb finds data and sizes in the run, and `--baselines` adds the other rows."""
     out = run.parent / "again.json"
@@ -78,7 +74,6 @@ def test_the_scores_of_other_weights_are_computed(run: Path, capsys: pytest.Capt
     assert "trained" in capsys.readouterr().out
 
 
-@pytest.mark.slow
 def test_features_and_export_read_the_run(run: Path) -> None:
     store, file = run.parent / "features", run.parent / "backbone.safetensors"
     (val,) = (run / "data").glob("val.*")  # a .beton where FFCV is installed
@@ -89,7 +84,7 @@ def test_features_and_export_read_the_run(run: Path) -> None:
     assert (store / "features.npy").read_bytes() == (run.parent / "same" / "features.npy").read_bytes()
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_scores_do_not_depend_on_the_processes_that_share_the_work(run: Path, tmp_path: Path) -> None:
     """With two threads the three rows are computed in two processes of one thread, else one after the other."""
     subject = Subject.of(run)

@@ -65,11 +65,16 @@ def test_mistakes_are_one_paragraph_and_exit_code_2(
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     public = images.parent / "public.pth"
     torch.save({"blocks.0.weight": torch.zeros(2)}, public)
+    coarse = images.parent / "coarse.safetensors"
+    checkpoint.export(coarse, create("vit_tiny_patch32", img_size=32, embed_dim=20, depth=1, num_heads=2), {"step": 3})
     cases: list[tuple[str | Path, str, str]] = [
         (images.parent / "missing.safetensors", "train.seed=0", "There is no teacher"),
         (public, "train.seed=0", "distill.teacher=NAME"),
         ("timm/vit_tiny_patch16_224", "train.seed=0", "not in the cache"),
         (teacher, "distill.teacher_size=20", "distill.teacher_size=16"),
+        (coarse, "train.seed=0", "are smaller than them. Let it see them larger or smaller: distill.teacher_size=32"),
+        (coarse, "distill.teacher_size=8", "patches of 32 pixels, and the views it sees (distill.teacher_size=8)"),
+        (teacher, "backbone.patch_size=32", "views.global_crops_size=16 is not a multiple of the patch size 32"),
         (teacher, "loss.koleo_weight=0.1", "contradict"),
     ]
     for given, setting, words in cases:

@@ -186,18 +186,18 @@ def test_the_card_of_weights_without_scores_says_so(tmp_path: Path) -> None:
 
 # --- graphs ----------------------------------------------------------------------------------------------------
 
+LONG = pytest.mark.long
+ROPE = {"rope": True, "registers": 2, "gaug": True}
 NETWORKS = [
-    ("vit_tiny_patch8", {}, False),
-    ("vit_tiny_patch8", IDEAS, True),
-    ("vit_tiny_patch8", {"rope": True, "registers": 2, "gaug": True}, True),
-    ("vim_tiny_patch8", {"num_heads": None, "lgp": True, "depth": 1}, False),
+    pytest.param("vit_tiny_patch8", {}, False, id="plain", marks=LONG),
+    pytest.param("vit_tiny_patch8", IDEAS, True, id="lgp-gaug-prr"),
+    pytest.param("vit_tiny_patch8", ROPE, True, id="rope", marks=LONG),
+    pytest.param("vim_tiny_patch8", {"num_heads": None, "lgp": True, "depth": 1}, False, id="vim"),
 ]
-NAMES = ["plain", "lgp-gaug-prr", "rope", "vim"]
 
 
-@pytest.mark.slow
 @needs_onnx
-@pytest.mark.parametrize(("name", "switches", "any_size"), NETWORKS, ids=NAMES)
+@pytest.mark.parametrize(("name", "switches", "any_size"), NETWORKS)
 def test_onnxruntime_gives_the_same_features(
     tmp_path: Path, name: str, switches: dict[str, object], any_size: bool
 ) -> None:
@@ -225,7 +225,7 @@ torch.testing.assert_close(found[1], patches, rtol=1e-4, atol=1e-4)
 """
 
 
-@pytest.mark.parametrize(("name", "switches", "any_size"), NETWORKS, ids=NAMES)
+@pytest.mark.parametrize(("name", "switches", "any_size"), NETWORKS)
 def test_an_archive_of_torch_export_needs_torch_alone(
     tmp_path: Path, name: str, switches: dict[str, object], any_size: bool
 ) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from nearfar.launch.cli import build_parser
+from nearfar.launch.cli import build_parser, main
 from nearfar.launch.recipes import find_recipe
 from nearfar.ssl import config
 from nearfar.ssl.defaults import resolve
@@ -61,3 +61,32 @@ def test_what_is_no_recipe_is_told_with_what_was_meant(tmp_path: Path) -> None:
     assert "Did you mean" not in str(told.value)
     with pytest.raises(UserError, match="Did you mean imagenette"):
         find_recipe("imagenete")
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["pretrain", "finetune_cifar10"], "write nearfar finetune finetune_cifar10 ..."),
+        (["finetune", "cifar10"], "write nearfar pretrain cifar10 ..."),
+        (["pretrain", "classes.yaml"], "has the section classifier"),
+        (["distill", "runs/mine", "--recipe", "classes.yaml"], "write nearfar finetune classes.yaml ..."),
+        (["finetune", "views.yaml"], "has the section views"),
+        (["finetune", "both.yaml"], "views is unknown"),  # of neither kind: what is wrong is told one by one
+    ],
+)
+def test_a_recipe_of_the_other_kind_is_told_with_its_command(
+    words: list[str],
+    told: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "400")
+    written = {"classes": "classifier", "views": "views", "both": "augment: {}\nviews"}
+    for name, section in written.items():
+        (tmp_path / f"{name}.yaml").write_text(f"{section}: {{}}\ntrain: {{epochs: 3}}\n")
+    assert main([*words, "data.path=pictures"]) == 2
+    error = capsys.readouterr().err
+    assert told.lower() in error.lower() and error.startswith("nearfar: ") and error.count("\n") == 1
+    assert not (tmp_path / "runs").exists()

@@ -135,6 +135,14 @@ def recipe(tiny_recipe: Callable[..., dict[str, dict[str, Any]]]) -> str:
 
 
 @pytest.fixture(scope="session")
+def classes_recipe(tiny_recipe: Callable[..., dict[str, dict[str, Any]]]) -> str:
+    """The text of a recipe of `nearfar finetune`: the same network and steps, with labels."""
+    tiny = tiny_recipe(epochs=12)
+    own = {"augment": {"size": 32}, "classifier": {"mixup": 0.8}, "eval": {"every_epochs": 0}}
+    return yaml.safe_dump({name: tiny[name] for name in ("data", "backbone", "train")} | own)
+
+
+@pytest.fixture(scope="session")
 def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two classes of 20 images."""
     folder, rng = tmp_path_factory.mktemp("data") / "pictures", np.random.default_rng(0)
@@ -149,28 +157,35 @@ Launch = Callable[..., Launched]
 
 
 @pytest.fixture(scope="module")
-def launch(tmp_path_factory: pytest.TempPathFactory, pictures: Path, recipe: str) -> Iterator[Launch]:
+def launch(
+    tmp_path_factory: pytest.TempPathFactory, pictures: Path, recipe: str, classes_recipe: str
+) -> Iterator[Launch]:
     """`nearfar launch` of the tiny recipe; `pace` seconds are added to each step, `code` is run before it."""
     folder = tmp_path_factory.mktemp("launched")
-    (folder / "tiny.yaml").write_text(recipe)
+    (folder / "pretrain.yaml").write_text(recipe)
+    (folder / "finetune.yaml").write_text(classes_recipe)
 
-    def run(*words: str, name: str, pace: float = 0.0, code: str = "", runs: str = "runs") -> Launched:
+    def run(
+        *words: str, name: str, pace: float = 0.0, code: str = "", runs: str = "runs", verb: str = "pretrain"
+    ) -> Launched:
+        schedule = {"pretrain": "Schedule", "finetune": "FinetuneSchedule"}[verb]
         lines = [
-            "import time", "_at = Schedule.at", "def _slow(self, step):", f"    time.sleep({pace})",
-            *(f"    {line}" for line in code.splitlines()), "    return _at(self, step)", "Schedule.at = _slow",
+            "import time", f"_at = {schedule}.at", "def _slow(self, step):", f"    time.sleep({pace})",
+            *(f"    {line}" for line in code.splitlines()), "    return _at(self, step)", f"{schedule}.at = _slow",
         ]  # fmt: skip
 
         def take(target: Path, real: Callable[[Path], None] = snapshot.copy_code) -> None:
             """The copy of the code is what a job runs: here is where it can be made slow, or wrong."""
             real(target)
-            with (target / "nearfar" / "ssl" / "schedule.py").open("a") as handle:
+            file = {"pretrain": "schedule.py", "finetune": "finetune.py"}[verb]
+            with (target / "nearfar" / "ssl" / file).open("a") as handle:
                 handle.write("\n".join(["", *lines, ""]))
 
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(snapshot, "copy_code", take)
             settings = [f"data.path={pictures}", f"folder={folder / runs}", f"name={name}"]
             flags = ["--cpu", "--cluster", "slurm", *(() if "--cpus-per-task" in words else ("--cpus-per-task", "1"))]
-            assert cli.main(["launch", str(folder / "tiny.yaml"), *settings, *words, *flags]) == 0
+            assert cli.main(["launch", verb, str(folder / f"{verb}.yaml"), *settings, *words, *flags]) == 0
         return Launched(folder / runs / name)
 
     with pytest.MonkeyPatch.context() as patch:
@@ -184,13 +199,14 @@ Reference = Callable[..., Path]
 
 
 @pytest.fixture(scope="session")
-def reference(tmp_path_factory: pytest.TempPathFactory, pictures: Path, recipe: str) -> Reference:
-    """The folder of the uninterrupted run on so many ranks, which nothing but `nearfar pretrain` has touched."""
+def reference(tmp_path_factory: pytest.TempPathFactory, pictures: Path, recipe: str, classes_recipe: str) -> Reference:
+    """The folder of the uninterrupted run on so many ranks, which nothing but `nearfar VERB` has touched."""
     folder = tmp_path_factory.mktemp("reference")
-    (folder / "tiny.yaml").write_text(recipe)
+    (folder / "pretrain.yaml").write_text(recipe)
+    (folder / "finetune.yaml").write_text(classes_recipe)
 
-    def make(ranks: int, *settings: str) -> Path:
-        run = folder / "-".join([str(ranks), *settings]) / "tiny"
+    def make(ranks: int, *settings: str, verb: str = "pretrain") -> Path:
+        run = folder / "-".join([str(ranks), *settings]) / verb
         if not run.exists():
             words = [
                 f"data.path={pictures}",
@@ -199,7 +215,7 @@ def reference(tmp_path_factory: pytest.TempPathFactory, pictures: Path, recipe: 
                 "train.device=cpu",
                 *settings,
             ]
-            command = [sys.executable, "-m", "nearfar.launch.cli", "pretrain", str(folder / "tiny.yaml"), *words]
+            command = [sys.executable, "-m", "nearfar.launch.cli", verb, str(folder / f"{verb}.yaml"), *words]
             ended = subprocess.run(
                 command, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, check=False
             )

@@ -17,8 +17,6 @@ import pytest
 from nearfar.launch.slurm import records
 from nearfar.ssl.run_folder import read_metrics
 
-pytestmark = pytest.mark.slow
-
 PACE = 0.15  # seconds added to a step, so that a signal finds the run at work
 
 

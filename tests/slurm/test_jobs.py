@@ -14,8 +14,6 @@ from nearfar.launch import cli
 from nearfar.launch.slurm import control, queue, records
 from nearfar.ssl.run_folder import read_metrics
 
-pytestmark = pytest.mark.slow
-
 Launch = Callable[..., Any]
 
 
@@ -67,6 +65,28 @@ def test_evaluation_waits_through_a_requeue(
     assert cli.main(["launch", "status", str(run.run)]) == 0
     said = capsys.readouterr().out
     assert "state       finished" in said and "attempts    2" in said and "step        60 of 60" in said
+
+
+def test_finetuning_is_requeued_and_scored_like_pretraining(
+    cluster: Any, launch: Launch, reference: Callable[..., Path], same: Callable[..., None], pictures: Path
+) -> None:
+    """Two ranks, a SIGUSR2, an evaluation that waits: the bits and the score of the run that nobody disturbed."""
+    words = ("--nodes", "2", f"data.val={pictures}", "--then", "eval=knn")
+    run = launch(*words, name="classes", pace=0.1, verb="finetune")
+    run.reach(3)
+    (lost, _) = run.interrupted(lambda: subprocess.run(["scancel", "--signal=USR2", run.job], check=True))
+    assert lost == 0 and run.status.job.verb == "finetune"
+    run.finish()
+    assert run.wait("scores", lambda status: status.evaluation == "finished").state == "finished"
+    undisturbed = reference(2, f"data.val={pictures}", verb="finetune")
+    same(run.run, undisturbed)
+
+    def score(folder: Path, task: str) -> float:
+        scores = json.loads((folder / "results.json").read_text())["scores"]
+        return float(next(each["percent"] for each in scores if each["task"] == task))
+
+    assert score(run.run, "finetune") == score(undisturbed, "finetune")
+    assert score(run.run, "knn") > 0 and (run.run / "report.html").exists()
 
 
 def test_a_run_whose_code_raises_fails_once_and_says_why(

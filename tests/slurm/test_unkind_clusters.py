@@ -16,8 +16,6 @@ import pytest
 
 from nearfar.launch.slurm import queue, records
 
-pytestmark = pytest.mark.slow
-
 PACE = 0.15  # seconds added to a step, so that an event finds the run at work
 Launch = Callable[..., Any]
 
@@ -92,6 +90,7 @@ def test_a_process_that_stands_still_is_named_and_the_job_tried_again(
     same(run.run, reference(2))
 
 
+@pytest.mark.long
 def test_preemption_that_cancels_brings_the_run_back(
     cluster: Any, launch: Launch, reference: Callable[[int], Path], same: Callable[..., None]
 ) -> None:
@@ -105,6 +104,7 @@ def test_preemption_that_cancels_brings_the_run_back(
     same(run.run, reference(1))
 
 
+@pytest.mark.long
 def test_a_process_that_slurm_lost_sight_of_is_waited_for(
     cluster: Any, launch: Launch, reference: Callable[[int], Path], same: Callable[..., None]
 ) -> None:

@@ -62,7 +62,7 @@ def close(ours: list[Tensor], wanted: list[Tensor]) -> bool:
 
 
 @pytest.mark.parametrize("network", NETWORKS)
-@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("recompute", [False, pytest.param(True, marks=pytest.mark.long)])
 def test_traced_blocks_compute_the_same_values_and_gradients(network: tuple[str, Any], recompute: bool) -> None:
     """Tracing and autograd alone, without a code generator: what a wrong guard or a lost random number would change."""
     backbone = create(network[0], **network[1]).train()
@@ -82,7 +82,7 @@ def test_traced_blocks_compute_the_same_values_and_gradients(network: tuple[str,
     assert counters["stats"]["unique_graphs"] == graphs
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("network", [NETWORKS[1], NETWORKS[3]])
 def test_compiled_blocks_compute_the_same_values_and_gradients(network: tuple[str, Any]) -> None:
     backbone = create(network[0], **network[1]).train()

@@ -236,7 +236,14 @@ RANK = ("-m", "nearfar.launch.rank")
 ALL_PARTS = ["loss.recipe=dinov3", "loss.gram_start_epoch=1", "optim.schedule=wsd"]
 
 
-@pytest.mark.parametrize(("size", "settings"), [(2, []), (3, []), (2, ALL_PARTS)], ids=["2", "3", "2 dinov3"])
+@pytest.mark.parametrize(
+    ("size", "settings"),
+    [
+        pytest.param(2, [], id="2"),
+        pytest.param(3, [], id="3", marks=pytest.mark.long),
+        pytest.param(2, ALL_PARTS, id="2 dinov3", marks=pytest.mark.long),
+    ],
+)
 def test_stopped_on_one_rank_and_continued_ends_with_the_same_bits(
     recipe: Callable[..., Path], size: int, settings: list[str], same: Callable[[Path, Path], None]
 ) -> None:

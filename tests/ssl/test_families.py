@@ -92,7 +92,6 @@ def shades() -> ArraySource:
     return ArraySource((255 * waves[..., None] * color[:, None, None]).astype(np.uint8), labels=np.arange(40) % 4)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_loss_falls(family: str, tiny: Make, shades: ArraySource, quiet: Console) -> None:
     easy = [

@@ -262,6 +262,7 @@ def losses(metrics: list[dict[str, Any]]) -> list[float]:
     return [line["loss"] for line in metrics if "loss" in line]
 
 
+@pytest.mark.long
 def test_any_number_of_ranks_continues_it_sharded_or_not(
     recipe: Callable[..., Path], trained: Callable[..., list[int]]
 ) -> None:

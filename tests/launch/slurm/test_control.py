@@ -9,7 +9,6 @@ import sys
 from pathlib import Path
 
 import pytest
-import yaml
 
 from nearfar.launch import cli
 from nearfar.launch.slurm import control, queue, records, status, submission
@@ -149,16 +148,6 @@ def test_folders_without_jobs(
     assert told in " ".join(capsys.readouterr().err.split())
 
 
-@pytest.fixture
-def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))
-    monkeypatch.setenv("COLUMNS", "400")
-    (tmp_path / "pictures").mkdir()
-    (tmp_path / "mine.yaml").write_text(yaml.safe_dump({"data": {"path": "pictures"}}))
-    return tmp_path
-
-
 @pytest.mark.parametrize(
     ("words", "told"),
     [
@@ -222,27 +211,6 @@ def test_local_dry_run_trains_nothing(here: Path, capsys: pytest.CaptureFixture[
         assert "runs/mine: pretrain on pictures, cpu, 2 processes (as set), 3 epochs" in said
         assert "Nothing was started" in said
     assert sorted(here.rglob("*")) == before
-
-
-FAKE_SBATCH = """#!/bin/sh
-echo "$@" >> {log}
-[ "$(wc -l < {log})" -gt {accepted} ] && echo "sbatch: error: Batch job submission failed: planted" >&2 && exit 1
-cp "$1" {log}.$(wc -l < {log})
-echo "Submitted batch job $(wc -l < {log})"
-"""
-
-
-@pytest.fixture
-def sbatch(here: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> Path:
-    """A SLURM whose sbatch accepts so many jobs and refuses the next ones; the log of its calls."""
-    folder, log = here / "bin", here / "sbatch.log"
-    folder.mkdir()
-    scripts = {"sbatch": FAKE_SBATCH.format(log=log, accepted=request.param), "srun": "", "squeue": "", "sacct": ""}
-    for name, script in scripts.items():
-        (folder / name).write_text(script or "#!/bin/sh\n")
-        (folder / name).chmod(0o755)
-    monkeypatch.setenv("PATH", f"{folder}:/usr/bin:/bin")
-    return log
 
 
 SUBMIT = ["launch", "mine.yaml", "--cpu", "--cluster", "slurm"]

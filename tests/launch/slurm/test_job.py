@@ -324,7 +324,6 @@ def test_debug_does_in_this_process_what_a_job_does(mine: Path, capsys: pytest.C
     assert "finished" in capsys.readouterr().out
 
 
-@pytest.mark.slow
 def test_local_runs_processes_of_this_machine_one_run_after_the_other(
     mine: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -89,7 +89,7 @@ def test_graph_is_whole_under_compile(switches: dict[str, Any]) -> None:
         torch.testing.assert_close(compiled(images), model(images), rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_gradients_under_compile() -> None:
     """With all sizes traced at once, as after the first local view."""
     model = randomized(VisionTransformer(**{**SMALL, "depth": 1}, gaug=True, prr=True, registers=1, num_classes=0))
@@ -104,7 +104,7 @@ def test_gradients_under_compile() -> None:
             torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-3 * float(b.abs().max()))
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on a CPU")
 @torch.no_grad()
 def test_inductor_computes_the_same() -> None:
@@ -122,7 +122,7 @@ def test_a_grafted_model_compiles() -> None:
         torch.testing.assert_close(compiled(images), model(images), rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.skipif(
     not all(importlib.util.find_spec(name) for name in ("onnx", "onnxscript", "onnxruntime")),
     reason="ONNX export needs onnx, onnxscript and onnxruntime (pip install nearfar[dev])",

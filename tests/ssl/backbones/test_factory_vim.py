@@ -84,7 +84,6 @@ def test_the_kernel_on_a_cpu_is_told_at_once() -> None:
 # DINO
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("lgp", ["false", "true"])
 def test_dino_learns_and_its_checkpoint_loads(
     tiny: Callable[..., Run], images: ArraySource, quiet: Console, lgp: str

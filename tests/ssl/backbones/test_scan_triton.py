@@ -91,13 +91,11 @@ def run(code: str, *arguments: str, **environment: str) -> None:
     assert done.returncode == 0, done.stderr[-3000:]
 
 
-@pytest.mark.slow
 def test_equals_the_recurrence_in_the_interpreter() -> None:
     """Odd sizes, both directions, float32 and bfloat16 in, against a float64 loop; the same bits twice."""
     run(INTERPRETED, TRITON_INTERPRET="1")
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("capability", ["80", "90", "100"])
 def test_compiles_ahead_of_time(capability: str) -> None:
     run(COMPILED, capability, TRITON_INTERPRET="0", CUDA_VISIBLE_DEVICES="")

@@ -96,7 +96,6 @@ def first_imports(*modules: str) -> dict[str, int]:
     return {name: int(code) for name, code in (line.split() for line in run.stdout.splitlines())}
 
 
-@pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="needs os.fork")
 def test_the_guard_runs_first_whichever_module_is_imported_first() -> None:
     found = first_imports(*MODULES, "timm.layers")

@@ -278,7 +278,7 @@ def test_residual_stream_is_float32_and_bfloat16_stays_near() -> None:
         assert all(x.dtype == torch.float32 for x in streams)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_300_steps_in_bfloat16_stay_finite_and_learn() -> None:
     """Which quarter of the image is bright."""
     torch.manual_seed(0)

@@ -299,6 +299,7 @@ def test_leaving_the_loop_ends_the_threads(source, leave):
     assert threading.active_count() == threads
 
 
+@pytest.mark.long
 def test_nothing_leaks_over_fifty_epochs_and_many_loops_left_early(source):
     process, files = psutil.Process(), psutil.Process().num_fds()
     for _ in range(5):  # libraries and allocators get what they keep

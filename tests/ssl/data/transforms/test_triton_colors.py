@@ -101,7 +101,6 @@ def test_packing_writes_the_columns_that_the_kernels_read() -> None:
     assert torch.equal(pack(plan, 6), packed(plan))
 
 
-@pytest.mark.slow
 def test_the_kernels_compile_for_gpus_of_three_generations(tmp_path: Path) -> None:
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     done = subprocess.run(
