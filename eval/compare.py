@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from rich.console import Console
+from rich.console import Console, Group
 from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
@@ -24,6 +24,7 @@ _ONLINE_TASK = {"knn": "knn_top1"}
 # Settings that change no result are not shown, except for the images on which a run was trained and scored.
 _NOT_COMPARED = {"name", "folder"} | {s.key for s in all_settings() if s.free} - {"data.path", "data.val"}
 _AMBIGUOUS = {"name", "path", "val", "size"}
+_LEAST_SETTINGS = 24  # columns of a terminal in which settings can be read
 
 
 DataPair = tuple[str, str]  # what was learned from and what was scored: `Score.data`
@@ -107,20 +108,38 @@ def compare(runs: Sequence[Path]) -> Comparison:
     return Comparison(tasks, _short(keys), rows, notes)
 
 
-def comparison_table(found: Comparison, console: Console) -> Table:
-    """A comparison for a terminal: scores first; settings in columns of their own where these fit, else in one."""
+def comparison_table(found: Comparison, console: Console) -> Group:
+    """A comparison for a terminal: scores first; settings in columns of their own where these fit, else in one, and
+    where the scores do not fit, in several tables below each other."""
     wide = _table(found, columns=True)
-    fits = Measurement.get(console, console.options.update(width=10_000), wide).maximum <= console.width
-    return wide if fits else _table(found, columns=False)
+    room = console.options.update(width=10_000)
+    if Measurement.get(console, room, wide).maximum <= console.width:
+        return Group(wide)
+    tables, tasks = [], list(found.tasks)
+    scores_in = console.width - (_LEAST_SETTINGS if found.keys else 0)
+
+    def fits(count: int) -> bool:
+        part = _table(found._replace(tasks=tasks[:count], keys={}), columns=False)
+        return Measurement.get(console, room, part).minimum <= scores_in
+
+    while tasks:
+        count = next((count for count in range(len(tasks), 1, -1) if fits(count)), 1)
+        if count == len(tasks):
+            break  # the last go with the settings
+        tables.append(_table(found._replace(tasks=tasks[:count], keys={}), columns=False, outcome=False))
+        tasks = tasks[count:]
+    return Group(*tables, _table(found._replace(tasks=tasks), columns=False))
 
 
-def _table(found: Comparison, columns: bool) -> Table:
+def _table(found: Comparison, columns: bool, outcome: bool = True) -> Table:
+    """columns: a setting each. outcome: with loss and step."""
     shown = Table()
     shown.add_column("run", overflow="fold", min_width=8)
     for task in found.tasks:
         shown.add_column(TITLES[task].replace(" ", "\n", 1), justify="right", no_wrap=True)
-    shown.add_column("loss", justify="right", no_wrap=True)
-    shown.add_column("step", justify="right", no_wrap=True)
+    if outcome:
+        shown.add_column("loss", justify="right", no_wrap=True)
+        shown.add_column("step", justify="right", no_wrap=True)
     if columns:
         for short in found.keys.values():
             shown.add_column(Text(short), justify="right", overflow="fold")
@@ -129,7 +148,7 @@ def _table(found: Comparison, columns: bool) -> Table:
     for row in found.rows:
         cells = [Text(_printable(row.run.name))]
         cells += [Text(row.score(task), style="bold" if found.is_best(row, task) else "") for task in found.tasks]
-        cells += [Text(text) for text in row.outcome]
+        cells += [Text(text) for text in row.outcome if outcome]
         if columns:
             cells += [Text(_printable(row.settings.get(key, ""))) for key in found.keys]
         elif found.keys:

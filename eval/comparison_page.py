@@ -11,8 +11,8 @@ from urllib.parse import quote
 from nearfar.eval.compare import Comparison, Row, compare
 from nearfar.eval.page import page, section, soft, write_page
 from nearfar.eval.results import TITLES
-from nearfar.eval.seeds import SeedGroup, best, by_seed, repeated_seeds
-from nearfar.ssl.errors import UserError
+from nearfar.eval.seeds import SeedGroup, by_seed, is_best, repeated_seeds
+from nearfar.ssl.errors import UserError, counted
 
 
 def write_comparison(runs: Sequence[Path], target: Path) -> Path:
@@ -27,11 +27,12 @@ def write_comparison(runs: Sequence[Path], target: Path) -> Path:
         )
     found = compare(runs)
     groups = by_seed(found)
+    same = len(groups) == len(found.rows)
+    merged = "" if same else f", {len(groups)} when runs that differ only in their seed count as one"
     title = target.parent.resolve().name if target.name == "report.html" else target.stem
     body = [
         f'<header><div class="soft">nearfar comparison</div><h1>{html.escape(title)}</h1>'
-        f'<p class="lede">{len(found.rows)} runs, {len(groups)} when runs that differ only in their seed count as one.'
-        "</p></header>"
+        f'<p class="lede">{counted(len(found.rows), "run")}{merged}.</p></header>'
     ]
     if len(groups) < len(found.rows):
         body.append(
@@ -49,8 +50,7 @@ def _means(groups: Sequence[SeedGroup], tasks: Sequence[str]) -> str:
         cells = []
         for task in tasks:
             shown = group.scores[task].text() if task in group.scores else "\u2013"
-            top = task in group.scores and round(group.scores[task].mean, 1) == best(groups, task)
-            cells.append(f'<td class="best">{shown}</td>' if top else f"<td>{shown}</td>")
+            cells.append(f'<td class="best">{shown}</td>' if is_best(group, groups, task) else f"<td>{shown}</td>")
         rows.append(
             f'<tr><th scope="row">{html.escape(group.name)}</th>{"".join(cells)}<td>{len(group.rows)}</td></tr>'
         )

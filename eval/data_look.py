@@ -18,8 +18,9 @@ class DataLook(NamedTuple):
     """Of features (n, D).
 
     place: (n, 2) in [0, 1], the map. cluster: (n,). center: (clusters,), the image nearest to each cluster's mean.
-    pairs: (p, 2), near duplicates, and alike: (p,), their cosines, most alike first. outliers: images, farthest first,
-    and lonely: their mean cosine to their nearest neighbors.
+    pairs: (p, 2), near duplicates, and alike: (p,), their cosines, most alike first; duplicates: how many there are, of
+    which these are the first. outliers: images, farthest first, and lonely: their mean cosine to their nearest
+    neighbors.
     """
 
     place: NDArray[np.float64]
@@ -27,6 +28,7 @@ class DataLook(NamedTuple):
     center: NDArray[np.int64]
     pairs: NDArray[np.int64]
     alike: NDArray[np.float64]
+    duplicates: int
     outliers: NDArray[np.int64]
     lonely: NDArray[np.float64]
 
@@ -54,21 +56,23 @@ def look_at(
             "The network gives every image the same features (it has collapsed), so there is nothing to see."
         )
     similar, near = (found.numpy() for found in neighbors(x, x, min(_NEAR, n - 1), leave_one_out=True))
-    found_pairs, alike = _duplicates(similar, near, duplicate, pairs)
+    found_pairs, alike = _duplicates(similar, near, duplicate)
     lonely = similar.mean(1)
     order = np.argsort(lonely, kind="stable")[: min(outliers, n)]
     cluster, center = _clusters(unit, min(clusters, n - 1), seed)
-    return DataLook(_map(unit, seed), cluster, center, found_pairs, alike, order, lonely[order])
+    return DataLook(
+        _map(unit, seed), cluster, center, found_pairs[:pairs], alike[:pairs], len(alike), order, lonely[order]
+    )
 
 
 def _duplicates(
-    similar: NDArray[np.float64], near: NDArray[np.int64], least: float, most: int
+    similar: NDArray[np.float64], near: NDArray[np.int64], least: float
 ) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
     rows, columns = np.nonzero(similar >= least)
     pairs = np.stack([rows, near[rows, columns]], 1)
     alike, ordered = similar[rows, columns], np.sort(pairs, axis=1)
     _, first = np.unique(ordered, axis=0, return_index=True)
-    first = first[np.argsort(-alike[first], kind="stable")][:most]
+    first = first[np.argsort(-alike[first], kind="stable")]
     return ordered[first], alike[first]
 
 

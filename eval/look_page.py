@@ -14,7 +14,7 @@ from nearfar.eval.figures import Cell, Figure, Group, encoded
 from nearfar.eval.page import as_address, figure_section, folded, missing, page, section, soft, text_table
 from nearfar.eval.sheets import COLORS, sample, square
 from nearfar.ssl.data.sources.base import Source
-from nearfar.ssl.errors import BadImage
+from nearfar.ssl.errors import BadImage, counted
 
 _SHOWN_CLUSTERS, _SAMPLES, _SHOWN_PAIRS, _LISTED = 20, 7, 12, 200
 _CELLS, _CELL_SIDE = 16, 48  # of the map of pictures
@@ -56,7 +56,7 @@ def look_page(looked: Looked, look: DataLook, duplicate: float) -> str:
     )
     lede = (
         f"{sampled} of {looked.path}, as the features of {looked.network} see them: {len(look.center)} clusters, "
-        f"{pairs_of(len(look.pairs))} of near duplicates, {len(looked.bad):,} unreadable images."
+        f"{pairs_of(look.duplicates)} of near duplicates, {len(looked.bad):,} unreadable images."
     )
     if n < looked.total - len(looked.bad):
         lede += " Duplicates and outliers of images outside the sample are not found."
@@ -135,7 +135,7 @@ def _clusters(looked: Looked, look: DataLook) -> Figure:
         chosen = [center, *(at for at in inside[np.argsort(apart, kind="stable")].tolist() if at != center)]
         spread = [chosen[at] for at in np.linspace(0, len(chosen) - 1, min(_SAMPLES, len(chosen))).astype(int)]
         cells = [cell for at in spread if (cell := looked.cell(at, f"image of cluster {number + 1}"))]
-        title = f"cluster {number + 1}: {len(inside):,} images"
+        title = f"cluster {number + 1}: {counted(len(inside), 'image')}"
         if labels is not None:
             count = np.bincount(labels[inside])
             title += f", {100 * count.max() / len(inside):.0f} % {looked.class_name(int(count.argmax()))}"
@@ -158,7 +158,7 @@ def _duplicates(looked: Looked, look: DataLook, duplicate: float) -> Figure:
         cells = [cell for at in (one, other) if (cell := looked.cell(at, "one of a pair", looked.name(at)))]
         groups.append(Group(((f"cosine {alike:.4f}", tuple(cells)),)))
     text = (
-        f"{pairs_of(len(look.pairs))} of images whose features have a cosine of {duplicate:g} or more, the most "
+        f"{pairs_of(look.duplicates)} of images whose features have a cosine of {duplicate:g} or more, the most "
         "alike first: copies, frames of one scene, or what the network cannot tell apart."
     )
     return Figure("duplicates", "Near duplicates", text, tuple(groups), size="medium")

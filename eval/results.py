@@ -128,6 +128,11 @@ def unwritable(file: Path, error: OSError) -> str:
     )
 
 
+def segmentation_line(score: Score) -> str:
+    """What stands with pictures of predicted masks: it tells of which score they are."""
+    return f"Over all {score.val.images:,} test images of {score.val.path} the score is {score.percent:.1f} % mIoU."
+
+
 def tables(scores: Iterable[Score]) -> Iterator[dict[str, dict[str, Score]]]:
     """What belongs side by side: for each pair of data sets, the last added first, {subject: {task: score}}.
 

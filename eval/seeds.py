@@ -17,13 +17,15 @@ _LATEX = {
 
 
 class Mean(NamedTuple):
-    """Mean and standard deviation (n - 1) over runs; no deviation for one run."""
+    """Mean and standard deviation (n - 1) over runs; no deviation for one run. online: measured during training."""
 
     mean: float
     deviation: float | None
+    online: bool = False
 
     def text(self, plus_minus: str = "\u00b1") -> str:
-        return f"{self.mean:.1f}" + ("" if self.deviation is None else f" {plus_minus} {self.deviation:.1f}")
+        spread = "" if self.deviation is None else f" {plus_minus} {self.deviation:.1f}"
+        return f"{self.mean:.1f}{spread}{'*' * self.online}"
 
 
 class SeedGroup(NamedTuple):
@@ -61,7 +63,8 @@ def _means(rows: Sequence[Row], tasks: Sequence[str]) -> dict[str, Mean]:
         offline = [row.scores[task] for row in rows if task in row.scores and task not in row.online]
         values = offline or [row.scores[task] for row in rows if task in row.scores]
         if values:
-            means[task] = Mean(statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None)
+            deviation = statistics.stdev(values) if len(values) > 1 else None
+            means[task] = Mean(statistics.fmean(values), deviation, online=not offline)
     return means
 
 
@@ -76,10 +79,12 @@ def _name(rows: Sequence[Row]) -> str:
     return common or names[0]
 
 
-def best(groups: Sequence[SeedGroup], task: str) -> float | None:
-    """The best mean of a column as it is shown; None where there is nothing to compare."""
-    means = [round(group.scores[task].mean, 1) for group in groups if task in group.scores]
-    return max(means) if len(means) > 1 else None
+def is_best(group: SeedGroup, groups: Sequence[SeedGroup], task: str) -> bool:
+    """Has a group the best mean of a column, as it is shown? Online scores count only where there are no others."""
+    means = [each.scores[task] for each in groups if task in each.scores]
+    counted = [mean for mean in means if not mean.online] or means
+    own = group.scores.get(task)
+    return own in counted and len(means) > 1 and round(own.mean, 1) == max(round(mean.mean, 1) for mean in counted)
 
 
 def _cells(group: SeedGroup, tasks: Sequence[str], plus_minus: str, missing: str) -> list[str]:
@@ -92,7 +97,7 @@ def markdown(found: Comparison) -> str:
     lines = ["| | " + " | ".join([*(TITLES[task] for task in tasks), "runs"]) + " |", "|---" * (len(tasks) + 2) + "|"]
     for group in groups:
         cells = [
-            f"**{cell}**" if task in group.scores and round(group.scores[task].mean, 1) == best(groups, task) else cell
+            f"**{cell}**" if is_best(group, groups, task) else cell
             for task, cell in zip(tasks, _cells(group, tasks, "\u00b1", "\u2013"), strict=True)
         ]
         name = group.name.replace("|", "\\|")
@@ -109,8 +114,7 @@ def latex(found: Comparison) -> str:
     for group in groups:
         cells = []
         for task, cell in zip(tasks, _cells(group, tasks, r"$\pm$", "--"), strict=True):
-            bold = task in group.scores and round(group.scores[task].mean, 1) == best(groups, task)
-            cells.append(rf"\textbf{{{cell}}}" if bold else cell)
+            cells.append(rf"\textbf{{{cell}}}" if is_best(group, groups, task) else cell)
         lines.append(" & ".join([_escaped(group.name), *cells, str(len(group.rows))]) + r" \\")
     return "\n".join([*lines, r"\bottomrule", r"\end{tabular}", f"% {_caption(found)}"])
 

@@ -10,6 +10,7 @@ import numpy as np
 
 from nearfar.eval.features import IGNORE
 from nearfar.eval.results import HEADLINES, TASKS, TITLES, DataName
+from nearfar.ssl import digests
 from nearfar.ssl.data.sources.base import Source
 from nearfar.ssl.data.sources.dense import known_classes
 from nearfar.ssl.errors import BadImage, UserError
@@ -37,11 +38,13 @@ class Data(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """The tasks to score, the number of mask classes where segmentation is among them, and what is left out and why."""
+    """The tasks to score, the number of mask classes where segmentation is among them, what is left out and why, and
+    the digest of all masks: a source's fingerprint is that of its images."""
 
     tasks: tuple[str, ...]
     classes: int | None
     left_out: tuple[str, ...]
+    masks: str | None = None
 
 
 def plan(train: Data, val: Data, wanted: Iterable[str] | None = None, classes: int | None = None) -> Plan:
@@ -58,8 +61,9 @@ def plan(train: Data, val: Data, wanted: Iterable[str] | None = None, classes: i
     if not possible or (reasons and wanted is not None and not set(HEADLINES) <= set(chosen)):
         raise UserError(" ".join(dict.fromkeys(reasons.values())))
     masked = any(task in _NEED_MASKS for task in possible)
+    digested: list[str] = []
     if masked:
-        masks = (pair for data in (train, val) for pair in masks_of(data.source))
+        masks = (pair for data in (train, val) for pair in _digested(masks_of(data.source), digested))
         classes = mask_classes(masks, classes or known_classes(train.source) or _listed_classes(train))
     if any(task in _NEED_LABELS for task in possible):
         label_numbers(train.source.classes, val.source.classes)
@@ -67,7 +71,16 @@ def plan(train: Data, val: Data, wanted: Iterable[str] | None = None, classes: i
     for task, reason in reasons.items():
         left_out.setdefault(reason, []).append(TITLES[task])
     words = tuple(f"Left out: {_listed(tasks)}. {reason}" for reason, tasks in left_out.items())
-    return Plan(possible, classes if masked else None, words)
+    if not masked:
+        return Plan(possible, None, words)
+    return Plan(possible, classes, words, digests.fingerprint(digested)[:16])
+
+
+def _digested(masks: Iterable[tuple[str, np.ndarray]], parts: list[str]) -> Iterator[tuple[str, np.ndarray]]:
+    """The same masks, each leaving its digest in `parts`."""
+    for name, mask in masks:
+        parts.append(digests.fingerprint([str(mask.shape), mask.tobytes()]))
+        yield name, mask
 
 
 def _listed(words: Sequence[str]) -> str:
@@ -83,7 +96,7 @@ def label_numbers(train: Sequence[str] | None, val: Sequence[str] | None) -> np.
         return None
     if unknown := [name for name in val if name not in train]:
         raise UserError(
-            f"{len(unknown)} classes of the validation images are not among the training images' "
+            f"{len(unknown)} of the {len(val)} classes of the validation images are not among the training images' "
             f"({', '.join(unknown[:3])}; the training images have {', '.join(train[:3])} ...): name two folders with "
             "the same class names."
         )
@@ -157,17 +170,33 @@ def masks_of(source: Source) -> Iterator[tuple[str, np.ndarray]]:
             yield source.name(i), mask
 
 
+def listed_names(path: str) -> list[str] | None:
+    """The names of mask classes, by their number, in a classes.txt beside the folder `images`: a name a line, or lines
+    of a number and a name; None where there is no such file, or it leaves a number out."""
+    lines = _class_lines(path)
+    numbered = [(int(line[0]), " ".join(line[1:])) for line in lines if line[0].isdecimal()]
+    if len(numbered) < len(lines):
+        return [" ".join(line) for line in lines]
+    names = {number: name for number, name in numbered if number != IGNORE and name}
+    return [names[number] for number in range(len(names))] if names and max(names) == len(names) - 1 else None
+
+
 def _listed_classes(data: Data) -> int | None:
-    """How many classes a classes.txt beside the folder `images` lists: a name a line, or numbers with names."""
-    parts = Path(data.path).expanduser().absolute().parts
-    if "images" not in parts or data.source.labels is not None:
-        return None
-    file = Path(*parts[: len(parts) - 1 - parts[::-1].index("images")]) / "classes.txt"
-    try:
-        lines = [line.split() for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
-    except (OSError, ValueError):
-        return None
+    """How many classes a classes.txt beside the folder `images` lists."""
+    lines = [] if data.source.labels is not None else _class_lines(data.path)
     numbers = [int(line[0]) for line in lines if line[0].isdecimal()]
     if len(numbers) < len(lines):
         return len(lines)
-    return 1 + max((number for number in numbers if number != IGNORE), default=0) or None
+    return 1 + max((number for number in numbers if number != IGNORE), default=-1) or None
+
+
+def _class_lines(path: str) -> list[list[str]]:
+    """The words of each line of a classes.txt beside the folder `images` of a path; [] where there is none."""
+    parts = Path(path).expanduser().absolute().parts
+    if "images" not in parts:
+        return []
+    file = Path(*parts[: len(parts) - 1 - parts[::-1].index("images")]) / "classes.txt"
+    try:
+        return [line.split() for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+    except (OSError, ValueError):
+        return []

@@ -59,7 +59,7 @@ def look(path: str, weights: Path, out: Path, options: LookOptions, console: Con
     looked = Looked(path, seen, features.index, len(source), network, features.manifest["bad"])
     write_page(out, look_page(looked, found, options.duplicate))
     _say(
-        f"{len(found.center)} clusters, {pairs_of(len(found.pairs))} of near duplicates (cosine {options.duplicate:g} "
+        f"{len(found.center)} clusters, {pairs_of(found.duplicates)} of near duplicates (cosine {options.duplicate:g} "
         f"or more), {len(looked.bad):,} unreadable images: {out}",
         console,
     )

@@ -24,6 +24,7 @@ from nearfar.ssl.data.sources.base import Source, passed_over
 from nearfar.ssl.defaults import Derived
 from nearfar.ssl.device import Compute
 from nearfar.ssl.distributed import Ranks, available_cores
+from nearfar.ssl.errors import counted
 from nearfar.ssl.finetune import Finetuning
 from nearfar.ssl.finetune_settings import FinetuneRun
 from nearfar.ssl.pretraining import Pretraining
@@ -175,9 +176,9 @@ def _sizes(training: Training[Any, Any], scores: str) -> list[str]:
         f"Head       {head / 1e6:.2f} M parameters, {student.head_title}",
         f"Images     {len(training.source):,} in {run.data.path}",
         *([f"           {passed_over_line(names)}"] if names else []),
-        f"Steps      {training.schedule.steps:,}: {run.train.epochs} epochs of {training.loader.steps_per_epoch:,} "
-        f"steps with {run.train.batch_size} images each, on {run.train.world_size} "
-        + ("process" if run.train.world_size == 1 else "processes"),
+        f"Steps      {training.schedule.steps:,}: {counted(run.train.epochs, 'epoch')} of "
+        f"{counted(training.loader.steps_per_epoch, 'step')} with {run.train.batch_size} images each, on "
+        f"{run.train.world_size} " + ("process" if run.train.world_size == 1 else "processes"),
         f"Folder     {run.path}" + (f", which continues from step {done:,}" if done else ""),
         *([scores] if scores else []),
     ]

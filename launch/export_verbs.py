@@ -53,8 +53,7 @@ def run_export(arguments: argparse.Namespace) -> None:
         raise UserError(f"--size is for --to onnx and --to torch-export; {kind} keeps the weights for every size.")
     from nearfar.launch.exports.subject import require_free, subject_of
 
-    if kind != "safetensors":
-        require_free(out)
+    require_free(out)
     subject = subject_of(arguments.model, arguments.checkpoint, arguments.license)
     try:
         said = _write(subject, kind, out, tuple(arguments.size) if arguments.size else None)

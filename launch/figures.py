@@ -21,6 +21,7 @@ from nearfar.eval.results import Score
 from nearfar.eval.scoring import PIXEL_SIDE, native_grid
 from nearfar.eval.segmentation import ProbeTraining, predict_masks
 from nearfar.eval.sheets import mask_color, mask_group, mask_names, neighbor_groups, same_class
+from nearfar.eval.tasks import listed_names
 from nearfar.eval.token_colors import painted, patch_tokens, similarity, token_colors
 from nearfar.launch.score import Subject, protocol_of
 from nearfar.ssl.backbones import Backbone
@@ -138,7 +139,7 @@ def _masks(pictured: Pictured) -> Figure:
         (grids[0].x, grids[0].mask_list()), (grids[1].x, [mask.shape for mask in truth]), classes, training,
         device=subject.device,
     )  # fmt: skip
-    names, test = mask_names(classes, train.classes), spread(val, SHOWN)
+    names, test = mask_names(classes, train.classes or listed_names(score.train.path)), spread(val, SHOWN)
     groups = tuple(
         mask_group(test.read(int(i)), mask, found, names)
         for i, mask, found in zip(grids[1].index, truth, predicted, strict=True)
@@ -147,8 +148,8 @@ def _masks(pictured: Pictured) -> Figure:
     legend = tuple((names[number], mask_color(number, names)) for number in used)
     text = (
         f"Test images, evenly spread, with their masks and what a head on the frozen patch tokens makes of them: the "
-        f"scored kind ({training.head}), here trained on {len(grids[0].x):,} images. Over all {score.val.images:,} "
-        f"test images the score is {score.percent:.1f} % mIoU."
+        f"scored kind ({training.head}), here trained on {len(grids[0].x):,} images. "
+        f"{results.segmentation_line(score)}"
     )
     return Figure("masks", title, text, groups, legend, "medium")
 

@@ -9,10 +9,12 @@ import numpy as np
 from rich.console import Console
 from torch import Tensor
 
-from nearfar.eval.features import Reading, extract
+from nearfar.eval.features import Features, Reading, extract
 from nearfar.eval.images import Decoding
 from nearfar.eval.knn import knn
 from nearfar.eval.pictures import contact_sheet, save
+from nearfar.eval.scoring import labels_of
+from nearfar.eval.tasks import label_numbers
 from nearfar.launch import processes
 from nearfar.launch.stop_signals import StopFlag
 from nearfar.ssl import checkpoint, config, device, train
@@ -22,6 +24,7 @@ from nearfar.ssl.data.loaders.base import Batch
 from nearfar.ssl.data.sources.base import Source, Subset
 from nearfar.ssl.defaults import ResolvedRun
 from nearfar.ssl.distributed import Ranks
+from nearfar.ssl.errors import UserError
 from nearfar.ssl.health import start_similarity
 from nearfar.ssl.run_folder import START
 from nearfar.ssl.settings import Run
@@ -52,10 +55,9 @@ def train_rank(run: Run, console: Console, world: Ranks) -> train.Outcome:
                 OnlineKNN(source, open_source(run.data.val), run.eval.knn_max_images, stop) if run.data.val else None
             )
             probe = OnlineScores(score, StartSimilarity(source, run.path / START))
-            if score and not score.labeled:
+            if score and score.missing:
                 console.print(
-                    f"No online k-NN: it needs labels in data.path ({run.data.path}) and in data.val ({run.data.val}), "
-                    "which are class folders, or lists with a label after a tab.",
+                    f"No online k-NN of data.path ({run.data.path}) and data.val ({run.data.val}): {score.missing}",
                     highlight=False, markup=False, soft_wrap=True,
                 )  # fmt: skip
         return train.pretrain(run, source, train.Observers(save_views, probe), stop, console, world)
@@ -69,7 +71,9 @@ def save_views(batch: Batch, colored: list[Tensor], folder: Path) -> np.ndarray:
 
 
 class OnlineKNN:
-    """20-NN accuracy of the teacher during training, on labeled validation images; no score where labels are missing.
+    """20-NN accuracy of the teacher during training, on labeled validation images; `missing` says why there is none.
+
+    Classes are matched by name where both have names: the validation images may be of some of the classes only.
 
     The memory is every m-th training image, so that it holds at most `images`, of all classes; the scored images
     are chosen alike. A stop signal ends it without a score (None): scoring may take minutes, and the sender of the
@@ -80,31 +84,42 @@ class OnlineKNN:
         self, source: Source, val: Source, images: int, should_stop: Callable[[], bool] = lambda: False
     ) -> None:
         self.should_stop = should_stop
-        self.labeled = source.labels is not None and val.labels is not None
+        self.missing = _no_score(source, val)
         self.memory = Subset(source, np.arange(0, len(source), -(-len(source) // images)))
         self.val = Subset(val, np.arange(0, len(val), -(-len(val) // images)))
 
     def __call__(self, backbone: Backbone, run: ResolvedRun) -> dict[str, float] | None:
-        if not self.labeled:
+        if self.missing:
             return {}
 
         def go_on(_: int) -> None:
             if self.should_stop():
                 raise _StoppedError
 
-        def read(source: Source) -> tuple[np.ndarray, np.ndarray]:
+        def read(source: Source) -> Features:
             reading = Reading(run.eval.size, run.eval.resize, pooling=run.head.pooling, amp=compute.bf16)
-            features = extract(backbone, source, reading, Decoding(workers=run.data.workers, progress=go_on))
-            assert features.labels is not None
-            return features.x, features.labels
+            return extract(backbone, source, reading, Decoding(workers=run.data.workers, progress=go_on))
 
         compute = device.choose(run.train.device, run.train.precision, backbone.embed_dim)
         place = next(backbone.parameters()).device
         try:
-            (score,) = knn(*read(self.memory), *read(self.val), ks=(20,), device=place).values()
+            memory, val = read(self.memory), read(self.val)
+            known, right = labels_of(memory, val)
+            (score,) = knn(memory.x, known, val.x, right, ks=(20,), device=place).values()
         except _StoppedError:
             return None
         return {"knn_top1": score}
+
+
+def _no_score(train: Source, val: Source) -> str:
+    """Why k-NN cannot tell the classes of one from images of the other; "" where it can."""
+    if train.labels is None or val.labels is None:
+        return "both need labels, which are class folders, or lists with a label after a tab."
+    try:
+        label_numbers(train.classes, val.classes)
+    except UserError as error:
+        return str(error)
+    return ""
 
 
 class StartSimilarity:

@@ -27,11 +27,18 @@ def find_recipe(name: str, supervised: bool = False) -> Path:
             f"every default) or one of: {', '.join(known)}."
         )
     if not path.is_file():
-        near = nearest(path.stem, known)
-        hint = f" Did you mean {near}?" if near else ""
-        raise UserError(f"There is no recipe {name}.{hint} Give a .yaml file or one of: {', '.join(known)}.")
+        raise UserError(f"{_not_there(path, known)} Give a .yaml file or one of: {', '.join(known)}.")
     _refuse_other_kind(path, supervised)
     return path
+
+
+def _not_there(path: Path, known: list[str]) -> str:
+    """Why there is no recipe at a path, and which one was probably meant."""
+    if path.is_dir():
+        return f"{path} is a folder, and a recipe is a file of settings."
+    others = [path.with_suffix(suffix) for suffix in (".yaml", ".yml")]
+    near = next((str(other) for other in others if other.is_file()), None) or nearest(path.stem, known)
+    return f"There is no recipe {path}." + (f" Did you mean {near}?" if near else "")
 
 
 def _refuse_other_kind(path: Path, supervised: bool) -> None:

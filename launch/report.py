@@ -42,10 +42,13 @@ def report_run(run: Path, subject: Subject | None = None) -> Path:
 
 
 def _due(run: Path, weights: Path) -> bool:
-    """Are figures missing or older than the weights, or is there a score of segmentation now and no picture of it?"""
+    """Are figures missing or older than the weights, or do they not show the masks of the last segmentation score?"""
     file = run / figures.FILE
     if not file.is_file() or file.stat().st_mtime < weights.stat().st_mtime:
         return True
-    masks = any(figure.key == "masks" and not figure.missing for figure in figures.read(file))
-    scored = any(score.task == "segment" and score.subject == "trained" for score in results.read(run / "results.json"))
-    return scored and not masks
+    kept = results.read(run / "results.json")
+    scored = [score for score in kept if score.subject == "trained" and score.task == "segment"]
+    if not scored:
+        return False
+    line = results.segmentation_line(scored[-1])
+    return not any(line in figure.text for figure in figures.read(file) if figure.key == "masks")

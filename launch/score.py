@@ -38,13 +38,17 @@ from nearfar.ssl.settings import Run
 
 
 class Subject(NamedTuple):
-    """Weights to be scored, the run and the step they come from, and where their results belong."""
+    """Weights to be scored, the run and the step they come from, and where their results belong.
+
+    given: the path by which the weights were named, where they were read from one.
+    """
 
     backbone: Backbone
     run: Run
     folder: Path
     step: int | None = None
     amp: bool = False  # bfloat16 autocast where features are read
+    given: Path | None = None
 
     def on(self, compute: Compute) -> Subject:
         """These weights on a device, with the precision that features are read in there.
@@ -80,9 +84,8 @@ class Subject(NamedTuple):
         if not isinstance(state.get("run"), dict):
             raise UserError(f"{file} does not say which run it comes from.")
         step = state.get("step")
-        return Subject(
-            checkpoint.load(file), _as_pretraining(state["run"]), file.parent, step if isinstance(step, int) else None
-        )
+        run, step = _as_pretraining(state["run"]), step if isinstance(step, int) else None
+        return Subject(checkpoint.load(file), run, file.parent, step, given=model)
 
 
 def _as_pretraining(settings: dict[str, Any]) -> Run:
@@ -142,6 +145,7 @@ class SubjectScores:
     tasks: tuple[str, ...]
     protocol: Protocol
     classes: int | None
+    masks: str | None
     decoding: Decoding
     file: Path
 
@@ -149,7 +153,7 @@ class SubjectScores:
         patch = self.subject.backbone.patch_size
         reading = self.protocol.decides_of_pixels(task, patch) if self.name == "pixels" else self.protocol.decides(task)
         if task in ("segment", "retrieval"):
-            reading["classes"] = self.classes
+            reading |= {"classes": self.classes, "masks": self.masks}
         step = self.subject.step if self.name == "trained" else None
         return Score(
             self.name, task, percent, self.weights, self.train.name, self.val.name, reading, step, detail
@@ -223,7 +227,7 @@ def score(
     work = [
         SubjectScores(
             name, _weights(name, subject), subject, train, val, _tasks_of(name, planned), protocol, planned.classes,
-            options.decoding, file,
+            planned.masks, options.decoding, file,
         )
         for name in names
     ]  # fmt: skip
@@ -231,12 +235,13 @@ def score(
     failures = _compute(work, {entry.key for entry in results.read(file)}, console)
     held = {entry.key: entry for entry in results.read(file)}
     found = [held[key] for key in keys if key in held]
-    console.print(score_table(found))
-    for table in detail_tables(found):
-        console.print(table)
-    _say_meaning(subject, found, console, _data_flags(subject.run, train, val))
+    if found:
+        console.print(score_table(found))
+        for table in detail_tables(found):
+            console.print(table)
+        _say_meaning(subject, found, console, _data_flags(subject.run, train, val))
     if failures:
-        raise UserError(" ".join(dict.fromkeys(failures)) + " The other scores are kept.")
+        raise UserError(" ".join(dict.fromkeys(failures)) + (" The other scores are kept." if found else ""))
     return found
 
 
@@ -303,7 +308,7 @@ def _data_flags(run: Run, train: Data, val: Data) -> str:
 def _next(subject: Subject, judged: Verdict | None, flags: str) -> str:
     where = subject.folder
     if not subject.is_run:
-        return f"Next: nearfar features {where} IMAGES OUT writes features of your own images."
+        return f"Next: nearfar features {subject.given or where} IMAGES OUT writes features of your own images."
     if judged and not judged.good:
         return (
             f"Next: train with one of these under another name=, then compare the runs: nearfar report {where.parent}"

@@ -15,6 +15,7 @@ from nearfar.ssl.data.sources.base import Source, passed_over
 from nearfar.ssl.data.sources.files import kinds_of
 from nearfar.ssl.defaults import Derived, ResolvedRun, fork_command
 from nearfar.ssl.device import Compute
+from nearfar.ssl.errors import counted
 from nearfar.ssl.finetune_settings import FinetuneRun, ResolvedFinetune
 from nearfar.ssl.memory import Need
 from nearfar.ssl.settings import AnyRun, Run
@@ -36,7 +37,7 @@ def start_lines(
     parameters = sum(p.numel() for p in learner.student.backbone.parameters())
     lines.append(
         f"{run.name}: {run.backbone.name}, {parameters / 1e6:.2f} M parameters, on {len(source):,} images; "
-        f"{run.train.epochs} epochs = {steps:,} steps; {compute.device.type}, {compute.rounding}, "
+        f"{counted(run.train.epochs, 'epoch')} = {counted(steps, 'step')}; {compute.device.type}, {compute.rounding}, "
         f"ranks: {run.train.world_size}, each with threads: {run.train.threads}, workers: {run.data.workers}, {loader}"
     )
     if names := passed_over(source):
@@ -213,7 +214,7 @@ def disk_line(learner: StudentTeacher, keep: int, copied: bool) -> str:
     inside = set(learner.modules())
     anchor = sum(size(network) for network in learner.frozen if network in inside)
     one = 4 * (backbone + head) + anchor
-    with_anchor = ", and the anchor of the patches" if anchor else ""
+    with_anchor = ", and the frozen anchor" if anchor else ""
     most = (keep + 1) * one + backbone
     return (
         f"A checkpoint takes {_in_units(one)}: student, teacher and AdamW's two moments, each a backbone of "

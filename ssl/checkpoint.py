@@ -184,7 +184,10 @@ def export_tensors(path: Path, tensors: Mapping[str, Tensor], about: dict[str, A
     try:
         _write_tensors(path, tensors, {"format": "pt", "nearfar": json.dumps(about)})
     except (OSError, SafetensorError) as error:
-        raise UserError(f"{path} could not be written: {error}.") from error
+        raise UserError(
+            f"{path} could not be written: {error}. Nothing half-written was left, and checkpoints are intact. Free "
+            "some space (or choose another place) and start the same command again."
+        ) from error
 
 
 def load(path: str | Path) -> Backbone:

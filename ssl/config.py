@@ -137,7 +137,8 @@ def refuse(problems: list[str]) -> None:
     if problems:
         count = f"{len(problems)} mistakes" if len(problems) > 1 else "A mistake"
         more = [f"and {len(problems) - MAX_REPORTED} more"] if len(problems) > MAX_REPORTED else []
-        raise UserError(f"{count} in the settings: " + "; ".join(problems[:MAX_REPORTED] + more) + ".")
+        told = "; ".join(problems[:MAX_REPORTED] + more)
+        raise UserError(f"{count} in the settings: {told}{'' if told.endswith('?') else '.'}")
 
 
 def combinations(run: Run) -> list[str]:

@@ -7,7 +7,7 @@ import shlex
 from collections.abc import Callable
 from typing import Any, NamedTuple, TypeVar
 
-from nearfar.ssl.errors import UserError
+from nearfar.ssl.errors import UserError, counted
 from nearfar.ssl.setting_list import all_settings
 from nearfar.ssl.settings import (
     AnyRun,
@@ -245,7 +245,9 @@ def world_size(run: AnyRun, saved: AnyRun | None, cores: int, gpus: int) -> Deri
         return Derived(key, begun, "as the run was begun" + (_unused(gpus - begun) if gpus else ""))
     if not gpus:
         count = local_ranks(run.train.batch_size // run.train.accumulate_steps, cores)
-        return Derived(key, count, f"{cores} cores, and equal slices of at least 16 of {run.train.batch_size} images")
+        return Derived(
+            key, count, f"{counted(cores, 'core')}, and equal slices of at least 16 of {run.train.batch_size} images"
+        )
     count = gpu_ranks(run.train.batch_size, run.train.accumulate_steps, gpus)
     reason = f"one for each of {gpus} GPUs" if count == gpus > 1 else "the GPU of this machine" if gpus == 1 else ""
     if not reason:
@@ -302,7 +304,7 @@ def _fill(run: Run, images: int, cores: int) -> tuple[Run, list[Derived]]:
     momentum = round(min(0.996, max(0.98, 1 - 20 / steps)), 4)
     size = run.eval.size or run.views.global_crops_size
     filled = {
-        "data": {"workers": default("data", "workers", min(8, cores - 1), f"{cores} cores a rank")},
+        "data": {"workers": default("data", "workers", min(8, cores - 1), f"{counted(cores, 'core')} a rank")},
         "head": {
             "prototypes": default("head", "prototypes", prototypes, f"about 16 images each for {images:,} images"),
             "batch_norm": default("head", "batch_norm", images < 100_000, f"{images:,} images"),
@@ -332,7 +334,7 @@ def _fill(run: Run, images: int, cores: int) -> tuple[Run, list[Derived]]:
         },
         "train": {
             "world_size": default("train", "world_size", 1, "a process that was started alone"),
-            "threads": default("train", "threads", cores, f"{cores} cores a rank"),
+            "threads": default("train", "threads", cores, f"{counted(cores, 'core')} a rank"),
         },
         "eval": {
             "size": default("eval", "size", size, "size of the global views"),

@@ -1,4 +1,5 @@
-"""The exceptions that every part of nearfar shares. Imports nothing, so that a wrong command is refused quickly."""
+"""The exceptions that every part of nearfar shares, and how their texts are put. Imports nothing, so that a wrong
+command is refused quickly."""
 
 EXIT_USER = 2  # of a command that a user's mistake ended
 EXIT_PEER = 3  # of a rank that ended because another one did
@@ -20,6 +21,11 @@ def _escaped(character: str) -> str:
     if 0xDC80 <= code <= 0xDCFF:  # how Python keeps a byte that is not UTF-8
         return f"\\x{code - 0xDC00:02x}"
     return ascii(character)[1:-1]
+
+
+def counted(number: int, noun: str) -> str:
+    """`1 step`, `1,200 steps`: a number with its noun, for messages."""
+    return f"{number:,} {noun}" + "s" * (number != 1)
 
 
 class UserError(ValueError):

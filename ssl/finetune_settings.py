@@ -13,7 +13,7 @@ from pydantic import Field
 
 from nearfar.ssl import bounded_files, config, defaults
 from nearfar.ssl.defaults import Derived, ResolvedData, ResolvedTrain
-from nearfar.ssl.errors import UserError
+from nearfar.ssl.errors import UserError, counted
 from nearfar.ssl.settings import (
     FREE,
     AnyRun,
@@ -277,12 +277,12 @@ def resolve(
     warmup, decay = round(min(5.0, 0.1 * epochs), 2), 0.75 if weights else 1.0
     origin = "it starts from weights" if weights else "it starts from scratch"
     wanted: list[tuple[str, str, Any, str]] = [
-        ("data", "workers", min(8, cores - 1), f"{cores} cores a rank"),
+        ("data", "workers", min(8, cores - 1), f"{counted(cores, 'core')} a rank"),
         ("optim", "lr", 5e-4 * batch / share, f"5e-4 x {batch} / {share}: {origin}"),
         ("optim", "warmup_epochs", warmup, "5 epochs or 10 % of the run"),
         ("optim", "layerwise_decay", decay, origin),
         ("train", "world_size", 1, "a process that was started alone"),
-        ("train", "threads", cores, f"{cores} cores a rank"),
+        ("train", "threads", cores, f"{counted(cores, 'core')} a rank"),
         ("eval", "size", size, "augment.size"),
         ("eval", "resize", round(size * 256 / 224), f"{size} x 256 / 224, as is usual"),
         ("eval", "every_epochs", max(1.0, epochs // 10), "about ten scores a run"),

@@ -42,7 +42,7 @@ class DataSettings(Section):
     )
     val: str | None = Field(
         None,
-        description="labeled images, for the k-NN score during training and for `nearfar eval`",
+        description="labeled images, scored during training (k-NN; fine-tuning: the classifier) and by `nearfar eval`",
         json_schema_extra=FREE,
     )
     workers: int | None = Field(

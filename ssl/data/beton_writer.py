@@ -5,9 +5,11 @@ are good, and waits forever when one of its processes dies. FFCV's Reader and Lo
 """
 
 import contextlib
+import glob
 import hashlib
 import json
 import os
+import time
 import zlib
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -22,7 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from nearfar.ssl import files
+from nearfar.ssl import file_lock, files
 from nearfar.ssl.data import libjpeg
 from nearfar.ssl.data.decode import FORMATS, decode, is_upright, size_problem
 from nearfar.ssl.data.sources.base import Source
@@ -43,6 +45,7 @@ from nearfar.ssl.data.sources.beton import (
 from nearfar.ssl.errors import BadImage, UserError
 
 _PAGE = 2**23  # bytes; FFCV wants a sample on one page, and pages of a power of two from 2 MiB
+_ABANDONED = 60.0  # seconds without a change after which an unlocked file is nobody's; a new one is locked at once
 
 
 @dataclass
@@ -107,12 +110,22 @@ def write_beton(
     if not os.path.isdir(out.absolute().parent):
         raise UserError(f"There is no folder {out.parent} to write {out.name} in.")
     try:
+        _remove_abandoned(out)
         with files.atomic(out) as partial, partial.open("wb") as file:
+            file_lock.acquire(file.fileno())
             return _write(file, source, options, stop_at_bad, workers, progress)
     except OSError as error:  # a folder that is read-only or full, a name that is too long
         raise UserError(f"{out} cannot be written: {error.strerror or error}.") from error
     except MemoryError as error:
         raise UserError(f"There is not enough memory to write {out}: allow fewer --workers.") from error
+
+
+def _remove_abandoned(out: Path) -> None:
+    """Remove what killed processes left of the same file, which may be large; a process that writes holds a lock."""
+    for left in out.parent.glob(f"{glob.escape(files.partial_prefix(out))}*"):
+        with contextlib.suppress(OSError), left.open("rb") as file:
+            if time.time() - left.stat().st_mtime > _ABANDONED and file_lock.acquire(file.fileno()):
+                left.unlink()
 
 
 def _write(

@@ -15,7 +15,7 @@ from rich.console import Console
 from nearfar.eval import results
 from nearfar.eval.compare import ONLINE, compare, comparison_table, runs_in
 from nearfar.eval.comparison_page import write_comparison
-from nearfar.eval.results import DataName, Score
+from nearfar.eval.results import TASKS, DataName, Score
 from nearfar.ssl.errors import UserError
 
 Scores = dict[str, float] | None
@@ -115,6 +115,19 @@ def test_a_terminal_of_80_columns_has_whole_words(tmp_path: Path) -> None:
     for word in ("global_crops_size", "prototypes", "0.0005"):
         assert word in wide
     assert "workers" not in narrow  # changes no result
+
+
+def test_scores_that_do_not_fit_beside_each_other_are_shown_below(tmp_path: Path) -> None:
+    scores = {task: 30.0 + at for at, task in enumerate(TASKS)}
+    for name, lr in (("first-run", 1e-4), ("second-run", 5e-4)):
+        make(tmp_path, name, lr, 2.5, scores, None, {"data": {"path": "/a/long/path/to/images" * 4 + name}})
+    text = shown(tmp_path, 80)
+    assert max(map(len, text.splitlines())) <= 80 and "\u2026" not in text
+    for percent in scores.values():
+        assert text.count(f" {percent:.1f} ") == 2
+    assert text.count("first-run") == text.count("second-run") > 2 and text.count("2.5000") == 2
+    wide = shown(tmp_path, 400)
+    assert wide.count("first-run") == 2 and wide.count("\u250f") == 1  # one table; the other name is in the path
 
 
 def test_a_name_cannot_command_the_terminal(tmp_path: Path) -> None:

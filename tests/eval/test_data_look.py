@@ -38,6 +38,8 @@ def test_pairs_are_those_of_all_cosines(x: np.ndarray) -> None:
     cosine = unit @ unit.T
     truth = {(i, j) for i in range(len(x)) for j in range(i + 1, len(x)) if cosine[i, j] >= 0.995}
     assert {(i, j) for i, j in look_at(x, clusters=3, duplicate=0.995).pairs.tolist()} == truth
+    few = look_at(x, clusters=3, duplicate=0.995, pairs=1)
+    assert (len(few.pairs), few.duplicates) == (1, len(truth)) and len(truth) > 1
 
 
 def test_what_cannot_be_looked_at_is_said(x: np.ndarray) -> None:

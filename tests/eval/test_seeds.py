@@ -57,6 +57,19 @@ def test_latex_can_be_pasted(runs: list[Path]) -> None:
     assert text.count(r"\begin{tabular}{lcr}") == text.count(r"\end{tabular}") == 1
 
 
+def test_a_score_of_fewer_images_is_marked_and_never_the_best(runs: list[Path]) -> None:
+    """An online score, of a run that was not scored, may be higher only since it is of fewer images."""
+    for run in runs[3:]:
+        (run / "results.json").unlink()
+        with (run / "metrics.jsonl").open("a") as metrics:
+            metrics.write(json.dumps({"step": 10, "knn_top1": 90.0}) + "\n")
+    found = compare(runs)
+    assert "| a_lgp | **62.2 \u00b1 2.0** | 3 |" in markdown(found)
+    assert "| plain& | 90.0 \u00b1 0.0* | 2 |" in markdown(found) and r"& 90.0 $\pm$ 0.0* &" in latex(found)
+    page = write_comparison(runs, runs[0].parent / "report.html").read_text()
+    assert "<td>90.0 \u00b1 0.0*</td>" in page and '<td class="best">62.2 \u00b1 2.0</td>' in page
+
+
 def test_one_run_has_no_spread_and_nothing_to_beat(runs: list[Path]) -> None:
     text = markdown(compare(runs[:1]))
     assert "| a_lgp-seed0 | 60.0 | 1 |" in text and "**" not in text

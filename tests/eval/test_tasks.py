@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from nearfar.eval.tasks import Data, mask_classes, plan
+from nearfar.eval.tasks import Data, listed_names, mask_classes, plan
 from nearfar.ssl.data import open_source
 from nearfar.ssl.data.sources.base import ArraySource
 from nearfar.ssl.errors import UserError
@@ -20,7 +20,7 @@ BARE = Data("bare", ArraySource(IMAGES))
 
 
 def test_all_means_what_the_images_allow() -> None:
-    assert plan(BOTH, BOTH) == (("knn", "linear", "logistic", "fewshot", "segment"), 3, ())
+    assert plan(BOTH, BOTH)[:3] == (("knn", "linear", "logistic", "fewshot", "segment"), 3, ())
     labels = plan(LABELED, BOTH)
     assert labels.tasks == ("knn", "linear", "logistic", "fewshot") and labels.classes is None
     assert [line[:38] for line in labels.left_out] == ["Left out: mIoU. labeled has no masks. "]
@@ -72,6 +72,25 @@ def test_impossible_classes_name_the_mask(values: tuple[int, ...], classes: int 
         mask_classes(masks(*values), classes)
 
 
+@pytest.mark.parametrize(
+    ("listed", "names"),
+    [
+        ("0 sky\n1 paved road\n255 ignore\n", ["sky", "paved road"]),
+        ("sky\npaved road\n", ["sky", "paved road"]),
+        ("1 road\n0 sky\n", ["sky", "road"]),
+        ("0 sky\n2 road\n", None),
+        ("0\n1\n", None),
+        ("\n", None),
+    ],
+)
+def test_names_of_mask_classes_come_from_the_list_beside_the_images(
+    tmp_path: Path, listed: str, names: list[str] | None
+) -> None:
+    (tmp_path / "classes.txt").write_text(listed)
+    assert listed_names(str(tmp_path / "images" / "train")) == names
+    assert listed_names(str(tmp_path / "train")) is None
+
+
 @pytest.mark.parametrize("listed", ["0 sky\n1 road\n255 ignore\n", "sky\nroad\n"])
 def test_a_list_of_classes_beside_the_images_is_believed(tmp_path: Path, listed: str) -> None:
     (tmp_path / "classes.txt").write_text(listed)
@@ -82,6 +101,9 @@ def test_a_list_of_classes_beside_the_images_is_believed(tmp_path: Path, listed:
         Image.fromarray(np.array([[0, 1, i, 255]], np.uint8)).save(tmp_path / "masks" / f"{i}.png")
     data = Data(str(tmp_path / "images"), open_source(tmp_path / "images"))
     assert plan(data, data).classes == 2
+    (tmp_path / "classes.txt").write_text("\n")  # says nothing: the masks do
+    assert plan(data, data).classes == 2
+    (tmp_path / "classes.txt").write_text(listed)
     Image.fromarray(np.array([[0, 2]], np.uint8)).save(tmp_path / "masks" / "1.png")
     with pytest.raises(UserError, match=r"1\.png has class 2, but there are 2 classes"):
         plan(data, data)

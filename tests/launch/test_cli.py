@@ -107,7 +107,7 @@ def test_a_backbone_that_is_none_may_be_corrected(here: Path, refused: Refused) 
     assert "Did you mean" in refused(*PRETRAIN, "backbone.name=vit_tinny_patch8")
     assert "timm/resnet18 cannot take embed_dim" in refused(*PRETRAIN, "backbone.name=timm/resnet18")
     told = refused(*PRETRAIN, "train.batch_size=64")
-    assert "40 images do not fill one batch of 64" in told
+    assert "40 images cannot fill one batch of 64" in told
     assert cli.main([*PRETRAIN, "train.epochs=1"]) == 0
 
 

@@ -263,6 +263,9 @@ def test_a_checkpoint_of_a_step_is_exported(tmp_path: Path, capsys: pytest.Captu
     state = {"arch": backbone.arch, "step": 2, "run": {}}
     checkpoint.save(run / "checkpoints", 2, tensors, state)
     assert cli.main(["export", str(run), "--checkpoint", "2", str(tmp_path / "two.safetensors")]) == 0
+    kept = (tmp_path / "two.safetensors").read_bytes()
+    assert cli.main(["export", str(run), str(tmp_path / "two.safetensors")]) == 2  # other weights under a name in use
+    assert (tmp_path / "two.safetensors").read_bytes() == kept
     assert "of step 2" in capsys.readouterr().out
     saved = load_file(tmp_path / "two.safetensors")
     assert torch.equal(saved["model.norm.bias"], tensors["learner/teacher.backbone.model.norm.bias"])

@@ -154,7 +154,7 @@ def test_derived_ranks_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(processes, "available_cores", lambda: 1)
     monkeypatch.setattr(pretrain, "train_rank", lambda run, console, world: worlds.append(world))
     pretrain.run_pretraining(make(tmp_path), Console(file=said, width=200))
-    assert "derived train.world_size = 1  (1 cores" in said.getvalue()
+    assert "derived train.world_size = 1  (1 core," in said.getvalue()
     pretrain.run_pretraining(make(tmp_path, "train.world_size=1"), Console(file=said, width=200))
     assert said.getvalue().count("derived") == 1 and len(worlds) == 2
 
@@ -199,6 +199,28 @@ def test_the_online_score_reads_what_the_head_reads(tmp_path: Path, pooling: str
     assert features.labels is not None
     (expected,) = knn(features.x, features.labels, features.x, features.labels, ks=(20,)).values()
     assert OnlineKNN(images, images, 60)(backbone, run) == {"knn_top1": expected}
+
+
+def test_the_online_score_matches_classes_by_name(tmp_path: Path) -> None:
+    """Each class is a color, so that the nearest neighbor is right; data.val has one class of three, numbered 0."""
+    colors = np.repeat(np.asarray([[250, 0, 0], [0, 250, 0], [0, 0, 250]], np.uint8), 30, 0)
+    pixels = np.broadcast_to(colors[:, None, None], (90, 16, 16, 3)).copy()
+    pixels += np.random.default_rng(0).integers(0, 5, pixels.shape, np.uint8)
+    train = ArraySource(pixels, labels=np.repeat(range(3), 30), classes=["red", "green", "blue"])
+    backbone = create("vit_tiny_patch4", img_size=16, embed_dim=12, depth=1, num_heads=2)
+    run = make(tmp_path, "eval.size=16", "eval.resize=16", "data.workers=0")
+    blue = ArraySource(pixels[60:], labels=np.zeros(30, int), classes=["blue"])
+    assert OnlineKNN(train, blue, 90)(backbone, run) == {"knn_top1": 100.0}
+
+
+def test_the_online_score_of_classes_that_training_lacks_is_refused_by_name(tmp_path: Path) -> None:
+    pixels = np.zeros((60, 16, 16, 3), np.uint8)
+    train = ArraySource(pixels, labels=np.arange(60) % 2, classes=["cat", "dog"])
+    val = ArraySource(pixels, labels=np.arange(60) % 2, classes=["car", "dog"])
+    probe = OnlineKNN(train, val, 60)
+    assert "1 of the 2 classes of the validation images" in probe.missing and "(car;" in probe.missing
+    assert probe(create("vit_tiny_patch4", img_size=16, embed_dim=12, depth=1, num_heads=2), make(tmp_path)) == {}
+    assert "labels" in OnlineKNN(ArraySource(pixels), val, 60).missing
 
 
 def test_a_stop_ends_the_online_score(tmp_path: Path) -> None:

@@ -9,8 +9,10 @@ from pathlib import Path
 import pytest
 
 from nearfar.launch.cli import build_parser, main
+from nearfar.launch.recipes import find_recipe
 from nearfar.ssl import config
 from nearfar.ssl.defaults import resolve
+from nearfar.ssl.errors import UserError
 
 FOLDER = Path(__file__).resolve().parents[2] / "recipes"
 CLUSTER = {file.stem: file for file in FOLDER.glob("*.yaml") if re.match(r"imagenet1|dinov", file.stem)}
@@ -46,6 +48,19 @@ def test_published_rates() -> None:
     assert lr("imagenet1k_vit_small") == pytest.approx(5e-4 * 512 / 256)
     assert lr("imagenet1k_vit_small", "train.batch_size=1024") == pytest.approx(5e-4 * 1024 / 256)
     assert lr("dinov2_vit_small") == pytest.approx(4e-3 * (2048 / 1024) ** 0.5, rel=1e-3)
+
+
+def test_what_is_no_recipe_is_told_with_what_was_meant(tmp_path: Path) -> None:
+    (tmp_path / "my.yaml").write_text("train: {epochs: 2}\n")
+    with pytest.raises(UserError, match=r"There is no recipe .*my\.yml\. Did you mean .*my\.yaml\?"):
+        find_recipe(str(tmp_path / "my.yml"))
+    with pytest.raises(UserError, match=r"Did you mean .*my\.yaml\?"):
+        find_recipe(str(tmp_path / "my"))
+    with pytest.raises(UserError, match="is a folder, and a recipe is a file") as told:
+        find_recipe(str(tmp_path))
+    assert "Did you mean" not in str(told.value)
+    with pytest.raises(UserError, match="Did you mean imagenette"):
+        find_recipe("imagenete")
 
 
 @pytest.mark.parametrize(

@@ -74,6 +74,11 @@ def test_predicted_masks_appear_once_segmentation_is_scored(tmp_path: Path) -> N
         "the score is 12.5 % mIoU" in page and page.count("truth: class 0, class 1") == 6
     )  # 3 captions, 3 alternative texts
     assert len(re.findall(r"predicted: [\w ,.]+ \(\d+ % of pixels right\)", page)) == 6 and "class 2</li>" in page
+    drawn = (run / "figures.json").stat().st_mtime_ns
+    report_run(run)
+    assert (run / "figures.json").stat().st_mtime_ns == drawn  # nothing is new
+    results.add(run / "results.json", Score("trained", "segment", 9.5, "v", data, data, reading, 3, {"classes": 3}))
+    assert "the score is 9.5 % mIoU" in report_run(run).read_text()
 
 
 def test_a_network_without_attention_and_a_run_without_images_say_so(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from rich.console import Console
 
 from nearfar.eval import results
@@ -21,8 +22,9 @@ from nearfar.eval.tasks import Data
 from nearfar.launch import cli
 from nearfar.launch import score as scores
 from nearfar.launch.score import ScoreOptions, Subject, protocol_of, score, sources
-from nearfar.ssl import config
+from nearfar.ssl import checkpoint, config
 from nearfar.ssl.backbones import Backbone, create
+from nearfar.ssl.data import open_source
 from nearfar.ssl.data.sources.base import ArraySource
 from nearfar.ssl.defaults import resolve
 from nearfar.ssl.errors import UserError
@@ -80,6 +82,25 @@ def test_what_is_known_is_not_computed_again_and_other_tasks_join_it(
     scored(["knn", "segment"], 4)  # k-NN knows no steps
     assert computed == [("knn",), ("segment",), ("segment",)]
     assert len(results.read(tmp_path / "results.json")) == 3
+
+
+def test_other_masks_of_the_same_images_are_scored_again(tmp_path: Path, said: StringIO) -> None:
+    """Masks may be put right under the names that they had; the images, and so k-NN, are the same."""
+    for kind in ("images", "masks"):
+        (tmp_path / kind).mkdir()
+    for i in range(8):
+        Image.fromarray(TRAIN_SCENES.images[i]).save(tmp_path / "images" / f"{i}.png")
+        Image.fromarray(np.full((16, 16), i % 2, np.uint8)).save(tmp_path / "masks" / f"{i}.png")
+
+    def scored() -> int:
+        data = Data(str(tmp_path / "images"), open_source(tmp_path / "images"))
+        score(subject(tmp_path), data, data, tasks=("segment",), console=Console(file=said, width=200))
+        return len(results.read(tmp_path / "results.json"))
+
+    assert [scored(), scored()] == [1, 1]
+    fingerprint = open_source(tmp_path / "images").fingerprint
+    Image.fromarray(np.full((16, 16), 1, np.uint8)).save(tmp_path / "masks" / "0.png")
+    assert scored() == 2 and open_source(tmp_path / "images").fingerprint == fingerprint
 
 
 def test_features_are_pooled_as_the_head_read_them_unless_told(tmp_path: Path) -> None:
@@ -143,6 +164,14 @@ def test_a_score_is_kept_when_another_task_fails(
     assert held(tmp_path) == {("trained", task): 50.0 for task in kept}
 
 
+def test_where_no_task_has_a_score_only_the_reason_is_told(tmp_path: Path, said: StringIO) -> None:
+    alone = Data("/data/one", ArraySource(TRAIN_SCENES.images, labels=np.zeros(60, int)))
+    with pytest.raises(UserError, match="with one class only") as told:
+        score(subject(tmp_path), alone, alone, tasks=("knn", "linear"), console=Console(file=said, width=200))
+    assert "other scores" not in str(told.value)
+    assert "Frozen features" not in said.getvalue() and "Next:" not in said.getvalue()
+
+
 def test_where_no_score_can_be_written_nothing_is_computed(
     tmp_path: Path, said: StringIO, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -165,6 +194,14 @@ def test_the_end_says_what_the_scores_mean_and_what_to_do_next(tmp_path: Path, s
     assert after.startswith("Next: ")
     log = (tmp_path / "run.log").read_text()
     assert meaning in log and after in log
+
+
+def test_the_command_that_is_next_names_the_exported_file(tmp_path: Path, said: StringIO) -> None:
+    """And not the folder in which it lies, which holds no weights that anyone meant."""
+    one, file = subject(tmp_path), tmp_path / "mine.safetensors"
+    checkpoint.export(file, one.backbone, {"run": one.run.model_dump(mode="json"), "step": 10})
+    score(Subject.of(file), TRAIN, VAL, tasks=["knn"], console=Console(file=said, width=200))
+    assert f"Next: nearfar features {file} IMAGES OUT" in said.getvalue()
 
 
 def test_the_command_that_is_next_scores_the_same_images(tmp_path: Path, said: StringIO) -> None:

@@ -2,7 +2,7 @@ import pickle
 
 import pytest
 
-from nearfar.ssl.errors import BadImage, UserError, printable
+from nearfar.ssl.errors import BadImage, UserError, counted, printable
 
 
 @pytest.mark.parametrize(
@@ -27,3 +27,7 @@ def test_errors_print_and_travel_between_processes() -> None:
         assert "\x1b" not in str(error)
         assert str(error).encode("utf-8")
         assert str(pickle.loads(pickle.dumps(error))) == str(error)
+
+
+def test_a_number_agrees_with_its_noun() -> None:
+    assert [counted(n, "step") for n in (0, 1, 2, 1200)] == ["0 steps", "1 step", "2 steps", "1,200 steps"]

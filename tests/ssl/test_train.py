@@ -462,7 +462,7 @@ def test_other_runtime_errors_stay_what_they_are(
 
 
 def test_a_failed_start_may_be_corrected(tiny: Make, images: ArraySource, quiet: Console) -> None:
-    with pytest.raises(UserError, match="40 images do not fill one batch of 64"):
+    with pytest.raises(UserError, match="40 images cannot fill one batch of 64"):
         train.pretrain(tiny("train.batch_size=64"), images, console=quiet)
     with pytest.raises(UserError, match="no backbone called"):
         train.pretrain(tiny("backbone.name=vit_tinny_patch8"), images, console=quiet)

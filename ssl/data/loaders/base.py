@@ -13,7 +13,7 @@ from torch import Tensor
 from nearfar.ssl.data.decode import size_problem
 from nearfar.ssl.data.sources.base import Source
 from nearfar.ssl.data.views import ViewPlan, epoch_order
-from nearfar.ssl.errors import BadImage, UserError
+from nearfar.ssl.errors import BadImage, UserError, counted
 from nearfar.ssl.settings import ViewSettings
 
 
@@ -92,9 +92,11 @@ class Loader(ABC):
         whole_batch = options.batch_size * options.world_size
         self.steps_per_epoch = len(source) // whole_batch
         if self.steps_per_epoch == 0:
+            alone = options.world_size == 1
+            shares = "" if alone else f" ({options.batch_size} on each of {options.world_size} processes)"
             raise UserError(
-                f"{len(source)} images do not fill one batch of {whole_batch} ({options.batch_size} on each of "
-                f"{options.world_size} processes). Choose a smaller batch size, or give more images."
+                f"{counted(len(source), 'image')} cannot fill one batch of {whole_batch}{shares}. Choose a smaller "
+                "batch size, or give more images."
             )
         self.decoded = 0
         self.bad: dict[str, str] = {}

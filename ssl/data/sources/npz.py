@@ -91,14 +91,23 @@ def open_npz(path: Path) -> Source:
         raise UserError(f"{path} cannot be read as an .npz file: {error}.") from error
     if classes is not None:
         classes = [printable(name) for name in classes]
+    _check_named(path, keys)
+    if "jpeg" in arrays and "offset" in arrays:
+        if arrays["offset"].shape == (1,):
+            raise UserError(f"{path} holds no images: its `offset` has a single entry.")
+        return NpzSource(arrays["jpeg"], arrays["offset"], arrays.get("label"), classes, path.name)
+    if "images" in arrays:
+        if not arrays["images"].ndim or not len(arrays["images"]):
+            raise UserError(f"{path} holds no images: its `images` has shape {arrays['images'].shape}.")
+        return ArraySource(arrays["images"], arrays.get("label"), arrays.get("mask"), classes)
+    raise UserError(f"{path} holds {', '.join(keys) or 'nothing'}; `jpeg` and `offset`, or `images`, are needed.")
+
+
+def _check_named(path: Path, keys: list[str]) -> None:
+    """Raises UserError for an array whose name is nearly one that is read."""
     for name in _ARRAYS:
         if name not in keys and (near := [key for key in keys if key.lower().rstrip("s") == name.rstrip("s")]):
             raise UserError(f"{path} holds `{printable(near[0])}`, which nothing reads: name it `{name}`.")
-    if "jpeg" in arrays and "offset" in arrays:
-        return NpzSource(arrays["jpeg"], arrays["offset"], arrays.get("label"), classes, path.name)
-    if "images" in arrays:
-        return ArraySource(arrays["images"], arrays.get("label"), arrays.get("mask"), classes)
-    raise UserError(f"{path} holds {', '.join(keys) or 'nothing'}; `jpeg` and `offset`, or `images`, are needed.")
 
 
 def _check_memory(path: Path) -> None:

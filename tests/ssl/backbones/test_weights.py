@@ -261,6 +261,9 @@ def test_bad_files_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     for name in ("cut.pth", "cut.safetensors"):
         with pytest.raises(UserError, match=r"cannot be read|could run code"):
             load_weights(model, tmp_path / name)
+    (tmp_path / "README.md").write_text("# Not weights\n")
+    with pytest.raises(UserError, match=r"cannot be read: [^.:/]*\. It is damaged"):  # without torch's own advice
+        load_weights(model, tmp_path / "README.md")
     with pytest.raises(UserError, match="no named tensors"):
         load_weights(model, saved(tmp_path, {"epoch": 3}))
 

@@ -217,7 +217,7 @@ def test_a_share_of_bad_images_is_a_share_of_those_seen():
 
 
 def test_a_batch_larger_than_the_data_is_refused():
-    with pytest.raises(UserError, match=r"50 images do not fill one batch of 64 \(32 on each of 2"):
+    with pytest.raises(UserError, match=r"50 images cannot fill one batch of 64 \(32 on each of 2"):
         loader(batch_size=32, world_size=2)
 
 

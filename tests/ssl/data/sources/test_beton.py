@@ -1,6 +1,7 @@
 """The .beton format: FFCV's own Reader and Loader are the oracle of what is written."""
 
 import contextlib
+import fcntl
 import io
 import json
 import os
@@ -209,6 +210,20 @@ def test_places_that_cannot_be_written(tmp_path):
         with pytest.raises(UserError, match=why):
             write_beton(source, tmp_path / name)
     assert write_beton(source, tmp_path / "there.beton", overwrite=True).raw == 1
+
+
+def test_what_a_killed_process_left_is_removed_and_what_a_living_one_writes_is_not(tmp_path):
+    left = {name: tmp_path / f".writing-{name}-01234567" for name in ("out.beton", "other.beton")}
+    living, fresh = tmp_path / ".writing-out.beton-76543210", tmp_path / ".writing-out.beton-89abcdef"
+    for file in (*left.values(), living, fresh):
+        file.write_bytes(b"half")
+        if file != fresh:
+            os.utime(file, (0, 0))
+    with living.open("rb") as writing:
+        fcntl.flock(writing, fcntl.LOCK_EX)
+        written(ArraySource(np.stack([scene(), scene(seed=9)])), tmp_path)
+    assert not left["out.beton"].exists()
+    assert left["other.beton"].exists() and living.exists() and fresh.exists()
 
 
 def test_files_that_are_not_whole_are_refused(tmp_path, beton):

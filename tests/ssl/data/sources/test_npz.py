@@ -55,6 +55,19 @@ def test_npz_of_pixels(tmp_path):
     assert (source.mask(1) == 2).all()
 
 
+def test_npz_without_images(tmp_path):
+    nothing = np.zeros(0, np.uint8)
+    kinds = (
+        {"jpeg": nothing, "offset": np.zeros(1, int)},
+        {"images": np.zeros((0, 8, 8, 3), np.uint8)},
+        {"images": np.uint8(3)},
+    )
+    for kind in kinds:
+        np.savez(tmp_path / "none.npz", **kind)
+        with pytest.raises(UserError, match=r"none\.npz holds no images"):
+            open_source(tmp_path / "none.npz")
+
+
 def test_npz_that_cannot_be_used(tmp_path):
     path = tmp_path / "d.npz"
     np.savez(path, x=[1], y=[2])
