@@ -74,7 +74,7 @@ class Alts(HTMLParser):
 )
 def test_the_page_has_everything_in_it(tmp_path: Path, kind: str, network: str) -> None:
     file, source, out = weights(tmp_path, **NETWORKS[network]), data(tmp_path, kind), tmp_path / "look.html"
-    arguments = f"--weights {file} --out {out} --clusters 3 --duplicate 0.9999 --workers 0".split()
+    arguments = f"--weights {file} --out {out} --clusters 3 --duplicate 0.999999 --workers 0".split()
     assert cli.main(["data", "look", str(source), *arguments]) == 0
     page = out.read_text()
     assert re.findall(r"<h2>(.*?)</h2>", page)[:4] == ["Map", "Clusters", "Near duplicates", "Outliers"]

@@ -49,7 +49,7 @@ FAMILIES: dict[str, list[str]] = {
     "convnext": timms("test_convnext"),
     "maxvit": timms("tiny_maxvit"),
     "gcvit": timms("tiny_gcvit"),
-    "shvit": timms("tiny_shvit"),
+    "shvit": timms("tiny_shvit", "optim.lr=4e-3"),  # at 2e-3 one seed in ten still stood above its start after 20 steps
     "mambaout": timms("tiny_mambaout"),
     "timm_vit_locat": timms("test_vit", "backbone.gaug=true", "backbone.prr=true"),
 }
@@ -101,7 +101,7 @@ def test_loss_falls(family: str, tiny: Make, shades: ArraySource, quiet: Console
         "views.blur_prob=[0,0,0]",
     ]
     sizes = ["views.global_crops_size=64", "views.local_crops_size=32", "head.prototypes=64"]
-    run = tiny(*FAMILIES[family], *easy, *sizes, "optim.lr=2e-3", "optim.teacher_momentum=0.9")
+    run = tiny(*easy, *sizes, "optim.lr=2e-3", "optim.teacher_momentum=0.9", *FAMILIES[family])
     assert train.pretrain(run, shades, console=quiet).step == 20
     lines = [json.loads(line) for line in (Path(run.path) / "metrics.jsonl").read_text().splitlines()]
     losses = [line["loss"] for line in lines if "loss" in line]

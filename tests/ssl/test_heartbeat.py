@@ -75,7 +75,8 @@ def three(tmp_path: Path) -> Iterator[Together]:
                 )
             )  # fmt: skip
         for process in started:
-            assert process.stdout is not None and process.stdout.readline() == "met\n"
+            assert process.stdout is not None  # on which the gloo of torch 2.8 says how many connections it has
+            assert next((line for line in process.stdout if not line.startswith("[Gloo]")), "") == "met\n"
         return started
 
     yield start

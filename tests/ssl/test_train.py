@@ -134,7 +134,7 @@ class Oracle:
         return float(loss.detach())
 
 
-CLIP = 0.2
+CLIP = 1.0  # half of the 58 gradients with batch norm are longer, of the 50 without it more than half
 
 
 @pytest.fixture
