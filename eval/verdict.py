@@ -155,7 +155,7 @@ def _advice(last: Mapping[str, float], settings: Mapping[str, Any], step: int | 
         longer = ""
         if last.get("epoch") and last.get("step"):
             longer = f", such as train.epochs={math.ceil(_FEW_STEPS * last['epoch'] / last['step'])}"
-        tries.append(f"more training than {steps:,.0f} steps{longer}")
+        tries.append(f"more training than {steps:,.0f} step{'' if steps == 1 else 's'}{longer}")
     if _weak(last):
         tries += [] if settings.get("loss.koleo_weight") else ["loss.koleo_weight=0.1 (spreads the features)"]
         tries += [] if settings.get("head.batch_norm") else ["head.batch_norm=true"]
