@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 
 from nearfar.ssl.errors import UserError
@@ -42,6 +42,10 @@ def shard(network: nn.Module, learns: bool) -> None:
     # Weights that stay gathered after a pass are dropped by the backward pass; without one they would stay as they
     # were while the teacher moves on.
     fully_shard(network, mesh=mesh, reshard_after_forward=not learns)
+    if device.type == "cpu":  # gloo of torch 2.8 sums, without a word, where it is asked for the mean
+        for module in network.modules():
+            if isinstance(module, FSDPModule):
+                module.set_force_sum_reduction_for_comms(True)
 
 
 def is_sharded(tensor: Tensor) -> bool:
