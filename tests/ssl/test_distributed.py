@@ -382,4 +382,6 @@ def test_a_first_rank_that_is_killed_leaves_neither_ranks_nor_files(
     process.kill()  # the other rank is still importing
     process.wait()
     assert psutil.wait_procs(children, timeout=120)[1] == []
-    assert list(temporary.iterdir()) == []
+    # torch 2.8 makes a folder when it is imported, for modules that it generates, and a killed process leaves it.
+    left = [file for file in temporary.iterdir() if not (file / "_remote_module_non_scriptable.py").exists()]
+    assert left == []
