@@ -90,9 +90,9 @@ def expanded(path: str) -> list[str]:
 
 
 def commands(code: list[str], program: str) -> list[list[str]]:
-    """The arguments of every call of a program in some lines of code, without comments."""
+    """The arguments of every call of a program in some lines of code, without comments; a \\ goes on with the next."""
     found = []
-    for line in code:
+    for line in re.sub(r"\\\n\s*", "", "\n".join(code)).splitlines():
         if match := re.search(rf"(?:^|[ /]){re.escape(program)} (.*)", line):
             arguments = shlex.split(match[1], comments=True)
             if arguments and "..." not in arguments:
