@@ -8,17 +8,9 @@ from collections.abc import Callable
 from typing import Any, NamedTuple, TypeVar
 
 from nearfar.ssl.errors import UserError, counted
+from nearfar.ssl.learning_settings import LossSettings, OptimSettings, TrainSettings
 from nearfar.ssl.setting_list import all_settings
-from nearfar.ssl.settings import (
-    AnyRun,
-    DataSettings,
-    EvalSettings,
-    HeadSettings,
-    LossSettings,
-    OptimSettings,
-    Run,
-    TrainSettings,
-)
+from nearfar.ssl.settings import AnyRun, DataSettings, EvalSettings, HeadSettings, Run
 
 R = TypeVar("R", bound=AnyRun)
 

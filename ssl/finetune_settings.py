@@ -14,19 +14,9 @@ from pydantic import Field
 from nearfar.ssl import bounded_files, config, defaults
 from nearfar.ssl.defaults import Derived, ResolvedData, ResolvedTrain
 from nearfar.ssl.errors import UserError, counted
-from nearfar.ssl.settings import (
-    FREE,
-    AnyRun,
-    BackboneSettings,
-    DataSettings,
-    EvalSettings,
-    HeadSettings,
-    Run,
-    Section,
-    Share,
-    TrainSettings,
-    ViewSettings,
-)
+from nearfar.ssl.learning_settings import TrainSettings
+from nearfar.ssl.section import FREE, Section, Share
+from nearfar.ssl.settings import AnyRun, BackboneSettings, DataSettings, EvalSettings, HeadSettings, Run, ViewSettings
 
 
 class OneView(ViewSettings):

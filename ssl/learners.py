@@ -15,7 +15,7 @@ from nearfar.ssl.defaults import ResolvedRun
 from nearfar.ssl.distill import Distiller, FrozenTeacher, Pooling, ProjectedStudent
 from nearfar.ssl.errors import UserError
 from nearfar.ssl.learner import Learner, build_learner
-from nearfar.ssl.settings import DistillSettings
+from nearfar.ssl.learning_settings import DistillSettings
 
 
 def learner_of(run: ResolvedRun, weights: bool = True) -> Learner:

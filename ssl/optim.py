@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from nearfar.ssl import distributed
 from nearfar.ssl.backbones.token_model import decays
 from nearfar.ssl.errors import UserError
-from nearfar.ssl.settings import OptimSettings
+from nearfar.ssl.learning_settings import OptimSettings
 from nearfar.ssl.sharding import is_sharded, local
 
 

@@ -20,9 +20,9 @@ from nearfar.ssl.distributed import Ranks
 from nearfar.ssl.errors import UserError
 from nearfar.ssl.finetune_settings import ResolvedFinetune
 from nearfar.ssl.learner import Learner
+from nearfar.ssl.learning_settings import TrainSettings
 from nearfar.ssl.loss_scale import fitted
 from nearfar.ssl.run_folder import RunFolder
-from nearfar.ssl.settings import TrainSettings
 from nearfar.ssl.sharding import is_sharded, whole
 from nearfar.ssl.student_teacher import StudentTeacher
 

@@ -27,9 +27,10 @@ from nearfar.ssl.device import Compute
 from nearfar.ssl.distributed import Ranks
 from nearfar.ssl.finetune_settings import ResolvedFinetune
 from nearfar.ssl.learner import share_batch_norm
+from nearfar.ssl.learning_settings import TrainSettings
 from nearfar.ssl.loss_scale import LossScale
 from nearfar.ssl.run_folder import START, RunFolder
-from nearfar.ssl.settings import AnyRun, Run, TrainSettings
+from nearfar.ssl.settings import AnyRun, Run
 from nearfar.ssl.sharding import shard
 from nearfar.ssl.student_teacher import StudentTeacher
 from nearfar.ssl.training import Observers, Training

@@ -6,7 +6,8 @@ from collections.abc import Iterator
 from types import NoneType, UnionType
 from typing import Any, Literal, NamedTuple, get_args, get_origin
 
-from nearfar.ssl.settings import FREE, AnyRun, Run, Section
+from nearfar.ssl.section import FREE, Section
+from nearfar.ssl.settings import AnyRun, Run
 
 
 class Setting(NamedTuple):

@@ -20,7 +20,7 @@ FLOORS: list[set[str]] = [
     {"errors", "files", "file_lock", "bounded_files", "digests", "checkpoint_names"},
     {"backbones"},
     {"heads", "setting_errors", "gpus", "heartbeat", "distributed", "sharding"},
-    {"settings", "setting_list", "config", "loss_recipes"},
+    {"section", "learning_settings", "settings", "setting_list", "config", "loss_recipes"},
     {"defaults"},
     {"finetune_settings"},
     {"data"},

@@ -19,8 +19,9 @@ from nearfar.ssl.defaults import resolve
 from nearfar.ssl.distill import Distiller, FrozenTeacher, ProjectedStudent, cosine_loss, patch_loss
 from nearfar.ssl.errors import UserError
 from nearfar.ssl.learner import build_learner
+from nearfar.ssl.learning_settings import DistillSettings
 from nearfar.ssl.optim import adamw
-from nearfar.ssl.settings import DistillSettings, Run
+from nearfar.ssl.settings import Run
 from nearfar.ssl.step import Stepper
 from nearfar.ssl.train import pretrain
 
