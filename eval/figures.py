@@ -20,11 +20,12 @@ from PIL import Image
 from nearfar.ssl import bounded_files, files
 from nearfar.ssl.errors import UserError
 
-FORMAT = "nearfar figures 1"
+FORMAT = "nearfar figures 2"
 FILE = "figures.json"
 MOST_BYTES = 64 * 2**20
 SIZES = ("small", "medium", "large")
 MARKS = ("", "right", "wrong")
+_TEXTS = ("key", "title", "text", "size", "missing", "of")
 _SIGNATURES = {b"\x89PNG": "png", b"\xff\xd8\xff": "jpeg"}
 
 
@@ -50,7 +51,7 @@ class Group:
 class Figure:
     """text: what is to be seen, in a sentence or two. missing: why there is nothing to see. legend: names with CSS
     colors. size: of the pictures on the page. points: dots of a plot, whose `axes` have names. table: its first row
-    holds the heads."""
+    holds the heads. of: the `Score.key` of the score that it shows, where it shows one."""
 
     key: str
     title: str
@@ -62,6 +63,7 @@ class Figure:
     points: tuple[tuple[float, float], ...] = ()
     axes: tuple[str, str] = ("", "")
     table: tuple[tuple[str, ...], ...] = ()
+    of: str = ""
 
 
 def kind_of(content: bytes) -> str:
@@ -111,7 +113,7 @@ def _as_json(figure: Figure) -> dict[str, Any]:
         }
         for group in figure.groups
     ]
-    plain = {key: getattr(figure, key) for key in ("key", "title", "text", "size", "missing")}
+    plain = {key: getattr(figure, key) for key in _TEXTS}
     numbers = {"points": figure.points, "axes": figure.axes, "table": figure.table}  # tuples become lists
     return {**plain, **numbers, "legend": figure.legend, "groups": groups}
 
@@ -122,7 +124,7 @@ def _cell_as_json(cell: Cell) -> dict[str, str]:
 
 
 def _figure(entry: dict[str, Any]) -> Figure:
-    text = {key: _text(entry[key]) for key in ("key", "title", "text", "size", "missing")}
+    text = {key: _text(entry[key]) for key in _TEXTS}
     if text["size"] not in SIZES:
         raise ValueError("unknown size of a figure")
     legend = tuple((_text(name), _color(color)) for name, color in entry["legend"])

@@ -56,7 +56,7 @@ def look_page(looked: Looked, look: DataLook, duplicate: float) -> str:
     )
     lede = (
         f"{sampled} of {looked.path}, as the features of {looked.network} see them: {len(look.center)} clusters, "
-        f"{pairs_of(look.duplicates)} of near duplicates, {len(looked.bad):,} unreadable images."
+        f"{counted(look.duplicates, 'pair')} of near duplicates, {len(looked.bad):,} unreadable images."
     )
     if n < looked.total - len(looked.bad):
         lede += " Duplicates and outliers of images outside the sample are not found."
@@ -71,10 +71,6 @@ def look_page(looked: Looked, look: DataLook, duplicate: float) -> str:
         _bad(looked.bad),
     ]
     return page(f"{looked.path}, a look", body)
-
-
-def pairs_of(count: int) -> str:
-    return "1 pair" if count == 1 else f"{count:,} pairs"
 
 
 def _map(looked: Looked, look: DataLook) -> str:
@@ -158,7 +154,7 @@ def _duplicates(looked: Looked, look: DataLook, duplicate: float) -> Figure:
         cells = [cell for at in (one, other) if (cell := looked.cell(at, "one of a pair", looked.name(at)))]
         groups.append(Group(((f"cosine {alike:.4f}", tuple(cells)),)))
     text = (
-        f"{pairs_of(look.duplicates)} of images whose features have a cosine of {duplicate:g} or more, the most "
+        f"{counted(look.duplicates, 'pair')} of images whose features have a cosine of {duplicate:g} or more, the most "
         "alike first: copies, frames of one scene, or what the network cannot tell apart."
     )
     return Figure("duplicates", "Near duplicates", text, tuple(groups), size="medium")

@@ -36,6 +36,8 @@ TASKS = tuple(task for task in TITLES if task != "finetune")
 """Those that `nearfar eval` scores; a classifier's own score is written by `nearfar finetune`."""
 HEADLINES = ("knn", "linear", "segment")
 """The tasks that say whether training helped, the first that there is deciding."""
+CLEAN = "clean"
+"""The name of images that are not perturbed, in a robustness score."""
 SUBJECTS = {"trained": "trained", "start": "starting weights", "untrained": "untrained", "pixels": "raw pixels"}
 """Whose features are scored, in the order of every table."""
 
@@ -128,9 +130,9 @@ def unwritable(file: Path, error: OSError) -> str:
     )
 
 
-def segmentation_line(score: Score) -> str:
-    """What stands with pictures of predicted masks: it tells of which score they are."""
-    return f"Over all {score.val.images:,} test images of {score.val.path} the score is {score.percent:.1f} % mIoU."
+def signed(change: float, digits: int = 1) -> str:
+    """`+1.5`, `-0.3`; what rounds to zero is `+0.0`."""
+    return f"{round(change, digits) + 0.0:+.{digits}f}"
 
 
 def tables(scores: Iterable[Score]) -> Iterator[dict[str, dict[str, Score]]]:

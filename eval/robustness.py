@@ -14,11 +14,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from nearfar.eval.results import CLEAN, signed
 from nearfar.ssl.backbones.lgp import LGPPatchEmbed, bands_permuted
 from nearfar.ssl.backbones.tokens import check_divides
 from nearfar.ssl.errors import UserError
-
-CLEAN = "clean"
 
 
 def shuffle_patches(images: Tensor, patch_size: int, generator: torch.Generator) -> Tensor:
@@ -144,5 +143,5 @@ def _cell(row: Mapping[str, float | None], clean: bool) -> str:
     mean = f"{row['mean']:.2f}" + (f" ± {row['std']:.2f}" if row["std"] is not None else "")
     if clean:
         return mean
-    lost = f"{-(row['drop'] or 0.0):+.2f}" + (f" ± {row['drop_std']:.2f}" if row["drop_std"] is not None else "")
+    lost = signed(-(row["drop"] or 0.0), 2) + (f" ± {row['drop_std']:.2f}" if row["drop_std"] is not None else "")
     return f"{mean} ({lost})"

@@ -8,11 +8,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any, TypeGuard
 
 from nearfar.eval.page import number_table, section, soft
-from nearfar.eval.results import SUBJECTS, Score
+from nearfar.eval.results import CLEAN, SUBJECTS, Score, signed
 from nearfar.eval.verdict import chance_difference
 
 Table = Mapping[str, Mapping[str, Score]]  # of one pair of data sets: {subject: {task: score}}
-CLEAN = "clean"
 _ORDER = (
     "A large drop under shuffled patches says that the features go by where things are, a small one that they go by "
     "what is there."
@@ -38,7 +37,7 @@ def robustness_section(table: Table) -> str:
     )
     if costs[worst][1] < 0:
         told += (
-            f"The largest loss of the {SUBJECTS[first]} features: {worst}, {_signed(costs[worst][1], 1)} points of "
+            f"The largest loss of the {SUBJECTS[first]} features: {worst}, {signed(costs[worst][1])} points of "
             f"{clean:.1f} %. Changes up to {noise:.1f} points are within the noise of {score.val.images:,} images. "
         )
     names = dict.fromkeys(name for rows in columns.values() for name in rows)
@@ -60,7 +59,7 @@ def position_section(table: Table) -> str:
     if "trained" in found and len(found) > 1:
         mine = sum(found["trained"]) / 2
         gaps = [
-            f"{_signed(mine - sum(s) / 2, 2)} from {SUBJECTS[name]}" for name, s in found.items() if name != "trained"
+            f"{signed(mine - sum(s) / 2, 2)} from {SUBJECTS[name]}" for name, s in found.items() if name != "trained"
         ]
         told += f" Here, in the mean of both: {', '.join(gaps)}."
     rows = [[SUBJECTS[name], *(f"{side:.3f}" for side in sides)] for name, sides in found.items()]
@@ -97,11 +96,7 @@ def _left_out(score: Score) -> str:
 def _cell(row: Sequence[float] | None, name: str) -> str:
     if row is None:
         return "\u2013"
-    return f"{row[0]:.1f}" if name == CLEAN else f"{row[0]:.1f} ({_signed(row[1], 1)})"
-
-
-def _signed(change: float, digits: int) -> str:
-    return f"{change:+.{digits}f}".replace("-", "\u2212")
+    return f"{row[0]:.1f}" if name == CLEAN else f"{row[0]:.1f} ({signed(row[1])})"
 
 
 def _mapping(value: Any) -> Mapping[str, Any]:

@@ -16,6 +16,7 @@ from nearfar.eval import robustness
 from nearfar.eval.features import Features, Reading, eval_mode, manifest_of, read
 from nearfar.eval.images import Decoding, View, batches, default_workers
 from nearfar.eval.knn import knn
+from nearfar.eval.results import CLEAN
 from nearfar.eval.scoring import HEADLINE_K, TaskScore, labels_of, origin_of, same_images
 from nearfar.ssl.backbones.tokens import Backbone
 from nearfar.ssl.data.sources.base import Source
@@ -48,7 +49,7 @@ def perturbations(backbone: Backbone, size: int, seed: int) -> dict[str, Perturb
         return Perturbation(partial(robustness.at_resolution, side=side))
 
     return {
-        robustness.CLEAN: Perturbation(_unchanged),
+        CLEAN: Perturbation(_unchanged),
         HEADLINE: Perturbation(partial(robustness.shuffle_patches, patch_size=patch, generator=orders[0])),
         "token shuffle": Perturbation(_unchanged, partial(robustness.tokens_shuffled, backbone, orders[1])),
         "band shuffle": Perturbation(_unchanged, bands),
@@ -106,9 +107,7 @@ def robustness_score(
     """
     by_name, index, left_out = perturbed_features(backbone, test, reading, decoding, seed)
     labels = None if test.labels is None else test.labels[index]
-    clean = Features(
-        by_name[robustness.CLEAN], index, labels, manifest={"dataset": test.fingerprint, "classes": test.classes}
-    )
+    clean = Features(by_name[CLEAN], index, labels, manifest={"dataset": test.fingerprint, "classes": test.classes})
     if same_images(train, clean):
         raise UserError(
             "Robustness is scored on other images than those it learns from, and --train and --val name the same."
@@ -138,7 +137,7 @@ def _each(
             with way.network(), torch.autocast(images.device.type, torch.bfloat16, enabled=reading.amp):
                 x = read(backbone, way.images(images), reading.layer, reading.pooling)
         except UserError as error:
-            if name == robustness.CLEAN:
+            if name == CLEAN:
                 raise
             left_out[name] = str(error)
             continue

@@ -8,7 +8,7 @@ from typing import Any
 
 from nearfar.eval.curves import number
 from nearfar.eval.page import folded, missing, section, soft
-from nearfar.eval.results import SUBJECTS, TITLES, Score
+from nearfar.eval.results import SUBJECTS, TITLES, Score, signed
 from nearfar.eval.verdict import Verdict
 
 Table = Mapping[str, Mapping[str, Score]]  # of one pair of data sets: {subject: {task: score}}
@@ -155,7 +155,7 @@ def _table(table: Table) -> str:
     for other in ("start", "untrained", "pixels"):
         if "trained" in percent and other in percent:
             differences = "".join(
-                f"<td>{percent['trained'][task] - percent[other][task]:+.1f}</td>"
+                f"<td>{signed(percent['trained'][task] - percent[other][task])}</td>"
                 if task in percent["trained"] and task in percent[other]
                 else "<td>&ndash;</td>"
                 for task in tasks

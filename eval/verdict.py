@@ -6,7 +6,8 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from nearfar.eval.results import HEADLINES, TITLES, Score
+from nearfar.eval.results import HEADLINES, TITLES, Score, signed
+from nearfar.ssl.errors import counted
 
 _STANDARD_ERRORS = 2.0  # a smaller difference may be chance
 _SAME_MIOU = 0.5  # points of mIoU, of which no error follows from the number of images
@@ -60,7 +61,7 @@ def verdict(
         return Verdict(f"{facts}.", "What training added is not known: score again with --baselines.", True, besides)
     margins = {against[subject]: _Margin.of(score, other) for subject, other in others.items()}
     if all(margin.better for margin in margins.values()):
-        gains = ", ".join(f"{margin.points:+.1f} over {name}" for name, margin in margins.items())
+        gains = ", ".join(f"{signed(margin.points)} over {name}" for name, margin in margins.items())
         return Verdict(f"Training paid off: {gains}: {facts}.", "", True, besides)
     return Verdict(f"{_shortfall(score, margins)}: {facts}.", _more_images(score, margins) + advice, False, besides)
 
@@ -100,7 +101,7 @@ def _shortfall(score: Score, margins: Mapping[str, _Margin]) -> str:
     if worse:
         told.append("worse than " + " and than ".join(worse))
     if tied:
-        differences = ", ".join(f"{margin.points:+.1f}" for margin in tied.values())
+        differences = ", ".join(f"{signed(margin.points)}" for margin in tied.values())
         most = max(margin.chance for margin in tied.values())
         why = f"within the noise of {score.val.images:,} images, where up to {most:.1f} points may be chance"
         why = f"less than {most:.1f} points" if score.task == "segment" else why
@@ -155,7 +156,7 @@ def _advice(last: Mapping[str, float], settings: Mapping[str, Any], step: int | 
         longer = ""
         if last.get("epoch") and last.get("step"):
             longer = f", such as train.epochs={math.ceil(_FEW_STEPS * last['epoch'] / last['step'])}"
-        tries.append(f"more training than {steps:,.0f} step{'' if steps == 1 else 's'}{longer}")
+        tries.append(f"more training than {counted(int(steps), 'step')}{longer}")
     if _weak(last):
         tries += [] if settings.get("loss.koleo_weight") else ["loss.koleo_weight=0.1 (spreads the features)"]
         tries += [] if settings.get("head.batch_norm") else ["head.batch_norm=true"]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from rich.console import Console
 
-from nearfar.launch import finetune, pretrain
+from nearfar.launch import finetune, pretrain, processes
 from nearfar.ssl.distributed import Ranks
 from nearfar.ssl.finetune_settings import FinetuneRun
 from nearfar.ssl.settings import Run
@@ -12,10 +12,9 @@ from nearfar.ssl.train import Outcome
 
 
 def train(run: Run | FinetuneRun, console: Console) -> Outcome:
-    """`run_pretraining` or `run_finetuning`, whichever the run is for."""
-    if isinstance(run, FinetuneRun):
-        return finetune.run_finetuning(run, console)
-    return pretrain.run_pretraining(run, console)
+    """Train a run of either kind, or continue it, in all of its processes: `processes.in_all`, with its errors and
+    those of `run_pretraining`."""
+    return processes.in_all(run, console, train_rank)
 
 
 def train_rank(run: Run | FinetuneRun, console: Console, world: Ranks) -> Outcome:

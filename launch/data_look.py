@@ -11,14 +11,14 @@ from rich.console import Console
 from nearfar.eval.data_look import FEWEST, look_at
 from nearfar.eval.features import extract
 from nearfar.eval.images import Decoding
-from nearfar.eval.look_page import Looked, look_page, pairs_of
+from nearfar.eval.look_page import Looked, look_page
 from nearfar.eval.page import write_page
 from nearfar.launch.computing import compute_for
 from nearfar.launch.progress import progress, summed
 from nearfar.launch.score import Subject, protocol_of
 from nearfar.ssl.data import open_source
 from nearfar.ssl.data.sources.base import Source, Subset
-from nearfar.ssl.errors import UserError, printable
+from nearfar.ssl.errors import UserError, counted, printable
 
 _MOST_CLUSTERS = 50
 
@@ -59,8 +59,8 @@ def look(path: str, weights: Path, out: Path, options: LookOptions, console: Con
     looked = Looked(path, seen, features.index, len(source), network, features.manifest["bad"])
     write_page(out, look_page(looked, found, options.duplicate))
     _say(
-        f"{len(found.center)} clusters, {pairs_of(found.duplicates)} of near duplicates (cosine {options.duplicate:g} "
-        f"or more), {len(looked.bad):,} unreadable images: {out}",
+        f"{len(found.center)} clusters, {counted(found.duplicates, 'pair')} of near duplicates (cosine "
+        f"{options.duplicate:g} or more), {len(looked.bad):,} unreadable images: {out}",
         console,
     )
     return out

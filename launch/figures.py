@@ -149,9 +149,9 @@ def _masks(pictured: Pictured) -> Figure:
     text = (
         f"Test images, evenly spread, with their masks and what a head on the frozen patch tokens makes of them: the "
         f"scored kind ({training.head}), here trained on {len(grids[0].x):,} images. "
-        f"{results.segmentation_line(score)}"
+        f"Over all {score.val.images:,} test images of {score.val.path} the score is {score.percent:.1f} % mIoU."
     )
-    return Figure("masks", title, text, groups, legend, "medium")
+    return Figure("masks", title, text, groups, legend, "medium", of=score.key)
 
 
 def _attention(pictured: Pictured) -> Figure:

@@ -15,7 +15,6 @@ from nearfar.eval.classification_report import write_classification_report
 from nearfar.eval.features import digest
 from nearfar.eval.images import Decoding
 from nearfar.eval.results import DataName, Score
-from nearfar.launch import processes
 from nearfar.launch.pretrain import save_views
 from nearfar.launch.stop_signals import StopFlag
 from nearfar.ssl import checkpoint, config, device, train
@@ -30,19 +29,13 @@ from nearfar.ssl.finetune_settings import FinetuneRun, ResolvedFinetune
 from nearfar.ssl.train import Outcome
 
 
-def run_finetuning(run: FinetuneRun, console: Console) -> Outcome:
-    """Train `run`, or continue it, score its classifier on data.val and write its report. Signals and processes are as
-    in `nearfar.launch.pretrain.run_pretraining`.
+def train_rank(run: FinetuneRun, console: Console, world: Ranks) -> Outcome:
+    """What each process of `run` does: train it, or continue it; the first one scores its classifier on data.val and
+    writes its report. Signals are as in `nearfar.launch.pretrain.run_pretraining`.
 
     Raises:
-        UserError: as `nearfar.ssl.finetune.finetune`; data.val does not fit the classes; the device is not there.
-        PeerError: another of the run's processes ended.
+        UserError: as `nearfar.ssl.finetune.finetune`; data.val does not fit the classes.
     """
-    return processes.in_all(run, console, train_rank)
-
-
-def train_rank(run: FinetuneRun, console: Console, world: Ranks) -> Outcome:
-    """The part of `run_finetuning` that each process of the run does."""
     config.require_images(run)
     with StopFlag() as stop:
         source, probe = labeled_images(run, stop)  # on every rank: a mistake in them is one of the whole run

@@ -8,7 +8,7 @@ from typing import Any
 from rich.table import Table
 
 from nearfar.eval import results
-from nearfar.eval.results import SUBJECTS, TITLES, Score
+from nearfar.eval.results import CLEAN, SUBJECTS, TITLES, Score, signed
 
 
 def score_table(found: Iterable[Score]) -> Table:
@@ -64,7 +64,7 @@ def _perturbed(details: Mapping[str, dict[str, Any]]) -> tuple[str, dict[str, di
     columns: dict[str, dict[str, str]] = {}
     for subject, detail in details.items():
         columns[subject] = {
-            name: f"{row['top1']:.1f}" + (f" ({0.0 - round(row['drop'], 1):+.1f})" if name != "clean" else "")
+            name: f"{row['top1']:.1f}" + (f" ({signed(-row['drop'])})" if name != CLEAN else "")
             for name, row in detail["table"].items()
         }
     return "Robustness: k-NN top-1 of perturbed test images (change from clean ones)", columns

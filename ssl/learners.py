@@ -26,22 +26,23 @@ def learner_of(run: ResolvedRun, weights: bool = True) -> Learner:
             backbone is to see are smaller than one of its patches.
     """
     learner: Learner = build_distiller(run, weights) if run.distill.teacher else build_learner(run, weights)
-    _check_patch(learner.student.backbone, run)
-    return learner
-
-
-def _check_patch(backbone: Backbone, run: ResolvedRun) -> None:
-    """The patch size of a network of timm's is known once it is made; for ours `config` has looked."""
     sizes = {"views.global_crops_size": run.views.global_crops_size, "eval.size": run.eval.size}
     if run.views.local_crops_number:
         sizes["views.local_crops_size"] = run.views.local_crops_size
+    _check_patch(learner.student.backbone, run.backbone.name, sizes)
+    return learner
+
+
+def _check_patch(backbone: Backbone, name: str, sizes: dict[str, int]) -> None:
+    """Is each of the image `sizes`, by its setting, at least a patch? Known of timm's networks only once they are made;
+    of ours `config` knows before."""
     small = {key: size for key, size in sizes.items() if size < backbone.patch_size}
     if not small or not (isinstance(backbone, Adapter) and backbone.isotropic):  # others take images of any size
         return
     told = " and ".join(f"{key}={size}" for key, size in small.items())
     larger = " ".join(f"{key}={backbone.patch_size}" for key in small)
     raise UserError(
-        f"{run.backbone.name} cuts images into patches of {backbone.patch_size} pixels, and {told} "
+        f"{name} cuts images into patches of {backbone.patch_size} pixels, and {told} "
         f"{'is' if len(small) == 1 else 'are'} smaller than one patch. Choose {larger} or a multiple, or a network of "
         "smaller patches."
     )

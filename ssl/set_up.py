@@ -61,7 +61,9 @@ def set_up(kind: type[T], run: AnyRun, source: Source, observers: Observers, fol
     if compute.device.type == "cpu":
         device.keep_freed_memory()
     loader = loader_of(resolved, source, world, compute.device)
-    need, free = kind.needed(resolved, learner, compute), memory.free(compute.device)
+    goes_on = saved is None or saved.state["step"] < resolved.train.epochs * loader.steps_per_epoch
+    # Tried before the networks are sharded, told with the other warnings.
+    memories = (kind.needed(resolved, learner, compute), memory.free(compute.device)) if goes_on else None
     if world.size > 1:
         _spread(learner, resolved.train.shard)
     optimizer = kind.optimizer_for(resolved, learner)
@@ -70,8 +72,8 @@ def set_up(kind: type[T], run: AnyRun, source: Source, observers: Observers, fol
     else:
         begun = fork.Begun(resume.restore(saved, learner, optimizer, source.fingerprint) if saved else 0, [])
     step, warnings = begun.step, [*warnings, *begun.said]
-    if step < resolved.train.epochs * loader.steps_per_epoch:
-        warnings.append(announce.memory_line(resolved, need, free))
+    if memories:
+        warnings.append(announce.memory_line(resolved, *memories))
     compute = compile_learner(learner, resolved.train, compute, warnings)
     description = kind.description_of(resolved, learner, source, compute.rounding)
     description["lineage"] = (saved.state.get("lineage") or []) if saved else fork.lineage(origin, resolved)

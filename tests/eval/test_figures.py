@@ -45,6 +45,7 @@ def entry(**changed: Any) -> dict[str, Any]:
         "text": "",
         "size": "small",
         "missing": "",
+        "of": "",
         "legend": [],
         "points": [],
     }

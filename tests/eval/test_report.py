@@ -183,7 +183,7 @@ def test_robustness_and_position_are_sections_where_they_are_scored(run: Path) -
     (run / "results.json").write_text(held(*RESULTS, *more))
     page = write_report(run).read_text()
     assert re.findall(r"<h2>(.*?)</h2>", page)[4:8] == ["Confusion", "Robustness", "Position", "Views"]
-    assert ["patch shuffle", "50.1 (\u221214.5)"] in parsed(page).rows
+    assert ["patch shuffle", "50.1 (-14.5)"] in parsed(page).rows
     assert ["trained", "0.750", "0.500"] in parsed(page).rows
 
 

@@ -38,12 +38,12 @@ def test_every_perturbation_stands_beside_clean_images() -> None:
     assert rows(page) == [
         ["test images", "trained", "untrained"],
         ["clean", "60.0", "30.0"],
-        ["patch shuffle", "39.8 (\u221220.2)", "29.0 (\u22121.0)"],
+        ["patch shuffle", "39.8 (-20.2)", "29.0 (-1.0)"],
         ["mirrored", "60.5 (+0.5)", "\u2013"],
     ]
     noise = 2 * 100 * math.sqrt(2 * 0.6 * 0.4 / 1000)
     assert f"Changes up to {noise:.1f} points are within the noise of 1,000 images." in page
-    assert "The largest loss of the trained features: patch shuffle, \u221220.2 points of 60.0 %." in page
+    assert "The largest loss of the trained features: patch shuffle, -20.2 points of 60.0 %." in page
     assert "band shuffle: needs &lt;LGP&gt;." in page
 
 
@@ -54,7 +54,7 @@ def test_positions_are_told_beside_the_baselines() -> None:
     assert rows(page)[1:] == [
         ["trained", "0.800", "0.600"], ["untrained", "0.900", "0.700"], ["raw pixels", "0.300", "0.100"],
     ]  # fmt: skip
-    assert "\u22120.10 from untrained, +0.50 from raw pixels" in page
+    assert "-0.10 from untrained, +0.50 from raw pixels" in page
 
 
 @pytest.mark.parametrize(

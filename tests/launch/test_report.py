@@ -79,6 +79,8 @@ def test_predicted_masks_appear_once_segmentation_is_scored(tmp_path: Path) -> N
     assert (run / "figures.json").stat().st_mtime_ns == drawn  # nothing is new
     results.add(run / "results.json", Score("trained", "segment", 9.5, "v", data, data, reading, 3, {"classes": 3}))
     assert "the score is 9.5 % mIoU" in report_run(run).read_text()
+    (run / "figures.json").write_text('{"format": "nearfar figures 1", "figures": []}')  # of another version
+    assert "the score is 9.5 % mIoU" in report_run(run).read_text()
 
 
 def test_a_network_without_attention_and_a_run_without_images_say_so(tmp_path: Path) -> None:
