@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import logging
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -36,11 +37,16 @@ from nearfar.launch.training_verbs import PRETRAIN
 from nearfar.ssl.errors import EXIT_PEER, EXIT_USER, PeerError, UserError
 
 EXIT_BUG = 1
+# Turns for which a thread of libgomp (torch's on Linux) waits at full speed for the others before it sleeps: about half
+# a millisecond. Its own 300,000 outlast the time slice of whatever else wants the core (docs/performance.md).
+SPINS = "10000"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one verb. Exit codes: 0 done (or stopped on request, saved), 1 a bug in nearfar, 2 a mistake of the user's or
     a machine that refused, 3 another rank of the run ended, 130 a hard Ctrl-C."""
+    if not {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"} & os.environ.keys():
+        os.environ["GOMP_SPINCOUNT"] = SPINS  # read when torch is loaded; processes started from here inherit it
     with outliving_their_reader():
         try:
             arguments = parsed(sys.argv[1:] if argv is None else argv)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import sys
@@ -43,6 +44,21 @@ def test_help_and_mistakes_load_none_of_the_slow_packages(argv: list[str]) -> No
     loaded = set(done.stdout.rpartition("LOADED")[2].split())
     assert "argparse" in loaded and not loaded & LIGHT
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("asked", "turns"), [({}, cli.SPINS), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "active"}, None)]
+)
+def test_waiting_threads_leave_their_core_to_others_unless_the_user_says_how_they_wait(
+    asked: dict[str, str], turns: str | None
+) -> None:
+    code = (
+        "import os\nfrom nearfar.launch.cli import main\ntry: main(['--version'])\nexcept SystemExit: pass\n"
+        "print(os.environ.get('GOMP_SPINCOUNT'))"
+    )
+    kept = {name: value for name, value in os.environ.items() if name not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")}
+    done = subprocess.run([sys.executable, "-c", code], env=kept | asked, capture_output=True, text=True, check=True)
+    assert done.stdout.split()[-1] == str(turns)
 
 
 @pytest.mark.parametrize(
