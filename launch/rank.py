@@ -6,6 +6,7 @@ process id of the starter.
 
 from __future__ import annotations
 
+import faulthandler
 import json
 import os
 import sys
@@ -55,4 +56,5 @@ def end_with(parent: int) -> None:
 
 
 if __name__ == "__main__":
+    faulthandler.enable()  # a crash in compiled code says where
     sys.exit(main(sys.argv[1:]))

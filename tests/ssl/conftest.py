@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import signal
+import socket
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from io import StringIO
 from pathlib import Path
@@ -91,3 +95,46 @@ def beton(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     file = tmp_path_factory.mktemp("beton") / "photos.beton"
     write_beton(open_source(photos), file)
     return file
+
+
+@pytest.fixture(scope="session")
+def together() -> Callable[..., list[subprocess.Popen[str]]]:
+    """Starts a command in so many processes that find each other as torchrun's would."""
+
+    def start(size: int, *command: str) -> list[subprocess.Popen[str]]:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        shared = {"WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        shared |= {"OMP_NUM_THREADS": 1, "PYTHONFAULTHANDLER": 1}
+        return [
+            subprocess.Popen(
+                [sys.executable, *command],
+                env=os.environ | {k: str(v) for k, v in (shared | {"RANK": rank, "LOCAL_RANK": rank}).items()},
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+            for rank in range(size)
+        ]
+
+    return start
+
+
+@pytest.fixture(scope="session")
+def finish() -> Callable[..., list[str]]:
+    """Waits for processes; what each wrote to stdout, but for older gloos' word that they are connected.
+
+    All must have ended well: what one that did not has said is shown in full.
+    """
+
+    def wait(processes: list[subprocess.Popen[str]], timeout: float = 240) -> list[str]:
+        said = [process.communicate(timeout=timeout) for process in processes]
+        if any(process.returncode for process in processes):
+            ends = zip(processes, said, strict=True)
+            pytest.fail(
+                "\n".join(f"exit {process.returncode}:\n{out}\n{error}" for process, (out, error) in ends), False
+            )
+        return ["".join(line for line in out.splitlines(True) if not line.startswith("[Gloo]")) for out, _ in said]
+
+    return wait

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import textwrap
@@ -29,32 +28,8 @@ from nearfar.ssl.run_folder import read_metrics
 from nearfar.ssl.settings import Run
 
 Make = Callable[..., Run]
-
-
-def together(size: int, *command: str) -> list[subprocess.Popen[str]]:
-    """The command in `size` processes that find each other as torchrun's would."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    shared = {"WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    shared |= {"OMP_NUM_THREADS": 1}
-    return [
-        subprocess.Popen(
-            [sys.executable, *command],
-            env=os.environ | {k: str(v) for k, v in (shared | {"RANK": rank, "LOCAL_RANK": rank}).items()},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(size)
-    ]
-
-
-def finish(processes: list[subprocess.Popen[str]], timeout: float = 120) -> list[str]:
-    """What each wrote to stdout, but for older gloos' word that they are connected; all must have ended well."""
-    said = [process.communicate(timeout=timeout) for process in processes]
-    assert [process.returncode for process in processes] == [0] * len(processes), said
-    return ["".join(line for line in out.splitlines(True) if not line.startswith("[Gloo]")) for out, _ in said]
+Together = Callable[..., list[subprocess.Popen[str]]]
+Finish = Callable[..., list[str]]
 
 
 # Who am I
@@ -112,7 +87,7 @@ WORDS = """
 """
 
 
-def test_words_reach_every_rank_as_they_were(tmp_path: Path) -> None:
+def test_words_reach_every_rank_as_they_were(tmp_path: Path, together: Together, finish: Finish) -> None:
     script = tmp_path / "words.py"
     script.write_text(textwrap.dedent(WORDS))
     odd, long = "\udcff \x1b", "ä" * 999
@@ -167,7 +142,9 @@ LEARNERS = """
 """
 
 
-def test_ranks_with_a_slice_each_agree_with_one_rank_in_float64(tmp_path: Path, tiny_settings: list[str]) -> None:
+def test_ranks_with_a_slice_each_agree_with_one_rank_in_float64(
+    tmp_path: Path, tiny_settings: list[str], together: Together, finish: Finish
+) -> None:
     """Loss of three steps, then every weight, the center and the running statistics of the head's batch norm."""
     script = tmp_path / "learners.py"
     script.write_text(textwrap.dedent(LEARNERS))
@@ -245,7 +222,12 @@ ALL_PARTS = ["loss.recipe=dinov3", "loss.gram_start_epoch=1", "optim.schedule=ws
     ],
 )
 def test_stopped_on_one_rank_and_continued_ends_with_the_same_bits(
-    recipe: Callable[..., Path], size: int, settings: list[str], same: Callable[[Path, Path], None]
+    recipe: Callable[..., Path],
+    size: int,
+    settings: list[str],
+    same: Callable[[Path, Path], None],
+    together: Together,
+    finish: Finish,
 ) -> None:
     """SIGTERM reaches one rank only, and not the first; all save and leave; the last one standing is the same."""
     whole, parts = recipe(*settings, folder="whole"), recipe(*settings, folder="parts")
@@ -284,7 +266,9 @@ LATE = """
 """
 
 
-def test_ranks_that_hear_of_a_stop_a_step_late_stop_together(recipe: Callable[..., Path], tmp_path: Path) -> None:
+def test_ranks_that_hear_of_a_stop_a_step_late_stop_together(
+    recipe: Callable[..., Path], tmp_path: Path, together: Together, finish: Finish
+) -> None:
     """As on GPUs. The first rank saves after every step, for which it looks at steps that the others have not."""
     script = tmp_path / "late.py"
     script.write_text(textwrap.dedent(LATE))
@@ -294,7 +278,9 @@ def test_ranks_that_hear_of_a_stop_a_step_late_stop_together(recipe: Callable[..
     assert saved is not None and saved.state["step"] == 4
 
 
-def test_another_number_of_ranks_continues_and_says_so(recipe: Callable[..., Path]) -> None:
+def test_another_number_of_ranks_continues_and_says_so(
+    recipe: Callable[..., Path], together: Together, finish: Finish
+) -> None:
     file = recipe()
     processes = together(2, *RANK, str(file))
     wait_for_lines(file, 3, processes)
@@ -307,7 +293,7 @@ def test_another_number_of_ranks_continues_and_says_so(recipe: Callable[..., Pat
 
 
 @pytest.mark.parametrize("victim", [0, 1])
-def test_a_killed_rank_ends_the_other_at_once(recipe: Callable[..., Path], victim: int) -> None:
+def test_a_killed_rank_ends_the_other_at_once(recipe: Callable[..., Path], victim: int, together: Together) -> None:
     file = recipe("train.epochs=4000")
     processes = together(2, *RANK, str(file))
     wait_for_lines(file, 3, processes)
@@ -318,7 +304,9 @@ def test_a_killed_rank_ends_the_other_at_once(recipe: Callable[..., Path], victi
     processes[victim].communicate()
 
 
-def test_a_mistake_on_one_rank_is_told_by_the_first(recipe: Callable[..., Path], tmp_path: Path) -> None:
+def test_a_mistake_on_one_rank_is_told_by_the_first(
+    recipe: Callable[..., Path], tmp_path: Path, together: Together
+) -> None:
     """Rank 1 alone meets too many bad images: its slices of the first three batches are unreadable."""
     file = recipe("data.max_bad_fraction=0")
     folder = tmp_path / "files"
@@ -339,7 +327,7 @@ def test_a_mistake_on_one_rank_is_told_by_the_first(recipe: Callable[..., Path],
 
 
 def test_nearfar_pretrain_starts_the_other_ranks_itself(
-    recipe: Callable[..., Path], same: Callable[[Path, Path], None]
+    recipe: Callable[..., Path], same: Callable[[Path, Path], None], together: Together, finish: Finish
 ) -> None:
     """And the bits are those of the same ranks started by hand; a killed child is named."""
     by_hand, by_itself = recipe(folder="hand"), recipe(folder="itself")

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
-import socket
 import subprocess
-import sys
 import textwrap
 import time
 from collections.abc import Callable
@@ -28,32 +25,8 @@ from nearfar.ssl.run_folder import read_metrics
 from nearfar.ssl.settings import Run
 
 Make = Callable[..., Run]
-
-
-def together(size: int, *command: str) -> list[subprocess.Popen[str]]:
-    """The command in `size` processes that find each other as torchrun's would."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    shared = {"WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    shared |= {"OMP_NUM_THREADS": 1}
-    return [
-        subprocess.Popen(
-            [sys.executable, *command],
-            env=os.environ | {k: str(v) for k, v in (shared | {"RANK": rank, "LOCAL_RANK": rank}).items()},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(size)
-    ]
-
-
-def finish(processes: list[subprocess.Popen[str]]) -> list[str]:
-    """What each wrote to stdout; all must have ended well."""
-    said = [process.communicate(timeout=240) for process in processes]
-    assert [process.returncode for process in processes] == [0] * len(processes), said
-    return [out for out, _ in said]
+Together = Callable[..., list[subprocess.Popen[str]]]
+Finish = Callable[..., list[str]]
 
 
 def test_what_is_not_sharded_stays_what_it_is() -> None:
@@ -133,7 +106,9 @@ STEPS = """
 """
 
 
-def test_a_sharded_step_is_the_unsharded_one_up_to_rounding(tmp_path: Path, tiny_settings: list[str]) -> None:
+def test_a_sharded_step_is_the_unsharded_one_up_to_rounding(
+    tmp_path: Path, tiny_settings: list[str], together: Together, finish: Finish
+) -> None:
     """Three steps, the first with frozen prototypes, and two that are not finite. Loss, norm, votes, and every weight,
     moment and the center.
     """
@@ -205,7 +180,7 @@ RUN = """
 
 
 @pytest.fixture
-def trained(tmp_path: Path) -> Callable[..., list[int]]:
+def trained(tmp_path: Path, together: Together, finish: Finish) -> Callable[..., list[int]]:
     """Runs a recipe on so many ranks; its last rank asks for a stop in its `last` step. Returns where they ended."""
     script = tmp_path / "run.py"
     script.write_text(textwrap.dedent(RUN))
@@ -223,13 +198,16 @@ def ended(file: Path) -> tuple[dict[str, torch.Tensor], list[dict[str, Any]]]:
 
 
 def test_stopped_killed_and_continued_on_as_many_ranks_it_ends_with_the_same_bits(
-    recipe: Callable[..., Path], trained: Callable[..., list[int]], same_runs: Callable[[Path, Path, int], None]
+    recipe: Callable[..., Path],
+    trained: Callable[..., list[int]],
+    same_runs: Callable[[Path, Path, int], None],
+    together: Together,
 ) -> None:
     """And with the scores of the uninterrupted run; its checkpoint has the names and shapes of an unsharded one's."""
     whole, parts = recipe(folder="whole"), recipe("train.save_every_steps=3", folder="parts")
     assert trained(2, whole) == [16, 16]
     assert trained(2, parts, 5) == [5, 5]
-    kill(parts, 9)
+    kill(parts, 9, together)
     assert trained(2, parts) == [16, 16]
     same_runs(config.load(whole).path, config.load(parts).path, 16)
     (sharded, metrics), (_, metrics_of_parts) = ended(whole), ended(parts)
@@ -245,7 +223,7 @@ def test_stopped_killed_and_continued_on_as_many_ranks_it_ends_with_the_same_bit
     assert {name: tensor.shape for name, tensor in sharded.items()} == shapes
 
 
-def kill(file: Path, lines: int) -> None:
+def kill(file: Path, lines: int, together: Together) -> None:
     """Continue it on two ranks, and kill both at once as soon as there are so many lines of metrics."""
     processes = together(2, "-m", "nearfar.launch.rank", str(file))
     metrics, until = config.load(file).path / "metrics.jsonl", time.monotonic() + 120
