@@ -21,6 +21,7 @@ from nearfar.ssl.data.sources.base import ArraySource
 from nearfar.ssl.files import atomic
 
 TRAIN, VAL = 2000, 1000  # scenes
+HEAD_STEPS = 800  # of the segmentation head
 # What all views of a scene share is what DINO learns first. With many kinds of background that is the background, and
 # minutes are not enough to get past it: here they are of one kind. Scenes differ in color, light and polarity instead,
 # which the views take away and which neighbors in pixel space go by.
@@ -56,7 +57,7 @@ def demo(seed: int, settings: list[str], console: Console) -> None:
     subject = subject.on(compute_for(subject.backbone, run.train.device, "train.device="))
     train, val = sources(run, None, None)
     # Tokens of 8x8 pixels of a digit must know the rest of it: read after PRR, with a head that can combine channels.
-    protocol = protocol_of(subject, grid_layer="final", head="mlp", steps=800)
+    protocol = protocol_of(subject, grid_layer="final", head="mlp", steps=HEAD_STEPS)
     score(
         subject, train, val, tasks=HEADLINES, options=ScoreOptions(baselines=True, protocol=protocol), console=console
     )

@@ -26,6 +26,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(demo, "TRAIN", 160)
         patch.setattr(demo, "VAL", 80)
+        patch.setattr(demo, "HEAD_STEPS", 40)
         assert main(["demo", f"folder={folder}", *SMALL]) == 0
     return folder / "demo"
 

@@ -67,6 +67,7 @@ def test_evaluation_waits_through_a_requeue(
     assert "state       finished" in said and "attempts    2" in said and "step        60 of 60" in said
 
 
+@pytest.mark.long
 def test_finetuning_is_requeued_and_scored_like_pretraining(
     cluster: Any, launch: Launch, reference: Callable[..., Path], same: Callable[..., None], pictures: Path
 ) -> None:
