@@ -96,7 +96,10 @@ def vit_of(state: dict[str, Tensor], file: Path) -> list[str]:
     Raises:
         UserError: it is no plain ViT with learned positions.
     """
-    shapes = {re.sub(r"^(module\.|backbone\.|_orig_mod\.|model\.)+", "", name): t.shape for name, t in state.items()}
+    from nearfar.ssl.backbones.weights import antialiased
+
+    tensors = {re.sub(r"^(module\.|backbone\.|_orig_mod\.|model\.)+", "", name): t for name, t in state.items()}
+    shapes = {name: tensor.shape for name, tensor in tensors.items()}
     patch, positions = shapes.get("patch_embed.proj.weight"), shapes.get("pos_embed")
     blocks = {int(found[1]) for name in shapes if (found := re.match(r"blocks\.(?:\d+\.)?(\d+)\.norm1\.weight", name))}
     plain = any(name.endswith("mlp.fc1.weight") for name in shapes)
@@ -114,6 +117,7 @@ def vit_of(state: dict[str, Tensor], file: Path) -> list[str]:
         own += [f"backbone.embed_dim={width}", f"backbone.num_heads={max(1, width // HEAD_WIDTH)}"]
     own += [f"backbone.depth={len(blocks)}"] if len(blocks) != 12 else []
     own += [f"backbone.registers={int(registers[1])}"] if registers is not None else []
+    own += ["backbone.pos_antialias=true"] if antialiased(tensors) else []
     own += ["backbone.layer_scale=1e-5"] if any(".ls1." in name for name in shapes) else []
     large, small = (max(1, round(size / side)) * side for size in (224, 96))  # never less than a patch
     return [*own, f"views.global_crops_size={large}", f"views.local_crops_size={small}"]

@@ -139,6 +139,10 @@ class BackboneSettings(Section):
     pos_size: int | None = Field(
         None, ge=1, description="image size the learned positions are for, in pixels; 224 for DINO's public weights"
     )
+    pos_antialias: bool = Field(
+        False, description="learned positions reach other sizes as in timm and DINOv2 with registers, not as in DINO"
+    )
+    no_positions: bool = Field(False, description="our ViT without any positions, to compare with")
     pretrained: bool = Field(
         False,
         description="start from the weights that timm publishes (timm/NAME only; needs the internet, or its cache)",

@@ -23,7 +23,7 @@ def plain_vit(subject: Subject) -> VisionTransformer | None:
 
 def timm_tensors(vit: VisionTransformer) -> dict[str, Tensor]:
     """As timm's VisionTransformer. Its positions count registers too, and ours have none: they get zeros."""
-    tensors = dict(vit.state_dict())
+    tensors = {name: tensor for name, tensor in vit.state_dict().items() if name != "mask_token"}
     if vit.reg_token is not None:
         positions, registers = tensors["pos_embed"], torch.zeros_like(vit.reg_token.detach())
         tensors["pos_embed"] = torch.cat([positions[:, :1], registers, positions[:, 1:]], 1)
@@ -42,11 +42,17 @@ def timm_arguments(vit: VisionTransformer) -> dict[str, Any]:
         "num_classes": 0,
         "global_pool": "token",
         "dynamic_img_size": True,
+        **({"init_values": 1e-5} if layer_scaled(vit) else {}),
     }
 
 
+def layer_scaled(vit: VisionTransformer) -> bool:
+    """Has it a layer scale, whose weights replace whatever it starts from?"""
+    return any(".ls1." in name for name, _ in vit.named_parameters())
+
+
 def dinov2_config(vit: VisionTransformer) -> Config:
-    """As transformers' Dinov2Config: a ViT whose registers have no positions either. Its layer scale is 1 here."""
+    """As transformers' Dinov2Config: a ViT whose registers have no positions either. Without a layer scale, it is 1."""
     registers = vit.num_prefix_tokens - 1
     kind = "Dinov2WithRegisters" if registers else "Dinov2"
     config: Config = {
@@ -73,11 +79,12 @@ def dinov2_config(vit: VisionTransformer) -> Config:
 
 
 def dinov2_tensors(vit: VisionTransformer) -> dict[str, Tensor]:
-    """The weights under transformers' names. There is a mask token, of zeros, since DINOv2's layout has one."""
+    """The weights under transformers' names. Without a mask token it is of zeros, since DINOv2's layout has one."""
     ours = vit.state_dict()
+    ones = torch.ones(vit.embed_dim)
     found = {
         "embeddings.cls_token": ours["cls_token"],
-        "embeddings.mask_token": torch.zeros(1, vit.embed_dim),
+        "embeddings.mask_token": ours.get("mask_token", torch.zeros(1, vit.embed_dim)),
         "embeddings.position_embeddings": ours["pos_embed"],
         "layernorm.weight": ours["norm.weight"],
         "layernorm.bias": ours["norm.bias"],
@@ -95,8 +102,8 @@ def dinov2_tensors(vit: VisionTransformer) -> dict[str, Tensor]:
             found[f"{layer}attention.output.dense.{kind}"] = ours[f"{block}attn.proj.{kind}"]
             for name in ("norm1", "norm2", "mlp.fc1", "mlp.fc2"):
                 found[f"{layer}{name}.{kind}"] = ours[f"{block}{name}.{kind}"]
-        for name in ("layer_scale1", "layer_scale2"):
-            found[f"{layer}{name}.lambda1"] = torch.ones(vit.embed_dim)
+        for number in (1, 2):
+            found[f"{layer}layer_scale{number}.lambda1"] = ours.get(f"{block}ls{number}.gamma", ones).clone()
     return found
 
 

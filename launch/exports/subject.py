@@ -45,6 +45,7 @@ class Subject:
     def ideas(self) -> list[str]:
         """Which of our own parts the network has, by name."""
         names = {"lgp": "LGP", "gaug": "GAug", "prr": "PRR", "rope": "rotary positions"}
+        names |= {"no_positions": "no positions"}
         return [name for key, name in names.items() if self.arch.get(key)]
 
     @torch.no_grad()

@@ -40,6 +40,8 @@ KEYS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "name": (_is_name, "the name of a backbone of ours or of timm's (timm/NAME)"),
     "img_size": (_integer(1, 4096), "a whole number from 1 to 4096"),
     "pos_size": (_integer(1, 4096), "a whole number from 1 to 4096"),
+    "pos_antialias": (_is_bool, "true or false"),
+    "no_positions": (_is_bool, "true or false"),
     "patch_size": (_integer(1, 256), "a whole number from 1 to 256"),
     "embed_dim": (_integer(1, 8192), "a whole number from 1 to 8192"),
     "depth": (_integer(1, 256), "a whole number from 1 to 256"),

@@ -43,6 +43,8 @@ def create(  # noqa: PLR0913 - a network's settings, each by name
     depth: int | None = None,
     num_heads: int | None = None,
     pos_size: int | None = None,
+    pos_antialias: bool = False,
+    no_positions: bool = False,
     pretrained: bool = False,
     weights: str | Path | None = None,
     scan: Scan = "auto",
@@ -56,7 +58,8 @@ def create(  # noqa: PLR0913 - a network's settings, each by name
     and `wavelet` are LGP's. The other settings overrule what the name says. `embed_dim` without `num_heads` keeps heads
     64 wide where that divides it, and the size's number of heads otherwise; Vision Mamba has heads in PRR only.
     `pos_size` is the size the learned positions of our ViT are made for, where that is not `img_size`: 224 keeps the
-    table of DINO's public weights, resampled for every size of image as their own code does it.
+    table of DINO's public weights, resampled for every size of image as their own code does it; with `pos_antialias`
+    as timm and DINOv2 with registers do it. `no_positions` leaves learned positions out of our ViT.
     `pretrained` takes timm's published weights, `weights` a file (see `load_weights`). `scan` chooses how Vision
     Mamba's recurrence is computed (see `choose_scan`); `arch` leaves it out, for the weights are the same.
     `mask_token` makes a learned token that stands in for hidden patches (`Backbone.forward`), `layer_scale` multiplies
@@ -70,6 +73,7 @@ def create(  # noqa: PLR0913 - a network's settings, each by name
         raise UserError(f"scan={scan} is a setting of Vision Mamba (vim_...), and {name} has no scan; leave it out.")
     grafts = {"lgp": lgp, "levels": levels, "wavelet": wavelet, "gaug": gaug, "prr": prr}
     others = {"registers": registers, "rope": rope, "pos_size": pos_size}
+    others |= {"pos_antialias": pos_antialias, "no_positions": no_positions}
     extras: dict[str, Any] = {"mask_token": True} if mask_token else {}
     extras |= {"layer_scale": layer_scale} if layer_scale else {}
     if name.startswith("timm/"):
@@ -109,8 +113,9 @@ def _create_ours(
         "depth": sizes["depth"] or 12,
         "num_heads": sizes["num_heads"] or (width // 64 if width % 64 == 0 else heads),
     }
-    if settings["pos_size"] is None:
-        del settings["pos_size"]
+    for key in ("pos_size", "pos_antialias", "no_positions"):  # described only where they are set
+        if not settings[key]:
+            del settings[key]
     model = VisionTransformer(patch_size=patch_size, drop_path_rate=drop_path, num_classes=0, **settings)
     return Adapter(model, {"name": f"vit_{size}_patch{patch_size}", **settings, "drop_path": drop_path})
 
@@ -120,6 +125,8 @@ VIM_LACKS = {
     "registers": "its one prefix token is the CLS token in the middle of the sequence. Leave it out.",
     "rope": "it has no attention in which positions could be rotated. Leave it out.",
     "pos_size": "its positions are made for img_size. Leave it out.",
+    "pos_antialias": "its positions reach other sizes as DINO's do. Leave it out.",
+    "no_positions": "its scan goes by the order of the patches anyway. Leave it out.",
     "pretrained": "it has no published weights here; leave it out, or take a timm model (timm/NAME).",
 }
 

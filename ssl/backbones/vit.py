@@ -4,7 +4,7 @@ Parameter names are timm's, so plain timm and DINO weights load strictly. Import
 `vit_{tiny,small,base}_patch16` + `_lgp` + `_locat` (GAug and PRR) + `_reg4` + `_rope` with timm.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from itertools import product
 from typing import Literal
@@ -141,6 +141,8 @@ class VisionTransformer(TokenModel):
         img_size: the size it is made for, which sets the position embedding and GAug's grid; any other size runs
             too (positions are interpolated, sides that are not a multiple of the patch size padded).
         pos_size: the size the position embedding is made for, where that is another (224 for DINO's weights).
+        pos_antialias: positions reach other sizes antialiased, as in timm and DINOv2 with registers, not as in DINO.
+        no_positions: neither learned nor rotary positions: what the tokens know of their places is nothing.
         lgp: LGP patch embedding, and then no position embedding; `levels` and `wavelet` are its packet's.
         gaug: Gaussian bias on the attention logits of every block.
         prr: parameter-free refinement of all tokens after the final norm.
@@ -170,6 +172,8 @@ class VisionTransformer(TokenModel):
         drop_path_rate: float = 0.0,
         global_pool: str | None = None,
         pos_size: int | None = None,
+        pos_antialias: bool = False,
+        no_positions: bool = False,
         mask_token: bool = False,
         layer_scale: float | None = None,
     ) -> None:
@@ -180,8 +184,11 @@ class VisionTransformer(TokenModel):
             raise UserError(f"levels={levels} and wavelet={wavelet} are settings of LGP; turn on lgp or omit them.")
         height, width = (img_size, img_size) if isinstance(img_size, int) else img_size
         self.grid_size: Grid = (-(-height // patch_size), -(-width // patch_size))
-        if pos_size is not None and (lgp or rope):
-            raise UserError(f"pos_size={pos_size} belongs to learned positions, which LGP and rope do without.")
+        learned = not (lgp or rope or no_positions)
+        if not learned:
+            given = {f"pos_size={pos_size}": pos_size, "pos_antialias": pos_antialias}
+            _refuse(given | {"no_positions": no_positions and (lgp or rope)})
+        self.pos_antialias = pos_antialias
         self.pos_grid: Grid = self.grid_size if pos_size is None else (-(-pos_size // patch_size),) * 2
         self.patch_size = patch_size
         self.embed_dim = self.num_features = self.head_hidden_size = embed_dim
@@ -198,7 +205,7 @@ class VisionTransformer(TokenModel):
         self.reg_token = nn.Parameter(torch.empty(1, registers, embed_dim)) if registers else None
         self.mask_token = nn.Parameter(torch.zeros(1, embed_dim)) if mask_token else None
         positions = 1 + self.pos_grid[0] * self.pos_grid[1]
-        self.pos_embed = None if lgp or rope else nn.Parameter(torch.empty(1, positions, embed_dim))
+        self.pos_embed = nn.Parameter(torch.empty(1, positions, embed_dim)) if learned else None
         self.blocks = nn.ModuleList(
             Block(embed_dim, num_heads, rate, self.grid_size if gaug else None, layer_scale)
             for rate in torch.linspace(0, drop_path_rate, depth, device="cpu").tolist()
@@ -227,7 +234,7 @@ class VisionTransformer(TokenModel):
         patches = self.hide(self.patch_embed(images), masks)
         cls: Tensor = self.cls_token
         if self.pos_embed is not None:
-            patches = patches + resize_positions(self.pos_embed[:, 1:], self.pos_grid, grid)
+            patches = patches + resize_positions(self.pos_embed[:, 1:], self.pos_grid, grid, self.pos_antialias)
             cls = cls + self.pos_embed[:, :1]
         prefix = cls if self.reg_token is None else torch.cat([cls, self.reg_token], 1)
         return torch.cat([prefix.expand(patches.shape[0], -1, -1).to(patches.dtype), patches], 1), grid
@@ -257,6 +264,14 @@ class VisionTransformer(TokenModel):
     def forward_features(self, x: Tensor, masks: Tensor | None = None) -> Tensor:
         x = self.norm(self.run(x, masks=masks)[0])
         return prr(x, self.num_heads) if self.prr else x
+
+
+def _refuse(given: Mapping[str, object]) -> None:
+    """Raises UserError for what belongs to learned positions and was given to a network without them."""
+    if names := [name for name, value in given.items() if value]:
+        raise UserError(
+            f"{' and '.join(names)} belongs to learned positions, which LGP, rope and no_positions do without."
+        )
 
 
 for _size, _lgp, _locat, _registers, _rope in product(WIDTHS, (False, True), (False, True), (0, 4), (False, True)):

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from nearfar.ssl.backbones.lgp import LGPPatchEmbed
 from nearfar.ssl.backbones.token_model import resize_positions
 from nearfar.ssl.backbones.tokens import Backbone, one_line
+from nearfar.ssl.backbones.transformers_layout import in_dinos_names
 from nearfar.ssl.backbones.vit import VisionTransformer
 from nearfar.ssl.errors import UserError
 
@@ -54,13 +55,13 @@ def load_weights(model: nn.Module, path: str | Path) -> Match:
     """Load a file into a backbone of `create`, or into any of our or timm's models, in place.
 
     Understood are facebookresearch/dino and DINOv2 `.pth` files (teacher before student, `module.backbone.`), timm's
-    names (DINO, DINOv2, DINOv3, and whatever else timm itself converts for the model), LocAt's, and our exports; `.pth`
-    is read without running anything in it. Heads are dropped. Everything else must fit, name by name and shape by
-    shape, with three exceptions that the returned table names: positions are resampled to the model's grid, as the
-    code that they come from does it; GAug, LGP and a mask token start fresh where the file has none of them; and
-    learned positions are dropped where LGP or rotary positions replace them. timm's models resample as timm does,
-    whoever's weights they hold; for DINO's own numbers at every size load its files into ours, made with
-    `pos_size=224`.
+    names (DINO, DINOv2, DINOv3, and whatever else timm itself converts for the model), those of Hugging Face
+    transformers for ViT and DINOv2, LocAt's, and our exports; `.pth` is read without running anything in it. Heads are
+    dropped. Everything else must fit, name by name and shape by shape, with three exceptions that the returned table
+    names: positions are resampled to the model's grid, as the code that they come from does it; GAug, LGP and a mask
+    token start fresh where the file has none of them; and learned positions are dropped where LGP or rotary positions
+    replace them. timm's models resample as timm does, whoever's weights they hold; for a file's own numbers at every
+    size load it into ours, made with the `pos_size` (224 for DINO's) and `pos_antialias` of its table.
 
     Raises:
         UserError: the file cannot be read safely, holds no network, or belongs to another architecture.
@@ -100,7 +101,8 @@ def load_weights(model: nn.Module, path: str | Path) -> Match:
 
 
 def read_state(path: Path) -> State:
-    """The tensors of the best network in a `.safetensors` file or a pickled one, by name.
+    """The tensors of the best network in a `.safetensors` file or a pickled one, by name; those of Hugging Face
+    transformers' ViT and DINOv2 under DINO's names.
 
     A pickled file is read by torch's restricted reader, which runs nothing; the one class allowed beside tensors is
     argparse.Namespace, which DINO stores its settings in.
@@ -143,11 +145,11 @@ def read_state(path: Path) -> State:
     for name, tensor in tensors.items():
         if tensor.layout != torch.strided or tensor.is_quantized or tensor.is_meta or tensor.is_complex():
             raise UserError(f"{one_line(name, 100)} in {path} is not a dense tensor of real numbers.")
-    return tensors
+    return in_dinos_names(tensors)
 
 
 def weights_in(path: Path) -> Path:
-    """The file of weights that is meant by a run's folder or a checkpoint's; any other path as it is."""
+    """The file of weights that is meant by the folder of a run, a checkpoint or an export; other paths as they are."""
     path = path.expanduser()
     if not path.is_dir():
         return path
@@ -156,11 +158,12 @@ def weights_in(path: Path) -> Path:
         path / "teacher.safetensors",
         path / "classifier.safetensors",
         path / "tensors.safetensors",
+        path / "model.safetensors",  # of a folder exported for timm or transformers
         *checkpoints[-1:],
     ):
         if file.is_file():
             return file
-    raise UserError(f"There are no weights in {path}: it is neither a run's folder nor a checkpoint's.")
+    raise UserError(f"There are no weights in {path}: it is no folder of a run, a checkpoint or an export.")
 
 
 def _teacher_of(state: State) -> State:
@@ -211,9 +214,19 @@ def _fit_positions(state: State, network: nn.Module, own: State, match: Match) -
             match.dropped.append("pos_embed")
             del state["pos_embed"]
     elif positions is not None and isinstance(network, VisionTransformer):
-        # timm's own weights, and DINOv2's with registers: they have a classifier, or no row for CLS
-        antialias = "head.weight" in state or math.isqrt(positions.shape[1]) ** 2 == positions.shape[1]
-        state["pos_embed"] = _fitted(positions, network, antialias, match)
+        state["pos_embed"] = _fitted(positions, network, antialiased(state), match)
+
+
+def antialiased(state: Mapping[str, Tensor]) -> bool:
+    """Do the learned positions of a file of weights reach other sizes antialiased, exactly to the size?
+
+    As in timm, whose own weights come with a classifier, and in DINOv2 with registers (docs/methods.md, section 5); in
+    DINO and DINOv2 without registers they do not.
+    """
+    if any(name in state for name in ("head.weight", "reg_token", "register_tokens")):
+        return True
+    rows = state["pos_embed"].shape[1]
+    return math.isqrt(rows) ** 2 == rows  # no row for CLS: registers, in timm
 
 
 def _converted(state: State, network: nn.Module, own: State, match: Match) -> State:

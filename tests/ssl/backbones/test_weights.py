@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from nearfar.ssl import checkpoint
 from nearfar.ssl.backbones import VisionTransformer, create, load_weights
+from nearfar.ssl.backbones.weights import antialiased, read_state
 from nearfar.ssl.errors import UserError
 
 SMALL: dict[str, Any] = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 2, "num_heads": 3}
@@ -223,6 +224,38 @@ def test_dinos_table_can_be_kept_for_all_sizes(tmp_path: Path) -> None:
     for name in ("vit_tiny_patch8_lgp", "vim_tiny_patch16", "timm/resnet18"):
         with pytest.raises(UserError, match="pos"):
             create(name, img_size=32, pos_size=224)
+
+
+@pytest.mark.parametrize("meta", [False, True], ids=["timm", "meta"])
+def test_positions_of_dinov2_with_registers_are_antialiased_at_every_size(tmp_path: Path, meta: bool) -> None:
+    """Loaded for another size, or kept and resampled in the forward pass: timm's features, which antialias as Meta's
+    own code does with registers."""
+    theirs = timms(reg_tokens=4, no_embed_class=True)
+    state = theirs.state_dict()
+    if meta:
+        positions = torch.cat([torch.zeros(1, 1, 48), state["pos_embed"]], 1)
+        state = {k: v for k, v in state.items() if k != "reg_token"} | {"register_tokens": state["reg_token"]}
+        state["pos_embed"] = positions
+    path = saved(tmp_path, state)
+    assert antialiased(read_state(path))
+    images = torch.randn(1, 3, 48, 48)
+    for made_for in ({"img_size": 48}, {"img_size": 16, "pos_size": 32, "pos_antialias": True}):
+        ours = VisionTransformer(**{**SMALL, **made_for}, registers=4, num_classes=0).eval()
+        load_weights(ours, path)
+        torch.testing.assert_close(ours.forward_features(images), theirs.forward_features(images), rtol=1e-4, atol=1e-3)
+
+
+def test_without_positions_the_order_of_the_patches_is_unknown() -> None:
+    bag: Any = create("vit_tiny_patch8", **{**SMALL_OURS, "img_size": 16}, no_positions=True).eval()
+    images = torch.randn(1, 3, 16, 16)
+    turned = torch.cat([images[..., 8:], images[..., :8]], -1)  # columns of patches change places
+    torch.testing.assert_close(bag(turned).cls, bag(images).cls, rtol=1e-5, atol=1e-5)
+    other: Any = create("vit_tiny_patch8", **{**SMALL_OURS, "img_size": 16}).eval()
+    assert (other(turned).cls - other(images).cls).abs().max() > 1e-4
+    assert create(**bag.arch).model.pos_embed is None
+    for name in ("vit_tiny_patch8_lgp", "vit_tiny_patch8_rope", "vim_tiny_patch16", "timm/resnet18"):
+        with pytest.raises(UserError, match="no_positions"):
+            create(name, img_size=32, no_positions=True)
 
 
 def test_another_architecture_is_told(tmp_path: Path) -> None:
