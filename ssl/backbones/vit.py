@@ -4,7 +4,7 @@ Parameter names are timm's, so plain timm and DINO weights load strictly. Import
 `vit_{tiny,small,base}_patch16` + `_lgp` + `_locat` (GAug and PRR) + `_reg4` + `_rope` with timm.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import product
 from typing import Literal
@@ -184,21 +184,19 @@ class VisionTransformer(TokenModel):
             raise UserError(f"levels={levels} and wavelet={wavelet} are settings of LGP; turn on lgp or omit them.")
         height, width = (img_size, img_size) if isinstance(img_size, int) else img_size
         self.grid_size: Grid = (-(-height // patch_size), -(-width // patch_size))
-        learned = not (lgp or rope or no_positions)
-        if not learned:
-            given = {f"pos_size={pos_size}": pos_size, "pos_antialias": pos_antialias}
-            _refuse(given | {"no_positions": no_positions and (lgp or rope)})
+        if lgp or rope:
+            _refuse(no_positions=no_positions)
+        if not (learned := not (lgp or rope or no_positions)):
+            _refuse(pos_size=pos_size, pos_antialias=pos_antialias)
         self.pos_antialias = pos_antialias
         self.pos_grid: Grid = self.grid_size if pos_size is None else (-(-pos_size // patch_size),) * 2
         self.patch_size = patch_size
         self.embed_dim = self.num_features = self.head_hidden_size = embed_dim
-        self.num_heads = num_heads
+        self.num_heads, self.prr = num_heads, prr
         self.num_prefix_tokens = 1 + registers
-        self.prr = prr
+        lgp_parts = (levels, wavelet, drop_path_rate)
         self.patch_embed: nn.Module = (
-            LGPPatchEmbed(patch_size, embed_dim, levels, wavelet, drop_path_rate)
-            if lgp
-            else PatchEmbed(patch_size, embed_dim)
+            LGPPatchEmbed(patch_size, embed_dim, *lgp_parts) if lgp else PatchEmbed(patch_size, embed_dim)
         )
         self.rope = AxialRope(embed_dim // num_heads) if rope else None
         self.cls_token = nn.Parameter(torch.empty(1, 1, embed_dim))
@@ -266,9 +264,9 @@ class VisionTransformer(TokenModel):
         return prr(x, self.num_heads) if self.prr else x
 
 
-def _refuse(given: Mapping[str, object]) -> None:
+def _refuse(**given: object) -> None:
     """Raises UserError for what belongs to learned positions and was given to a network without them."""
-    if names := [name for name, value in given.items() if value]:
+    if names := [f"{name}={value}" for name, value in given.items() if value]:
         raise UserError(
             f"{' and '.join(names)} belongs to learned positions, which LGP, rope and no_positions do without."
         )

@@ -1,6 +1,5 @@
 """Our ViT against timm's own, the published parameter counts, and its switches."""
 
-from functools import partial
 from typing import Any
 
 import pytest
@@ -9,8 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nearfar.ssl.backbones import VisionTransformer, vit
-from nearfar.ssl.backbones.token_model import resize_positions
+from nearfar.ssl.backbones import VisionTransformer
 from nearfar.ssl.errors import UserError
 
 SMALL: dict[str, Any] = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 3, "num_heads": 3}
@@ -62,11 +60,10 @@ def test_registered_names() -> None:
 
 
 @pytest.mark.parametrize(("height", "width"), [(32, 32), (48, 24), (8, 72)])
-def test_equals_timm_with_its_weights(height: int, width: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """At other sizes too, once timm's resampling of positions takes the place of ours, which is DINO's."""
-    monkeypatch.setattr(vit, "resize_positions", partial(resize_positions, antialias=True))
+def test_equals_timm_with_its_weights(height: int, width: int) -> None:
+    """At other sizes too, where its positions are resampled as timm does it and not as DINO."""
     theirs = timm.models.VisionTransformer(**SMALL, num_classes=7, dynamic_img_size=True)
-    ours = VisionTransformer(**SMALL, num_classes=7).eval()
+    ours = VisionTransformer(**SMALL, num_classes=7, pos_antialias=True).eval()
     ours.load_state_dict(randomized(theirs).state_dict(), strict=True)
     images = torch.randn(2, 3, height, width)
     torch.testing.assert_close(ours(images), theirs(images), rtol=1e-5, atol=1e-5)
@@ -81,7 +78,7 @@ def test_equals_timm_with_its_weights(height: int, width: int, monkeypatch: pyte
 
 def test_gradients_equal_timm() -> None:
     theirs = timm.models.VisionTransformer(**SMALL, num_classes=7)
-    ours = VisionTransformer(**SMALL, num_classes=7).eval()
+    ours = VisionTransformer(**SMALL, num_classes=7, pos_antialias=True).eval()
     ours.load_state_dict(randomized(theirs).state_dict())
     images = torch.randn(2, 3, 32, 32)
     for model in (ours, theirs):
