@@ -363,7 +363,7 @@ def loader(place: Place, answer: Answer) -> None:
 
 
 def features(place: Place, answer: Answer) -> None:
-    from nearfar.eval.features import Forward, Reading, describe, extract
+    from nearfar.eval.features import Forward, Reading, extract, manifest_of
     from nearfar.eval.images import Decoding
     from nearfar.ssl.backbones import create
     from nearfar.ssl.data import open_source
@@ -377,7 +377,7 @@ def features(place: Place, answer: Answer) -> None:
         images = torch.randint(0, 256, (batch, 3, side, side), dtype=torch.uint8, device=place.device)
         for amp in (True, False):
             reading = Reading(side, amp=amp)
-            forward = Forward(model, describe(model, source, reading))
+            forward = Forward(model, manifest_of(model, source, reading))
             took = place.milliseconds(lambda forward=forward: forward.on_device(images))
             precision = "bfloat16" if amp else "float32"
             answer.row(what=f"forward alone, {precision}", img_per_s=1e3 * batch / took)

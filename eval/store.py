@@ -2,7 +2,6 @@
 
 import contextlib
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -60,9 +59,8 @@ class FeatureStore:
                 features = _fill(partial, backbone, source, manifest, decoding)
                 save_rest(partial, features, source)
                 del features  # releases the memory map before its file moves
-                if folder.exists():
-                    shutil.rmtree(folder)
-                partial.rename(folder)
+                files.sync_tree(partial)
+                files.move(partial, folder)
         except OSError as error:
             raise UserError(
                 f"The features cannot be written to {folder}: {error.strerror or error}. Name a folder that you may "

@@ -16,7 +16,7 @@ from torch import nn
 
 from nearfar.launch import processes
 from nearfar.launch.finetune import labeled_images
-from nearfar.ssl import checkpoint_names, config, device
+from nearfar.ssl import announce, checkpoint_names, config, device
 from nearfar.ssl.announce import passed_over_line
 from nearfar.ssl.data import open_source
 from nearfar.ssl.data.loaders.base import Batch
@@ -186,8 +186,7 @@ def _sizes(training: Training[Any, Any], scores: str) -> list[str]:
 
 def _costs(run: AnyRun, learner: StudentTeacher, steps: int, compute: Compute, measured: Measured) -> list[str]:
     ranks = run.train.world_size or 1
-    backbone, head = _bytes(learner.student.backbone), _bytes(learner.student.head)
-    one = 4 * (backbone + head)
+    disk = announce.disk_sizes(learner, run.train.keep_last)
     count = f"{measured.steps} timed steps" if measured.steps else "a single step with its start-up"
     by = "" if ranks == 1 else f" by one of the {ranks} processes, alone and so with the machine to itself"
     place = "of GPU memory" if compute.device.type == "cuda" else "of memory"
@@ -200,12 +199,14 @@ def _costs(run: AnyRun, learner: StudentTeacher, steps: int, compute: Compute, m
         "without scores and checkpoints",
         f"Memory     about {_size(ranks * measured.memory)} {place}{each}, besides that of the data workers"
         + (
-            f" and {_size(one)} on the host for the copy from which checkpoints are written"
+            f" and {_size(disk.checkpoint)} on the host for the copy from which checkpoints are written"
             * run.train.save_in_background
         ),
-        f"Disk       about {_size((run.train.keep_last + 1) * one + backbone)}: {run.train.keep_last} checkpoints, and "
-        f"one being written, of {_size(one)} each (student, teacher, and two moments of the optimizer, each a backbone "
-        f"of {_size(backbone)} and a head of {_size(head)}), and the exported weights",
+        f"Disk       about {_size(disk.most)}: {run.train.keep_last} checkpoints, and one being written, of "
+        f"{_size(disk.checkpoint)} each (student, teacher, and two moments of the optimizer, each a backbone of "
+        f"{_size(disk.backbone)} and a head of {_size(disk.head)}"
+        + (f"; the frozen anchor, {_size(disk.anchor)}" if disk.anchor else "")
+        + "), and the exported weights",
         "",
         "Nothing was trained or written. Leave out --dry-run to begin.",
     ]
@@ -213,10 +214,6 @@ def _costs(run: AnyRun, learner: StudentTeacher, steps: int, compute: Compute, m
 
 def _parameters(module: nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
-
-
-def _bytes(module: nn.Module) -> int:
-    return sum(tensor.numel() * tensor.element_size() for tensor in module.state_dict().values())
 
 
 def _size(count: float) -> str:

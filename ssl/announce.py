@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -204,8 +204,18 @@ def saving_line(count: int, waited: float, seconds: float) -> str:
     )
 
 
-def disk_line(learner: StudentTeacher, keep: int, copied: bool) -> str:
-    """What a checkpoint holds, and how much disk space the run will take; `copied`: it is written from a copy."""
+class DiskSizes(NamedTuple):
+    """Bytes. checkpoint: one of them; most: what the run's folder takes while one more is written."""
+
+    backbone: int
+    head: int
+    anchor: int
+    checkpoint: int
+    most: int
+
+
+def disk_sizes(learner: StudentTeacher, keep: int) -> DiskSizes:
+    """Of a run that keeps so many checkpoints: student, teacher, AdamW's two moments, and a frozen anchor if any."""
 
     def size(module: nn.Module) -> int:
         return sum(tensor.numel() * tensor.element_size() for tensor in module.state_dict().values())
@@ -214,8 +224,13 @@ def disk_line(learner: StudentTeacher, keep: int, copied: bool) -> str:
     inside = set(learner.modules())
     anchor = sum(size(network) for network in learner.frozen if network in inside)
     one = 4 * (backbone + head) + anchor
+    return DiskSizes(backbone, head, anchor, one, (keep + 1) * one + backbone)
+
+
+def disk_line(learner: StudentTeacher, keep: int, copied: bool) -> str:
+    """What a checkpoint holds, and how much disk space the run will take; `copied`: it is written from a copy."""
+    backbone, head, anchor, one, most = disk_sizes(learner, keep)
     with_anchor = ", and the frozen anchor" if anchor else ""
-    most = (keep + 1) * one + backbone
     return (
         f"A checkpoint takes {_in_units(one)}: student, teacher and AdamW's two moments, each a backbone of "
         f"{_in_units(backbone)} and a head of {_in_units(head)}{with_anchor}. With train.keep_last={keep}, one more "

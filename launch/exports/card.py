@@ -21,6 +21,13 @@ SHOWN = (  # settings of the training that a reader wants first
 )  # fmt: skip
 
 
+class TrainingKind(NamedTuple):
+    """words: what the network is, after a comma. tags: of the hub."""
+
+    words: str
+    tags: tuple[str, ...]
+
+
 class Preprocessing(NamedTuple):
     """How an image becomes the network's input: shorter side to `resize` (antialiased bicubic), central `crop`."""
 
@@ -50,6 +57,7 @@ def model_card(subject: Subject, library: str) -> str:
     Raises UserError for a results.json that cannot be read.
     """
     name, numbers = one_line(str(subject.arch["name"]), 80), sum(p.numel() for p in subject.backbone.parameters())
+    training = training_of(subject)
     ideas = f", with {' and '.join(subject.ideas)}" if subject.ideas else ""
     lines = [
         "---",
@@ -58,8 +66,8 @@ def model_card(subject: Subject, library: str) -> str:
         "",
         f"# {one_line(str(setting(subject, 'name') or name), 80)}",
         "",
-        f"A {name}{ideas} ({numbers / 1e6:.1f} million parameters), pretrained without labels by nearfar (DINO)"
-        f"{_trained_on(subject)}. It gives features and has no classifier.",
+        f"A {name}{ideas} ({numbers / 1e6:.1f} million parameters), {training.words}{_trained_on(subject)}. It gives "
+        f"features and has no classifier.{_origin(subject)}",
         "",
         "## Scores of the frozen features",
         "",
@@ -75,7 +83,7 @@ def model_card(subject: Subject, library: str) -> str:
         "",
         "## Training",
         "",
-        *_training(subject),
+        *_settings(subject),
     ]
     return "\n".join(lines) + "\n"
 
@@ -85,8 +93,27 @@ def _front(subject: Subject, library: str) -> dict[str, Any]:
         "license": subject.license,
         "library_name": library,
         "pipeline_tag": "image-feature-extraction",
-        "tags": ["nearfar", "self-supervised-learning", "dino", *(idea.lower() for idea in subject.ideas)],
+        "tags": ["nearfar", *training_of(subject).tags, *(idea.lower() for idea in subject.ideas)],
     }
+
+
+def training_of(subject: Subject) -> TrainingKind:
+    """What kind of training the weights come from, by the settings that they record."""
+    if setting(subject, "classifier") is not None:
+        return TrainingKind("the backbone of a classifier that nearfar trained with labels", ("supervised",))
+    if teacher := setting(subject, "distill.teacher"):
+        of = one_line(PurePath(str(teacher)).name if not str(teacher).startswith("timm/") else str(teacher), 80)
+        return TrainingKind(f"distilled by nearfar from a frozen teacher ({of}), without labels", ("distillation",))
+    if setting(subject, "loss") is None:
+        return TrainingKind("whose file does not say how it was trained", ())
+    return TrainingKind("pretrained without labels by nearfar (DINO)", ("self-supervised-learning", "dino"))
+
+
+def _origin(subject: Subject) -> str:
+    """A sentence on the weights that the training began with, if it did not begin from scratch."""
+    lineage = subject.about.get("lineage")
+    last = lineage[-1] if isinstance(lineage, list) and lineage and isinstance(lineage[-1], dict) else {}
+    return f" It began with the weights of {_data_name(str(last['from']))}." if "from" in last else ""
 
 
 def _trained_on(subject: Subject) -> str:
@@ -169,7 +196,7 @@ def _preprocessing(prepared: Preprocessing) -> list[str]:
     ]
 
 
-def _training(subject: Subject) -> Iterator[str]:
+def _settings(subject: Subject) -> Iterator[str]:
     known = {key: setting(subject, key) for key in SHOWN}
     known = {key: value for key, value in known.items() if value is not None}
     if not known:

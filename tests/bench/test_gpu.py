@@ -55,11 +55,11 @@ def test_an_unknown_section_is_named() -> None:
     assert done.returncode == 2 and "no section stepp. The sections are machine, tests, step," in done.stderr
 
 
-def test_two_sections_run_and_are_written(tmp_path: Path) -> None:
-    done = command("--device", "cpu", "--quick", "--only", "machine", "knn", "--out", str(tmp_path))
+def test_sections_run_and_are_written(tmp_path: Path) -> None:
+    done = command("--device", "cpu", "--quick", "--only", "machine", "features", "knn", "--out", str(tmp_path))
     assert done.returncode == 0, done.stdout + done.stderr
     everything = json.loads((tmp_path / "gpu.json").read_text())
-    assert list(everything["sections"]) == ["machine", "knn"] and everything["waiting"] == []
+    assert list(everything["sections"]) == ["machine", "features", "knn"] and everything["waiting"] == []
     for section in everything["sections"].values():
         assert section["outcome"] == "done" and all(
             value > 0 for row in section["answer"]["rows"] for value in row.values() if isinstance(value, float)

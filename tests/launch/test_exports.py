@@ -25,6 +25,7 @@ from nearfar.eval.results import DataName, Score
 from nearfar.launch import cli
 from nearfar.launch.adapting import settings_for
 from nearfar.launch.exports import folders, graphs, plain
+from nearfar.launch.exports.card import model_card
 from nearfar.launch.exports.subject import Subject, difference, example
 from nearfar.ssl import checkpoint, config
 from nearfar.ssl.backbones import create
@@ -207,6 +208,30 @@ def test_the_card_has_the_scores_of_exactly_these_weights(tmp_path: Path) -> Non
     assert "| trained | 61.2 |" in card and "| raw pixels | 20.5 |" in card and "99.0" not in card
     assert "Learned from imagenette/train (9,469 images), scored on a/v (39 images)" in card
     assert "on pictures/train for 7 epochs; these are the weights of step 3" in card and "somebody" not in card
+
+
+@pytest.mark.parametrize(
+    ("run", "said", "tags"),
+    [
+        ({"loss": {}}, "pretrained without labels by nearfar (DINO)", ["self-supervised-learning", "dino"]),
+        (
+            {"loss": {}, "distill": {"teacher": "/home/me/runs/large"}},
+            "from a frozen teacher (large)",
+            ["distillation"],
+        ),
+        ({"classifier": {"pooling": "cls"}}, "backbone of a classifier that nearfar trained with", ["supervised"]),
+        ({}, "does not say how it was trained", []),
+    ],
+)
+def test_the_card_says_how_the_weights_were_trained(
+    tmp_path: Path, run: dict[str, Any], said: str, tags: list[str]
+) -> None:
+    subject = subject_of()
+    about = {"run": run, "lineage": [{"from": "/home/me/runs/first", "step": 7}]}
+    subject = Subject(subject.backbone, about, tmp_path / "results.json")
+    card = model_card(subject, "timm")
+    assert said in card and "It began with the weights of runs/first." in card and "/home/me" not in card
+    assert yaml.safe_load(card.split("---")[1])["tags"] == ["nearfar", *tags]
 
 
 def test_the_card_of_weights_without_scores_says_so(tmp_path: Path) -> None:
