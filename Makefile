@@ -58,11 +58,11 @@ ffcv-packages:
 demo: setup
 	$(BIN)/nearfar demo
 
-# Two test processes of one thread each: faster than one of two threads, since most tests are small. The cluster's
-# files go first (tests/conftest.py) and not those with the most tests.
+# Three processes of one thread each, also on two cores: those with the cluster's files, which go first
+# (tests/conftest.py) and not those with the most tests, wait half of the time.
 test: TESTS := -m "not long"
 test test-all: setup
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(TESTS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder $(TESTS)
 
 # The tested versions but for torch and torchvision, and for numpy, since the interpreter of the Triton that belongs to
 # that torch fails on a newer one. PyPI's torch of that age is the CUDA build (several GB); where pip is configured with

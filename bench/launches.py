@@ -29,7 +29,7 @@ from nearfar.ssl.backbones.scan import scan_backward, scan_forward
 from nearfar.ssl.data.transforms.normalize import normalize
 from nearfar.ssl.defaults import resolve
 from nearfar.ssl.learner import Learner, build_learner
-from nearfar.ssl.optim import adamw
+from nearfar.ssl.optim import adamw, multiply_alike
 from nearfar.ssl.step import Stepper
 
 VALUES = {"lr": 1e-6, "weight_decay": 0.04, "teacher_momentum": 0.996, "teacher_temp": 0.04}
@@ -144,6 +144,7 @@ def parts_told_apart(counter: LaunchCounter, learner: Learner, optimizer: torch.
         for owner, name, part in places:
             stack.enter_context(mock.patch.object(owner, name, counter.during(part, getattr(owner, name))))
         stack.enter_context(mock.patch("nearfar.ssl.backbones.vim.selective_scan", one_way_scan))
+        stack.enter_context(mock.patch("nearfar.ssl.optim.multiply_each", multiply_alike))  # as on a GPU
         stack.enter_context(counter)
         yield
 

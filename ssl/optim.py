@@ -100,11 +100,14 @@ def clip_gradients(parameters: list[nn.Parameter], limit: float) -> Tensor:
         norms = distributed.all_sum_(norms.double().square()).sqrt().to(norms.dtype)
     if limit > 0:
         scales = (limit / (norms + 1e-6)).clamp(max=1.0)
-        if scales.is_cuda:
-            multiply_alike(gradients, list(scales.unbind()))
-        else:  # a loop over the tensors in any case
-            torch._foreach_mul_(gradients, list(scales.unbind()))
+        multiply = multiply_alike if scales.is_cuda else multiply_each
+        multiply(gradients, list(scales.unbind()))
     return norms.norm()
+
+
+def multiply_each(tensors: list[Tensor], factors: list[Tensor]) -> None:
+    """As `multiply_alike`, for a CPU, where it is a loop over the tensors in any case."""
+    torch._foreach_mul_(tensors, factors)
 
 
 def multiply_alike(tensors: list[Tensor], factors: list[Tensor]) -> None:

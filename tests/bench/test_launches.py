@@ -63,13 +63,14 @@ def of_depth(bench: Any, variant: str, depth: int) -> tuple[Counter[str], int]:
 def test_a_block_starts_no_more_kernels_than_stated(
     bench: Any, variant: str, teacher: int, student: int, backward: int
 ) -> None:
-    """In float32; what depends on the number of parameters must not grow with it, but for the clip."""
+    """In float32; what depends on the number of parameters must not grow with it, but for the two launches that each
+    shape of a parameter costs the clip."""
     (few, _), (many, parameters) = (of_depth(bench, variant, depth) for depth in (2, 4))
     for part, bound in {"teacher": teacher, "student": student, "backward": backward}.items():
         assert 0 < many[part] - few[part] <= 2 * bound, part
     for part, bound in {"optimizer": 14, "teacher's update": 10, "rest": 20, "loss": 45, "colors": 20}.items():
         assert many[part] <= bound and many[part] - few[part] <= 4, part
-    assert many["clip"] <= parameters + 16
+    assert many["clip"] <= 60 and many["clip"] - few["clip"] <= 4 and parameters > 40
 
 
 def test_a_loop_over_the_parameters_is_seen(bench: Any, monkeypatch: pytest.MonkeyPatch) -> None:

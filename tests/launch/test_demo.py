@@ -61,6 +61,7 @@ def test_a_second_call_computes_nothing(run: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr("nearfar.launch.score.evaluate", never)
     monkeypatch.setattr("nearfar.launch.score.evaluate_pixels", never)
     monkeypatch.setattr("nearfar.launch.demo.make_scenes", never)
+    monkeypatch.setattr(demo, "HEAD_STEPS", 40)
     weights = (run / "teacher.safetensors").read_bytes()
     assert main(["demo", f"folder={run.parent}", *SMALL]) == 0
     assert (run / "teacher.safetensors").read_bytes() == weights

@@ -24,15 +24,16 @@ def slurm(*command: str) -> None:
     subprocess.run(command, check=True, capture_output=True, timeout=60)
 
 
-def processes(job: str) -> dict[int, psutil.Process]:
-    """The ranks of a job, whatever SLURM believes."""
+def processes(run: Any) -> dict[int, psutil.Process]:
+    """The ranks of a run's job, whatever SLURM believes. Other clusters of this machine have jobs of that number."""
     found = {}
     for process in psutil.process_iter():
         try:
             env, words = process.environ(), process.cmdline()
         except (psutil.NoSuchProcess, psutil.AccessDenied):
             continue
-        if env.get("SLURM_JOB_ID") == job and "SLURM_PROCID" in env and "submitit.core._submit" in words:
+        ours = env.get("SLURM_JOB_ID") == run.job and any(word.startswith(str(run.run)) for word in words)
+        if ours and "SLURM_PROCID" in env and "submitit.core._submit" in words:
             found[int(env["SLURM_PROCID"])] = process
     return found
 
@@ -44,7 +45,7 @@ def test_requeue_while_the_controller_is_away_in_a_bare_environment(
     monkeypatch.setenv("SBATCH_EXPORT", "NONE")  # as some sites set it: srun would start processes without PATH
     run = launch("--nodes", "2", name="away", pace=PACE)
     run.reach(3)
-    ranks = processes(run.job)
+    ranks = processes(run)
     assert sorted(ranks) == [0, 1]
     cluster.stop_controller()
     for process in ranks.values():
@@ -64,7 +65,7 @@ def test_a_killed_process_is_tried_again_elsewhere(
 ) -> None:
     run = launch("--nodes", "2", "train.save_every_steps=5", name="killed", pace=PACE)
     run.reach(7)
-    victim = processes(run.job)[1]
+    victim = processes(run)[1]
     node = victim.environ()["SLURMD_NODENAME"]
     victim.kill()
     run.wait("another attempt", lambda status: len(status.attempts) == 2)
@@ -75,13 +76,14 @@ def test_a_killed_process_is_tried_again_elsewhere(
     same(run.run, reference(2))
 
 
+@pytest.mark.long
 def test_a_process_that_stands_still_is_named_and_the_job_tried_again(
     cluster: Any, launch: Launch, reference: Callable[[int], Path], same: Callable[..., None]
 ) -> None:
     """SLURM sees nothing wrong with it, and no connection breaks: the other rank notices by itself."""
     run = launch("--nodes", "2", "train.save_every_steps=5", "train.rank_timeout=6", name="still", pace=PACE)
     run.reach(7)
-    processes(run.job)[1].suspend()
+    processes(run)[1].suspend()
     run.wait("another attempt", lambda status: len(status.attempts) == 2)
     (end, *_) = records.attempt_ends(run.run)
     assert end.why.startswith(f"rank 1 on {socket.gethostname().partition('.')[0]} was lost: no sign of life for ")
@@ -111,7 +113,7 @@ def test_a_process_that_slurm_lost_sight_of_is_waited_for(
     """Its node's slurmd is gone and SLURM starts the job on another node, while the old process holds the folder."""
     run = launch("--nodes", "1", "train.save_every_steps=5", name="lost", pace=PACE)
     run.reach(7)
-    old = processes(run.job)[0]
+    old = processes(run)[0]
     os.kill(old.pid, signal.SIGSTOP)  # it would otherwise go on, and finish
     cluster.kill_slurmd(old.environ()["SLURMD_NODENAME"])
     until = time.monotonic() + 60

@@ -82,8 +82,7 @@ def test_traced_blocks_compute_the_same_values_and_gradients(network: tuple[str,
     assert counters["stats"]["unique_graphs"] == graphs
 
 
-@pytest.mark.long
-@pytest.mark.parametrize("network", [NETWORKS[1], NETWORKS[3]])
+@pytest.mark.parametrize("network", [NETWORKS[1], pytest.param(*NETWORKS[3].values, marks=pytest.mark.long, id="vim")])
 def test_compiled_blocks_compute_the_same_values_and_gradients(network: tuple[str, Any]) -> None:
     backbone = create(network[0], **network[1]).train()
     views = [torch.randn(4, 3, 32, 32), torch.randn(4, 3, 16, 16)]

@@ -92,7 +92,10 @@ def shades() -> ArraySource:
     return ArraySource((255 * waves[..., None] * color[:, None, None]).astype(np.uint8), labels=np.arange(40) % 4)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+SLOW = ("maxvit", "gcvit")  # with what the others have: windows, convolutions, stages
+
+
+@pytest.mark.parametrize("family", [pytest.param(f, marks=pytest.mark.long) if f in SLOW else f for f in FAMILIES])
 def test_loss_falls(family: str, tiny: Make, shades: ArraySource, quiet: Console) -> None:
     easy = [
         "views.global_crops_scale=[0.7,1]",

@@ -86,7 +86,10 @@ def three(tmp_path: Path) -> Iterator[Together]:
 
 
 @pytest.mark.parametrize("victim", [0, 1])
-@pytest.mark.parametrize(("mode", "how"), [("reduce", "SIGKILL"), ("ring", "SIGKILL"), ("reduce", "SIGSTOP")])
+@pytest.mark.parametrize(
+    ("mode", "how"),
+    [("reduce", "SIGKILL"), pytest.param("ring", "SIGKILL", marks=pytest.mark.long), ("reduce", "SIGSTOP")],
+)
 def test_a_rank_that_dies_or_stands_still_is_named_and_ends_the_others(
     three: Together, mode: str, how: str, victim: int
 ) -> None:

@@ -129,10 +129,12 @@ def test_all_of_a_step_is_on_the_learners_device(
     monkeypatch.setattr(torch, "autocast", lambda *_, **__: nullcontext())  # has no type for meta
     monkeypatch.setattr(torch, "is_autocast_enabled", lambda *_: False)  # nor has this
     views = [group.to("meta") for group in views]
+    values = VALUES | {"gram_weight": float(learner.anchor is not None)}
+    masks = [Masks(*(part.to("meta") for part in mask)) for mask in masks_of(tiny, *settings, parts=parts)]
     with Watch():
-        stepper(views, VALUES)
+        stepper(views, values, masks=masks)
     with Watch() as watch:
-        trained = stepper(views, VALUES, votes=lambda: (0.0, 1.0))
+        trained = stepper(views, values, masks=masks, votes=lambda: (0.0, 1.0))
     assert watch.mixed == [] and watch.waits == [] and watch.count > 200
     moments = [value for state in stepper.optimizer.state.values() for value in state.values()]
     tensors = [*learner.state_dict().values(), *moments, *trained.outputs[:3], *trained.outputs.parts.values()]
