@@ -21,7 +21,7 @@ _CELLS, _CELL_SIDE = 16, 48  # of the map of pictures
 
 
 @dataclass(frozen=True)
-class Looked:
+class LookInputs:
     """The images that were looked at. path: of the data set. source, index: the rows of the source with features.
     total: images of the data set, of which these are a sample where they are fewer. network: whose features they are.
     bad: images that cannot be read, by name."""
@@ -48,7 +48,7 @@ class Looked:
         return names[number] if names is not None and 0 <= number < len(names) else str(number)
 
 
-def look_page(looked: Looked, look: DataLook, duplicate: float) -> str:
+def look_page(looked: LookInputs, look: DataLook, duplicate: float) -> str:
     """The whole document. duplicate: the cosine from which two images count as near duplicates."""
     n = len(looked.index)
     sampled = (
@@ -73,7 +73,7 @@ def look_page(looked: Looked, look: DataLook, duplicate: float) -> str:
     return page(f"{looked.path}, a look", body)
 
 
-def _map(looked: Looked, look: DataLook) -> str:
+def _map(looked: LookInputs, look: DataLook) -> str:
     labels = looked.labels
     by_class = labels is not None and len(np.unique(labels)) <= len(COLORS)
     numbers = labels if by_class and labels is not None else look.cluster
@@ -109,7 +109,7 @@ def _radius(count: int) -> float:
     return 5 if count < 300 else 3.5 if count < 1500 else 2.4
 
 
-def _picture_map(looked: Looked, look: DataLook) -> str:
+def _picture_map(looked: LookInputs, look: DataLook) -> str:
     side, pictures = _CELLS * _CELL_SIDE, []
     for at in thinned_grid(look.place, _CELLS).tolist():
         x, y = np.minimum((look.place[at] * _CELLS).astype(int), _CELLS - 1) * _CELL_SIDE
@@ -123,7 +123,7 @@ def _picture_map(looked: Looked, look: DataLook) -> str:
     )
 
 
-def _clusters(looked: Looked, look: DataLook) -> Figure:
+def _clusters(looked: LookInputs, look: DataLook) -> Figure:
     labels, strips = looked.labels, []
     for number, center in enumerate(look.center.tolist()[:_SHOWN_CLUSTERS]):
         inside = np.flatnonzero(look.cluster == number)
@@ -144,7 +144,7 @@ def _clusters(looked: Looked, look: DataLook) -> Figure:
     return Figure("clusters", "Clusters", text, tuple(strips))
 
 
-def _duplicates(looked: Looked, look: DataLook, duplicate: float) -> Figure:
+def _duplicates(looked: LookInputs, look: DataLook, duplicate: float) -> Figure:
     if not len(look.pairs):
         return Figure(
             "duplicates", "Near duplicates", missing=f"No two images have features of cosine {duplicate:g} or more."
@@ -160,7 +160,7 @@ def _duplicates(looked: Looked, look: DataLook, duplicate: float) -> Figure:
     return Figure("duplicates", "Near duplicates", text, tuple(groups), size="medium")
 
 
-def _pair_list(looked: Looked, look: DataLook) -> str:
+def _pair_list(looked: LookInputs, look: DataLook) -> str:
     rows = [
         (f"{alike:.4f}", f"{looked.name(one)}  |  {looked.name(other)}")
         for (one, other), alike in zip(look.pairs.tolist()[:_LISTED], look.alike.tolist(), strict=False)
@@ -168,7 +168,7 @@ def _pair_list(looked: Looked, look: DataLook) -> str:
     return folded(f"The {len(rows)} most alike pairs by name", text_table(rows)) if rows else ""
 
 
-def _outliers(looked: Looked, look: DataLook) -> Figure:
+def _outliers(looked: LookInputs, look: DataLook) -> Figure:
     cells = [
         cell
         for at, alike in zip(look.outliers.tolist(), look.lonely.tolist(), strict=True)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nearfar.launch.recipes import find_recipe
-from nearfar.launch.training_verbs import Asked, TrainingVerb
+from nearfar.launch.training_verbs import RecipeAndSettings, TrainingVerb
 from nearfar.ssl.errors import UserError
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ def _add_subject(parser: Any) -> None:
     parser.add_argument("images", help="images to adapt to, without labels: as data.path")
 
 
-def _asked(arguments: argparse.Namespace) -> Asked:
+def _asked(arguments: argparse.Namespace) -> RecipeAndSettings:
     """The recipe `adapt`, with the network that the weights belong to."""
     if not Path(arguments.weights).exists() and "=" in arguments.weights:
         raise UserError(

@@ -11,7 +11,7 @@ from rich.console import Console
 from nearfar.eval.data_look import FEWEST, look_at
 from nearfar.eval.features import extract
 from nearfar.eval.images import Decoding
-from nearfar.eval.look_page import Looked, look_page
+from nearfar.eval.look_page import LookInputs, look_page
 from nearfar.eval.page import write_page
 from nearfar.launch.computing import compute_for
 from nearfar.launch.progress import progress, summed
@@ -56,7 +56,7 @@ def look(path: str, weights: Path, out: Path, options: LookOptions, console: Con
     found = look_at(features.x, clusters=options.clusters or _classes(seen), duplicate=options.duplicate)
     step = "" if subject.step is None else f", step {subject.step:,}"
     network = f"{subject.backbone.arch['name']} ({weights}{step})"
-    looked = Looked(path, seen, features.index, len(source), network, features.manifest["bad"])
+    looked = LookInputs(path, seen, features.index, len(source), network, features.manifest["bad"])
     write_page(out, look_page(looked, found, options.duplicate))
     _say(
         f"{len(found.center)} clusters, {counted(found.duplicates, 'pair')} of near duplicates (cosine "

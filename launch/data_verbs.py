@@ -10,7 +10,7 @@ from rich.console import Console
 
 from nearfar.launch.progress import progress
 from nearfar.ssl.data import libjpeg, open_source
-from nearfar.ssl.data.beton_writer import BetonOptions, Written, write_beton
+from nearfar.ssl.data.beton_writer import BetonOptions, WrittenBeton, write_beton
 from nearfar.ssl.data.decode import size_problem
 from nearfar.ssl.data.sources.base import Source, passed_over
 from nearfar.ssl.data.sources.beton import TYPE_NAMES, BetonSource
@@ -22,7 +22,7 @@ _SHOWN = 20  # bad images listed on the screen
 
 def beton(
     source: str, out: Path, options: BetonOptions, *, stop_at_bad: bool, workers: int, overwrite: bool, console: Console
-) -> Written:
+) -> WrittenBeton:
     """Write the images of a path as a .beton; bad ones are listed. Raises UserError as `write_beton`."""
     images = open_source(source)
     with progress(len(images), f"Writing {out.name}", console) as done:

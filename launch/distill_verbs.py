@@ -6,7 +6,7 @@ import argparse
 from typing import Any
 
 from nearfar.launch.recipes import bundled, find_recipe
-from nearfar.launch.training_verbs import Asked, TrainingVerb
+from nearfar.launch.training_verbs import RecipeAndSettings, TrainingVerb
 from nearfar.ssl.errors import UserError
 
 
@@ -19,7 +19,7 @@ def _add_subject(parser: Any) -> None:
     parser.add_argument("--recipe", help=f"settings: a .yaml file, or one of {', '.join(bundled())} (default: none)")
 
 
-def _asked(arguments: argparse.Namespace) -> Asked:
+def _asked(arguments: argparse.Namespace) -> RecipeAndSettings:
     if "=" in arguments.teacher:
         raise UserError(f"The teacher comes first: nearfar distill TEACHER {arguments.teacher} ...")
     recipe = find_recipe(arguments.recipe) if arguments.recipe else None

@@ -41,7 +41,7 @@ TOGETHER = (
 LARGE = 480  # pixels of the picture under an attention map
 
 
-class Pictured(NamedTuple):
+class FigureInputs(NamedTuple):
     """Images of a run and weights to look at them with. val: labeled or not; may be the training images themselves."""
 
     subject: Subject
@@ -62,8 +62,8 @@ def draw_figures(run: Path, subject: Subject | None = None) -> list[Figure]:
         raise UserError("The run does not say which images it was trained on (data.path), so there is nothing to show.")
     train = open_source(data.path)
     val = open_source(data.val) if data.val else train
-    pictured = Pictured(subject, train, val, results.read(run / "results.json"))
-    drawers: tuple[tuple[str, str, Callable[[Pictured], Figure]], ...] = (
+    pictured = FigureInputs(subject, train, val, results.read(run / "results.json"))
+    drawers: tuple[tuple[str, str, Callable[[FigureInputs], Figure]], ...] = (
         ("neighbors", "Nearest neighbors", _neighbors),
         ("masks", "Predicted masks", _masks),
         ("attention", "Attention", _attention),
@@ -79,7 +79,7 @@ def draw_figures(run: Path, subject: Subject | None = None) -> list[Figure]:
     return figures
 
 
-def _neighbors(pictured: Pictured) -> Figure:
+def _neighbors(pictured: FigureInputs) -> Figure:
     itself = pictured.val is pictured.train
     subject, val = pictured.subject, spread(pictured.val, MEMORY if itself else QUERIES)
     memory = val if itself else spread(pictured.train, MEMORY)
@@ -114,7 +114,7 @@ def _neighbors(pictured: Pictured) -> Figure:
     return Figure("neighbors", "Nearest neighbors", text, groups)
 
 
-def _masks(pictured: Pictured) -> Figure:
+def _masks(pictured: FigureInputs) -> Figure:
     title = "Predicted masks"
     score = next((s for s in reversed(pictured.scores) if (s.subject, s.task) == ("trained", "segment")), None)
     if score is None:
@@ -154,7 +154,7 @@ def _masks(pictured: Pictured) -> Figure:
     return Figure("masks", title, text, groups, legend, "medium", of=score.key)
 
 
-def _attention(pictured: Pictured) -> Figure:
+def _attention(pictured: FigureInputs) -> Figure:
     subject = pictured.subject
     views, maps = _enlarged(pictured, SHOWN, attention_maps)
     groups = []
@@ -176,7 +176,7 @@ def _attention(pictured: Pictured) -> Figure:
     return Figure("attention", "Attention", text, tuple(groups), size="medium")
 
 
-def _tokens(pictured: Pictured) -> Figure:
+def _tokens(pictured: FigureInputs) -> Figure:
     views, tokens = _enlarged(pictured, TOGETHER, patch_tokens)
     found = token_colors(tokens)
     chosen = np.linspace(0, len(views) - 1, min(SHOWN, len(views))).astype(int)
@@ -190,7 +190,7 @@ def _tokens(pictured: Pictured) -> Figure:
     return Figure("tokens", "Patch tokens", text, groups, size="medium")
 
 
-def _layers(pictured: Pictured) -> Figure:
+def _layers(pictured: FigureInputs) -> Figure:
     subject = pictured.subject
     views = readable_views(pictured.val, subject.image_size, TOGETHER)
     found = looks(subject.backbone, on_device(views, subject))
@@ -219,7 +219,7 @@ def _layers(pictured: Pictured) -> Figure:
 
 
 def _enlarged(
-    pictured: Pictured, count: int, compute: Callable[[Backbone, torch.Tensor], np.ndarray]
+    pictured: FigureInputs, count: int, compute: Callable[[Backbone, torch.Tensor], np.ndarray]
 ) -> tuple[torch.Tensor, np.ndarray]:
     """Views (n, 3, S, S) of images, several times as large as in training where the network takes such, and what is
     computed of them."""

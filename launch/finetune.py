@@ -16,7 +16,7 @@ from nearfar.eval.features import digest
 from nearfar.eval.images import Decoding
 from nearfar.eval.results import DataName, Score
 from nearfar.launch.pretrain import save_views
-from nearfar.launch.stop_signals import StopFlag
+from nearfar.launch.stop_signals import ScoringStoppedError, StopFlag
 from nearfar.ssl import checkpoint, config, device, train
 from nearfar.ssl.classifier import Classifier
 from nearfar.ssl.data import open_source
@@ -89,7 +89,7 @@ class Scoring:
     def __call__(self, classifier: Classifier, run: ResolvedFinetune) -> dict[str, float] | None:
         def go_on() -> None:
             if self.should_stop():
-                raise _StoppedError
+                raise ScoringStoppedError
 
         self.last = None
         compute = device.choose(run.train.device, run.train.precision, classifier.backbone.embed_dim)
@@ -98,7 +98,7 @@ class Scoring:
             self.last = predict(
                 classifier, self.val, run.eval.size, run.eval.resize, decoding, bf16=compute.bf16, go_on=go_on
             )
-        except _StoppedError:
+        except ScoringStoppedError:
             return None
         scores = accuracies(self.last.probabilities, self.labels[self.last.rows])
         return {f"val_{name}": score for name, score in scores.items()}
@@ -136,7 +136,3 @@ def record_score(outcome: Outcome, source: Source, scoring: Scoring) -> bool:
 
 def _scores(folder: Path) -> list[Score]:
     return results.read(folder / "results.json")
-
-
-class _StoppedError(Exception):
-    pass

@@ -11,7 +11,7 @@ from rich.console import Console
 
 from nearfar.launch.command_line import HelpWithSettings
 from nearfar.launch.recipes import bundled, find_recipe
-from nearfar.launch.training_verbs import Asked, TrainingVerb
+from nearfar.launch.training_verbs import RecipeAndSettings, TrainingVerb
 
 if TYPE_CHECKING:
     from nearfar.ssl.finetune_settings import FinetuneRun
@@ -39,7 +39,7 @@ def _add_subject(parser: Any) -> None:
     )
 
 
-def _asked(arguments: argparse.Namespace) -> Asked:
+def _asked(arguments: argparse.Namespace) -> RecipeAndSettings:
     settings = list(arguments.settings)
     if arguments.weights:
         from nearfar.launch.starting_weights import settings_of

@@ -16,7 +16,7 @@ from nearfar.eval.pictures import contact_sheet, save
 from nearfar.eval.scoring import labels_of
 from nearfar.eval.tasks import label_numbers
 from nearfar.launch import processes
-from nearfar.launch.stop_signals import StopFlag
+from nearfar.launch.stop_signals import ScoringStoppedError, StopFlag
 from nearfar.ssl import checkpoint, config, device, train
 from nearfar.ssl.backbones import Backbone
 from nearfar.ssl.data import open_source
@@ -94,7 +94,7 @@ class OnlineKNN:
 
         def go_on(_: int) -> None:
             if self.should_stop():
-                raise _StoppedError
+                raise ScoringStoppedError
 
         def read(source: Source) -> Features:
             reading = Reading(run.eval.size, run.eval.resize, pooling=run.head.pooling, amp=compute.bf16)
@@ -106,7 +106,7 @@ class OnlineKNN:
             memory, val = read(self.memory), read(self.val)
             known, right = labels_of(memory, val)
             (score,) = knn(memory.x, known, val.x, right, ks=(20,), device=place).values()
-        except _StoppedError:
+        except ScoringStoppedError:
             return None
         return {"knn_top1": score}
 
@@ -156,7 +156,3 @@ class OnlineScores:
     def __call__(self, backbone: Backbone, run: ResolvedRun) -> dict[str, float] | None:
         scores = self.score(backbone, run) if self.score else {}
         return None if scores is None else scores | self.similarity(backbone, run)
-
-
-class _StoppedError(Exception):
-    pass

@@ -9,6 +9,10 @@ from types import FrameType, TracebackType
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)
 
 
+class ScoringStoppedError(Exception):
+    """A stop was asked for while features were read; there is no score."""
+
+
 class StopFlag:
     """Context manager: SIGTERM, Ctrl-C and SIGUSR2 ask for a stop at the next step; a second Ctrl-C stops at once.
 

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from nearfar.ssl.finetune_settings import FinetuneRun
     from nearfar.ssl.settings import Run
 
-Asked = tuple[Path | None, list[str]]  # a recipe, and settings that win over it
+RecipeAndSettings = tuple[Path | None, list[str]]  # a recipe, and settings that win over it
 
 
 def load_pretraining(recipe: Path | None, settings: Sequence[str]) -> Run:
@@ -34,7 +34,7 @@ class TrainingVerb:
     name: str
     help: str
     add_subject: Callable[[Any], None]  # its arguments, to a parser
-    asked: Callable[[argparse.Namespace], Asked]  # Raises UserError for what is not there
+    asked: Callable[[argparse.Namespace], RecipeAndSettings]  # Raises UserError for what is not there
     load: Callable[[Path | None, Sequence[str]], Run | FinetuneRun] = load_pretraining
     settings_help: type[HelpWithSettings] = HelpWithSettings
     description: str | None = None

@@ -35,28 +35,28 @@ class Classifier(nn.Module):
         return logits
 
 
-class Answers(NamedTuple):
+class ClassifierOutputs(NamedTuple):
     """One forward pass of B images."""
 
     loss: Tensor  # scalar, with gradient
     right: Tensor  # share of the images whose likeliest class is that of the largest target, scalar
 
     @staticmethod
-    def joined(parts: list[Answers]) -> Answers:
+    def joined(parts: list[ClassifierOutputs]) -> ClassifierOutputs:
         """Those of equal parts of a batch as those of the whole."""
         loss, right = (torch.stack([getattr(part, name) for part in parts]).mean() for name in ("loss", "right"))
-        return Answers(loss, right)
+        return ClassifierOutputs(loss, right)
 
 
 class ClassifierLearner(StudentTeacher):
     """Supervised training. The teacher is the average of the weights that is scored and saved, or the weights as they
     are (momentum 0); it sees no image in training."""
 
-    def forward(self, images: Tensor, targets: Tensor) -> Answers:
+    def forward(self, images: Tensor, targets: Tensor) -> ClassifierOutputs:
         """Normalized images (B, 3, s, s) and targets (B, C), each a distribution over the classes -> their answers."""
         logits = self.student(images)
         right = (logits.detach().argmax(-1) == targets.argmax(-1)).to(targets.dtype).mean()
-        return Answers(soft_cross_entropy(logits, targets), right)
+        return ClassifierOutputs(soft_cross_entropy(logits, targets), right)
 
     @torch.no_grad()
     def after_step(self, momentum: float, not_finite: Tensor | None = None) -> None:

@@ -167,7 +167,7 @@ def combinations(run: Run) -> list[str]:
 def wrong_slices(run: AnyRun) -> Iterator[str]:
     """Steps that do not divide into processes and parts."""
     if run.train.batch_size % (run.train.world_size or 1):
-        yield f"train.batch_size={run.train.batch_size} does not divide into train.world_size={run.train.world_size}"
+        yield f"train.batch_size={run.train.batch_size} is not divisible by train.world_size={run.train.world_size}"
     elif run.train.batch_size // (run.train.world_size or 1) % run.train.accumulate_steps:
         yield (
             f"the {run.train.batch_size // (run.train.world_size or 1)} images of a step in each process do not divide "
@@ -224,7 +224,7 @@ def _wrong_sizes(run: Run) -> Iterator[str]:
 def wrong_backbone(backbone: BackboneSettings) -> Iterator[str]:
     """Settings that a backbone does not support, as far as its name tells."""
     if backbone.embed_dim and backbone.num_heads and backbone.embed_dim % backbone.num_heads:
-        yield f"backbone.embed_dim={backbone.embed_dim} does not divide into {backbone.num_heads} heads"
+        yield f"backbone.embed_dim={backbone.embed_dim} is not divisible by num_heads={backbone.num_heads}"
     if (backbone.levels, backbone.wavelet) != ("auto", "haar") and not (backbone.lgp or "_lgp" in backbone.name):
         yield "backbone.levels and backbone.wavelet are settings of LGP, and backbone.lgp is off"
     if backbone.pretrained and backbone.weights:

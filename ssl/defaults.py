@@ -108,7 +108,7 @@ def on_ranks(run: R, world_size: int) -> R:
     if run.train.batch_size % world_size:
         sizes = " and ".join(map(str, dividing(run.train.batch_size, run.train.accumulate_steps, world_size)))
         raise UserError(
-            f"train.batch_size={run.train.batch_size} does not divide into {world_size} ranks; {sizes} would."
+            f"train.batch_size={run.train.batch_size} cannot be split evenly over {world_size} ranks; {sizes} could."
         )
     if run.train.batch_size // world_size % run.train.accumulate_steps:
         raise UserError(

@@ -52,9 +52,9 @@ def choose(device: str, precision: str, width: int, asked: str = "train.device="
     chosen = torch.device("cuda" if device != "cpu" and torch.cuda.is_available() else "cpu")
     supported = has_bf16(chosen)
     if precision == "bf16" and not supported:
-        raise UserError(f"train.precision=bf16, but this {chosen.type} does not multiply bf16. Use fp32 or auto.")
+        raise UserError(f"train.precision=bf16, but this {chosen.type} has no bf16 matrix product. Use fp32 or auto.")
     if precision == "fp16" and not has_fp16(chosen):
-        raise UserError(f"train.precision=fp16, but this {chosen.type} does not multiply fp16. Use fp32 or auto.")
+        raise UserError(f"train.precision=fp16, but this {chosen.type} has no fp16 matrix product. Use fp32 or auto.")
     worthwhile = chosen.type == "cuda" or width >= MIN_BF16_WIDTH
     if precision == "bf16" or (precision == "auto" and supported and worthwhile):
         return Compute(chosen, lambda: torch.autocast(chosen.type, torch.bfloat16), BF16)

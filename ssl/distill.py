@@ -28,7 +28,7 @@ def cosine_loss(student: Tensor, teacher: Tensor) -> Tensor:
         return 1 - F.cosine_similarity(ours, theirs, dim=-1).mean()
 
 
-def patch_loss(student: Tensor, teacher: Tensor) -> Tensor:
+def patch_cosine_loss(student: Tensor, teacher: Tensor) -> Tensor:
     """`cosine_loss` of maps of tokens (B, D, h, w) and (B, D, h', w'), each resized to the smaller grid: scalar.
 
     Bilinear, and antialiased: every patch of a grid that is made smaller counts.
@@ -65,7 +65,7 @@ class FrozenTeacher(NamedTuple):
         return seen
 
 
-class Said(NamedTuple):
+class ProjectedFeatures(NamedTuple):
     """What a student says of views of one size. Shapes: V views of B images, D' the teacher's width."""
 
     features: Tensor  # (V * B, D): its own, before the projection
@@ -98,14 +98,14 @@ class ProjectedStudent(HeadedBackbone):
         self.outputs = teacher_width
         self.head_title = f"projections from {backbone.embed_dim} to {teacher_width} numbers"
 
-    def forward(self, groups: list[Tensor]) -> list[Said]:
+    def forward(self, groups: list[Tensor]) -> list[ProjectedFeatures]:
         """Groups of equally sized views [(V, B, 3, s, s), ...] -> what it says of each group."""
         said = []
         for group in groups:
             tokens = self.backbone(group.flatten(0, 1))
             features = tokens.cls if self.pooling == "cls" else tokens.mean
             patches = self.head.patches(tokens.patches).mT.unflatten(2, tokens.grid)
-            said.append(Said(features, self.head.summary(features), patches))
+            said.append(ProjectedFeatures(features, self.head.summary(features), patches))
         return said
 
 
@@ -160,7 +160,7 @@ class Distiller(Learner):
 
         The other arguments are those of other learners. The features among the outputs are the student's.
         """
-        said: list[Said] = self.student(groups)
+        said: list[ProjectedFeatures] = self.student(groups)
         views = sum(len(group) for group in groups)
         summary, patches = [], []
         for group, ours in zip(groups, said, strict=True):
@@ -168,7 +168,7 @@ class Distiller(Learner):
             share = len(group) / views
             whole = theirs.cls if self.source.pooling == "cls" else theirs.mean
             summary.append(share * cosine_loss(ours.summary, whole))
-            patches.append(share * patch_loss(ours.patches, theirs.map()))
+            patches.append(share * patch_cosine_loss(ours.patches, theirs.map()))
         parts = {"summary_loss": torch.stack(summary).sum(), "patch_loss": torch.stack(patches).sum()}
         loss = parts["summary_loss"] + self.patch_weight * parts["patch_loss"]
         features = said[0].features.detach().unflatten(0, groups[0].shape[:2])

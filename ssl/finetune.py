@@ -12,7 +12,7 @@ from torch import Tensor
 
 from nearfar.ssl import announce, checkpoint, distributed, memory, resume
 from nearfar.ssl.checkpoint import CLASSIFIER
-from nearfar.ssl.classifier import Answers, ClassifierLearner, build_classifier_learner
+from nearfar.ssl.classifier import ClassifierLearner, ClassifierOutputs, build_classifier_learner
 from nearfar.ssl.data.loaders.base import Batch
 from nearfar.ssl.data.sources.base import Source
 from nearfar.ssl.defaults import Derived
@@ -199,7 +199,7 @@ class Finetuning(Training[ResolvedFinetune, ClassifierLearner]):
     def started_step(self, views: list[Tensor], values: dict[str, float], votes: Votes) -> StepResult:
         return self.stepper(views, values, votes=votes)
 
-    def measured(self, outputs: Answers) -> dict[str, float]:
+    def measured(self, outputs: ClassifierOutputs) -> dict[str, float]:
         return {"train_top1": 100 * float(outputs.right)}
 
     def warning(self, step: int, measured: dict[str, float]) -> str | None:

@@ -34,7 +34,7 @@ _PARTS = re.compile(r"(^|\.)(mask_token$|patch_head\.|ibot\.|anchor\.)")
 _ANY_VALUE = {"backbone.drop_path", "backbone.weights", "backbone.pretrained", "backbone.scan", "head.pooling"}
 
 
-class Begun(NamedTuple):
+class ForkStart(NamedTuple):
     """step: at which the fork begins. said: what the user should know."""
 
     step: int
@@ -122,7 +122,7 @@ def begin(
     run: ResolvedRun,
     fingerprint: str,
     steps_per_epoch: int,
-) -> Begun:
+) -> ForkStart:
     """Put the checkpoint's weights (and moments) into a learner that was just built.
 
     Args:
@@ -155,7 +155,7 @@ def begin(
         known = set(names.values())
         moments = {n: t for n, t in parts["optimizer"].items() if n.partition("/")[2] in known}
         checkpoint.load_optimizer(optimizer, names, moments)
-    return Begun(step, _said(saved, run, fresh, dropped))
+    return ForkStart(step, _said(saved, run, fresh, dropped))
 
 
 def _said(saved: Checkpoint, run: ResolvedRun, fresh: list[str], dropped: list[str]) -> list[str]:

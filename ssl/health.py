@@ -19,7 +19,7 @@ def teacher_health(probabilities: Tensor, features: Tensor) -> dict[str, float]:
         features: the teacher's backbone features (..., D).
 
     Returns:
-        entropy: mean entropy of a row / ln K. 1 = every image gets the flat answer, 0 = a single prototype each.
+        entropy: mean entropy of a row / ln K. 1 = every image gets the uniform output, 0 = a single prototype each.
         kl: mean KL(row || mean row) in nats. 0 = every image gets the same answer, whatever it is.
         prototypes_used: share of the prototypes, among as many as there are rows, that win at least one row.
         feature_std: mean over dimensions of the std of L2-normalized features, times sqrt(D). Healthy near 1.
@@ -81,7 +81,7 @@ def collapse(metrics: dict[str, float], start: dict[str, float] | None = None) -
         )
     if metrics.get("entropy", 0.0) > 0.98:
         return (
-            f"Collapse to the flat answer: the teacher's entropy is {metrics['entropy']:.3f} of ln K, so the loss "
+            f"Collapse to the uniform output: the teacher's entropy is {metrics['entropy']:.3f} of ln K, so the loss "
             "stays near ln K. Try fewer head.prototypes, a lower loss.teacher_temp, head.batch_norm=true, or a "
             "higher optim.lr."
         )

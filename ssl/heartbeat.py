@@ -37,7 +37,7 @@ _LEFT = "left"
 
 
 @dataclass
-class _Seen:
+class _PeerState:
     """What is known of another rank."""
 
     beat: str = ""  # as it was last read: "HOST COUNT STEP", the step empty before the first; or `_LEFT`
@@ -74,7 +74,7 @@ class Heartbeat:
         self.verdict = ""  # what went wrong elsewhere, once it is known
         self._tells = first_of_machine or rank == 0
         self._store = _second_connection(store, silence) if silence else store
-        self._others = {other: _Seen() for other in (range(size) if rank == 0 else (0,)) if other != rank}
+        self._others = {other: _PeerState() for other in (range(size) if rank == 0 else (0,)) if other != rank}
         self._answered = time.monotonic()  # when the store last did
         self._broken = False  # the connection to it
         self._beats = 0

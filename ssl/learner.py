@@ -21,8 +21,8 @@ from nearfar.ssl.sharding import whole
 from nearfar.ssl.student_teacher import StudentTeacher
 
 
-class Seen(NamedTuple):
-    """What a network says of views. Shapes: V views of B images, G of them global, N patches, M hidden ones."""
+class NetworkOutputs(NamedTuple):
+    """Outputs for a batch of views. Shapes: V views of B images, G of them global, N patches, M hidden ones."""
 
     logits: Tensor  # (V, B, K)
     features: Tensor  # (V, B, D)
@@ -54,7 +54,7 @@ class HeadedBackbone(nn.Module):
 
     backbone: Backbone
     head: nn.Module
-    outputs: int  # numbers that the head says of a view
+    outputs: int  # how many outputs the head has for a view
     head_title: str  # the same in words
 
 
@@ -81,7 +81,7 @@ class Network(HeadedBackbone):
         self.outputs = len(head.prototypes)
         self.head_title = f"{self.outputs:,} prototypes"
 
-    def forward(self, groups: list[Tensor], masks: Masks | None = None, hide: bool = False) -> Seen:
+    def forward(self, groups: list[Tensor], masks: Masks | None = None, hide: bool = False) -> NetworkOutputs:
         """Groups of equally sized views [(G, B, 3, s, s), ...], the global one first. One backbone pass per size.
 
         masks: the patches of the global views whose logits are wanted; `hide`: the mask token stands in for them.
@@ -95,7 +95,9 @@ class Network(HeadedBackbone):
         if masks is not None:
             rows = seen.patches.flatten(0, 1)[masks.rows]
             patch_logits = (self.patch_head or self.head)(rows, masks.weights > 0)
-        return Seen(logits.unflatten(0, (-1, batch)), features.unflatten(0, (-1, batch)), seen.patches, patch_logits)
+        return NetworkOutputs(
+            logits.unflatten(0, (-1, batch)), features.unflatten(0, (-1, batch)), seen.patches, patch_logits
+        )
 
 
 class Learner(StudentTeacher, ABC):
@@ -167,14 +169,14 @@ class DINOLearner(Learner):
         return teacher_health(outputs.teacher_probabilities, outputs.teacher_features)
 
     @torch.no_grad()
-    def teacher_outputs(self, global_views: Tensor, masks: Masks | None = None) -> Seen:
+    def teacher_outputs(self, global_views: Tensor, masks: Masks | None = None) -> NetworkOutputs:
         """Global views (G, B, 3, s, s), nothing hidden, and the logits of the patches of `masks`."""
-        seen: Seen = self.teacher([global_views], masks)
+        seen: NetworkOutputs = self.teacher([global_views], masks)
         return seen
 
-    def student_outputs(self, groups: list[Tensor], masks: Masks | None = None) -> Seen:
+    def student_outputs(self, groups: list[Tensor], masks: Masks | None = None) -> NetworkOutputs:
         """All views, grouped by size; of the global ones the patches of `masks` are hidden."""
-        seen: Seen = self.student(groups, masks, hide=True)
+        seen: NetworkOutputs = self.student(groups, masks, hide=True)
         return seen
 
     def forward(
@@ -202,7 +204,7 @@ class DINOLearner(Learner):
         loss = sum((weights[name] * part for name, part in parts.items()), loss)
         return Outputs(loss, probabilities, teacher.features, {name: part.detach() for name, part in parts.items()})
 
-    def ibot_loss(self, student: Seen, teacher: Seen, masks: Masks, teacher_temp: float) -> Tensor:
+    def ibot_loss(self, student: NetworkOutputs, teacher: NetworkOutputs, masks: Masks, teacher_temp: float) -> Tensor:
         """The student's answers for the patches that it did not see against the teacher's, who saw them: scalar."""
         assert self.ibot is not None and student.patch_logits is not None and teacher.patch_logits is not None
         probabilities = self.ibot.teacher_probabilities(teacher.patch_logits, masks.weights, teacher_temp)

@@ -125,7 +125,7 @@ class DINOLoss(nn.Module):
 
     def forward(self, student_logits: Tensor, teacher_probabilities: Tensor) -> Tensor:
         """Logits (V, B, K) of the student against probabilities (G, B, K) of the teacher -> scalar."""
-        # Near the flat answer the gradient is a small difference of probabilities: bf16 would leave only its rounding.
+        # Near uniform output the gradient is a small difference of probabilities: bf16 would leave only its rounding.
         with torch.autocast(student_logits.device.type, enabled=False):
             return dino_loss(student_logits.to(self.center.dtype), teacher_probabilities, self.student_temp)
 

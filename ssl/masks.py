@@ -65,7 +65,7 @@ class BlockMasks:
         counter[0], counter[1], counter[2], counter[3] = np.arange(words), _BLOCKS, place[:, None], step
         drawn = _uniform(np.moveaxis(philox(counter, self._key), 0, -1)).reshape(len(place), -1)
         tries, order = drawn[:, : 4 * TRIES].reshape(-1, TRIES, 4), drawn[:, 4 * TRIES : 4 * TRIES + patches]
-        return block_masks(counts, self.grid, tries, order).reshape(self.images, self.views, patches)
+        return draw_block_masks(counts, self.grid, tries, order).reshape(self.images, self.views, patches)
 
     def _start(self, step: int) -> float:
         return float(_uniform(philox(np.array([0, _START, 0, step], np.uint64), self._key))[0])
@@ -108,7 +108,7 @@ def most_hidden(views: int, patches: int, share: float, ratios: Range) -> int:
     return min(most + 1, views * patches)
 
 
-def block_masks(
+def draw_block_masks(
     counts: NDArray[np.int64], grid: Grid, tries: NDArray[np.float64], order: NDArray[np.float64]
 ) -> NDArray[np.bool_]:
     """Masks (n, h*w) with exactly `counts` (n,) hidden patches, made of blocks.

@@ -46,7 +46,7 @@ class SideStream:
             tensor.record_stream(computing)  # so that its memory is not used again before that stream is done with it
 
 
-class _Begun(NamedTuple):
+class _Prefetched(NamedTuple):
     batch: Batch
     views: list[Tensor]
     mark: Any
@@ -69,7 +69,7 @@ class Prefetch:
             views: a batch -> what the step takes, on the device.
         """
         self._fetch, self._views, self._side = fetch, views, side
-        self._begun: _Begun | Exception | None = None
+        self._begun: _Prefetched | Exception | None = None
 
     def begin(self) -> None:
         """Start on the next batch. What goes wrong is raised by `take`, after the step before was read and saved."""
@@ -78,7 +78,7 @@ class Prefetch:
         try:
             with self._side.entered():  # a loader may make its batches on the device too
                 batch = self._fetch()
-                self._begun = _Begun(batch, self._views(batch), self._side.mark())
+                self._begun = _Prefetched(batch, self._views(batch), self._side.mark())
         except Exception as error:
             self._begun = error
 

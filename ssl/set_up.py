@@ -70,7 +70,7 @@ def set_up(kind: type[T], run: AnyRun, source: Source, observers: Observers, fol
     if origin:
         begun = fork.begin(origin, learner, optimizer, resolved, source.fingerprint, loader.steps_per_epoch)
     else:
-        begun = fork.Begun(resume.restore(saved, learner, optimizer, source.fingerprint) if saved else 0, [])
+        begun = fork.ForkStart(resume.restore(saved, learner, optimizer, source.fingerprint) if saved else 0, [])
     step, warnings = begun.step, [*warnings, *begun.said]
     if memories:
         warnings.append(announce.memory_line(resolved, *memories))

@@ -42,7 +42,7 @@ def shard(network: nn.Module, learns: bool) -> None:
     # Weights that stay gathered after a pass are dropped by the backward pass; without one they would stay as they
     # were while the teacher moves on.
     fully_shard(network, mesh=mesh, reshard_after_forward=not learns)
-    if device.type == "cpu":  # gloo of torch 2.8 sums, without a word, where it is asked for the mean
+    if device.type == "cpu":  # gloo of torch 2.8 silently sums where it is asked for the mean
         for module in network.modules():
             if isinstance(module, FSDPModule):
                 module.set_force_sum_reduction_for_comms(True)

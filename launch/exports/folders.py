@@ -26,13 +26,13 @@ from nearfar.ssl.errors import UserError
 WEIGHTS = "model.safetensors"
 
 
-class Written(NamedTuple):
+class FolderExport(NamedTuple):
     difference: float  # the largest one between the features of the folder and of the network
     loaded_by: str  # what loaded it, in words
     note: str | None  # what the folder is not
 
 
-def write_timm(subject: Subject, out: Path) -> Written:
+def write_timm(subject: Subject, out: Path) -> FolderExport:
     """A folder for timm.create_model("local-dir:OUT"), or for nearfar where timm does not know the network.
 
     Raises:
@@ -45,10 +45,10 @@ def write_timm(subject: Subject, out: Path) -> Written:
         _save(partial, plain.timm_tensors(vit))
         _write_json(partial / "config.json", timm_config(subject, vit))
         _write_card(subject, partial, "timm")
-        return Written(_check_timm(subject, partial), "timm", None)
+        return FolderExport(_check_timm(subject, partial), "timm", None)
 
 
-def write_huggingface(subject: Subject, out: Path) -> Written:
+def write_huggingface(subject: Subject, out: Path) -> FolderExport:
     """A folder for transformers' AutoModel.from_pretrained("OUT"), or for nearfar where the network is not a plain ViT.
 
     Raises UserError as `write_timm`.
@@ -109,7 +109,7 @@ def _check_timm(subject: Subject, folder: Path) -> float:
         return difference([model.eval().forward_features(images)], [subject.tokens(images)], "timm")
 
 
-def _check_huggingface(subject: Subject, folder: Path) -> Written:
+def _check_huggingface(subject: Subject, folder: Path) -> FolderExport:
     """By transformers where it is installed; always by a computation from the file alone."""
     images = example(subject.size)
     expected = [subject.tokens(images)]
@@ -117,7 +117,7 @@ def _check_huggingface(subject: Subject, folder: Path) -> Written:
     own = plain.dinov2_tokens(load_file(folder / WEIGHTS), config, images).float()
     largest = difference([own], expected, "the layout of transformers")
     if importlib.util.find_spec("transformers") is None:
-        return Written(largest, "a computation in its layout (transformers is not installed)", None)
+        return FolderExport(largest, "a computation in its layout (transformers is not installed)", None)
     import transformers
 
     try:
@@ -129,10 +129,10 @@ def _check_huggingface(subject: Subject, folder: Path) -> Written:
         raise UserError(f"transformers does not know the tensors {', '.join(wrong[:5])}, so nothing was written.")
     with torch.no_grad():
         found = model.eval()(images).last_hidden_state
-    return Written(max(largest, difference([found], expected, "transformers")), "transformers", None)
+    return FolderExport(max(largest, difference([found], expected, "transformers")), "transformers", None)
 
 
-def _write_ours(subject: Subject, folder: Path, program: str) -> Written:
+def _write_ours(subject: Subject, folder: Path, program: str) -> FolderExport:
     """The folder of a network that `program` does not know."""
     checkpoint.export(folder / WEIGHTS, subject.backbone, subject.about)
     name = str(subject.arch["name"])
@@ -147,7 +147,7 @@ def _write_ours(subject: Subject, folder: Path, program: str) -> Written:
         f"{name} {why}, so {program} alone cannot load it: the folder is loaded by nearfar, as its README.md says. "
         "--to onnx and --to torch-export write files that need no nearfar."
     )
-    return Written(largest, "nearfar", note)
+    return FolderExport(largest, "nearfar", note)
 
 
 def _require_all(model: dict[str, Tensor], file: dict[str, Tensor], by: str) -> None:

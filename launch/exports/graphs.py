@@ -26,13 +26,13 @@ NEEDED_BY_ONNX = ("onnx", "onnxscript", "onnxruntime")
 MOST_IMAGES = 4096  # of one batch
 
 
-class Written(NamedTuple):
+class GraphExport(NamedTuple):
     difference: float  # the largest one between the features of the file and of the network
     sizes: list[tuple[int, int]]  # of the images on which they were compared
     any_size: bool  # does the graph take images of any size?
 
 
-class Outputs(nn.Module):
+class TokenTensors(nn.Module):
     """Normalized images (B, 3, H, W) -> CLS (B, D) and patch tokens (B, h*w, D)."""
 
     def __init__(self, backbone: Backbone) -> None:
@@ -53,7 +53,7 @@ def takes_any_size(backbone: Backbone) -> bool:
     return not isinstance(model.patch_embed, LGPPatchEmbed) or model.patch_embed.folds
 
 
-def write_onnx(subject: Subject, out: Path, size: tuple[int, int] | None = None) -> Written:
+def write_onnx(subject: Subject, out: Path, size: tuple[int, int] | None = None) -> GraphExport:
     """An ONNX file with the input `images` and the outputs `cls` and `patches`; any batch size.
 
     size: of the images, for a network that is exported for one; default: what it is made for.
@@ -85,7 +85,7 @@ def write_onnx(subject: Subject, out: Path, size: tuple[int, int] | None = None)
         return _compared(subject, run, size, "ONNX Runtime")
 
 
-def write_torch_export(subject: Subject, out: Path, size: tuple[int, int] | None = None) -> Written:
+def write_torch_export(subject: Subject, out: Path, size: tuple[int, int] | None = None) -> GraphExport:
     """An archive for torch.export.load, which needs torch alone; its module gives (cls, patches). Any batch size.
 
     Raises UserError as `write_onnx`.
@@ -114,7 +114,7 @@ def _traced(subject: Subject, size: tuple[int, int] | None) -> torch.export.Expo
         backbone(example((height, width)))  # a size that does not fit is named before anything is traced
         try:
             return torch.export.export(
-                Outputs(backbone), (example((height, width)),), dynamic_shapes=(dims,), strict=False
+                TokenTensors(backbone), (example((height, width)),), dynamic_shapes=(dims,), strict=False
             )
         except (RuntimeError, ValueError, TypeError, AttributeError, AssertionError) as error:
             reason = " ".join(str(error).split())[:200]
@@ -123,7 +123,7 @@ def _traced(subject: Subject, size: tuple[int, int] | None) -> torch.export.Expo
 
 def _compared(
     subject: Subject, run: Callable[[Tensor], list[Tensor]], size: tuple[int, int] | None, by: str
-) -> Written:
+) -> GraphExport:
     """Compare at the size of the network and, where the graph takes every size, at one that is not square."""
     any_size = takes_any_size(subject.backbone)
     height, width = size or subject.size
@@ -135,9 +135,9 @@ def _compared(
     for batch, each in zip((1, 3), (sizes * 2)[:2], strict=True):
         images = example(each, batch)
         with torch.no_grad():
-            expected = list(Outputs(subject.backbone)(images))
+            expected = list(TokenTensors(subject.backbone)(images))
         largest = max(largest, difference(run(images), expected, by))
-    return Written(largest, sizes, any_size)
+    return GraphExport(largest, sizes, any_size)
 
 
 def _description(subject: Subject) -> str:

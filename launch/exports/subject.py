@@ -88,7 +88,7 @@ def require_free(out: Path) -> None:
         raise UserError(f"{out} cannot be looked at: {error.strerror}.") from None
     if taken:
         kind = "a folder with something in it" if out.is_dir() else "a file"
-        raise UserError(f"{out} is {kind}, and an export writes over nothing. Name another place, or remove it.")
+        raise UserError(f"{out} is {kind}, and an export never overwrites anything. Name another place, or remove it.")
     if not out.parent.is_dir():
         raise UserError(f"There is no folder {out.parent} to write {out.name} to. Make it first.")
 

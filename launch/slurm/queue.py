@@ -52,7 +52,7 @@ def entries(ids: Iterable[str]) -> dict[str, QueueEntry]:
         return {}
     listed = _run("squeue", "-h", "-r", "-t", "all", "-j", ",".join(ids), "-o", "%i|%T|%j|%N|%L|%r")
     if listed.returncode and "Invalid job id" not in listed.stderr:
-        raise UserError(f"SLURM's queue cannot be asked: {_message(listed)}.")
+        raise UserError(f"squeue failed: {_message(listed)}.")
     found = {}
     for line in listed.stdout.splitlines():
         job, state, name, nodes, left, reason = line.split("|", 5)

@@ -74,11 +74,11 @@ def _check(run: AnyRun, resources: Resources) -> None:
     if resources.cpu and run.train.device == "cuda":
         raise UserError("train.device=cuda and --cpu contradict each other: choose one.")
     if not resources.cpu and run.train.device == "cpu":
-        raise UserError("train.device=cpu and --gpus-per-node contradict each other: say --cpu, or leave the device.")
+        raise UserError("train.device=cpu and --gpus-per-node contradict each other: use --cpu, or omit train.device.")
     if run.train.batch_size % resources.world:
         sizes = dividing(run.train.batch_size, run.train.accumulate_steps, resources.world)
         raise UserError(
-            f"train.batch_size={run.train.batch_size} does not divide into {resources.world} processes "
+            f"train.batch_size={run.train.batch_size} cannot be split evenly over {resources.world} processes "
             f"({resources.nodes} nodes x {resources.tasks}); the nearest that do: {' and '.join(map(str, sizes))}."
         )
     if isinstance(run, FinetuneRun):  # images are mixed in pairs within a process

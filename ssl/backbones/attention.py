@@ -64,7 +64,7 @@ def flex_windows(flex: Callable[..., Any], q: Tensor, k: Tensor, v: Tensor, rows
     """`attend_in_windows` by a FlexAttention."""
     prefix = q.shape[-2] - rows.shape[-2]
     rows, columns = F.pad(rows, (0, 0, prefix, 0)), F.pad(columns, (0, 0, prefix, 0))
-    out: Tensor = flex(q, k, v, score_mod=window_score(rows, columns, prefix))
+    out: Tensor = flex(q, k, v, score_mod=local_score_mod(rows, columns, prefix))
     return out
 
 
@@ -78,7 +78,7 @@ def window_bias(rows: Tensor, columns: Tensor, tokens: int) -> Tensor:
     return bias[..., above * width - prefix :]
 
 
-def window_score(rows: Tensor, columns: Tensor, prefix: int) -> Callable[..., Tensor]:
+def local_score_mod(rows: Tensor, columns: Tensor, prefix: int) -> Callable[..., Tensor]:
     """S of `attend_in_windows` as a FlexAttention score_mod, from tables with `prefix` rows of zeros in front."""
     width = columns.shape[-1]
 

@@ -164,7 +164,7 @@ class VisionMamba(TokenModel):
         super().__init__()
         num_heads = num_heads or next(n for n in range(max(1, embed_dim // 64), 0, -1) if embed_dim % n == 0)
         if embed_dim % num_heads:
-            raise UserError(f"A width of {embed_dim} does not divide into {num_heads} heads (for PRR).")
+            raise UserError(f"A width of {embed_dim} is not divisible by num_heads={num_heads} (for PRR).")
         if not lgp and (levels, wavelet) != ("auto", "haar"):
             raise UserError(f"levels={levels} and wavelet={wavelet} are settings of LGP; turn on lgp or omit them.")
         choose_scan(scan, "cuda" if torch.cuda.is_available() else "cpu")  # an impossible choice fails here already

@@ -179,7 +179,7 @@ class VisionTransformer(TokenModel):
     ) -> None:
         super().__init__()
         if embed_dim % num_heads:
-            raise UserError(f"A width of {embed_dim} does not divide into {num_heads} attention heads.")
+            raise UserError(f"A width of {embed_dim} is not divisible by num_heads={num_heads}.")
         if not lgp and (levels, wavelet) != ("auto", "haar"):
             raise UserError(f"levels={levels} and wavelet={wavelet} are settings of LGP; turn on lgp or omit them.")
         height, width = (img_size, img_size) if isinstance(img_size, int) else img_size

@@ -49,7 +49,7 @@ _ABANDONED = 60.0  # seconds without a change after which an unlocked file is no
 
 
 @dataclass
-class Written:
+class WrittenBeton:
     """What became of the images of a source."""
 
     unchanged: int = 0  # JPEG bytes as they were
@@ -74,7 +74,7 @@ class BetonOptions:
 
 @dataclass(frozen=True)
 class _Sample:
-    """An image ready to be written; `kind` is its counter in Written."""
+    """An image ready to be written; `kind` is its counter in WrittenBeton."""
 
     kind: str
     data: bytes
@@ -92,7 +92,7 @@ def write_beton(
     workers: int = 1,
     overwrite: bool = False,
     progress: Callable[[int], None] = lambda done: None,
-) -> Written:
+) -> WrittenBeton:
     """Write every image of `source` that can be read, in its order; returns what became of them.
 
     A JPEG that is upright, RGB or gray, within `max_side` and clean (libjpeg-turbo has no complaint) keeps its bytes.
@@ -135,14 +135,14 @@ def _write(
     stop_at_bad: bool,
     workers: int,
     progress: Callable[[int], None],
-) -> Written:
+) -> WrittenBeton:
     kinds = {"image": IMAGE, "name": JSON}
     kinds |= {"label": INT} if source.labels is not None else {}
     kinds |= {"mask": BYTES} if _has_masks(source) else {}
     records = np.zeros(len(source), np.dtype([(name, RECORD[kind]) for name, kind in kinds.items()], align=True))
     begin = HEADER.itemsize + len(kinds) * FIELD.itemsize + records.nbytes
     pages = _Pages(file, -(-begin // _PAGE) * _PAGE)
-    digest, written, n = hashlib.sha256(), Written(), 0
+    digest, written, n = hashlib.sha256(), WrittenBeton(), 0
     for i, sample in enumerate(_samples(source, options, "mask" in kinds, workers)):
         if isinstance(sample, BadImage):
             written.bad.append((sample.name, sample.why))

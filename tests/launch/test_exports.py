@@ -335,8 +335,8 @@ def test_a_checkpoint_of_a_step_is_exported(tmp_path: Path, capsys: pytest.Captu
 @pytest.mark.parametrize(
     ("to", "name", "said"),
     [
-        ("timm", "full", "full is a folder with something in it, and an export writes over nothing"),
-        ("onnx", "old.onnx", "old.onnx is a file, and an export writes over nothing"),
+        ("timm", "full", "full is a folder with something in it, and an export never overwrites anything"),
+        ("onnx", "old.onnx", "old.onnx is a file, and an export never overwrites anything"),
         ("torch-export", "net.onnx", "name it .*net.pt2"),
         ("huggingface", "no/where", "There is no folder .*no to write where to"),
     ],

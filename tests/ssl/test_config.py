@@ -183,7 +183,7 @@ def test_bad_types_and_ranges(setting: str) -> None:
         (["train.epochs=5", "loss.warmup_teacher_temp_epochs=6"], "loss.warmup_teacher_temp_epochs=6 is longer"),
         (["train.epochs=5", "optim.freeze_last_layer_epochs=6"], "optim.freeze_last_layer_epochs=6 is longer"),
         (["backbone.pretrained=true"], "backbone.pretrained needs a timm/NAME backbone"),
-        (["backbone.embed_dim=100", "backbone.num_heads=3"], "does not divide into 3 heads"),
+        (["backbone.embed_dim=100", "backbone.num_heads=3"], "is not divisible by num_heads=3"),
         (["eval.size=64", "eval.resize=32"], "eval.resize=32 is smaller than the crop eval.size=64"),
         (["eval.resize=100"], "eval.resize=100 is smaller than the crop eval.size=224"),
         (["name=a/b"], "must be a plain folder name"),
@@ -494,4 +494,4 @@ def test_more_processes_than_gpus_are_a_mistake() -> None:
 
 
 def test_a_batch_that_does_not_divide_among_the_ranks_is_a_mistake() -> None:
-    assert "does not divide into train.world_size=3" in mistakes("train.batch_size=64", "train.world_size=3")
+    assert "is not divisible by train.world_size=3" in mistakes("train.batch_size=64", "train.world_size=3")

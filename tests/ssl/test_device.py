@@ -41,7 +41,7 @@ def test_an_explicit_bf16_is_met_or_refused(bf16: bool) -> None:
     if bf16:
         assert in_autocast(device.choose("cpu", "bf16", 24)) == torch.bfloat16
     else:
-        with pytest.raises(UserError, match=r"train.precision=bf16, but this cpu does not multiply bf16"):
+        with pytest.raises(UserError, match=r"train.precision=bf16, but this cpu has no bf16 matrix product"):
             device.choose("cpu", "bf16", 384)
 
 
@@ -53,7 +53,7 @@ def test_an_explicit_fp16_is_met_or_refused(supported: bool, monkeypatch: pytest
         assert in_autocast(compute) == torch.float16
         assert compute.fp16 and not compute.bf16 and compute.precision == "fp16 autocast"
     else:
-        with pytest.raises(UserError, match=r"train.precision=fp16, but this cpu does not multiply fp16.*fp32 or auto"):
+        with pytest.raises(UserError, match=r"train.precision=fp16, but this cpu has no fp16 .*fp32 or auto"):
             device.choose("cpu", "fp16", 384)
 
 

@@ -16,7 +16,7 @@ from nearfar.ssl import checkpoint, config, learners
 from nearfar.ssl.backbones import Backbone, create
 from nearfar.ssl.data.sources.base import ArraySource
 from nearfar.ssl.defaults import resolve
-from nearfar.ssl.distill import Distiller, FrozenTeacher, ProjectedStudent, cosine_loss, patch_loss
+from nearfar.ssl.distill import Distiller, FrozenTeacher, ProjectedStudent, cosine_loss, patch_cosine_loss
 from nearfar.ssl.errors import UserError
 from nearfar.ssl.learner import build_learner
 from nearfar.ssl.learning_settings import DistillSettings
@@ -95,7 +95,7 @@ def test_the_finer_grid_is_halved_before_patches_are_compared(finer: str) -> Non
         halved = np.stack([taps @ plane @ taps.T for plane in image])
         found += [distance(halved[:, y, x], other[:, y, x]) for y in range(3) for x in range(3)]
     args = (fine, coarse) if finer == "student" else (coarse, fine)
-    assert patch_loss(*args).item() == pytest.approx(np.mean(found), abs=1e-12)
+    assert patch_cosine_loss(*args).item() == pytest.approx(np.mean(found), abs=1e-12)
 
 
 def test_equal_backbones_with_an_identity_projection_differ_by_nothing() -> None:

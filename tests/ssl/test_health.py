@@ -99,7 +99,7 @@ def test_health_says_the_same_of_bf16(features: Tensor) -> None:
 @pytest.mark.parametrize(
     ("changed", "words"),
     [
-        ({"entropy": 0.99}, ["flat", "ln K", "head.prototypes"]),
+        ({"entropy": 0.99}, ["uniform output", "ln K", "head.prototypes"]),
         ({"kl": 0.001}, ["one answer", "loss.center_momentum"]),
         ({"feature_std": 0.01}, ["same features", "optim.lr"]),
     ],
@@ -123,7 +123,7 @@ def test_the_watch_waits_until_a_collapse_lasts_tells_it_once_and_tells_the_reco
     assert [watch.update(step, FLAT) for step in (100, 101)] == [None, None]
     assert watch.update(102, HEALTHY) is None  # single bad steps are no collapse, nor is this a recovery
     told = [watch.update(step, FLAT) for step in range(103, 110)]
-    assert told[:2] == [None, None] and "flat" in str(told[2]) and told[3:] == [None] * 4
+    assert told[:2] == [None, None] and "uniform output" in str(told[2]) and told[3:] == [None] * 4
     assert "Recovered by step 110" in str(watch.update(110, HEALTHY))
     assert watch.update(111, HEALTHY) is None
     again = [watch.update(step, FLAT) for step in range(112, 116)]
@@ -165,7 +165,7 @@ def teacher(kind: str, share: float, generator: torch.Generator) -> dict[str, fl
 @pytest.mark.parametrize(
     ("kind", "words"),
     [
-        ("flat", "flat answer"),
+        ("flat", "uniform output"),
         ("one answer", "one answer"),
         ("same features", "nearly the same features"),
         ("few directions", "few directions"),

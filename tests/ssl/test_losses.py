@@ -109,7 +109,7 @@ def test_half_precision_logits_are_widened_before_the_softmax() -> None:
 
 
 def test_autocast_leaves_the_loss_and_its_gradient_exact() -> None:
-    """bf16 products would leave only the rounding of a gradient that is a small difference near the flat answer."""
+    """bf16 products would leave only the rounding of a gradient that is a small difference near the uniform output."""
     generator = torch.Generator().manual_seed(0)
     teacher = torch.rand(2, 8, 64, generator=generator).softmax(-1)
     student = (0.01 * torch.randn(4, 8, 64, generator=generator)).requires_grad_()

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from nearfar.ssl.masks import TRIES, BlockMasks, Masks, block_masks, hidden_counts, most_hidden
+from nearfar.ssl.masks import TRIES, BlockMasks, Masks, draw_block_masks, hidden_counts, most_hidden
 
 CPU = torch.device("cpu")
 WHOLE = BlockMasks(seed=3, share=0.5, ratios=(0.1, 0.5), grid=(14, 14), images=64)
@@ -103,8 +103,8 @@ def test_the_first_block_is_a_rectangle_of_the_published_shape() -> None:
     counts = rng.integers(20, 99, n)
     tries = rng.random((n, TRIES, 4))
     one = tries[:, :1]
-    masks = block_masks(counts, (14, 14), one, np.full((n, 196), 0.5)).reshape(n, 14, 14)
-    alone = block_masks(counts, (14, 14), one, np.tile(np.linspace(0.1, 0.9, 196), (n, 1))).reshape(n, 14, 14)
+    masks = draw_block_masks(counts, (14, 14), one, np.full((n, 196), 0.5)).reshape(n, 14, 14)
+    alone = draw_block_masks(counts, (14, 14), one, np.tile(np.linspace(0.1, 0.9, 196), (n, 1))).reshape(n, 14, 14)
     blocks = 0
     for mask, other, count, draw in zip(masks, alone, counts, one[:, 0], strict=True):
         size = 4 + draw[0] * (count - 4)
@@ -136,7 +136,7 @@ def test_masks_are_of_blocks_and_not_of_scattered_patches() -> None:
 def test_patches_that_no_block_filled_are_the_first_in_order() -> None:
     none = np.full((1, TRIES, 4), 0.999)  # 14 x 14 patches in a corner: far too many for two
     order = np.random.default_rng(0).random((1, 196))
-    mask = block_masks(np.array([2]), (14, 14), none, order)
+    mask = draw_block_masks(np.array([2]), (14, 14), none, order)
     assert mask.sum() == 2
     starts = [WHOLE._start(step) for step in range(200)]
     assert 0 < min(starts) < 0.1 and 0.9 < max(starts) < 1 and all(a != b for a, b in pairwise(starts))

@@ -65,7 +65,7 @@ class LoaderOptions:
 
 
 @dataclass(frozen=True)
-class Taken:
+class BatchSamples:
     """Which samples a batch is made of, after bad images were replaced."""
 
     index: NDArray[np.int64]  # (B,)
@@ -143,7 +143,7 @@ class Loader(ABC):
                 begin = (s * options.world_size + options.rank) * options.batch_size
                 yield Task(epoch, s, order[begin : begin + options.batch_size])
 
-    def take(self, wanted: NDArray[np.int64], use: Callable[[int, int], None]) -> Taken:
+    def take(self, wanted: NDArray[np.int64], use: Callable[[int, int], None]) -> BatchSamples:
         """Call `use(k, i)` for sample i as the k-th of the batch; if it raises BadImage, for the next sample instead.
 
         That is the first of the samples wanted, wanted + 1, ... (cyclic) that can be used.
@@ -157,20 +157,20 @@ class Loader(ABC):
                 except BadImage as error:
                     bad[error.name] = error.why
                     if len(bad) >= too_many:
-                        return Taken(index, list(bad.items()), complete=False)
+                        return BatchSamples(index, list(bad.items()), complete=False)
                 else:
                     index[k] = i
                     break
             else:
-                return Taken(index, list(bad.items()), complete=False)
-        return Taken(index, list(bad.items()), complete=True)
+                return BatchSamples(index, list(bad.items()), complete=False)
+        return BatchSamples(index, list(bad.items()), complete=True)
 
     def check_size(self, i: int, height: int, width: int) -> None:
         """Raises BadImage for an image of a size, in pixels, that cannot be used."""
         if why := size_problem(height, width, self.options.min_side):
             raise BadImage(self.source.name(i), why)
 
-    def batch(self, task: Task, taken: Taken, groups: list[Tensor], plan: ViewPlan, decoded: int = 0) -> Batch:
+    def batch(self, task: Task, taken: BatchSamples, groups: list[Tensor], plan: ViewPlan, decoded: int = 0) -> Batch:
         """The batch of these views."""
         labels = self.source.labels
         label = None if labels is None or not groups else labels[taken.index]

@@ -155,7 +155,10 @@ def test_folders_without_jobs(
         (["data.path=''", "--cpu"], "data.path is not set"),
         (["train.device=cuda", "--cpu"], "contradict"),
         (["train.device=cpu", "--gpus-per-node", "2"], "contradict"),
-        (["train.batch_size=10", "--cpu", "--tasks-per-node", "4"], "does not divide into 4 processes (1 nodes x 4)"),
+        (
+            ["train.batch_size=10", "--cpu", "--tasks-per-node", "4"],
+            "split evenly over 4 processes (1 nodes x 4)",
+        ),
         (["--cpu", "--then", "eval=knn"], "set data.val="),
         (["--cpu", "--then", "knn"], "--then knn: write eval="),
         (["--cpu", "--then", "eval=color"], "any of knn, linear, logistic, fewshot, segment"),

@@ -63,7 +63,7 @@ def test_arch_says_what_it_is_and_not_how_it_is_computed() -> None:
         ("vim_tiny_patch16", {"registers": 2}, "cannot take registers"),
         ("vim_tiny_patch16", {"pretrained": True}, "no published weights"),
         ("vim_tiny_patch14_lgp", {}, "power of two"),
-        ("vim_tiny_patch16", {"embed_dim": 48, "num_heads": 5}, "48 does not divide into 5 heads"),
+        ("vim_tiny_patch16", {"embed_dim": 48, "num_heads": 5}, "48 is not divisible by num_heads=5"),
         ("vim_tiny_patch16_lgp_uni", {}, "Did you mean .*vim_tiny_patch16"),
         ("vim_smal_patch16", {}, "Did you mean .*vim_small_patch16"),
         ("vit_tiny_patch16", {"scan": "torch"}, "scan=torch is a setting of Vision Mamba"),
@@ -116,7 +116,7 @@ def test_dino_learns_and_its_checkpoint_loads(
 
 
 def test_impossible_settings_are_told_together() -> None:
-    with pytest.raises(UserError, match=r"2 mistakes.*divide into 5 heads.*no attention"):
+    with pytest.raises(UserError, match=r"2 mistakes.*num_heads=5.*no attention"):
         config.load(None, ["backbone.name=vim_tiny_patch16", "backbone.registers=2", "backbone.embed_dim=48",
                            "backbone.num_heads=5"])  # fmt: skip
     with pytest.raises(UserError, match=r"backbone\.scan=torch is for Vision Mamba"):

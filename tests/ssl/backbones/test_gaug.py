@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nearfar.ssl.backbones import GaugBias, attention
-from nearfar.ssl.backbones.attention import attend_in_windows, flex_windows, window_bias, window_score
+from nearfar.ssl.backbones.attention import attend_in_windows, flex_windows, local_score_mod, window_bias
 
 
 def naive(bias: GaugBias, q: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
@@ -126,7 +126,7 @@ def test_the_gpus_score_is_the_bias_with_its_gradients(prefix: int) -> None:
     """What FlexAttention adds to each logit, evaluated at every place, against the bias written out."""
     rows, columns = tables((3, 4), prefix + 12)[3:]
     padded_rows, padded_columns = (torch.nn.functional.pad(table, (0, 0, prefix, 0)) for table in (rows, columns))
-    add = window_score(padded_rows, padded_columns, prefix)
+    add = local_score_mod(padded_rows, padded_columns, prefix)
     places = [torch.arange(n) for n in (2, 3, prefix + 12, prefix + 12)]
     grid = torch.meshgrid(*places, indexing="ij")
     found = add(torch.zeros(2, 3, prefix + 12, prefix + 12, dtype=torch.float64), *grid)
