@@ -5,6 +5,7 @@ version fails. Their versions are bounded in pyproject.toml.
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch.utils.data import DataLoader, TensorDataset
@@ -34,7 +35,7 @@ def test_a_fused_update_of_sgd_takes_a_flag_that_keeps_everything_as_it_is() -> 
 
 def test_the_workers_of_a_loader_are_its_processes() -> None:
     """ssl/data/loaders/pillow.py: one that is killed is noticed, and all end with the loop."""
-    stream = iter(DataLoader(TensorDataset(torch.arange(4)), num_workers=1))
+    stream: Any = iter(DataLoader(TensorDataset(torch.arange(4)), num_workers=1))
     next(stream)
     (worker,) = stream._workers
     assert worker.sentinel and worker.is_alive()
