@@ -29,7 +29,9 @@ def add_export(verbs: argparse._SubParsersAction) -> None:
     export.add_argument(
         "--to", choices=FORMATS, default="safetensors", help="format to write (default safetensors, for nearfar)"
     )
-    export.add_argument("--checkpoint", type=int, metavar="STEP", help="weights of this step of the run, not its last")
+    export.add_argument(
+        "--checkpoint", metavar="STEP", help="weights of this step of the run, not its last; best: of the highest k-NN"
+    )
     export.add_argument(
         "--license", default="unknown", help="license of the weights for the model card, such as apache-2.0"
     )

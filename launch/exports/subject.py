@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nearfar.ssl import checkpoint, checkpoint_names
+from nearfar.ssl import checkpoint, kept
 from nearfar.ssl.backbones import Backbone, VisionTransformer
 from nearfar.ssl.errors import UserError
 
@@ -55,27 +55,19 @@ class Subject:
         return torch.cat([tokens.prefix, tokens.patches], 1)
 
 
-def subject_of(model: Path, step: int | None = None, license_id: str = "unknown") -> Subject:
-    """From a run folder (its last weights, or those of the checkpoint of `step`), a checkpoint folder or an exported
-    file.
+def subject_of(model: Path, which: str | None = None, license_id: str = "unknown") -> Subject:
+    """From a run folder, a checkpoint folder or an exported file.
+
+    which: of a run, the checkpoint of this step, or the `best`; None: its last weights.
 
     Raises:
         UserError: nothing there, no checkpoint of that step, or weights that do not fit what they describe.
     """
-    if step is not None:
-        model = _checkpoint_of(model, step)
+    if which is not None:
+        model = kept.checkpoint_of(model, which)
     file = checkpoint.weights_file(model)
     folder = file.parent if file.name != checkpoint.TENSORS else file.parent.parent.parent
     return Subject(checkpoint.load(file), checkpoint.about(file), folder / "results.json", license_id)
-
-
-def _checkpoint_of(run: Path, step: int) -> Path:
-    found = {checkpoint_names.step_of(path): path for path in checkpoint_names.finished(run / "checkpoints")}
-    if step not in found:
-        steps = ", ".join(f"{known:,}" for known in found if known is not None)
-        there = f"it has those of step {steps}" if steps else "it has none"
-        raise UserError(f"{run} has no checkpoint of step {step:,}; {there} (train.keep_last says how many are kept).")
-    return found[step]
 
 
 def require_free(out: Path) -> None:
