@@ -25,6 +25,7 @@ from nearfar.launch.command_line import (
     add_settings,
     check_verb,
     refuse_leftover,
+    require_model,
 )
 from nearfar.launch.distill_verbs import DISTILL
 from nearfar.launch.eval_verbs import add_eval
@@ -52,6 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             arguments = parsed(sys.argv[1:] if argv is None else argv)
             logging.basicConfig(format="%(message)s")
             logging.getLogger("nearfar").setLevel(logging.INFO)
+            require_model(arguments)
             arguments.verb(arguments)
             sys.stdout.flush()
         except UserError as error:
@@ -171,9 +173,11 @@ def run_replay(arguments: argparse.Namespace) -> None:
 
 
 def run_report(arguments: argparse.Namespace) -> None:
+    given: list[Path] = arguments.run
+    if missing := next((run for run in given if not run.is_dir()), None):
+        raise UserError(f"There is no run folder {missing}, so there is nothing to report on.")
     from nearfar.eval.compare import runs_in
 
-    given: list[Path] = arguments.run
     if len(given) == 1 and ((given[0] / "config.yaml").exists() or not runs_in(given[0])):
         if arguments.format or arguments.out:
             raise UserError("--format and --out are for several runs: name them, or a folder of runs.")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import re
 import shutil
 import sys
@@ -13,7 +14,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from nearfar.launch.failures import tell
 from nearfar.launch.recipes import bundled
-from nearfar.ssl.errors import EXIT_USER
+from nearfar.ssl.errors import EXIT_USER, UserError
 from nearfar.ssl.setting_errors import meant, nearest
 
 if TYPE_CHECKING:
@@ -166,6 +167,17 @@ def add_settings(parser: Any) -> None:
 
 def add_model(parser: argparse.ArgumentParser, also: str = "") -> None:
     parser.add_argument("model", type=Path, help=f"run folder, checkpoint folder or exported .safetensors{also}")
+
+
+def require_model(arguments: argparse.Namespace) -> None:
+    """Raises UserError where the model of a command is not there: said before what reads it is imported."""
+    model = getattr(arguments, "model", None)
+    with contextlib.suppress(OSError):  # which opening it will tell
+        if isinstance(model, Path) and not model.exists():
+            raise UserError(
+                f"{model} does not exist. Give a run folder, a checkpoint folder (step-XXXXXXXXX) or a .safetensors "
+                "file."
+            )
 
 
 def add_reading(parser: argparse.ArgumentParser) -> None:

@@ -32,6 +32,9 @@ LIGHT = {"torch", "torchvision", "timm", "numpy", "matplotlib", "safetensors", "
         ["pretrain", "cifar10", "data.path="],
         ["eval", "lienar", "x"],
         ["launch", "demo", "--cpu", "--dry-run", "train.epoch=3"],
+        ["eval", "knn", "runs/nowhere"],
+        ["features", "runs/nowhere", "images", "out"],
+        ["report", "runs/nowhere"],
     ],
 )
 def test_help_and_mistakes_load_none_of_the_slow_packages(argv: list[str]) -> None:
