@@ -12,7 +12,7 @@ import torch
 from nearfar.eval.images import Decoding, View, batches, default_workers
 from nearfar.ssl.classifier import Classifier
 from nearfar.ssl.data.sources.base import Source
-from nearfar.ssl.data.transforms.normalize import MEAN, STD
+from nearfar.ssl.data.transforms.normalize import normalize_pixels
 from nearfar.ssl.errors import UserError
 
 
@@ -46,7 +46,6 @@ def predict(
         UserError: no image can be read.
     """
     device = next(classifier.parameters()).device
-    mean, std = (torch.tensor(c, device=device)[:, None, None] for c in (MEAN, STD))
     step = decoding.batch_size
     numbers = [range(first, min(first + step, len(source))) for first in range(0, len(source), step)]
     workers = default_workers(device, len(numbers)) if decoding.workers is None else decoding.workers
@@ -59,7 +58,7 @@ def predict(
             index += batch.index
             bad |= dict(batch.bad)
             if batch.images is not None:
-                images = (batch.images.to(device).float() / 255 - mean) / std
+                images = normalize_pixels(batch.images.to(device))
                 with torch.autocast(device.type, torch.bfloat16) if bf16 else nullcontext():
                     logits = classifier(images)
                 found.append(logits.float().softmax(-1).cpu().numpy())

@@ -20,7 +20,7 @@ from nearfar.eval.images import DecodedBatch, Decoding, View, batches, default_w
 from nearfar.ssl import digests, distributed
 from nearfar.ssl.backbones.tokens import Backbone, Tokens, check_divides
 from nearfar.ssl.data.sources.base import Source
-from nearfar.ssl.data.transforms.normalize import MEAN, STD
+from nearfar.ssl.data.transforms.normalize import normalize_pixels
 from nearfar.ssl.errors import UserError
 
 POOLINGS = ("cls", "mean", "cls+mean", "grid")
@@ -129,14 +129,8 @@ def _count(layer: str) -> int:
 
 
 def digest(backbone: nn.Module) -> str:
-    """SHA-256 over names, shapes and bytes of all parameters and buffers: which weights made a feature."""
-
-    def parts() -> Iterator[bytes | memoryview]:
-        for name, tensor in sorted(backbone.state_dict().items()):
-            yield f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode()
-            yield tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
-
-    return digests.of_bytes(parts())
+    """SHA-256 of all parameters and buffers: which weights made a feature."""
+    return digests.of_tensors(backbone.state_dict())
 
 
 def manifest_of(backbone: Backbone, source: Source, reading: Reading) -> dict[str, Any]:
@@ -290,8 +284,6 @@ class Forward:
         self.backbone, self.layer, self.pooling = backbone, manifest["layer"], manifest["pooling"]
         self.device = next(backbone.parameters()).device
         self.bf16 = manifest["compute"] == "bfloat16"
-        # made once: a copy from the host for every batch would be a synchronization
-        self.mean, self.std = (torch.tensor(c, device=self.device)[:, None, None] for c in (MEAN, STD))
 
     @torch.inference_mode()
     def __call__(self, images: Tensor) -> PendingFeatures:
@@ -309,7 +301,7 @@ class Forward:
     def on_device(self, images: Tensor) -> Tensor:
         """uint8 (B, 3, H, W) -> float32 features, both on the backbone's device."""
         with torch.autocast(self.device.type, torch.bfloat16) if self.bf16 else nullcontext():
-            return read(self.backbone, (images.float() / 255 - self.mean) / self.std, self.layer, self.pooling).float()
+            return read(self.backbone, normalize_pixels(images), self.layer, self.pooling).float()
 
 
 @contextmanager

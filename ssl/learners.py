@@ -81,7 +81,7 @@ def frozen_teacher(settings: DistillSettings, view_size: int) -> FrozenTeacher:
     backbone, pooling = _named(title, settings.teacher_weights, size) if _is_name(title) else _described(settings)
     backbone.eval().requires_grad_(False)
     _check_size(backbone, title, size, settings.teacher_size is None)
-    return FrozenTeacher(backbone, title, _digest(backbone), pooling, size / view_size)
+    return FrozenTeacher(backbone, title, digests.of_tensors(backbone.state_dict()), pooling, size / view_size)
 
 
 def _is_name(title: str) -> bool:
@@ -149,14 +149,3 @@ def _check_size(backbone: Backbone, title: str, size: int, of_views: bool) -> No
             f"The teacher {title} cannot see views of {size} pixels ({key}): {error} It is made for {made}: "
             f"distill.teacher_size={made} shows it the same views at that size."
         ) from error
-
-
-def _digest(backbone: Backbone) -> str:
-    """Of names, shapes and bytes of all weights: the same wherever the file lies."""
-
-    def parts() -> Any:
-        for name, tensor in sorted(backbone.state_dict().items()):
-            yield f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode()
-            yield tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().data
-
-    return digests.of_bytes(parts())

@@ -36,7 +36,7 @@ import submitit
 from nearfar.launch.slurm import queue, records
 from nearfar.launch.slurm.records import AttemptEnd, Ending, SubmissionRecord
 from nearfar.launch.stop_signals import StopFlag
-from nearfar.ssl import file_lock, files
+from nearfar.ssl import checkpoint_names, file_lock, files
 from nearfar.ssl.errors import PeerError, UserError
 
 if TYPE_CHECKING:
@@ -151,7 +151,7 @@ def _tell_changed_torch(run: Path) -> None:
 
     step = records.saved_step(run)
     try:
-        state = json.loads((run / "checkpoints" / f"step-{step:09d}" / "state.json").read_text())
+        state = json.loads((run / "checkpoints" / checkpoint_names.name_of(step) / "state.json").read_text())
         before = state["versions"]["torch"]
     except (OSError, ValueError, KeyError, TypeError):
         return
