@@ -201,7 +201,7 @@ def test_attention_of_timms_vit_equals_ours() -> None:
         ("timm/crossvit_9_240", {}, "crossvit"),
         ("vit_tiny_patch16", {"pretrained": True}, "no published weights"),
         ("vit_tiny_patch14", {"lgp": True}, "power of two"),
-        ("vit_tiny_patch16", {"embed_dim": 100}, "attention heads"),
+        ("vit_tiny_patch16", {"embed_dim": 100}, "100 is not divisible by num_heads=3"),
     ],
 )
 def test_mistakes_are_told(name: str, options: dict[str, Any], told: str) -> None:

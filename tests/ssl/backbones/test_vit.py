@@ -206,7 +206,7 @@ def test_classifier_can_be_replaced() -> None:
 
 
 def test_mistakes_are_told() -> None:
-    with pytest.raises(UserError, match="5 attention heads"):
+    with pytest.raises(UserError, match="48 is not divisible by num_heads=5"):
         VisionTransformer(**{**SMALL, "num_heads": 5})
     with pytest.raises(UserError, match="no published weights"):
         timm.create_model("vit_tiny_patch16_lgp", pretrained=True)
