@@ -21,6 +21,7 @@ def losses(run: Path) -> list[float]:
     return [line["loss"] for line in read_metrics(run / "metrics.jsonl")]
 
 
+@pytest.mark.long
 def test_two_by_two_ranks_agree_with_one_process(
     cluster: Any, launch: Launch, reference: Callable[..., Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -41,6 +42,7 @@ def test_two_by_two_ranks_agree_with_one_process(
     assert losses(run.run) == pytest.approx(losses(reference(1, plain)), rel=1e-4)
 
 
+@pytest.mark.long
 def test_evaluation_waits_through_a_requeue(
     cluster: Any, launch: Launch, pictures: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -121,6 +123,7 @@ def test_cancel_ends_a_run_for_good_and_resubmit_continues_it(
     same(run.run, reference(1))
 
 
+@pytest.mark.long
 def test_a_sweep_is_an_array_of_which_one_element_requeues_alone(
     cluster: Any, launch: Launch, pictures: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
