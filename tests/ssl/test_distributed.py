@@ -142,8 +142,9 @@ LEARNERS = """
 """
 
 
+@pytest.mark.parametrize("ranks", [2, pytest.param(4, marks=pytest.mark.long)])
 def test_ranks_with_a_slice_each_agree_with_one_rank_in_float64(
-    tmp_path: Path, tiny_settings: list[str], together: Together, finish: Finish
+    tmp_path: Path, tiny_settings: list[str], together: Together, finish: Finish, ranks: int
 ) -> None:
     """Loss of three steps, then every weight, the center and the running statistics of the head's batch norm."""
     script = tmp_path / "learners.py"
@@ -160,17 +161,16 @@ def test_ranks_with_a_slice_each_agree_with_one_rank_in_float64(
         [*small, "loss.recipe=dinov3"],
         [*small, f"distill.teacher={teacher}"],
     ]
-    one, two, four = (tmp_path / f"{size}.json" for size in (1, 2, 4))
-    for size, file in ((1, one), (2, two), (4, four)):
+    one, many = (tmp_path / f"{size}.json" for size in (1, ranks))
+    for size, file in ((1, one), (ranks, many)):
         finish(together(size, str(script), json.dumps(cases), str(file)))
-    for file in (two, four):
-        for (losses, state), (expected, weights) in zip(
-            json.loads(file.read_text()), json.loads(one.read_text()), strict=True
-        ):
-            np.testing.assert_allclose(losses, expected, rtol=1e-9)
-            assert len(set(losses)) == 3 and state.keys() == weights.keys()
-            for name, values in state.items():
-                np.testing.assert_allclose(values, weights[name], rtol=1e-6, atol=1e-9, err_msg=name)
+    for (losses, state), (expected, weights) in zip(
+        json.loads(many.read_text()), json.loads(one.read_text()), strict=True
+    ):
+        np.testing.assert_allclose(losses, expected, rtol=1e-9)
+        assert len(set(losses)) == 3 and state.keys() == weights.keys()
+        for name, values in state.items():
+            np.testing.assert_allclose(values, weights[name], rtol=1e-6, atol=1e-9, err_msg=name)
 
 
 # One run
@@ -292,7 +292,7 @@ def test_another_number_of_ranks_continues_and_says_so(
     assert len(read_metrics(config.load(file).path / "metrics.jsonl")) == 16
 
 
-@pytest.mark.parametrize("victim", [0, 1])
+@pytest.mark.parametrize("victim", [0, pytest.param(1, marks=pytest.mark.long)])
 def test_a_killed_rank_ends_the_other_at_once(recipe: Callable[..., Path], victim: int, together: Together) -> None:
     file = recipe("train.epochs=4000")
     processes = together(2, *RANK, str(file))
