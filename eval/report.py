@@ -13,10 +13,9 @@ from nearfar.eval.mistakes import confusion_section
 from nearfar.eval.page import figure_section, folded, image, missing, page, section, soft, text_table, write_page
 from nearfar.eval.results import Score
 from nearfar.eval.robustness_page import position_section, robustness_section
-from nearfar.eval.run_files import flat, read_numbers, read_settings
+from nearfar.eval.run_files import flat, read_numbers, read_settings, require_run
 from nearfar.eval.summary import part, scores_section, summary
 from nearfar.eval.verdict import verdict
-from nearfar.ssl.errors import UserError
 
 _FIRST_CURVES = 3  # the others are folded: a phone would scroll past ten of them
 _VIEWS = (
@@ -39,8 +38,7 @@ def write_report(run: Path, reason: str = "", about: Mapping[str, Any] = {}) -> 
         UserError: there is no such folder, or one of the files cannot be read or the page written.
     """
     run = Path(run)
-    if not run.is_dir():
-        raise UserError(f"There is no run folder {run}, so there is nothing to report on.")
+    require_run(run)
     settings = read_settings(run)
     scores = results.read(run / "results.json")
     metrics = read_numbers(run / "metrics.jsonl")

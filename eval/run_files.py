@@ -14,6 +14,12 @@ from nearfar.ssl.errors import UserError
 _LONGEST_METRICS = 2 * 2**30
 
 
+def require_run(run: Path) -> None:
+    """Raises UserError where a run's folder is not there."""
+    if not run.is_dir():
+        raise UserError(f"There is no run folder {run}, so there is nothing to report on.")
+
+
 def read_settings(run: Path) -> dict[str, Any]:
     """What a run's config.yaml holds; {} where there is none. Raises UserError for anything else than such a file."""
     file = run / "config.yaml"

@@ -101,7 +101,7 @@ def _shortfall(score: Score, margins: Mapping[str, _Margin]) -> str:
     if worse:
         told.append("worse than " + " and than ".join(worse))
     if tied:
-        differences = ", ".join(f"{signed(margin.points)}" for margin in tied.values())
+        differences = ", ".join(signed(margin.points) for margin in tied.values())
         most = max(margin.chance for margin in tied.values())
         why = f"within the noise of {score.val.images:,} images, where up to {most:.1f} points may be chance"
         why = f"less than {most:.1f} points" if score.task == "segment" else why

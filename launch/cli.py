@@ -173,11 +173,12 @@ def run_replay(arguments: argparse.Namespace) -> None:
 
 
 def run_report(arguments: argparse.Namespace) -> None:
-    given: list[Path] = arguments.run
-    if missing := next((run for run in given if not run.is_dir()), None):
-        raise UserError(f"There is no run folder {missing}, so there is nothing to report on.")
     from nearfar.eval.compare import runs_in
+    from nearfar.eval.run_files import require_run
 
+    given: list[Path] = arguments.run
+    for run in given:
+        require_run(run)
     if len(given) == 1 and ((given[0] / "config.yaml").exists() or not runs_in(given[0])):
         if arguments.format or arguments.out:
             raise UserError("--format and --out are for several runs: name them, or a folder of runs.")

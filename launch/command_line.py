@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from nearfar.launch.failures import tell
 from nearfar.launch.recipes import bundled
+from nearfar.ssl.checkpoint_names import WHAT_TO_GIVE
 from nearfar.ssl.errors import EXIT_USER, UserError
 from nearfar.ssl.setting_errors import meant, nearest
 
@@ -174,10 +175,7 @@ def require_model(arguments: argparse.Namespace) -> None:
     model = getattr(arguments, "model", None)
     with contextlib.suppress(OSError):  # which opening it will tell
         if isinstance(model, Path) and not model.exists():
-            raise UserError(
-                f"{model} does not exist. Give a run folder, a checkpoint folder (step-XXXXXXXXX) or a .safetensors "
-                "file."
-            )
+            raise UserError(f"{model} does not exist. {WHAT_TO_GIVE}")
 
 
 def add_reading(parser: argparse.ArgumentParser) -> None:

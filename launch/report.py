@@ -42,15 +42,14 @@ def report_run(run: Path, subject: Subject | None = None) -> Path:
 
 
 def _due(run: Path, weights: Path) -> bool:
-    """Are figures missing or older than the weights, or do they not show the masks of the last segmentation score?"""
+    """Are figures missing, unreadable or older than the weights, or do they not show the last segmentation score?"""
     file = run / figures.FILE
     if not file.is_file() or file.stat().st_mtime < weights.stat().st_mtime:
         return True
-    kept = results.read(run / "results.json")
-    scored = [score for score in kept if score.subject == "trained" and score.task == "segment"]
-    if not scored:
-        return False
     try:
-        return scored[-1].key not in [figure.of for figure in figures.read(file)]
+        shown = {figure.of for figure in figures.read(file)}
     except UserError:  # drawn by another version, or damaged
         return True
+    kept = results.read(run / "results.json")
+    scored = [score for score in kept if score.subject == "trained" and score.task == "segment"]
+    return bool(scored) and scored[-1].key not in shown

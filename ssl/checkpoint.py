@@ -294,7 +294,7 @@ def weights_file(path: str | Path) -> Path:
         state = "has no weights in it (yet)" if path.is_dir() else "does not exist"
     except OSError as error:  # no right to look, or a name longer than names can be
         raise UserError(f"{path} cannot be read: {error.strerror}.") from None
-    raise UserError(f"{path} {state}. Give a run folder, a checkpoint folder (step-XXXXXXXXX) or a .safetensors file.")
+    raise UserError(f"{path} {state}. {checkpoint_names.WHAT_TO_GIVE}")
 
 
 def _intact(folder: Path) -> Checkpoint:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+WHAT_TO_GIVE = "Give a run folder, a checkpoint folder (step-XXXXXXXXX) or a .safetensors file."
+
 _NAME = re.compile(r"step-([0-9]{9})", re.ASCII)
 
 

@@ -39,7 +39,7 @@ def in_dinos_names(state: State) -> State:
     if wrapper is None:
         return state
     found: State = {}
-    projections: dict[tuple[str, str], State] = {}
+    projections: dict[str, State] = {}
     for key, tensor in state.items():
         name = key.removeprefix(wrapper)
         if name.startswith(("pooler.", "classifier.")):
@@ -50,13 +50,21 @@ def in_dinos_names(state: State) -> State:
             kind = "gamma" if layer[3] == "lambda1" else layer[3]
             found[f"blocks.{layer[1]}.{_PARTS[part]}.{kind}"] = tensor
         elif layer and part.startswith("attention.attention."):
-            projections.setdefault((layer[1], layer[3]), {})[part.rpartition(".")[2]] = tensor
+            whole = f"blocks.{layer[1]}.attn.qkv.{layer[3]}"
+            projections.setdefault(whole, {})[name] = tensor
         else:
             found[_OTHERS.get(name, name)] = tensor
-    for (layer_number, kind), three in projections.items():
-        parts = [three[name] for name in ("query", "key", "value") if name in three]
-        found[f"blocks.{layer_number}.attn.qkv.{kind}"] = torch.cat(parts)
+    for whole, parts in projections.items():
+        found |= _joined(whole, parts)
     scales = [name for name in found if name.endswith(".gamma")]
     if all(bool((found[name] == 1).all()) for name in scales):
         found = {name: tensor for name, tensor in found.items() if name not in scales}
     return found
+
+
+def _joined(name: str, parts: State) -> State:
+    """Query, key and value as one tensor of this name; as they are where they do not fit each other."""
+    ordered = [parts[key] for word in ("query", "key", "value") for key in parts if f".{word}." in key]
+    if len(ordered) < len(parts) or len({part.shape[1:] for part in ordered}) > 1 or not ordered[0].ndim:
+        return parts
+    return {name: torch.cat(ordered)}

@@ -142,7 +142,7 @@ class VisionTransformer(TokenModel):
             too (positions are interpolated, sides that are not a multiple of the patch size padded).
         pos_size: the size the position embedding is made for, where that is another (224 for DINO's weights).
         pos_antialias: positions reach other sizes antialiased, as in timm and DINOv2 with registers, not as in DINO.
-        no_positions: neither learned nor rotary positions: what the tokens know of their places is nothing.
+        no_positions: neither learned nor rotary positions: the tokens know nothing of their places.
         lgp: LGP patch embedding, and then no position embedding; `levels` and `wavelet` are its packet's.
         gaug: Gaussian bias on the attention logits of every block.
         prr: parameter-free refinement of all tokens after the final norm.
@@ -184,19 +184,18 @@ class VisionTransformer(TokenModel):
             raise UserError(f"levels={levels} and wavelet={wavelet} are settings of LGP; turn on lgp or omit them.")
         height, width = (img_size, img_size) if isinstance(img_size, int) else img_size
         self.grid_size: Grid = (-(-height // patch_size), -(-width // patch_size))
-        if lgp or rope:
-            _refuse(no_positions=no_positions)
-        if not (learned := not (lgp or rope or no_positions)):
-            _refuse(pos_size=pos_size, pos_antialias=pos_antialias)
+        learned = _learns_positions(lgp or rope, no_positions, pos_size, pos_antialias)
         self.pos_antialias = pos_antialias
         self.pos_grid: Grid = self.grid_size if pos_size is None else (-(-pos_size // patch_size),) * 2
         self.patch_size = patch_size
         self.embed_dim = self.num_features = self.head_hidden_size = embed_dim
-        self.num_heads, self.prr = num_heads, prr
+        self.num_heads = num_heads
         self.num_prefix_tokens = 1 + registers
-        lgp_parts = (levels, wavelet, drop_path_rate)
+        self.prr = prr
         self.patch_embed: nn.Module = (
-            LGPPatchEmbed(patch_size, embed_dim, *lgp_parts) if lgp else PatchEmbed(patch_size, embed_dim)
+            LGPPatchEmbed(patch_size, embed_dim, levels, wavelet, drop_path_rate)
+            if lgp
+            else PatchEmbed(patch_size, embed_dim)
         )
         self.rope = AxialRope(embed_dim // num_heads) if rope else None
         self.cls_token = nn.Parameter(torch.empty(1, 1, embed_dim))
@@ -264,12 +263,18 @@ class VisionTransformer(TokenModel):
         return prr(x, self.num_heads) if self.prr else x
 
 
-def _refuse(**given: object) -> None:
-    """Raises UserError for what belongs to learned positions and was given to a network without them."""
-    if names := [f"{name}={value}" for name, value in given.items() if value]:
+def _learns_positions(replaced: bool, no_positions: bool, pos_size: int | None, pos_antialias: bool) -> bool:
+    """Has a network learned positions? `replaced`: by LGP or rope. Raises UserError for settings that contradict it."""
+    if replaced and no_positions:
+        raise UserError("no_positions leaves out learned positions, which LGP and rope do without anyway; omit it.")
+    if not (replaced or no_positions):
+        return True
+    given = {f"pos_size={pos_size}": pos_size is not None, "pos_antialias": pos_antialias}
+    if names := [name for name, is_set in given.items() if is_set]:
         raise UserError(
             f"{' and '.join(names)} belongs to learned positions, which LGP, rope and no_positions do without."
         )
+    return False
 
 
 for _size, _lgp, _locat, _registers, _rope in product(WIDTHS, (False, True), (False, True), (0, 4), (False, True)):

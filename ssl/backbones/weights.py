@@ -189,6 +189,7 @@ def _unwrapped(state: State, match: Match) -> State:
 
 def _renamed(state: State, network: nn.Module, own: State, match: Match) -> State:
     """Names and layouts of other code bases in ours or timm's."""
+    antialias = antialiased(state) or getattr(network, "pos_antialias", False)
     state = {re.sub(r"^blocks\.\d+\.(\d+\.)", r"blocks.\1", key): value for key, value in state.items()}
     if isinstance(network, VisionTransformer) and "register_tokens" in state:
         state["reg_token"] = state.pop("register_tokens")
@@ -201,11 +202,11 @@ def _renamed(state: State, network: nn.Module, own: State, match: Match) -> Stat
             for kind in ("weight", "bias"):
                 if f"{name}.{kind}" in state:  # the convolution that LGP replaced
                     state[f"{name}.proj.{kind}"] = state.pop(f"{name}.{kind}")
-    _fit_positions(state, network, own, match)
+    _fit_positions(state, network, own, antialias, match)
     return _converted(state, network, own, match)
 
 
-def _fit_positions(state: State, network: nn.Module, own: State, match: Match) -> None:
+def _fit_positions(state: State, network: nn.Module, own: State, antialias: bool, match: Match) -> None:
     """Learned positions left out where the network has none, and resampled where its table has another size."""
     positions = state.get("pos_embed")
     if positions is not None and "pos_embed" not in own:
@@ -214,19 +215,19 @@ def _fit_positions(state: State, network: nn.Module, own: State, match: Match) -
             match.dropped.append("pos_embed")
             del state["pos_embed"]
     elif positions is not None and isinstance(network, VisionTransformer):
-        state["pos_embed"] = _fitted(positions, network, antialiased(state), match)
+        state["pos_embed"] = _fitted(positions, network, antialias, match)
 
 
 def antialiased(state: Mapping[str, Tensor]) -> bool:
     """Do the learned positions of a file of weights reach other sizes antialiased, exactly to the size?
 
     As in timm, whose own weights come with a classifier, and in DINOv2 with registers (docs/methods.md, section 5); in
-    DINO and DINOv2 without registers they do not.
+    DINO, DINOv2 without registers and our own networks, registers or not, they do not. A file without positions: no.
     """
-    if any(name in state for name in ("head.weight", "reg_token", "register_tokens")):
-        return True
+    if "pos_embed" not in state or state["pos_embed"].ndim != 3:
+        return False
     rows = state["pos_embed"].shape[1]
-    return math.isqrt(rows) ** 2 == rows  # no row for CLS: registers, in timm
+    return "head.weight" in state or "register_tokens" in state or math.isqrt(rows) ** 2 == rows  # timm: no row for CLS
 
 
 def _converted(state: State, network: nn.Module, own: State, match: Match) -> State:

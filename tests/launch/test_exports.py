@@ -175,6 +175,17 @@ def test_a_layout_that_lacks_a_matrix_is_told(tmp_path: Path) -> None:
         load_weights(create("vit_tiny_patch8", **SMALL), tmp_path / "less.safetensors")
 
 
+@pytest.mark.parametrize("shape", [(), (48, 7), (2, 3, 48)], ids=str)
+def test_matrices_that_do_not_fit_each_other_are_told(tmp_path: Path, shape: tuple[int, ...]) -> None:
+    run, out = make_run(tmp_path), tmp_path / "for-transformers"
+    assert cli.main(["export", str(run), str(out), "--to", "huggingface"]) == 0
+    tensors = load_file(out / "model.safetensors")
+    tensors["encoder.layer.1.attention.attention.key.weight"] = torch.zeros(shape)
+    save_file(tensors, tmp_path / "other.safetensors")
+    with pytest.raises(UserError, match=r"missing: blocks\.1\.attn\.qkv\.weight.*attention\.key"):
+        load_weights(create("vit_tiny_patch8", **SMALL), tmp_path / "other.safetensors")
+
+
 def test_preprocessing_is_that_of_the_evaluation(tmp_path: Path) -> None:
     """What the folder says, done with Pillow, gives the pixels that the evaluation sees."""
     subject = subject_of()

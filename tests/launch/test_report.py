@@ -125,3 +125,12 @@ def test_what_kept_the_scores_from_a_run_is_told_and_not_what_kept_its_page(
     assert cli.main(["eval", "knn", str(run), "--train", str(labeled), "--val", str(labeled)]) == 2
     told = capsys.readouterr().err
     assert "results.json" in told and "report.html" not in told
+
+
+def test_figures_of_another_version_or_damaged_are_drawn_again(tmp_path: Path) -> None:
+    run = make_run(tmp_path, "old", **VIT)
+    figures = run / "figures.json"
+    for text in ('{"format": "nearfar figures 1", "figures": []}', "{"):
+        figures.write_text(text)
+        report_run(run)
+        assert figures.read_text() != text

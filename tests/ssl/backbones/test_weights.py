@@ -226,6 +226,19 @@ def test_dinos_table_can_be_kept_for_all_sizes(tmp_path: Path) -> None:
             create(name, img_size=32, pos_size=224)
 
 
+@pytest.mark.parametrize("antialias", [False, True])
+def test_positions_of_our_own_network_with_registers_follow_its_own_rule(tmp_path: Path, antialias: bool) -> None:
+    """Loaded for another size: the features of the network that the weights came from."""
+    made = {**SMALL, "registers": 4, "pos_antialias": antialias, "num_classes": 0}
+    trained = VisionTransformer(**{**made, "img_size": 32}).eval()
+    path = saved(tmp_path, trained.state_dict())
+    assert not antialiased(read_state(path))
+    images = torch.randn(1, 3, 48, 48)
+    ours = VisionTransformer(**{**made, "img_size": 48}).eval()
+    load_weights(ours, path)
+    torch.testing.assert_close(ours.forward_features(images), trained.forward_features(images))
+
+
 @pytest.mark.parametrize("meta", [False, True], ids=["timm", "meta"])
 def test_positions_of_dinov2_with_registers_are_antialiased_at_every_size(tmp_path: Path, meta: bool) -> None:
     """Loaded for another size, or kept and resampled in the forward pass: timm's features, which antialias as Meta's
