@@ -4,7 +4,8 @@
 
 For each seed: a run on OLD; from its weights a naive run on NEW (fresh heads, full rate, nothing frozen) and an adapted
 one of the same length. Then the 20-NN accuracy of the start and of both on OLD and on NEW, with mean and standard
-deviation. `key=value` go to all runs. --old and --new give settings to one kind of run alone.
+deviation. `key=value` go to all runs. --old and --new give settings to one kind of run alone. With --start RUN every
+seed starts from that run on OLD.
 """
 
 from __future__ import annotations
@@ -37,15 +38,17 @@ def measure(given: argparse.Namespace, seed: int) -> dict[str, tuple[float, floa
     """One seed: for each kind of weights, k-NN on the old images and on the new ones."""
     folder = given.out / f"seed{seed}"
     common = [*given.settings, f"train.seed={seed}", f"folder={folder}"]
-    start, new = str(folder / "start"), [f"data.path={given.new_images}", *shlex.split(given.new)]
-    nearfar("pretrain", given.recipe, f"data.path={given.old_images}", "name=start", *common, *shlex.split(given.old))
+    start, new = given.start or folder / "start", [f"data.path={given.new_images}", *shlex.split(given.new)]
+    if not given.start:
+        old_images = [f"data.path={given.old_images}", *shlex.split(given.old)]
+        nearfar("pretrain", given.recipe, "name=start", *old_images, *common)
     nearfar("pretrain", given.recipe, *common, *new, "name=naive", f"backbone.weights={start}")
     # The recipe's own settings, so that the two differ by what `adapt` does and by nothing else.
-    nearfar("adapt", start, given.new_images, *common, *new, "name=adapted", *shlex.split(given.adapt))
+    nearfar("adapt", str(start), given.new_images, *common, *new, "name=adapted", *shlex.split(given.adapt))
     scores = {}
-    for name in ("start", "naive", "adapted"):
+    for name, run in {"start": start, "naive": folder / "naive", "adapted": folder / "adapted"}.items():
         sets = {"old": (given.old_images, given.old_val), "new": (given.new_images, given.new_val)}
-        old, fresh = (knn(folder / name, *paths, folder / f"{name}-{kind}.json") for kind, paths in sets.items())
+        old, fresh = (knn(run, *paths, folder / f"{name}-{kind}.json") for kind, paths in sets.items())
         scores[name] = (old, fresh)
         print(f"seed {seed}, {name}: {old:.1f} on the old images, {fresh:.1f} on the new ones", flush=True)
     return scores
@@ -59,6 +62,7 @@ def main() -> None:
     parser.add_argument("settings", nargs="*", metavar="key=value")
     parser.add_argument("--recipe", default="cifar10", help="of all runs")
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--start", type=Path, help="a run on OLD to begin with, instead of training one for each seed")
     parser.add_argument("--old", default="", help="settings of the first run alone, quoted")
     parser.add_argument("--new", default="", help="settings of the other runs alone, quoted")
     parser.add_argument("--adapt", default="", help="settings of the adapted run alone, quoted")
