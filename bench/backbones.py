@@ -145,12 +145,12 @@ def main() -> None:
                 flush=True,
             )
     width = WIDTHS[args.model][0]
-    plain, folded, recursive = (
+    whole, folded, recursive = (
         stem.to(args.device) for stem in (PatchEmbed(16, width), LGPPatchEmbed(16, width), RecursiveLGP(16, width))
     )
     packet = folded.packet_of(images)
     stems: dict[str, Callable[..., Any]] = {
-        "plain patch embedding": plain,
+        "plain patch embedding": whole,
         "both projections of a packet at hand": lambda x: torch.cat(
             [folded.proj(x), pointwise(packet, folded.bands_proj)], 1
         ),

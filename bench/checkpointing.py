@@ -20,13 +20,15 @@ from typing import NamedTuple
 
 import torch
 
-from nearfar.ssl import config, device, resume
-from nearfar.ssl.background_save import Saver
-from nearfar.ssl.defaults import resolve
-from nearfar.ssl.learner import build_learner
-from nearfar.ssl.optim import adamw
-from nearfar.ssl.run_folder import RunFolder
-from nearfar.ssl.step import Stepper
+from nearfar.ssl import config
+from nearfar.ssl.learning.learner import build_learner
+from nearfar.ssl.learning.optim import adamw
+from nearfar.ssl.learning.step import Stepper
+from nearfar.ssl.parallel import device
+from nearfar.ssl.run import resume
+from nearfar.ssl.run.background_save import Saver
+from nearfar.ssl.run.run_folder import RunFolder
+from nearfar.ssl.settings.defaults import resolve
 
 VALUES = {"lr": 1e-6, "weight_decay": 0.04, "teacher_momentum": 0.996, "teacher_temp": 0.04}
 

@@ -13,8 +13,8 @@ from unittest import mock
 
 import torch
 
-from nearfar.eval import images
-from nearfar.eval.images import View, batches
+from nearfar.eval.features import images
+from nearfar.eval.features.images import View, batches
 from nearfar.ssl.data import libjpeg, open_source
 from nearfar.ssl.data.sources.base import Source, Subset
 

@@ -53,6 +53,8 @@ class MultiCrop(nn.Module):
 
 
 class Loss(nn.Module):
+    center: Tensor
+
     def __init__(self, prototypes: int, views: int) -> None:
         super().__init__()
         self.views = views

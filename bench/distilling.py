@@ -22,7 +22,7 @@ from nearfar.launch.cli import main as nearfar
 from nearfar.launch.recipes import find_recipe
 from nearfar.ssl import config
 from nearfar.ssl.data import open_source
-from nearfar.ssl.settings import Run
+from nearfar.ssl.settings.run import Run
 from nearfar.ssl.train import pretrain
 
 # Of all runs: one thread, no schedule that a run cut off by the clock would not see the end of.

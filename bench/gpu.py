@@ -188,7 +188,7 @@ def markdown(done: list[tuple[Section, Found]], waiting: list[str], missing: lis
 def write(out: Path, done: list[tuple[Section, Found]], waiting: list[str], missing: list[str]) -> None:
     """gpu.md and gpu.json, each whole at any time."""
     everything = {"missing": missing, "waiting": waiting}
-    everything |= {"sections": {section.name: found._asdict() for section, found in done}}  # type: ignore[dict-item]
+    everything |= {"sections": {section.name: found._asdict() for section, found in done}}
     for name, text in (("gpu.md", markdown(done, waiting, missing)), ("gpu.json", json.dumps(everything, indent=1))):
         fresh = out / f".{name}"
         fresh.write_text(text)

@@ -195,13 +195,14 @@ def scan(place: Place, answer: Answer) -> None:
             leaves = [v.detach().to(dtype) if i in (0, 3, 4) else v.detach() for i, v in enumerate(bench.leaves(args))]
             inputs = [v.requires_grad_() for v in leaves]
             found = bench.run(variant, inputs, True)
-            error = max(float((a - b).abs().max() / b.abs().max()) for a, b in zip(found, exact, strict=True))
+            difference = max(float((a - b).abs().max() / b.abs().max()) for a, b in zip(found, exact, strict=True))
             took = place.milliseconds(lambda v=variant, inputs=inputs: bench.run(v, inputs, True), warm=1)
             slow = slow or took
             answer.row(
                 scan=variant, type=str(dtype).removeprefix("torch."), ms=took, speedup=slow / took,
                 forward_ms=place.milliseconds(lambda v=variant, inputs=inputs: bench.run(v, inputs, False), warm=1),
-                peak_MiB=place.peak_mib(lambda v=variant, inputs=inputs: bench.run(v, inputs, True)), difference=error,
+                peak_MiB=place.peak_mib(lambda v=variant, inputs=inputs: bench.run(v, inputs, True)),
+                difference=difference,
             )  # fmt: skip
 
 
@@ -212,15 +213,14 @@ def attention(place: Place, answer: Answer) -> None:
         _flex,
         attend,
         compiled,
-        compiler_missing,
+        cuda_compiler_missing,
         flex_windows,
         reads_tables,
         window_bias,
     )
 
-    flex = place.cuda and not compiler_missing()
-    if not flex:
-        answer.note(f"Without FlexAttention: {compiler_missing() if place.cuda else 'it has no gradients on a CPU'}.")
+    if why := cuda_compiler_missing() if place.cuda else "it has no gradients on a CPU":
+        answer.note(f"Without FlexAttention: {why}.")
     answer.about(f"bfloat16, forward and backward, ms; 6 heads of 64; the rule now changes over at {LONG} tokens.")
     for side in (4,) if place.quick else (14, 20, 28, 32):
         tokens = side * side + 1
@@ -229,7 +229,6 @@ def attention(place: Place, answer: Answer) -> None:
         rows, columns = (
             torch.rand(batch, 6, side * side, side, device=place.device, requires_grad=True) for _ in range(2)
         )
-        leaves = [q, k, v, rows, columns]
 
         def both(forward: Callable[[], Tensor], given: list[Tensor]) -> None:
             out = forward()
@@ -237,12 +236,14 @@ def attention(place: Place, answer: Answer) -> None:
 
         routes: dict[str, Callable[[], Any]] = {
             "no window": lambda q=q, k=k, v=v: both(lambda: attend(q, k, v), [q, k, v]),
-            "written out": lambda each=leaves, n=tokens: both(
-                lambda: attend(*each[:3], window_bias(*each[3:], n).to(each[0].dtype)), each
+            "written out": lambda q=q, k=k, v=v, rows=rows, columns=columns, n=tokens: both(
+                lambda: attend(q, k, v, window_bias(rows, columns, n).to(q.dtype)), [q, k, v, rows, columns]
             ),
         }
-        if flex:
-            routes["tables"] = lambda each=leaves: both(lambda: flex_windows(compiled(_flex()), *each), each)
+        if not why:
+            routes["tables"] = lambda q=q, k=k, v=v, rows=rows, columns=columns: both(
+                lambda: flex_windows(compiled(_flex()), q, k, v, rows, columns), [q, k, v, rows, columns]
+            )
         taken = "tables" if reads_tables(tokens, 64, place.device.type) else "written out"
         row = {"tokens": tokens, "batch": batch, "the rule takes": taken}
         for name, work in routes.items():
@@ -254,7 +255,7 @@ def batch_of_noise(place: Place, batch: int) -> Any:
     """A `Batch` of DINO's views, uint8, as a loader hands it over: in pinned memory where there is a GPU."""
     from nearfar.ssl.data.loaders.base import Batch
     from nearfar.ssl.data.views import plan_views
-    from nearfar.ssl.settings import ViewSettings
+    from nearfar.ssl.settings.run import ViewSettings
 
     settings = ViewSettings(global_crops_size=32, local_crops_size=16) if place.quick else ViewSettings()
     index, rng = np.arange(batch), np.random.default_rng(0)
@@ -269,7 +270,7 @@ def colors(place: Place, answer: Answer) -> None:
 
     from nearfar.ssl.data.transforms.colors import color, color_by_kernels, color_of, color_views
     from nearfar.ssl.data.transforms.normalize import normalize
-    from nearfar.ssl.prefetch import Prefetch, side_stream
+    from nearfar.ssl.learning.prefetch import Prefetch, side_stream
 
     batch = 2 if place.quick else 64
     noise = batch_of_noise(place, batch)
@@ -280,8 +281,8 @@ def colors(place: Place, answer: Answer) -> None:
         ways["Triton's kernels"] = color_by_kernels
     answer.about(f"{batch} images a batch, 10 views each; the steps are ViT-S/16 without ideas." * (not place.quick))
     for name, way in ways.items():
-        work = lambda way=way: [way(x, plan) for x, plan in zip(there, plans, strict=True)]  # noqa: E731
-        answer.row(what=f"colors by {name}", ms=place.milliseconds(work))
+        took = place.milliseconds(lambda way=way: [way(x, plan) for x, plan in zip(there, plans, strict=True)])
+        answer.row(what=f"colors by {name}", ms=took)
 
     model, side, small = ("vit_tiny_patch16", 32, 16) if place.quick else ("vit_small_patch16", 224, 96)
     asked = bench.StepOptions(
@@ -328,7 +329,7 @@ def loader(place: Place, answer: Answer) -> None:
     from nearfar.ssl.data import libjpeg, open_loader, open_source
     from nearfar.ssl.data.loaders.base import LoaderOptions
     from nearfar.ssl.data.transforms.colors import color_views
-    from nearfar.ssl.settings import ViewSettings
+    from nearfar.ssl.settings.run import ViewSettings
 
     workers = 0 if place.quick else min(16, os.cpu_count() or 1)
     count, batch = (8, 4) if place.quick else (512, 64)
@@ -347,7 +348,7 @@ def loader(place: Place, answer: Answer) -> None:
         else:
             answer.note("FFCV is not installed: without its loader.")
         for kind, path in kinds.items():
-            made = open_loader(open_source(path), ViewSettings(), options, loader=kind, device=place.device)  # type: ignore[arg-type]
+            made = open_loader(open_source(path), ViewSettings(), options, loader=kind, device=place.device)
             stream = iter(made)
             for _ in range(1 if place.quick else 8):  # starts workers, compiles
                 color_views(next(stream), place.device)
@@ -363,8 +364,8 @@ def loader(place: Place, answer: Answer) -> None:
 
 
 def features(place: Place, answer: Answer) -> None:
-    from nearfar.eval.features import Forward, Reading, extract, manifest_of
-    from nearfar.eval.images import Decoding
+    from nearfar.eval.features.extraction import Forward, Reading, extract, manifest_of
+    from nearfar.eval.features.images import Decoding
     from nearfar.ssl.backbones import create
     from nearfar.ssl.data import open_source
 

@@ -27,10 +27,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from nearfar.ssl import config
 from nearfar.ssl.backbones.scan import scan_backward, scan_forward
 from nearfar.ssl.data.transforms.normalize import normalize
-from nearfar.ssl.defaults import resolve
-from nearfar.ssl.learner import Learner, build_learner
-from nearfar.ssl.optim import adamw, multiply_alike
-from nearfar.ssl.step import Stepper
+from nearfar.ssl.learning.learner import Learner, build_learner
+from nearfar.ssl.learning.optim import adamw, multiply_alike
+from nearfar.ssl.learning.step import Stepper
+from nearfar.ssl.settings.defaults import resolve
 
 VALUES = {"lr": 1e-6, "weight_decay": 0.04, "teacher_momentum": 0.996, "teacher_temp": 0.04}
 VARIANTS: dict[str, tuple[str, ...]] = {"plain": (), "LGP + GAug + PRR": ("lgp", "gaug", "prr"), "Vim": ()}
@@ -136,7 +136,7 @@ def parts_told_apart(counter: LaunchCounter, learner: Learner, optimizer: torch.
         (learner.loss, "teacher_probabilities", "loss"),
         (learner.loss, "forward", "loss"),
         (torch.autograd, "backward", "backward"),
-        (__import__("nearfar.ssl.step", fromlist=["step"]), "clip_gradients", "clip"),
+        (__import__("nearfar.ssl.learning.step", fromlist=["step"]), "clip_gradients", "clip"),
         (optimizer, "step", "optimizer"),
         (learner, "after_step", "teacher's update"),
     ]
@@ -144,7 +144,7 @@ def parts_told_apart(counter: LaunchCounter, learner: Learner, optimizer: torch.
         for owner, name, part in places:
             stack.enter_context(mock.patch.object(owner, name, counter.during(part, getattr(owner, name))))
         stack.enter_context(mock.patch("nearfar.ssl.backbones.vim.selective_scan", one_way_scan))
-        stack.enter_context(mock.patch("nearfar.ssl.optim.multiply_each", multiply_alike))  # as on a GPU
+        stack.enter_context(mock.patch("nearfar.ssl.learning.optim.multiply_each", multiply_alike))  # as on a GPU
         stack.enter_context(counter)
         yield
 

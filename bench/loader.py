@@ -145,13 +145,12 @@ def ours(folder: Path, threads: int, kind: str) -> Iterator[int]:
 
     from nearfar.ssl.data import open_loader, open_source
     from nearfar.ssl.data.loaders.base import LoaderOptions
-    from nearfar.ssl.settings import ViewSettings
+    from nearfar.ssl.settings.run import ViewSettings
 
     torch.set_num_threads(1)
     options = LoaderOptions(batch_size=BATCH, epochs=10**6, workers=threads)
     source = open_source(folder / ("images.txt" if kind == "folder" else "images.beton"))
-    color = "loader" if kind == "ffcv-color" else "device"
-    for batch in open_loader(source, ViewSettings(), options, color=color):
+    for batch in open_loader(source, ViewSettings(), options, color="loader" if kind == "ffcv-color" else "device"):
         yield len(batch.index)
 
 

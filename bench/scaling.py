@@ -164,7 +164,7 @@ def measure() -> dict[str, float]:
     from nearfar.ssl import checkpoint
     from nearfar.ssl.data import open_loader, open_source
     from nearfar.ssl.data.loaders.base import LoaderOptions
-    from nearfar.ssl.settings import ViewSettings
+    from nearfar.ssl.settings.run import ViewSettings
 
     torch.set_num_threads(1)
     rng = np.random.default_rng(0)

@@ -102,10 +102,10 @@ def measure_peak(variant: str, args: argparse.Namespace, answer: Any) -> None:
     run(variant, leaves(small), True)
     inputs = leaves(args)
     if args.device == "cuda":
-        before = torch.cuda.memory_allocated()
+        allocated = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
         run(variant, inputs, True)
-        answer.put((torch.cuda.max_memory_allocated() - before) / 2**20)
+        answer.put((torch.cuda.max_memory_allocated() - allocated) / 2**20)
         return
     Path("/proc/self/clear_refs").write_text("5")  # Linux: the high-water mark starts again from here
     before = _resident("VmRSS")

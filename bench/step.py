@@ -31,12 +31,13 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from nearfar.ssl import config, device, distributed
-from nearfar.ssl.defaults import resolve
-from nearfar.ssl.device import Compute
-from nearfar.ssl.learner import build_learner, share_batch_norm
-from nearfar.ssl.optim import adamw
-from nearfar.ssl.step import Stepper
+from nearfar.ssl import config
+from nearfar.ssl.learning.learner import build_learner, share_batch_norm
+from nearfar.ssl.learning.optim import adamw
+from nearfar.ssl.learning.step import Stepper
+from nearfar.ssl.parallel import device, distributed
+from nearfar.ssl.parallel.device import Compute
+from nearfar.ssl.settings.defaults import resolve
 
 VALUES = {"lr": 1e-6, "weight_decay": 0.04, "teacher_momentum": 0.996, "teacher_temp": 0.04}
 IDEAS = {"LGP": ("lgp",), "LGP + GAug + PRR": ("lgp", "gaug", "prr")}

@@ -9,11 +9,11 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from nearfar.eval.images import Decoding, View, batches, default_workers
-from nearfar.ssl.classifier import Classifier
+from nearfar.eval.features.images import Decoding, View, batches, default_workers
 from nearfar.ssl.data.sources.base import Source
 from nearfar.ssl.data.transforms.normalize import normalize_pixels
 from nearfar.ssl.errors import UserError
+from nearfar.ssl.learning.classifier import Classifier
 
 
 class Predictions(NamedTuple):

@@ -15,8 +15,8 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from nearfar.eval.features import IGNORE
-from nearfar.eval.images import fitting_mask, quiet_worker
+from nearfar.eval.features.extraction import IGNORE
+from nearfar.eval.features.images import fitting_mask, quiet_worker
 from nearfar.eval.segmentation import resized_mask
 from nearfar.ssl.data.sources.base import Source
 from nearfar.ssl.data.transforms.normalize import normalize_pixels

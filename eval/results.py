@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from nearfar.ssl import bounded_files, file_lock, files
+from nearfar.ssl.disk import bounded_files, file_lock, files
 from nearfar.ssl.errors import UserError
 
 FORMAT = "nearfar results 2"

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nearfar.eval.features import IGNORE
+from nearfar.eval.features.extraction import IGNORE
 from nearfar.eval.neighbors import neighbors
 from nearfar.eval.segmentation import Masks, check_grid, iou_scores, pixel_confusion
 from nearfar.ssl.errors import UserError

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from nearfar.ssl import bounded_files
+from nearfar.ssl.disk import bounded_files
 from nearfar.ssl.errors import UserError
 
 _LONGEST_METRICS = 2 * 2**30

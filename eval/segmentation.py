@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nearfar.eval.features import IGNORE
+from nearfar.eval.features.extraction import IGNORE
 from nearfar.ssl.errors import UserError
 from nearfar.ssl.heads.segmentation import SegmentationHead
 

@@ -8,8 +8,8 @@ python examples/knn_on_features.py features/train features/val
 import argparse
 from pathlib import Path
 
+from nearfar.eval.features.store import FeatureStore
 from nearfar.eval.knn import knn
-from nearfar.eval.store import FeatureStore
 
 
 def main() -> None:

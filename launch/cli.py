@@ -16,8 +16,10 @@ from pathlib import Path
 from rich.console import Console
 
 from nearfar.launch import failures
-from nearfar.launch.adapting import ADAPT
-from nearfar.launch.command_line import (
+from nearfar.launch.slurm.cli import add_launch
+from nearfar.launch.streams import outliving_their_reader
+from nearfar.launch.verbs.adapt import ADAPT
+from nearfar.launch.verbs.command_line import (
     Parser,
     ShowVersion,
     add_model,
@@ -27,14 +29,12 @@ from nearfar.launch.command_line import (
     refuse_leftover,
     require_model,
 )
-from nearfar.launch.distill_verbs import DISTILL
-from nearfar.launch.eval_verbs import add_eval
-from nearfar.launch.export_verbs import add_export
-from nearfar.launch.feature_verbs import add_features
-from nearfar.launch.finetune_verbs import FINETUNE, add_predict
-from nearfar.launch.slurm.cli import add_launch
-from nearfar.launch.streams import outliving_their_reader
-from nearfar.launch.training_verbs import PRETRAIN
+from nearfar.launch.verbs.distill import DISTILL
+from nearfar.launch.verbs.eval import add_eval
+from nearfar.launch.verbs.export import add_export
+from nearfar.launch.verbs.features import add_features
+from nearfar.launch.verbs.finetune import FINETUNE, add_predict
+from nearfar.launch.verbs.training import PRETRAIN
 from nearfar.ssl.errors import EXIT_PEER, EXIT_USER, PeerError, UserError
 
 EXIT_BUG = 1
@@ -162,9 +162,9 @@ def run_demo(arguments: argparse.Namespace) -> None:
 
 
 def run_replay(arguments: argparse.Namespace) -> None:
-    from nearfar.ssl import failed_step
     from nearfar.ssl.data import open_source
     from nearfar.ssl.replay import replay, settings_of
+    from nearfar.ssl.run import failed_step
 
     saved = failed_step.read(arguments.record)
     source = open_source(arguments.data or settings_of(saved).data.path)
@@ -173,7 +173,7 @@ def run_replay(arguments: argparse.Namespace) -> None:
 
 
 def run_report(arguments: argparse.Namespace) -> None:
-    from nearfar.eval.compare import runs_in
+    from nearfar.eval.pages.compare import runs_in
     from nearfar.eval.run_files import require_run
 
     given: list[Path] = arguments.run
@@ -182,7 +182,7 @@ def run_report(arguments: argparse.Namespace) -> None:
     if len(given) == 1 and ((given[0] / "config.yaml").exists() or not runs_in(given[0])):
         if arguments.format or arguments.out:
             raise UserError("--format and --out are for several runs: name them, or a folder of runs.")
-        from nearfar.launch.report import report_run  # loads torch, which a comparison does not need
+        from nearfar.launch.scoring.report import report_run  # loads torch, which a comparison does not need
 
         print(report_run(given[0]))
         return
@@ -197,10 +197,10 @@ def run_report(arguments: argparse.Namespace) -> None:
 
 
 def _compare(runs: list[Path], page: Path, text_format: str | None) -> None:
-    from nearfar.eval.compare import compare, comparison_table
-    from nearfar.eval.comparison_page import write_comparison
-    from nearfar.eval.report import write_report
-    from nearfar.eval.seeds import latex, markdown
+    from nearfar.eval.pages.compare import compare, comparison_table
+    from nearfar.eval.pages.comparison_page import write_comparison
+    from nearfar.eval.pages.report import write_report
+    from nearfar.eval.pages.seeds import latex, markdown
 
     found, console = compare(runs), Console()
     if text_format:
@@ -221,7 +221,7 @@ def _note(text: str) -> None:
 
 
 def run_beton(arguments: argparse.Namespace) -> None:
-    from nearfar.launch import data_verbs
+    from nearfar.launch.verbs import data as data_verbs
     from nearfar.ssl.data.beton_writer import BetonOptions
 
     options = BetonOptions(arguments.max_side or None, arguments.quality, arguments.raw_side, arguments.min_side)
@@ -233,19 +233,19 @@ def run_beton(arguments: argparse.Namespace) -> None:
 
 
 def run_info(arguments: argparse.Namespace) -> None:
-    from nearfar.launch import data_verbs
+    from nearfar.launch.verbs import data as data_verbs
 
     data_verbs.info(arguments.file, Console())
 
 
 def run_check(arguments: argparse.Namespace) -> None:
-    from nearfar.launch import data_verbs
+    from nearfar.launch.verbs import data as data_verbs
 
     data_verbs.check(arguments.source, min_side=arguments.min_side, workers=arguments.workers, console=Console())
 
 
 def run_look(arguments: argparse.Namespace) -> None:
-    from nearfar.launch.data_look import LookOptions, look
+    from nearfar.launch.scoring.data_look import LookOptions, look
 
     options = LookOptions(
         arguments.most, arguments.clusters, arguments.duplicate, arguments.size, arguments.device, arguments.workers

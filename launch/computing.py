@@ -6,13 +6,13 @@ from collections.abc import Callable, Iterable
 from dataclasses import replace
 from datetime import timedelta
 
-from nearfar.eval import sharing
-from nearfar.eval.features import compute_share
-from nearfar.eval.images import Decoding
+from nearfar.eval.features import sharing
+from nearfar.eval.features.extraction import compute_share
+from nearfar.eval.features.images import Decoding
 from nearfar.ssl.backbones import Backbone
 from nearfar.ssl.data.sources.base import Source
-from nearfar.ssl.device import Compute, choose
-from nearfar.ssl.distributed import from_environment, joined
+from nearfar.ssl.parallel.device import Compute, choose
+from nearfar.ssl.parallel.distributed import from_environment, joined
 
 # The other ranks wait while the first one trains probes; if it dies, they notice by its heartbeat.
 PATIENCE = timedelta(days=2)

@@ -11,14 +11,14 @@ from nearfar.eval.results import HEADLINES
 from nearfar.launch.computing import compute_for
 from nearfar.launch.pretrain import run_pretraining
 from nearfar.launch.recipes import find_recipe
-from nearfar.launch.report import report_run
 from nearfar.launch.scenes import CLASSES, Style, make_scenes
-from nearfar.launch.score import ScoreOptions, Subject, protocol_of, score, sources
+from nearfar.launch.scoring.report import report_run
+from nearfar.launch.scoring.score import ScoreOptions, Subject, protocol_of, score, sources
 from nearfar.ssl import config
 from nearfar.ssl.data import libjpeg
 from nearfar.ssl.data.beton_writer import write_beton
 from nearfar.ssl.data.sources.base import ArraySource
-from nearfar.ssl.files import atomic
+from nearfar.ssl.disk.files import atomic
 
 TRAIN, VAL = 2000, 1000  # scenes
 HEAD_STEPS = 800  # of the segmentation head

@@ -11,25 +11,27 @@ from rich.console import Console
 
 from nearfar.eval import results
 from nearfar.eval.classification import Predictions, accuracies, detail, predict
-from nearfar.eval.classification_report import write_classification_report
-from nearfar.eval.features import digest
-from nearfar.eval.images import Decoding
+from nearfar.eval.features.extraction import digest
+from nearfar.eval.features.images import Decoding
+from nearfar.eval.pages.classification_report import write_classification_report
 from nearfar.eval.results import DataName, Score
+from nearfar.launch.local.stop_signals import ScoringStoppedError, StopFlag
 from nearfar.launch.pretrain import save_views
-from nearfar.launch.stop_signals import ScoringStoppedError, StopFlag
-from nearfar.ssl import checkpoint, config, device, train
-from nearfar.ssl.classifier import Classifier
+from nearfar.ssl import checkpoint, config, train
 from nearfar.ssl.data import open_source
 from nearfar.ssl.data.sources.base import Source
 from nearfar.ssl.data.sources.files import FolderSource
-from nearfar.ssl.distributed import Ranks
 from nearfar.ssl.errors import UserError, printable
 from nearfar.ssl.finetune import class_names, finetune, labels_as
-from nearfar.ssl.finetune_settings import FinetuneRun, ResolvedFinetune
+from nearfar.ssl.learning.classifier import Classifier
+from nearfar.ssl.parallel import device
+from nearfar.ssl.parallel.distributed import Ranks
+from nearfar.ssl.settings.defaults import as_resolved
+from nearfar.ssl.settings.finetune_settings import FinetuneRun, ResolvedFinetune
 from nearfar.ssl.train import Outcome
 
 
-def train_rank(run: FinetuneRun, console: Console, world: Ranks) -> Outcome:
+def finetune_rank(run: FinetuneRun, console: Console, world: Ranks) -> Outcome:
     """What each process of `run` does: train it, or continue it; the first one scores its classifier on data.val and
     writes its report. Signals are as in `nearfar.launch.pretrain.run_pretraining`.
 
@@ -109,7 +111,7 @@ def record_score(outcome: Outcome, source: Source, scoring: Scoring) -> bool:
     where a signal asks to stop first (the same command scores it then).
     """
     classifier = checkpoint.load_classifier(outcome.folder)
-    run = ResolvedFinetune.of(FinetuneRun.model_validate(checkpoint.about(outcome.folder)["run"]))
+    run = as_resolved(ResolvedFinetune, FinetuneRun.model_validate(checkpoint.about(outcome.folder)["run"]))
     if scoring.last is None:  # the run was finished before: its score may be there already
         if any(score.task == "finetune" and score.step == outcome.step for score in _scores(outcome.folder)):
             return True

@@ -13,14 +13,16 @@ import numpy as np
 from rich.console import Console
 
 from nearfar.eval.classification import Predictions, accuracies, predict, top
-from nearfar.eval.images import Decoding
+from nearfar.eval.features.images import Decoding
 from nearfar.launch.computing import compute_for
 from nearfar.launch.progress import progress, summed
-from nearfar.ssl import checkpoint, files, gpus
+from nearfar.ssl import checkpoint
 from nearfar.ssl.data import open_source
 from nearfar.ssl.data.sources.base import Source
+from nearfar.ssl.disk import files
 from nearfar.ssl.errors import UserError, printable
 from nearfar.ssl.finetune import labels_as
+from nearfar.ssl.parallel import gpus
 
 _SHOWN = 3  # unreadable images that are named
 

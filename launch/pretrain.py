@@ -9,25 +9,26 @@ import numpy as np
 from rich.console import Console
 from torch import Tensor
 
-from nearfar.eval.features import Features, Reading, extract
-from nearfar.eval.images import Decoding
+from nearfar.eval.features.extraction import Features, Reading, extract
+from nearfar.eval.features.images import Decoding
 from nearfar.eval.knn import knn
-from nearfar.eval.pictures import contact_sheet, save
-from nearfar.eval.scoring import labels_of
-from nearfar.eval.tasks import label_numbers
-from nearfar.launch import processes
-from nearfar.launch.stop_signals import ScoringStoppedError, StopFlag
-from nearfar.ssl import checkpoint, config, device, train
+from nearfar.eval.pictures.view_sheet import contact_sheet, save
+from nearfar.eval.scores.scoring import labels_of
+from nearfar.eval.scores.tasks import label_numbers
+from nearfar.launch.local import processes
+from nearfar.launch.local.stop_signals import ScoringStoppedError, StopFlag
+from nearfar.ssl import checkpoint, config, train
 from nearfar.ssl.backbones import Backbone
 from nearfar.ssl.data import open_source
 from nearfar.ssl.data.loaders.base import Batch
 from nearfar.ssl.data.sources.base import Source, Subset
-from nearfar.ssl.defaults import ResolvedRun
-from nearfar.ssl.distributed import Ranks
 from nearfar.ssl.errors import UserError
-from nearfar.ssl.health import start_similarity
-from nearfar.ssl.run_folder import START
-from nearfar.ssl.settings import Run
+from nearfar.ssl.learning.health import start_similarity
+from nearfar.ssl.parallel import device
+from nearfar.ssl.parallel.distributed import Ranks
+from nearfar.ssl.run.run_folder import START
+from nearfar.ssl.settings.defaults import ResolvedRun
+from nearfar.ssl.settings.run import Run
 
 
 def run_pretraining(run: Run, console: Console) -> train.Outcome:
@@ -41,10 +42,10 @@ def run_pretraining(run: Run, console: Console) -> train.Outcome:
             or has fewer GPUs than `train.world_size`.
         PeerError: another of the run's processes ended.
     """
-    return processes.in_all(run, console, train_rank)
+    return processes.in_all(run, console, pretrain_rank)
 
 
-def train_rank(run: Run, console: Console, world: Ranks) -> train.Outcome:
+def pretrain_rank(run: Run, console: Console, world: Ranks) -> train.Outcome:
     """The part of `run_pretraining` that each process of the run does."""
     config.require_images(run)
     source = open_source(run.data.path)

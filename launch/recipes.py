@@ -6,7 +6,7 @@ import importlib.util
 from pathlib import Path
 
 from nearfar.ssl.errors import UserError
-from nearfar.ssl.setting_errors import nearest
+from nearfar.ssl.settings.messages import nearest
 
 
 def find_recipe(name: str, supervised: bool = False) -> Path:
@@ -43,9 +43,9 @@ def _not_there(path: Path, known: list[str]) -> str:
 
 def _refuse_other_kind(path: Path, supervised: bool) -> None:
     """Raises UserError for a recipe with sections that only the other kind of run has."""
-    from nearfar.ssl import bounded_files
-    from nearfar.ssl.finetune_settings import FinetuneRun
-    from nearfar.ssl.settings import Run
+    from nearfar.ssl.disk import bounded_files
+    from nearfar.ssl.settings.finetune_settings import FinetuneRun
+    from nearfar.ssl.settings.run import Run
 
     own, other = (Run.model_fields.keys(), FinetuneRun.model_fields.keys())[:: -1 if supervised else 1]
     written = bounded_files.read_yaml(path, "recipe").keys()

@@ -8,7 +8,7 @@ from typing import Any
 
 from nearfar.ssl import checkpoint
 from nearfar.ssl.errors import UserError
-from nearfar.ssl.settings import BackboneSettings
+from nearfar.ssl.settings.run import BackboneSettings
 
 
 def settings_of(weights: str) -> list[str]:

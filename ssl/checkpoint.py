@@ -23,12 +23,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from nearfar.ssl import checkpoint_names, digests, files
 from nearfar.ssl.backbones import Backbone, create_described
 from nearfar.ssl.backbones.weights import misfits
-from nearfar.ssl.classifier import Classifier
+from nearfar.ssl.disk import checkpoint_names, digests, files
 from nearfar.ssl.errors import UserError
-from nearfar.ssl.sharding import is_sharded, split_like
+from nearfar.ssl.learning.classifier import Classifier
+from nearfar.ssl.parallel.sharding import is_sharded, split_like
 
 TENSORS, STATE, MANIFEST = "tensors.safetensors", "state.json", "manifest.json"
 TEACHER, CLASSIFIER = "teacher.safetensors", "classifier.safetensors"  # what a run leaves beside its checkpoints

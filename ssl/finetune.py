@@ -10,22 +10,25 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nearfar.ssl import announce, checkpoint, distributed, memory, resume
+from nearfar.ssl import checkpoint
 from nearfar.ssl.checkpoint import CLASSIFIER
-from nearfar.ssl.classifier import ClassifierLearner, ClassifierOutputs, build_classifier_learner
 from nearfar.ssl.data.loaders.base import Batch
 from nearfar.ssl.data.sources.base import Source
-from nearfar.ssl.defaults import Derived
-from nearfar.ssl.device import Compute
-from nearfar.ssl.distributed import ALONE, Ranks
 from nearfar.ssl.errors import UserError
-from nearfar.ssl.finetune_settings import FinetuneRun, ResolvedFinetune, resolve
-from nearfar.ssl.masks import Masks
-from nearfar.ssl.mixing import Mixing
-from nearfar.ssl.optim import adamw
-from nearfar.ssl.run_folder import RunFolder
-from nearfar.ssl.schedule import warmup_cosine
-from nearfar.ssl.step import Numbers, Stepper, StepResult
+from nearfar.ssl.learning import memory
+from nearfar.ssl.learning.classifier import ClassifierLearner, ClassifierOutputs, build_classifier_learner
+from nearfar.ssl.learning.masks import Masks
+from nearfar.ssl.learning.mixing import Mixing
+from nearfar.ssl.learning.optim import adamw
+from nearfar.ssl.learning.schedule import warmup_cosine
+from nearfar.ssl.learning.step import Numbers, Stepper, StepResult
+from nearfar.ssl.parallel import distributed
+from nearfar.ssl.parallel.device import Compute
+from nearfar.ssl.parallel.distributed import ALONE, Ranks
+from nearfar.ssl.run import announce, resume
+from nearfar.ssl.run.run_folder import RunFolder
+from nearfar.ssl.settings.defaults import Derived
+from nearfar.ssl.settings.finetune_settings import FinetuneRun, ResolvedFinetune, resolve
 from nearfar.ssl.train import Outcome, carry_out
 from nearfar.ssl.training import NO_OBSERVERS, Observers, Training, Votes
 

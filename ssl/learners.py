@@ -7,15 +7,16 @@ from typing import Any
 
 import torch
 
-from nearfar.ssl import checkpoint, digests
+from nearfar.ssl import checkpoint
 from nearfar.ssl.backbones import Backbone, create
 from nearfar.ssl.backbones.adapter import Adapter
 from nearfar.ssl.backbones.factory import OUR_NAME, VIM_NAME
-from nearfar.ssl.defaults import ResolvedRun
-from nearfar.ssl.distill import Distiller, FrozenTeacher, Pooling, ProjectedStudent
+from nearfar.ssl.disk import digests
 from nearfar.ssl.errors import UserError
-from nearfar.ssl.learner import Learner, build_learner
-from nearfar.ssl.learning_settings import DistillSettings
+from nearfar.ssl.learning.distill import Distiller, FrozenTeacher, Pooling, ProjectedStudent
+from nearfar.ssl.learning.learner import Learner, build_learner
+from nearfar.ssl.settings.defaults import ResolvedRun
+from nearfar.ssl.settings.learning import DistillSettings
 
 
 def learner_of(run: ResolvedRun, weights: bool = True) -> Learner:

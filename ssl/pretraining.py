@@ -7,29 +7,24 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nearfar.ssl import (
-    announce,
-    distributed,
-    failed_step,
-    fork,
-    memory,
-    resume,
-)
 from nearfar.ssl.backbones import Backbone
 from nearfar.ssl.checkpoint import TEACHER
 from nearfar.ssl.data.loaders.base import Batch
 from nearfar.ssl.data.sources.base import Source
-from nearfar.ssl.defaults import Derived, ResolvedRun, resolve
-from nearfar.ssl.device import Compute
-from nearfar.ssl.health import CollapseWatch, falling_score, features_lost, nothing_learned, patience
-from nearfar.ssl.learner import Learner, Outputs, block_masks
 from nearfar.ssl.learners import learner_of
-from nearfar.ssl.masks import Masks
-from nearfar.ssl.optim import adamw_of
-from nearfar.ssl.run_folder import RunFolder, read_metrics
-from nearfar.ssl.schedule import Schedule
-from nearfar.ssl.settings import Run
-from nearfar.ssl.step import Numbers, StepResult
+from nearfar.ssl.learning import memory
+from nearfar.ssl.learning.health import CollapseWatch, falling_score, features_lost, nothing_learned, patience
+from nearfar.ssl.learning.learner import Learner, Outputs, build_block_masks
+from nearfar.ssl.learning.masks import Masks
+from nearfar.ssl.learning.optim import adamw_of
+from nearfar.ssl.learning.schedule import Schedule
+from nearfar.ssl.learning.step import Numbers, StepResult
+from nearfar.ssl.parallel import distributed
+from nearfar.ssl.parallel.device import Compute
+from nearfar.ssl.run import announce, failed_step, fork, resume
+from nearfar.ssl.run.run_folder import RunFolder, read_metrics
+from nearfar.ssl.settings.defaults import Derived, ResolvedRun, resolve
+from nearfar.ssl.settings.run import Run
 from nearfar.ssl.training import Training, Votes
 
 
@@ -43,7 +38,7 @@ class Pretraining(Training[ResolvedRun, Learner]):
     def __post_init__(self) -> None:
         super().__post_init__()
         first = next((line for line in read_metrics(self.folder.metrics) if "feature_std" in line), None)
-        self.block_masks = block_masks(self.run, self.learner.student.backbone.patch_size, self.world.rank)
+        self.block_masks = build_block_masks(self.run, self.learner.student.backbone.patch_size, self.world.rank)
         self.told = ""
         self.watch = CollapseWatch(self.schedule.steps // 10, patience(self.run.train.log_every_steps), start=first)
 

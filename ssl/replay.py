@@ -9,26 +9,28 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from nearfar.ssl import announce, config, device, failed_step, resume
+from nearfar.ssl import config
 from nearfar.ssl.checkpoint import Checkpoint
 from nearfar.ssl.data.loaders.base import Batch, Task
 from nearfar.ssl.data.sources.base import Source
 from nearfar.ssl.data.transforms.colors import color_views
 from nearfar.ssl.data.transforms.normalize import normalize
-from nearfar.ssl.defaults import ResolvedRun
-from nearfar.ssl.distributed import ALONE
-from nearfar.ssl.learner import Learner, block_masks
 from nearfar.ssl.learners import learner_of
-from nearfar.ssl.optim import adamw_of
-from nearfar.ssl.schedule import Schedule
+from nearfar.ssl.learning.learner import Learner, build_block_masks
+from nearfar.ssl.learning.optim import adamw_of
+from nearfar.ssl.learning.schedule import Schedule
+from nearfar.ssl.learning.step import Stepper
+from nearfar.ssl.parallel import device
+from nearfar.ssl.parallel.distributed import ALONE
+from nearfar.ssl.run import announce, failed_step, resume
 from nearfar.ssl.set_up import loader_of, prepare_learner
-from nearfar.ssl.step import Stepper
+from nearfar.ssl.settings.defaults import ResolvedRun, as_resolved
 from nearfar.ssl.training import step_seed
 
 
 def settings_of(saved: Checkpoint) -> ResolvedRun:
     """The resolved settings of the run that a step belongs to."""
-    return ResolvedRun.of(config.validate(saved.state["run"]))
+    return as_resolved(ResolvedRun, config.validate(saved.state["run"]))
 
 
 def replay(
@@ -58,7 +60,7 @@ def replay(
     batch = loader.assemble(Task(failed["epoch"], failed["step_of_epoch"], failed_step.samples(saved)))
     schedule = Schedule(run, loader.steps_per_epoch)
     stepper = Stepper(learner, optimizer, run.optim.clip_grad, compute.autocast, run.train.accumulate_steps)
-    hidden = block_masks(run.model_copy(update={"train": _alone(run)}), learner.student.backbone.patch_size)
+    hidden = build_block_masks(run.model_copy(update={"train": _alone(run)}), learner.student.backbone.patch_size)
     masks = hidden.of_step(step, compute.device, run.train.accumulate_steps) if hidden else ()
     views = color_views(batch, compute.device)
     first = _in_weights(learner) or _in_views(views, batch, source)

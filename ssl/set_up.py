@@ -6,33 +6,25 @@ from typing import Any, TypeVar
 
 import torch
 
-from nearfar.ssl import (
-    announce,
-    checkpoint,
-    checkpoint_names,
-    compiled,
-    device,
-    distributed,
-    fork,
-    gpus,
-    memory,
-    resume,
-    tracking,
-)
+from nearfar.ssl import checkpoint
 from nearfar.ssl.data import open_loader
 from nearfar.ssl.data.loaders.base import Loader, LoaderOptions
 from nearfar.ssl.data.sources.base import Source
-from nearfar.ssl.defaults import Derived, ResolvedRun
-from nearfar.ssl.device import Compute
-from nearfar.ssl.distributed import Ranks
-from nearfar.ssl.finetune_settings import ResolvedFinetune
-from nearfar.ssl.learner import share_batch_norm
-from nearfar.ssl.learning_settings import TrainSettings
-from nearfar.ssl.loss_scale import LossScale
-from nearfar.ssl.run_folder import START, RunFolder
-from nearfar.ssl.settings import AnyRun, Run
-from nearfar.ssl.sharding import shard
-from nearfar.ssl.student_teacher import StudentTeacher
+from nearfar.ssl.disk import checkpoint_names
+from nearfar.ssl.learning import compiled, memory
+from nearfar.ssl.learning.learner import share_batch_norm
+from nearfar.ssl.learning.loss_scale import LossScale
+from nearfar.ssl.learning.student_teacher import StudentTeacher
+from nearfar.ssl.parallel import device, distributed, gpus
+from nearfar.ssl.parallel.device import Compute
+from nearfar.ssl.parallel.distributed import Ranks
+from nearfar.ssl.parallel.sharding import shard
+from nearfar.ssl.run import announce, fork, resume, tracking
+from nearfar.ssl.run.run_folder import START, RunFolder
+from nearfar.ssl.settings.defaults import Derived, ResolvedRun
+from nearfar.ssl.settings.finetune_settings import ResolvedFinetune
+from nearfar.ssl.settings.learning import TrainSettings
+from nearfar.ssl.settings.run import AnyRun, Run
 from nearfar.ssl.training import Observers, Training
 
 T = TypeVar("T", bound=Training[Any, Any])

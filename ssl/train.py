@@ -9,18 +9,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nearfar.ssl import announce, distributed
 from nearfar.ssl.data.loaders.base import Batch
 from nearfar.ssl.data.sources.base import Source
-from nearfar.ssl.distributed import ALONE, Ranks
 from nearfar.ssl.errors import UserError
-from nearfar.ssl.prefetch import Prefetch, side_stream
+from nearfar.ssl.learning.prefetch import Prefetch, side_stream
+from nearfar.ssl.learning.step import StepResult
+from nearfar.ssl.parallel import distributed
+from nearfar.ssl.parallel.distributed import ALONE, Ranks
 from nearfar.ssl.pretraining import Pretraining
-from nearfar.ssl.run_folder import RunFolder
-from nearfar.ssl.run_log import NoLog, RunLog
+from nearfar.ssl.run import announce
+from nearfar.ssl.run.run_folder import RunFolder
+from nearfar.ssl.run.run_log import NoLog, RunLog
 from nearfar.ssl.set_up import set_up
-from nearfar.ssl.settings import AnyRun, Run
-from nearfar.ssl.step import StepResult
+from nearfar.ssl.settings.run import AnyRun, Run
 from nearfar.ssl.training import NO_OBSERVERS, Observers, Training
 
 if TYPE_CHECKING:

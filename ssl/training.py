@@ -19,29 +19,25 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nearfar.ssl import (
-    announce,
-    distributed,
-    kept,
-    memory,
-    resume,
-)
-from nearfar.ssl.background_save import Saver
 from nearfar.ssl.data.loaders.base import Batch, Loader
 from nearfar.ssl.data.sources.base import Source
 from nearfar.ssl.data.transforms.colors import color_views
 from nearfar.ssl.data.transforms.normalize import normalize
-from nearfar.ssl.defaults import Derived, ResolvedRun
-from nearfar.ssl.device import Compute
-from nearfar.ssl.distributed import Ranks
 from nearfar.ssl.errors import UserError
-from nearfar.ssl.finetune_settings import ResolvedFinetune
-from nearfar.ssl.run_folder import RunFolder
-from nearfar.ssl.run_log import NoLog
-from nearfar.ssl.settings import AnyRun
-from nearfar.ssl.sharding import is_sharded
-from nearfar.ssl.step import Numbers, Stepper, StepResult
-from nearfar.ssl.student_teacher import StudentTeacher
+from nearfar.ssl.learning import memory
+from nearfar.ssl.learning.step import Numbers, Stepper, StepResult
+from nearfar.ssl.learning.student_teacher import StudentTeacher
+from nearfar.ssl.parallel import distributed
+from nearfar.ssl.parallel.device import Compute
+from nearfar.ssl.parallel.distributed import Ranks
+from nearfar.ssl.parallel.sharding import is_sharded
+from nearfar.ssl.run import announce, kept, resume
+from nearfar.ssl.run.background_save import Saver
+from nearfar.ssl.run.run_folder import RunFolder
+from nearfar.ssl.run.run_log import NoLog
+from nearfar.ssl.settings.defaults import Derived, ResolvedRun
+from nearfar.ssl.settings.finetune_settings import ResolvedFinetune
+from nearfar.ssl.settings.run import AnyRun
 
 R = TypeVar("R", ResolvedRun, ResolvedFinetune)
 L = TypeVar("L", bound=StudentTeacher)

@@ -1,4 +1,4 @@
-"""What every wing's tests share: the same random numbers for each, one tiny recipe, one comparison to the bit."""
+"""What all tests share: the same random numbers for each, one tiny recipe, one comparison to the bit."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torch import Tensor
 
 import nearfar.ssl.backbones  # noqa: F401  tests import timm and torchvision: its guard must come before them
 from nearfar.ssl import checkpoint
-from nearfar.ssl.run_folder import read_metrics
+from nearfar.ssl.run.run_folder import read_metrics
 
 TINY: dict[str, dict[str, Any]] = {
     "data": {"workers": 0},

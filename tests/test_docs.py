@@ -18,9 +18,9 @@ import yaml
 
 from nearfar.launch.cli import build_parser
 from nearfar.ssl import config
-from nearfar.ssl.finetune_settings import FinetuneRun
-from nearfar.ssl.setting_list import KEYS, all_settings
-from nearfar.ssl.settings import Run
+from nearfar.ssl.settings.finetune_settings import FinetuneRun
+from nearfar.ssl.settings.listing import KEYS, all_settings
+from nearfar.ssl.settings.run import Run
 
 ROOT = Path(__file__).resolve().parents[1]
 CODE = ("ssl", "eval", "launch", "bench", "tests", "examples", "docs")

@@ -8,8 +8,8 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
-from nearfar.eval import figures
-from nearfar.eval.figures import Cell, Figure, Group
+from nearfar.eval.pages import figures
+from nearfar.eval.pictures.figures import Cell, Figure, Group
 
 HERE = Path(__file__).resolve().parent
 SIDE, GAP, WIDE, TOP = 70, 4, 18, 42  # pixels

@@ -9,9 +9,9 @@ from typing import Any, NamedTuple
 import yaml
 
 from nearfar.eval import results
-from nearfar.eval.features import digest
+from nearfar.eval.features.extraction import digest
 from nearfar.eval.results import SUBJECTS, TITLES, DataName, Score
-from nearfar.launch.exports.subject import Subject
+from nearfar.launch.exports.exported import ExportedBackbone
 from nearfar.ssl.backbones.tokens import one_line
 from nearfar.ssl.data.transforms.normalize import MEAN, STD
 
@@ -35,43 +35,43 @@ class Preprocessing(NamedTuple):
     crop: int
 
 
-def preprocessing_of(subject: Subject) -> Preprocessing:
+def preprocessing_of(exported: ExportedBackbone) -> Preprocessing:
     """As the run evaluates, where its settings are known; else 256 / 224 of the size of the network."""
-    crop = setting(subject, "eval.size") or setting(subject, "views.global_crops_size") or min(subject.size)
-    crop = crop if isinstance(crop, int) and crop > 0 else min(subject.size)
-    resize = setting(subject, "eval.resize")
+    crop = setting(exported, "eval.size") or setting(exported, "views.global_crops_size") or min(exported.size)
+    crop = crop if isinstance(crop, int) and crop > 0 else min(exported.size)
+    resize = setting(exported, "eval.resize")
     return Preprocessing(resize if isinstance(resize, int) and resize >= crop else round(crop * 256 / 224), crop)
 
 
-def setting(subject: Subject, key: str) -> Any:
+def setting(exported: ExportedBackbone, key: str) -> Any:
     """A setting of the run as the weights record it; None where they do not."""
-    node: Any = subject.about.get("run")
+    node: Any = exported.about.get("run")
     for part in key.split("."):
         node = node.get(part) if isinstance(node, dict) else None
     return node
 
 
-def model_card(subject: Subject, library: str) -> str:
+def model_card(exported: ExportedBackbone, library: str) -> str:
     """README.md of a folder that `library` ("timm", "transformers" or "nearfar") loads.
 
     Raises UserError for a results.json that cannot be read.
     """
-    name, numbers = one_line(str(subject.arch["name"]), 80), sum(p.numel() for p in subject.backbone.parameters())
-    training = training_of(subject)
-    ideas = f", with {' and '.join(subject.ideas)}" if subject.ideas else ""
+    name, numbers = one_line(str(exported.arch["name"]), 80), sum(p.numel() for p in exported.backbone.parameters())
+    training = training_of(exported)
+    ideas = f", with {' and '.join(exported.ideas)}" if exported.ideas else ""
     lines = [
         "---",
-        yaml.safe_dump(_front(subject, library), sort_keys=False).strip(),
+        yaml.safe_dump(_front(exported, library), sort_keys=False).strip(),
         "---",
         "",
-        f"# {one_line(str(setting(subject, 'name') or name), 80)}",
+        f"# {one_line(str(setting(exported, 'name') or name), 80)}",
         "",
-        f"A {name}{ideas} ({numbers / 1e6:.1f} million parameters), {training.words}{_trained_on(subject)}. It gives "
-        f"features and has no classifier.{_origin(subject)}",
+        f"A {name}{ideas} ({numbers / 1e6:.1f} million parameters), {training.words}{_trained_on(exported)}. It gives "
+        f"features and has no classifier.{_origin(exported)}",
         "",
         "## Scores of the frozen features",
         "",
-        *_scores(subject),
+        *_scores(exported),
         "",
         "## Use",
         "",
@@ -79,45 +79,45 @@ def model_card(subject: Subject, library: str) -> str:
         *_use(library),
         "```",
         "",
-        *_preprocessing(preprocessing_of(subject)),
+        *_preprocessing(preprocessing_of(exported)),
         "",
         "## Training",
         "",
-        *_settings(subject),
+        *_settings(exported),
     ]
     return "\n".join(lines) + "\n"
 
 
-def _front(subject: Subject, library: str) -> dict[str, Any]:
+def _front(exported: ExportedBackbone, library: str) -> dict[str, Any]:
     return {
-        "license": subject.license,
+        "license": exported.license,
         "library_name": library,
         "pipeline_tag": "image-feature-extraction",
-        "tags": ["nearfar", *training_of(subject).tags, *(idea.lower() for idea in subject.ideas)],
+        "tags": ["nearfar", *training_of(exported).tags, *(idea.lower() for idea in exported.ideas)],
     }
 
 
-def training_of(subject: Subject) -> TrainingKind:
+def training_of(exported: ExportedBackbone) -> TrainingKind:
     """What kind of training the weights come from, by the settings that they record."""
-    if setting(subject, "classifier") is not None:
+    if setting(exported, "classifier") is not None:
         return TrainingKind("the backbone of a classifier that nearfar trained with labels", ("supervised",))
-    if teacher := setting(subject, "distill.teacher"):
+    if teacher := setting(exported, "distill.teacher"):
         of = one_line(PurePath(str(teacher)).name if not str(teacher).startswith("timm/") else str(teacher), 80)
         return TrainingKind(f"distilled by nearfar from a frozen teacher ({of}), without labels", ("distillation",))
-    if setting(subject, "loss") is None:
+    if setting(exported, "loss") is None:
         return TrainingKind("whose file does not say how it was trained", ())
     return TrainingKind("pretrained without labels by nearfar (DINO)", ("self-supervised-learning", "dino"))
 
 
-def _origin(subject: Subject) -> str:
+def _origin(exported: ExportedBackbone) -> str:
     """A sentence on the weights that the training began with, if it did not begin from scratch."""
-    lineage = subject.about.get("lineage")
+    lineage = exported.about.get("lineage")
     last = lineage[-1] if isinstance(lineage, list) and lineage and isinstance(lineage[-1], dict) else {}
     return f" It began with the weights of {_data_name(str(last['from']))}." if "from" in last else ""
 
 
-def _trained_on(subject: Subject) -> str:
-    path, epochs, step = (setting(subject, "data.path"), setting(subject, "train.epochs"), subject.about.get("step"))
+def _trained_on(exported: ExportedBackbone) -> str:
+    path, epochs, step = (setting(exported, "data.path"), setting(exported, "train.epochs"), exported.about.get("step"))
     on = f" on {_data_name(str(path))}" if path else ""
     return (
         on + (f" for {epochs} epochs" if epochs else "") + (f"; these are the weights of step {step}" if step else "")
@@ -129,14 +129,14 @@ def _data_name(path: str) -> str:
     return one_line("/".join(PurePath(path).parts[-2:]).lstrip("/"), 80)
 
 
-def own_scores(subject: Subject) -> list[Score]:
+def own_scores(exported: ExportedBackbone) -> list[Score]:
     """The entries of results.json for exactly these weights, and the baselines beside them."""
-    weights = digest(subject.backbone)
-    return [score for score in results.read(subject.results) if score.subject != "trained" or score.weights == weights]
+    weights = digest(exported.backbone)
+    return [score for score in results.read(exported.results) if score.subject != "trained" or score.weights == weights]
 
 
-def _scores(subject: Subject) -> Iterator[str]:
-    scores = own_scores(subject)
+def _scores(exported: ExportedBackbone) -> Iterator[str]:
+    scores = own_scores(exported)
     known = {score.data for score in scores if score.subject == "trained"}
     if not known:
         yield "These weights have not been scored."
@@ -196,15 +196,15 @@ def _preprocessing(prepared: Preprocessing) -> list[str]:
     ]
 
 
-def _settings(subject: Subject) -> Iterator[str]:
-    known = {key: setting(subject, key) for key in SHOWN}
+def _settings(exported: ExportedBackbone) -> Iterator[str]:
+    known = {key: setting(exported, key) for key in SHOWN}
     known = {key: value for key, value in known.items() if value is not None}
     if not known:
         yield "The weights do not say how they were trained."
         return
     yield from ("| setting | value |", "|---|---|")
     yield from (f"| `{key}` | {one_line(str(value), 60)} |" for key, value in known.items())
-    versions = subject.about.get("versions")
+    versions = exported.about.get("versions")
     if isinstance(versions, dict):
         yield ""
         told = ", ".join(f"{one_line(str(key), 20)} {one_line(str(value), 30)}" for key, value in versions.items())

@@ -17,10 +17,11 @@ from torch import Tensor
 
 from nearfar.launch.exports import plain
 from nearfar.launch.exports.card import Preprocessing, model_card, preprocessing_of
-from nearfar.launch.exports.subject import Subject, difference, example
-from nearfar.ssl import checkpoint, files
+from nearfar.launch.exports.exported import ExportedBackbone, difference, example
+from nearfar.ssl import checkpoint
 from nearfar.ssl.backbones import VisionTransformer
 from nearfar.ssl.data.transforms.normalize import MEAN, STD
+from nearfar.ssl.disk import files
 from nearfar.ssl.errors import UserError
 
 WEIGHTS = "model.safetensors"
@@ -32,45 +33,45 @@ class FolderExport(NamedTuple):
     note: str | None  # what the folder is not
 
 
-def write_timm(subject: Subject, out: Path) -> FolderExport:
+def write_timm(exported: ExportedBackbone, out: Path) -> FolderExport:
     """A folder for timm.create_model("local-dir:OUT"), or for nearfar where timm does not know the network.
 
     Raises:
         UserError: what was written is not loaded as the same network, or the disk refuses.
     """
-    vit = plain.plain_vit(subject)
+    vit = plain.plain_vit(exported)
     with files.atomic_folder(out) as partial:
         if vit is None:
-            return _write_ours(subject, partial, "timm")
+            return _write_ours(exported, partial, "timm")
         _save(partial, plain.timm_tensors(vit))
-        _write_json(partial / "config.json", timm_config(subject, vit))
-        _write_card(subject, partial, "timm")
-        return FolderExport(_check_timm(subject, partial), "timm", None)
+        _write_json(partial / "config.json", timm_config(exported, vit))
+        _write_card(exported, partial, "timm")
+        return FolderExport(_check_timm(exported, partial), "timm", None)
 
 
-def write_huggingface(subject: Subject, out: Path) -> FolderExport:
+def write_huggingface(exported: ExportedBackbone, out: Path) -> FolderExport:
     """A folder for transformers' AutoModel.from_pretrained("OUT"), or for nearfar where the network is not a plain ViT.
 
     Raises UserError as `write_timm`.
     """
-    vit = plain.plain_vit(subject)
+    vit = plain.plain_vit(exported)
     with files.atomic_folder(out) as partial:
-        _write_json(partial / "preprocessor_config.json", _processor(preprocessing_of(subject)))
+        _write_json(partial / "preprocessor_config.json", _processor(preprocessing_of(exported)))
         if vit is None:
-            return _write_ours(subject, partial, "transformers")
+            return _write_ours(exported, partial, "transformers")
         if vit.pos_grid[0] != vit.pos_grid[1]:
             raise UserError("transformers' ViTs have a square table of positions, and this network has another.")
         _save(partial, plain.dinov2_tensors(vit))
         _write_json(partial / "config.json", plain.dinov2_config(vit))
-        _write_card(subject, partial, "transformers")
-        return _check_huggingface(subject, partial)
+        _write_card(exported, partial, "transformers")
+        return _check_huggingface(exported, partial)
 
 
-def timm_config(subject: Subject, vit: VisionTransformer) -> dict[str, Any]:
+def timm_config(exported: ExportedBackbone, vit: VisionTransformer) -> dict[str, Any]:
     """timm's config.json. Its own models of 192, 384 and 768 numbers a token lend their names."""
     size = {192: "tiny", 384: "small"}.get(vit.embed_dim, "base")
-    prepared = preprocessing_of(subject)
-    height, width = subject.size
+    prepared = preprocessing_of(exported)
+    height, width = exported.size
     return {
         "architecture": f"vit_{size}_patch16_224",
         "num_classes": 0,
@@ -91,12 +92,12 @@ def timm_config(subject: Subject, vit: VisionTransformer) -> dict[str, Any]:
             "pool_size": None,
             "first_conv": "patch_embed.proj",
             "classifier": "head",
-            "license": subject.license,
+            "license": exported.license,
         },
     }
 
 
-def _check_timm(subject: Subject, folder: Path) -> float:
+def _check_timm(exported: ExportedBackbone, folder: Path) -> float:
     import timm
 
     try:
@@ -104,15 +105,15 @@ def _check_timm(subject: Subject, folder: Path) -> float:
     except (RuntimeError, ValueError, TypeError, OSError) as error:
         raise UserError(f"timm does not load what was written: {' '.join(str(error).split())[:300]}") from error
     _require_all(model.state_dict(), load_file(folder / WEIGHTS), "timm")
-    images = example(subject.size)
+    images = example(exported.size)
     with torch.no_grad():
-        return difference([model.eval().forward_features(images)], [subject.tokens(images)], "timm")
+        return difference([model.eval().forward_features(images)], [exported.tokens(images)], "timm")
 
 
-def _check_huggingface(subject: Subject, folder: Path) -> FolderExport:
+def _check_huggingface(exported: ExportedBackbone, folder: Path) -> FolderExport:
     """By transformers where it is installed; always by a computation from the file alone."""
-    images = example(subject.size)
-    expected = [subject.tokens(images)]
+    images = example(exported.size)
+    expected = [exported.tokens(images)]
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     own = plain.dinov2_tokens(load_file(folder / WEIGHTS), config, images).float()
     largest = difference([own], expected, "the layout of transformers")
@@ -132,17 +133,19 @@ def _check_huggingface(subject: Subject, folder: Path) -> FolderExport:
     return FolderExport(max(largest, difference([found], expected, "transformers")), "transformers", None)
 
 
-def _write_ours(subject: Subject, folder: Path, program: str) -> FolderExport:
+def _write_ours(exported: ExportedBackbone, folder: Path, program: str) -> FolderExport:
     """The folder of a network that `program` does not know."""
-    checkpoint.export(folder / WEIGHTS, subject.backbone, subject.about)
-    name = str(subject.arch["name"])
+    checkpoint.export(folder / WEIGHTS, exported.backbone, exported.about)
+    name = str(exported.arch["name"])
     config = {"architecture": name, "architectures": [name], "model_type": "nearfar", "library_name": "nearfar"}
-    _write_json(folder / "config.json", config | {"nearfar": subject.arch, "num_features": subject.backbone.embed_dim})
-    _write_card(subject, folder, "nearfar")
-    images = example(subject.size)
-    loaded = Subject(checkpoint.load(folder / WEIGHTS), {}, subject.results)
-    largest = difference([loaded.tokens(images)], [subject.tokens(images)], "nearfar")
-    why = f"has {' and '.join(subject.ideas)}" if subject.ideas else "is none of our plain ViTs"
+    _write_json(
+        folder / "config.json", config | {"nearfar": exported.arch, "num_features": exported.backbone.embed_dim}
+    )
+    _write_card(exported, folder, "nearfar")
+    images = example(exported.size)
+    loaded = ExportedBackbone(checkpoint.load(folder / WEIGHTS), {}, exported.results)
+    largest = difference([loaded.tokens(images)], [exported.tokens(images)], "nearfar")
+    why = f"has {' and '.join(exported.ideas)}" if exported.ideas else "is none of our plain ViTs"
     note = (
         f"{name} {why}, so {program} alone cannot load it: the folder is loaded by nearfar, as its README.md says. "
         "--to onnx and --to torch-export write files that need no nearfar."
@@ -164,8 +167,8 @@ def _write_json(file: Path, content: dict[str, Any]) -> None:
     files.write_text(file, json.dumps(content, indent=2) + "\n")
 
 
-def _write_card(subject: Subject, folder: Path, library: str) -> None:
-    files.write_text(folder / "README.md", model_card(subject, library))
+def _write_card(exported: ExportedBackbone, folder: Path, library: str) -> None:
+    files.write_text(folder / "README.md", model_card(exported, library))
 
 
 def _processor(prepared: Preprocessing) -> dict[str, Any]:

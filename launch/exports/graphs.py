@@ -14,12 +14,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from nearfar.launch.exports.subject import Subject, difference, example
-from nearfar.ssl import files
+from nearfar.launch.exports.exported import ExportedBackbone, difference, example
 from nearfar.ssl.backbones import Backbone, VisionTransformer
 from nearfar.ssl.backbones.lgp import LGPPatchEmbed
 from nearfar.ssl.backbones.tokens import check_divides
 from nearfar.ssl.data.transforms.normalize import MEAN, STD
+from nearfar.ssl.disk import files
 from nearfar.ssl.errors import UserError
 
 NEEDED_BY_ONNX = ("onnx", "onnxscript", "onnxruntime")
@@ -53,7 +53,7 @@ def takes_any_size(backbone: Backbone) -> bool:
     return not isinstance(model.patch_embed, LGPPatchEmbed) or model.patch_embed.folds
 
 
-def write_onnx(subject: Subject, out: Path, size: tuple[int, int] | None = None) -> GraphExport:
+def write_onnx(exported: ExportedBackbone, out: Path, size: tuple[int, int] | None = None) -> GraphExport:
     """An ONNX file with the input `images` and the outputs `cls` and `patches`; any batch size.
 
     size: of the images, for a network that is exported for one; default: what it is made for.
@@ -69,41 +69,41 @@ def write_onnx(subject: Subject, out: Path, size: tuple[int, int] | None = None)
         )
     import onnxruntime
 
-    program = _traced(subject, size)
+    program = _traced(exported, size)
     with files.atomic(out) as partial:
         with _quiet():
             graph: Any = torch.onnx.export(
                 program, dynamo=True, input_names=["images"], output_names=["cls", "patches"], verbose=False
             )
-            graph.model.metadata_props["nearfar"] = _description(subject)
+            graph.model.metadata_props["nearfar"] = _description(exported)
             graph.save(str(partial))
         session = onnxruntime.InferenceSession(str(partial), providers=["CPUExecutionProvider"])
 
         def run(images: Tensor) -> list[Tensor]:
             return [torch.from_numpy(found) for found in session.run(None, {"images": images.numpy()})]
 
-        return _compared(subject, run, size, "ONNX Runtime")
+        return _compared(exported, run, size, "ONNX Runtime")
 
 
-def write_torch_export(subject: Subject, out: Path, size: tuple[int, int] | None = None) -> GraphExport:
+def write_torch_export(exported: ExportedBackbone, out: Path, size: tuple[int, int] | None = None) -> GraphExport:
     """An archive for torch.export.load, which needs torch alone; its module gives (cls, patches). Any batch size.
 
     Raises UserError as `write_onnx`.
     """
-    program = _traced(subject, size)
+    program = _traced(exported, size)
     with files.atomic(out) as partial:
         with _quiet(), partial.open("wb") as file:
-            torch.export.save(program, file, extra_files={"nearfar.json": _description(subject)})
+            torch.export.save(program, file, extra_files={"nearfar.json": _description(exported)})
         with _quiet(), partial.open("rb") as file:
             module = torch.export.load(file).module()
-        return _compared(subject, lambda images: list(module(images)), size, "torch.export")
+        return _compared(exported, lambda images: list(module(images)), size, "torch.export")
 
 
-def _traced(subject: Subject, size: tuple[int, int] | None) -> torch.export.ExportedProgram:
+def _traced(exported: ExportedBackbone, size: tuple[int, int] | None) -> torch.export.ExportedProgram:
     """The graph; of any size where the network allows that, else of `size`."""
-    backbone, patch = subject.backbone, subject.backbone.patch_size
+    backbone, patch = exported.backbone, exported.backbone.patch_size
     dims: dict[int, Any] = {0: torch.export.Dim("batch", min=1, max=MOST_IMAGES)}
-    height, width = size or subject.size
+    height, width = size or exported.size
     if takes_any_size(backbone):
         if size is not None:
             raise UserError("This network is exported for images of every size; leave out --size.")
@@ -118,30 +118,30 @@ def _traced(subject: Subject, size: tuple[int, int] | None) -> torch.export.Expo
             )
         except (RuntimeError, ValueError, TypeError, AttributeError, AssertionError) as error:
             reason = " ".join(str(error).split())[:200]
-            raise UserError(f"{subject.arch['name']} cannot be exported as a graph: {reason}") from error
+            raise UserError(f"{exported.arch['name']} cannot be exported as a graph: {reason}") from error
 
 
 def _compared(
-    subject: Subject, run: Callable[[Tensor], list[Tensor]], size: tuple[int, int] | None, by: str
+    exported: ExportedBackbone, run: Callable[[Tensor], list[Tensor]], size: tuple[int, int] | None, by: str
 ) -> GraphExport:
     """Compare at the size of the network and, where the graph takes every size, at one that is not square."""
-    any_size = takes_any_size(subject.backbone)
-    height, width = size or subject.size
+    any_size = takes_any_size(exported.backbone)
+    height, width = size or exported.size
     sizes = [(height, width)]
     if any_size:
-        sizes.append((height + 2 * subject.backbone.patch_size, max(width // 2, 2 * subject.backbone.patch_size)))
-        sizes[1] = (sizes[1][0], sizes[1][1] // subject.backbone.patch_size * subject.backbone.patch_size)
+        sizes.append((height + 2 * exported.backbone.patch_size, max(width // 2, 2 * exported.backbone.patch_size)))
+        sizes[1] = (sizes[1][0], sizes[1][1] // exported.backbone.patch_size * exported.backbone.patch_size)
     largest = 0.0
     for batch, each in zip((1, 3), (sizes * 2)[:2], strict=True):
         images = example(each, batch)
         with torch.no_grad():
-            expected = list(TokenTensors(subject.backbone)(images))
+            expected = list(TokenTensors(exported.backbone)(images))
         largest = max(largest, difference(run(images), expected, by))
     return GraphExport(largest, sizes, any_size)
 
 
-def _description(subject: Subject) -> str:
-    about = {"arch": subject.arch, "step": subject.about.get("step"), "mean": list(MEAN), "std": list(STD)}
+def _description(exported: ExportedBackbone) -> str:
+    about = {"arch": exported.arch, "step": exported.about.get("step"), "mean": list(MEAN), "std": list(STD)}
     return json.dumps(about)
 
 

@@ -9,16 +9,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nearfar.launch.exports.subject import Subject
+from nearfar.launch.exports.exported import ExportedBackbone
 from nearfar.ssl.backbones import VisionTransformer
 
 Config = dict[str, Any]
 
 
-def plain_vit(subject: Subject) -> VisionTransformer | None:
+def plain_vit(exported: ExportedBackbone) -> VisionTransformer | None:
     """Our ViT where it has none of the parts that others do not know; registers are known."""
-    model = subject.backbone.model
-    return model if isinstance(model, VisionTransformer) and not subject.ideas else None
+    model = exported.backbone.model
+    return model if isinstance(model, VisionTransformer) and not exported.ideas else None
 
 
 def timm_tensors(vit: VisionTransformer) -> dict[str, Tensor]:

@@ -10,19 +10,19 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 
 from nearfar.eval.results import TASKS
-from nearfar.launch.adapting import ADAPT
-from nearfar.launch.command_line import Parser
-from nearfar.launch.distill_verbs import DISTILL
-from nearfar.launch.finetune_verbs import FINETUNE
 from nearfar.launch.recipes import bundled
 from nearfar.launch.slurm import resources
-from nearfar.launch.training_verbs import PRETRAIN, TrainingVerb
+from nearfar.launch.verbs.adapt import ADAPT
+from nearfar.launch.verbs.command_line import Parser
+from nearfar.launch.verbs.distill import DISTILL
+from nearfar.launch.verbs.finetune import FINETUNE
+from nearfar.launch.verbs.training import PRETRAIN, TrainingVerb
 from nearfar.ssl.errors import UserError
-from nearfar.ssl.setting_errors import nearest
+from nearfar.ssl.settings.messages import nearest
 
 if TYPE_CHECKING:
-    from nearfar.ssl.finetune_settings import FinetuneRun
-    from nearfar.ssl.settings import Run
+    from nearfar.ssl.settings.finetune_settings import FinetuneRun
+    from nearfar.ssl.settings.run import Run
 
 CLUSTERS = ("auto", "slurm", "local", "debug")
 CONTROLS = ("status", "cancel", "logs", "resubmit")

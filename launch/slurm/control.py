@@ -119,7 +119,7 @@ def resubmit(runs: Sequence[Path], given: dict[str, Any], console: Console) -> l
         UserError: nothing is left to submit.
     """
     from nearfar.launch.slurm import resources, submission
-    from nearfar.ssl.finetune_settings import recorded_in
+    from nearfar.ssl.settings.finetune_settings import recorded_in
 
     states = statuses(runs)
     if len(runs) > 1:

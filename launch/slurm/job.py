@@ -33,10 +33,10 @@ from typing import TYPE_CHECKING, Literal, NamedTuple, NoReturn
 
 import submitit
 
+from nearfar.launch.local.stop_signals import StopFlag
 from nearfar.launch.slurm import queue, records
 from nearfar.launch.slurm.records import AttemptEnd, Ending, SubmissionRecord
-from nearfar.launch.stop_signals import StopFlag
-from nearfar.ssl import checkpoint_names, file_lock, files
+from nearfar.ssl.disk import checkpoint_names, file_lock, files
 from nearfar.ssl.errors import PeerError, UserError
 
 if TYPE_CHECKING:
@@ -348,9 +348,9 @@ def _train(config: Path) -> Outcome:
     """The run that these settings are of: which kind it is they say themselves."""
     from rich.console import Console
 
-    from nearfar.launch.any_run import train_rank
-    from nearfar.ssl.distributed import from_environment
-    from nearfar.ssl.finetune_settings import recorded_in
+    from nearfar.launch.local.any_run import train_rank
+    from nearfar.ssl.parallel.distributed import from_environment
+    from nearfar.ssl.settings.finetune_settings import recorded_in
 
     world = from_environment()
     return train_rank(recorded_in(config), Console(quiet=not world.first), world)
@@ -360,8 +360,8 @@ def score_run(run: Path, tasks: list[str]) -> None:
     from rich.console import Console
 
     from nearfar.launch.computing import compute_for
-    from nearfar.launch.report import report_run
-    from nearfar.launch.score import Subject, score, sources
+    from nearfar.launch.scoring.report import report_run
+    from nearfar.launch.scoring.score import Subject, score, sources
 
     subject = Subject.of(run)
     device = subject.run.train.device  # of the job: the GPU that it reserves

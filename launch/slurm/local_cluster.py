@@ -13,9 +13,9 @@ from nearfar.launch.slurm.records import SubmissionRecord
 from nearfar.launch.slurm.resources import Resources, gpu_count
 from nearfar.ssl import config
 from nearfar.ssl.errors import UserError
-from nearfar.ssl.finetune_settings import FinetuneRun
-from nearfar.ssl.run_folder import VERBS
-from nearfar.ssl.settings import Run
+from nearfar.ssl.run.run_folder import VERBS
+from nearfar.ssl.settings.finetune_settings import FinetuneRun
+from nearfar.ssl.settings.run import Run
 
 
 def launch(
@@ -28,7 +28,7 @@ def launch(
     Raises:
         UserError: more than one machine is asked for, and as the run's own verb.
     """
-    from nearfar.launch.any_run import train
+    from nearfar.launch.local.any_run import train
 
     asked = _of_this_machine(given)
     for run in runs:
@@ -53,7 +53,7 @@ def dry_run(runs: Sequence[Run | FinetuneRun], given: dict[str, Any], then: Sequ
     Raises:
         UserError: more than one machine is asked for, or more GPUs than this one has.
     """
-    from nearfar.launch import processes
+    from nearfar.launch.local import processes
 
     _of_this_machine(given)
     for run in runs:

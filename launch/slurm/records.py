@@ -24,7 +24,7 @@ import yaml
 from pydantic import BaseModel
 
 from nearfar.launch.slurm.resources import Resources
-from nearfar.ssl import checkpoint_names, file_lock, files
+from nearfar.ssl.disk import checkpoint_names, file_lock, files
 from nearfar.ssl.errors import UserError
 
 Kind = Literal["train", "eval"]

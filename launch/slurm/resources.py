@@ -10,9 +10,9 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
-from nearfar.ssl import bounded_files
+from nearfar.ssl.disk import bounded_files
 from nearfar.ssl.errors import UserError
-from nearfar.ssl.setting_errors import in_words
+from nearfar.ssl.settings.messages import in_words
 
 # Fields that only the site file can set; and options of sbatch that have a field of their own or that nearfar sets.
 FILE_ONLY = ("setup", "node_setup", "srun_args", "python", "extra")

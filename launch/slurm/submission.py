@@ -16,12 +16,14 @@ from nearfar.launch.slurm import executor, job, queue, records, snapshot
 from nearfar.launch.slurm.executor import JobOptions
 from nearfar.launch.slurm.records import Ending, Job, SubmissionRecord
 from nearfar.launch.slurm.resources import Resources
-from nearfar.ssl import config, finetune_settings, kept
-from nearfar.ssl.defaults import continued, continued_or_longer, dividing, on_ranks
+from nearfar.ssl import config
 from nearfar.ssl.errors import UserError
-from nearfar.ssl.finetune_settings import FinetuneRun
-from nearfar.ssl.run_folder import VERBS, RunFolder
-from nearfar.ssl.settings import AnyRun, Run
+from nearfar.ssl.run import kept
+from nearfar.ssl.run.run_folder import VERBS, RunFolder
+from nearfar.ssl.settings import finetune_settings
+from nearfar.ssl.settings.defaults import continued, continued_or_longer, dividing, on_ranks
+from nearfar.ssl.settings.finetune_settings import FinetuneRun
+from nearfar.ssl.settings.run import AnyRun, Run
 
 EVAL_HOURS = 4.0
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from nearfar.ssl.errors import UserError
-from nearfar.ssl.settings import AnyRun
+from nearfar.ssl.settings.run import AnyRun
 
 R = TypeVar("R", bound=AnyRun)
 

@@ -33,7 +33,7 @@ class Adapter(Backbone):
     GCViT, MLP-Mixer) run at the one size they are made for, and smaller images are padded to it, which the log says.
     """
 
-    compiled: Callable[..., Tensor] | None = None  # timm's forward_features: `nearfar.ssl.compiled` sets it
+    compiled: Callable[..., Tensor] | None = None  # timm's forward_features: `nearfar.ssl.learning.compiled` sets it
 
     def __init__(self, model: nn.Module, arch: dict[str, Any], *, prr: bool = False, mask_token: bool = False) -> None:
         super().__init__()

@@ -99,16 +99,16 @@ def _flex() -> Callable[..., Any]:
 @lru_cache(maxsize=16)
 def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     """`function` compiled for CUDA, one graph for each shape; `function` itself where there is no compiler."""
-    return function if compiler_missing() else torch.compile(function, dynamic=False)
+    return function if cuda_compiler_missing() else torch.compile(function, dynamic=False)
 
 
 @torch.compiler.assume_constant_result
 def _has_compiler() -> bool:
-    return not compiler_missing()
+    return not cuda_compiler_missing()
 
 
 @lru_cache(maxsize=1)
-def compiler_missing() -> str:
+def cuda_compiler_missing() -> str:
     """Why torch.compile cannot make CUDA kernels here, "" if it can: tried once, with a small one."""
     try:
         torch.compile(torch.Tensor.square, dynamic=False)(torch.ones(2, device="cuda"))

@@ -30,7 +30,7 @@ class TokenModel(nn.Module):
     num_prefix_tokens: int
     feature_info: list[dict[str, Any]]
     grad_checkpointing = False
-    compiled: Callable[..., Tensor] | None = None  # what a block computes, compiled: `nearfar.ssl.compiled` sets it
+    compiled: Callable[..., Tensor] | None = None  # what a block computes, compiled by `nearfar.ssl.learning.compiled`
 
     def run(
         self, images: Tensor, keep: Sequence[int] = (), masks: Tensor | None = None

@@ -24,7 +24,6 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from nearfar.ssl import file_lock, files
 from nearfar.ssl.data import libjpeg
 from nearfar.ssl.data.decode import FORMATS, decode, is_upright, size_problem
 from nearfar.ssl.data.sources.base import Source
@@ -42,6 +41,7 @@ from nearfar.ssl.data.sources.beton import (
     RECORD,
     VERSION,
 )
+from nearfar.ssl.disk import file_lock, files
 from nearfar.ssl.errors import BadImage, UserError
 
 _PAGE = 2**23  # bytes; FFCV wants a sample on one page, and pages of a power of two from 2 MiB

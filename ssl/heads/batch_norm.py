@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from nearfar.ssl import distributed
+from nearfar.ssl.parallel import distributed
 
 
 class BatchNorm(nn.BatchNorm1d):

@@ -78,6 +78,6 @@ def test_a_loop_over_the_parameters_is_seen(bench: Any, monkeypatch: pytest.Monk
         for ours, theirs in zip(self.teacher.parameters(), self.student.parameters(), strict=True):
             ours.lerp_(theirs.detach(), 1 - momentum)
 
-    monkeypatch.setattr("nearfar.ssl.learner.Learner.update_teacher", one_by_one)
+    monkeypatch.setattr("nearfar.ssl.learning.learner.Learner.update_teacher", one_by_one)
     counts, parameters = of_depth(bench, "plain", 2)
     assert counts["teacher's update"] >= parameters > 10

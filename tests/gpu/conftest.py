@@ -13,8 +13,8 @@ import pytest
 import torch
 
 from nearfar.ssl import config
-from nearfar.ssl.defaults import ResolvedRun, resolve
-from nearfar.ssl.settings import Run
+from nearfar.ssl.settings.defaults import ResolvedRun, resolve
+from nearfar.ssl.settings.run import Run
 
 
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])

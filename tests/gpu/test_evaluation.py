@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from nearfar.eval.features import Reading, extract
-from nearfar.eval.images import Decoding
+from nearfar.eval.features.extraction import Reading, extract
+from nearfar.eval.features.images import Decoding
 from nearfar.eval.knn import knn
 from nearfar.eval.linear import linear_probe
 from nearfar.eval.neighbors import neighbors

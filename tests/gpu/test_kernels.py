@@ -7,11 +7,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from nearfar.ssl.backbones.attention import _flex, attend, compiled, compiler_missing, flex_windows, window_bias
+from nearfar.ssl.backbones.attention import _flex, attend, compiled, cuda_compiler_missing, flex_windows, window_bias
 from nearfar.ssl.backbones.scan import selective_scan
 from nearfar.ssl.data.transforms.colors import color, color_by_kernels, color_of
 from nearfar.ssl.data.views import plan_views
-from nearfar.ssl.settings import ViewSettings
+from nearfar.ssl.settings.run import ViewSettings
 
 
 def recurrence(x: Tensor, dt: Tensor, a: Tensor, b: Tensor, c: Tensor, d: Tensor) -> Tensor:
@@ -122,7 +122,7 @@ def test_both_routes_of_attention_with_a_window(
     device: torch.device, grid: tuple[int, int], dtype: torch.dtype, route: str
 ) -> None:
     """Values and the gradients of q, k, v and both tables."""
-    if route == "tables" and (device.type != "cuda" or compiler_missing()):
+    if route == "tables" and (device.type != "cuda" or cuda_compiler_missing()):
         pytest.skip("FlexAttention has gradients on a GPU with a compiler only")
     leaves = window_inputs(grid, 1, dtype)
     here = [x.to(device).requires_grad_() for x in leaves]

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from nearfar.ssl import checkpoint, resume, train
+from nearfar.ssl import checkpoint, train
 from nearfar.ssl.checkpoint import Checkpoint
 from nearfar.ssl.data.loaders.base import Batch, Loader, LoaderOptions
 from nearfar.ssl.data.loaders.device import DeviceLoader
@@ -19,13 +19,14 @@ from nearfar.ssl.data.loaders.pillow import PillowLoader
 from nearfar.ssl.data.sources.base import ArraySource
 from nearfar.ssl.data.transforms.colors import color_views
 from nearfar.ssl.data.transforms.normalize import normalize
-from nearfar.ssl.defaults import ResolvedRun
-from nearfar.ssl.learner import Learner, build_learner
-from nearfar.ssl.optim import adamw
-from nearfar.ssl.prefetch import Prefetch, side_stream
-from nearfar.ssl.run_folder import read_metrics
-from nearfar.ssl.settings import Run
-from nearfar.ssl.step import Stepper
+from nearfar.ssl.learning.learner import Learner, build_learner
+from nearfar.ssl.learning.optim import adamw
+from nearfar.ssl.learning.prefetch import Prefetch, side_stream
+from nearfar.ssl.learning.step import Stepper
+from nearfar.ssl.run import resume
+from nearfar.ssl.run.run_folder import read_metrics
+from nearfar.ssl.settings.defaults import ResolvedRun
+from nearfar.ssl.settings.run import Run
 
 VALUES = {"lr": 1e-3, "weight_decay": 0.04, "teacher_momentum": 0.9, "teacher_temp": 0.04}
 Make = Callable[..., ResolvedRun]

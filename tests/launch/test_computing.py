@@ -11,13 +11,14 @@ import pytest
 import torch
 from PIL import Image
 
-from nearfar.eval import features as extraction
+from nearfar.eval.features import extraction
 from nearfar.launch import cli, computing
 from nearfar.launch.computing import compute_for
 from nearfar.launch.slurm import job
-from nearfar.ssl import checkpoint, config, device, gpus
+from nearfar.ssl import checkpoint, config
 from nearfar.ssl.backbones import create
 from nearfar.ssl.errors import UserError
+from nearfar.ssl.parallel import device, gpus
 
 without_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
 

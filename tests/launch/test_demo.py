@@ -14,8 +14,8 @@ from nearfar.eval import results
 from nearfar.eval.results import HEADLINES, SUBJECTS
 from nearfar.launch import demo
 from nearfar.launch.cli import main
-from nearfar.launch.score import ScoreOptions, Subject, score, sources
-from nearfar.ssl.run_folder import read_metrics
+from nearfar.launch.scoring.score import ScoreOptions, Subject, score, sources
+from nearfar.ssl.run.run_folder import read_metrics
 
 SMALL = ["train.epochs=1", "train.batch_size=32", "train.threads=1", "data.workers=0", "eval.knn_every_epochs=1"]
 
@@ -58,8 +58,8 @@ def test_a_second_call_computes_nothing(run: Path, monkeypatch: pytest.MonkeyPat
     def never(*_: object, **__: object) -> None:
         raise AssertionError("computed again")
 
-    monkeypatch.setattr("nearfar.launch.score.evaluate", never)
-    monkeypatch.setattr("nearfar.launch.score.evaluate_pixels", never)
+    monkeypatch.setattr("nearfar.launch.scoring.score.evaluate", never)
+    monkeypatch.setattr("nearfar.launch.scoring.score.evaluate_pixels", never)
     monkeypatch.setattr("nearfar.launch.demo.make_scenes", never)
     monkeypatch.setattr(demo, "HEAD_STEPS", 40)
     weights = (run / "teacher.safetensors").read_bytes()

@@ -20,13 +20,13 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from nearfar.eval import results
-from nearfar.eval.features import digest
+from nearfar.eval.features.extraction import digest
 from nearfar.eval.results import DataName, Score
 from nearfar.launch import cli
-from nearfar.launch.adapting import settings_for
 from nearfar.launch.exports import folders, graphs, plain
 from nearfar.launch.exports.card import model_card
-from nearfar.launch.exports.subject import Subject, difference, example
+from nearfar.launch.exports.exported import ExportedBackbone, difference, example
+from nearfar.launch.verbs.adapt import settings_for
 from nearfar.ssl import checkpoint, config
 from nearfar.ssl.backbones import create
 from nearfar.ssl.backbones.weights import load_weights
@@ -57,12 +57,12 @@ def make_run(folder: Path, name: str = "vit_tiny_patch8", **switches: object) ->
     return run.path
 
 
-def subject_of(name: str = "vit_tiny_patch8", **switches: object) -> Subject:
+def to_export(name: str = "vit_tiny_patch8", **switches: object) -> ExportedBackbone:
     torch.manual_seed(0)
     backbone = create(name, **{**SMALL, **switches}).eval().requires_grad_(False)
     for parameter in backbone.parameters():
         nn.init.normal_(parameter, std=0.2)
-    return Subject(backbone, {"step": 3}, Path("nowhere/results.json"))
+    return ExportedBackbone(backbone, {"step": 3}, Path("nowhere/results.json"))
 
 
 # --- timm ------------------------------------------------------------------------------------------------------
@@ -114,10 +114,10 @@ def test_a_folder_that_timm_loads_as_another_network_is_not_written(
 
     monkeypatch.setattr(plain, "timm_tensors", wrong)
     with pytest.raises(UserError, match="timm gives other features than the network itself"):
-        folders.write_timm(subject_of(), tmp_path / "out")
+        folders.write_timm(to_export(), tmp_path / "out")
     monkeypatch.setattr(plain, "timm_tensors", lambda vit: {k: v for k, v in right(vit).items() if k != "norm.bias"})
     with pytest.raises(UserError, match="timm does not load what was written"):
-        folders.write_timm(subject_of(), tmp_path / "out")
+        folders.write_timm(to_export(), tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -147,7 +147,7 @@ def test_the_folder_for_transformers_computes_the_same_by_its_own_layout(
 @pytest.mark.skipif(importlib.util.find_spec("transformers") is None, reason="needs transformers")
 @pytest.mark.parametrize("registers", [0, 2])
 def test_transformers_loads_the_folder(tmp_path: Path, registers: int) -> None:
-    written = folders.write_huggingface(subject_of(registers=registers), tmp_path / "out")
+    written = folders.write_huggingface(to_export(registers=registers), tmp_path / "out")
     assert written.loaded_by == "transformers" and written.difference < 1e-4
 
 
@@ -188,8 +188,8 @@ def test_matrices_that_do_not_fit_each_other_are_told(tmp_path: Path, shape: tup
 
 def test_preprocessing_is_that_of_the_evaluation(tmp_path: Path) -> None:
     """What the folder says, done with Pillow, gives the pixels that the evaluation sees."""
-    subject = subject_of()
-    folders.write_huggingface(subject, tmp_path / "out")
+    exported = to_export()
+    folders.write_huggingface(exported, tmp_path / "out")
     said = json.loads((tmp_path / "out" / "preprocessor_config.json").read_text())
     pixels = np.random.default_rng(0).integers(0, 255, (80, 60, 3), np.uint8)
     image, short = Image.fromarray(pixels), said["size"]["shortest_edge"]
@@ -210,8 +210,8 @@ def test_the_card_has_the_scores_of_exactly_these_weights(tmp_path: Path) -> Non
         digest(checkpoint.load(run)),
         (DataName("/a/imagenette/train", "t", 9469), DataName("/a/v", "v", 39)),
     )
-    for subject, percent, made in (("trained", 61.25, weights), ("trained", 99.0, "later"), ("pixels", 20.5, "p")):
-        results.add(run / "results.json", Score(subject, "knn", percent, made, *data, {"layer": "final"}, 3))
+    for exported, percent, made in (("trained", 61.25, weights), ("trained", 99.0, "later"), ("pixels", 20.5, "p")):
+        results.add(run / "results.json", Score(exported, "knn", percent, made, *data, {"layer": "final"}, 3))
     assert cli.main(["export", str(run), "--to", "timm", str(tmp_path / "out"), "--license", "apache-2.0"]) == 0
     card = (tmp_path / "out" / "README.md").read_text()
     front = yaml.safe_load(card.split("---")[1])
@@ -237,10 +237,10 @@ def test_the_card_has_the_scores_of_exactly_these_weights(tmp_path: Path) -> Non
 def test_the_card_says_how_the_weights_were_trained(
     tmp_path: Path, run: dict[str, Any], said: str, tags: list[str]
 ) -> None:
-    subject = subject_of()
+    exported = to_export()
     about = {"run": run, "lineage": [{"from": "/home/me/runs/first", "step": 7}]}
-    subject = Subject(subject.backbone, about, tmp_path / "results.json")
-    card = model_card(subject, "timm")
+    exported = ExportedBackbone(exported.backbone, about, tmp_path / "results.json")
+    card = model_card(exported, "timm")
     assert said in card and "It began with the weights of runs/first." in card and "/home/me" not in card
     assert yaml.safe_load(card.split("---")[1])["tags"] == ["nearfar", *tags]
 
@@ -273,14 +273,14 @@ def test_onnxruntime_gives_the_same_features(
 ) -> None:
     import onnxruntime
 
-    subject = subject_of(name, **switches)
-    written = graphs.write_onnx(subject, tmp_path / "x.onnx")
+    exported = to_export(name, **switches)
+    written = graphs.write_onnx(exported, tmp_path / "x.onnx")
     assert written.any_size == any_size and len(written.sizes) == 1 + any_size
     session = onnxruntime.InferenceSession(str(tmp_path / "x.onnx"), providers=["CPUExecutionProvider"])
     for size in [(32, 32), (16, 72)] if any_size else [(32, 32)]:  # the second is none that the export compared
         images = example(size, batch=4)
         cls, patches = session.run(None, {"images": images.numpy()})
-        tokens = subject.backbone(images)
+        tokens = exported.backbone(images)
         np.testing.assert_allclose(cls, tokens.cls.numpy(), rtol=1e-4, atol=1e-4)
         np.testing.assert_allclose(patches, tokens.patches.numpy(), rtol=1e-4, atol=1e-4)
 
@@ -299,10 +299,10 @@ torch.testing.assert_close(found[1], patches, rtol=1e-4, atol=1e-4)
 def test_an_archive_of_torch_export_needs_torch_alone(
     tmp_path: Path, name: str, switches: dict[str, object], any_size: bool
 ) -> None:
-    subject = subject_of(name, **switches)
-    graphs.write_torch_export(subject, tmp_path / "x.pt2")
+    exported = to_export(name, **switches)
+    graphs.write_torch_export(exported, tmp_path / "x.pt2")
     images = example((16, 72) if any_size else (32, 32), batch=4)
-    tokens = subject.backbone(images)
+    tokens = exported.backbone(images)
     torch.save([images, tokens.cls, tokens.patches], tmp_path / "expected.pt")
     command = [sys.executable, "-c", LOAD_ALONE, str(tmp_path / "x.pt2"), str(tmp_path / "expected.pt")]
     ran = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False, cwd=tmp_path)
@@ -312,23 +312,23 @@ def test_an_archive_of_torch_export_needs_torch_alone(
 def test_a_missing_package_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "onnxscript" else name)
     with pytest.raises(UserError, match=r"here onnxscript is missing: pip install onnxscript\."):
-        graphs.write_onnx(subject_of(), tmp_path / "x.onnx")
+        graphs.write_onnx(to_export(), tmp_path / "x.onnx")
 
 
 def test_sizes_that_a_graph_cannot_have_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="Try 40x32"):
-        graphs.write_torch_export(subject_of(), tmp_path / "x.pt2", (39, 32))
+        graphs.write_torch_export(to_export(), tmp_path / "x.pt2", (39, 32))
     with pytest.raises(UserError, match="for images of every size; leave out --size"):
-        graphs.write_torch_export(subject_of(**IDEAS), tmp_path / "x.pt2", (48, 32))
+        graphs.write_torch_export(to_export(**IDEAS), tmp_path / "x.pt2", (48, 32))
     assert list(tmp_path.iterdir()) == []
-    assert graphs.write_torch_export(subject_of(), tmp_path / "x.pt2", (48, 32)).sizes == [(48, 32)]
+    assert graphs.write_torch_export(to_export(), tmp_path / "x.pt2", (48, 32)).sizes == [(48, 32)]
 
 
 # --- the verb --------------------------------------------------------------------------------------------------
 
 
 def test_a_checkpoint_of_a_step_is_exported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    run, backbone = make_run(tmp_path), subject_of().backbone
+    run, backbone = make_run(tmp_path), to_export().backbone
     tensors = {f"learner/teacher.backbone.{name}": t + 1 for name, t in backbone.state_dict().items()}
     state = {"arch": backbone.arch, "step": 2, "run": {}}
     checkpoint.save(run / "checkpoints", 2, tensors, state)

@@ -11,7 +11,8 @@ import pytest
 from PIL import Image
 
 from nearfar.launch.cli import main
-from nearfar.ssl import checkpoint, config, finetune_settings
+from nearfar.ssl import checkpoint, config
+from nearfar.ssl.settings import finetune_settings
 
 COLORS = {"red": 0, "green": 1, "blue": 2}
 RECIPE = """

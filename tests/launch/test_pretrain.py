@@ -16,16 +16,18 @@ import pytest
 import torch
 from rich.console import Console
 
-from nearfar.eval.features import Reading, extract
+from nearfar.eval.features.extraction import Reading, extract
 from nearfar.eval.knn import knn
-from nearfar.launch import pretrain, processes
+from nearfar.launch import pretrain
+from nearfar.launch.local import processes
 from nearfar.launch.pretrain import OnlineKNN
-from nearfar.ssl import config, distributed
+from nearfar.ssl import config
 from nearfar.ssl.backbones import create
 from nearfar.ssl.data.sources.base import ArraySource
-from nearfar.ssl.distributed import Ranks
 from nearfar.ssl.errors import EXIT_PEER, UserError
-from nearfar.ssl.settings import Run
+from nearfar.ssl.parallel import distributed
+from nearfar.ssl.parallel.distributed import Ranks
+from nearfar.ssl.settings.run import Run
 
 
 def make(folder: Path, *settings: str) -> Run:
@@ -72,7 +74,7 @@ def test_pretrain_starts_a_process_for_each_visible_gpu(
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(processes, "available_cores", lambda: 4)
     monkeypatch.setattr(processes, "_start", Child)
-    monkeypatch.setattr(pretrain, "train_rank", lambda run, console, world: worlds.append(world))
+    monkeypatch.setattr(pretrain, "pretrain_rank", lambda run, console, world: worlds.append(world))
     said = StringIO()
     pretrain.run_pretraining(make(tmp_path, *settings), Console(file=said, width=200))
     assert [(world.rank, world.size, world.cores) for world in worlds] == [(0, size, 4 // size if size > 1 else 0)]
@@ -111,8 +113,9 @@ def test_a_process_that_dies_before_the_ranks_meet_is_named_at_once(tmp_path: Pa
     """The first rank waits for it where no thread of Python runs; its children end with it."""
     code = """
         import os, sys
-        from nearfar.launch import processes
-        from nearfar.ssl import distributed, config
+        from nearfar.launch.local import processes
+        from nearfar.ssl.parallel import distributed
+        from nearfar.ssl import config
 
         start = processes.subprocess.Popen
         dead = [sys.executable, "-c", "import os; os.kill(os.getpid(), 9)"]
@@ -144,7 +147,7 @@ def test_under_torchrun_no_further_process_is_started(
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", str(size))
     monkeypatch.setattr(processes, "started", lambda *_: pytest.fail("torchrun starts what is to run"))
-    monkeypatch.setattr(pretrain, "train_rank", lambda run, console, world: seen.append(world))
+    monkeypatch.setattr(pretrain, "pretrain_rank", lambda run, console, world: seen.append(world))
     pretrain.run_pretraining(make(tmp_path), Console(file=StringIO()))
     assert [world.size for world in seen] == [size]
 
@@ -152,7 +155,7 @@ def test_under_torchrun_no_further_process_is_started(
 def test_derived_ranks_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     said, worlds = StringIO(), []
     monkeypatch.setattr(processes, "available_cores", lambda: 1)
-    monkeypatch.setattr(pretrain, "train_rank", lambda run, console, world: worlds.append(world))
+    monkeypatch.setattr(pretrain, "pretrain_rank", lambda run, console, world: worlds.append(world))
     pretrain.run_pretraining(make(tmp_path), Console(file=said, width=200))
     assert "derived train.world_size = 1  (1 core," in said.getvalue()
     pretrain.run_pretraining(make(tmp_path, "train.world_size=1"), Console(file=said, width=200))
@@ -160,7 +163,7 @@ def test_derived_ranks_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 
 
 def test_a_rank_ends_when_its_starter_is_gone() -> None:
-    watched = "import os; from nearfar.launch.rank import end_with; end_with(os.getppid())"
+    watched = "import os; from nearfar.launch.local.rank import end_with; end_with(os.getppid())"
     child = f"{watched}; import time; print(1, flush=True); time.sleep(60)"
     parent = f"import subprocess, sys; c = subprocess.Popen([sys.executable, '-c', {child!r}]); print(c.pid); c.wait()"
     with subprocess.Popen([sys.executable, "-uc", parent], stdout=subprocess.PIPE, text=True) as process:
@@ -172,10 +175,10 @@ def test_a_rank_ends_when_its_starter_is_gone() -> None:
 
 
 def test_a_rank_whose_starter_died_before_it_ran_ends_without_importing_torch() -> None:
-    code = "import sys; from nearfar.launch.rank import main; sys.stdin.read(); main(['-', '1'])"
+    code = "import sys; from nearfar.launch.local.rank import main; sys.stdin.read(); main(['-', '1'])"
     with subprocess.Popen([sys.executable, "-X", "importtime", "-c", code], stdin=-1, stderr=-1, text=True) as process:
         _, said = process.communicate(timeout=60)
-    assert process.returncode == EXIT_PEER and "nearfar.launch.rank" in said
+    assert process.returncode == EXIT_PEER and "nearfar.launch.local.rank" in said
     assert "| torch\n" not in said
 
 

@@ -11,8 +11,8 @@ import pytest
 from nearfar.launch.cli import build_parser, main
 from nearfar.launch.recipes import find_recipe
 from nearfar.ssl import config
-from nearfar.ssl.defaults import resolve
 from nearfar.ssl.errors import UserError
+from nearfar.ssl.settings.defaults import resolve
 
 FOLDER = Path(__file__).resolve().parents[2] / "recipes"
 CLUSTER = {file.stem: file for file in FOLDER.glob("*.yaml") if re.match(r"imagenet1|dinov", file.stem)}

@@ -177,9 +177,9 @@ def launch(
         def take(target: Path, real: Callable[[Path], None] = snapshot.copy_code) -> None:
             """The copy of the code is what a job runs: here is where it can be made slow, or wrong."""
             real(target)
-            file = {"pretrain": "schedule.py", "finetune": "finetune.py"}[verb]
-            with (target / "nearfar" / "ssl" / file).open("a") as handle:
-                handle.write("\n".join(["", *lines, ""]))
+            name = {"pretrain": "learning/schedule.py", "finetune": "finetune.py"}[verb]
+            file = target / "nearfar" / "ssl" / name
+            file.write_text("\n".join([file.read_text(), *lines, ""]))
 
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(snapshot, "copy_code", take)

@@ -20,7 +20,7 @@ from nearfar.ssl import config
 from nearfar.ssl.data import libjpeg, open_source
 from nearfar.ssl.data.beton_writer import write_beton
 from nearfar.ssl.data.sources.base import ArraySource
-from nearfar.ssl.settings import Run
+from nearfar.ssl.settings.run import Run
 
 if TYPE_CHECKING:
     from rich.console import Console

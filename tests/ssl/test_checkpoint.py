@@ -15,12 +15,13 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from nearfar.ssl import checkpoint, checkpoint_names, config
+from nearfar.ssl import checkpoint, config
 from nearfar.ssl.backbones import create
-from nearfar.ssl.defaults import resolve
+from nearfar.ssl.disk import checkpoint_names
 from nearfar.ssl.errors import UserError
-from nearfar.ssl.learner import build_learner
-from nearfar.ssl.optim import parameter_groups
+from nearfar.ssl.learning.learner import build_learner
+from nearfar.ssl.learning.optim import parameter_groups
+from nearfar.ssl.settings.defaults import resolve
 
 SameBits = Callable[..., None]
 ARCH = {"patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 2, "img_size": 32}

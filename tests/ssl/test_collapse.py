@@ -10,8 +10,8 @@ from rich.console import Console
 
 from nearfar.ssl import train
 from nearfar.ssl.data.sources.base import ArraySource
-from nearfar.ssl.losses import DINOLoss
-from nearfar.ssl.settings import Run
+from nearfar.ssl.learning.losses import DINOLoss
+from nearfar.ssl.settings.run import Run
 
 Make = Callable[..., Run]
 

@@ -7,11 +7,12 @@ from pathlib import Path
 import pytest
 import yaml
 
-from nearfar.ssl import config, defaults
-from nearfar.ssl.defaults import local_ranks, resolve
+from nearfar.ssl import config
 from nearfar.ssl.errors import UserError
-from nearfar.ssl.setting_list import NEVER_DERIVED, all_settings
-from nearfar.ssl.settings import Run
+from nearfar.ssl.settings import defaults
+from nearfar.ssl.settings.defaults import local_ranks, resolve
+from nearfar.ssl.settings.listing import NEVER_DERIVED, all_settings
+from nearfar.ssl.settings.run import Run
 
 
 def mistakes(*overrides: str, recipe: Path | None = None) -> str:

@@ -15,12 +15,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nearfar.ssl.defaults import resolve
-from nearfar.ssl.learner import Learner, build_learner
-from nearfar.ssl.optim import adamw
-from nearfar.ssl.schedule import Schedule
-from nearfar.ssl.settings import Run
-from nearfar.ssl.step import Stepper
+from nearfar.ssl.learning.learner import Learner, build_learner
+from nearfar.ssl.learning.optim import adamw
+from nearfar.ssl.learning.schedule import Schedule
+from nearfar.ssl.learning.step import Stepper
+from nearfar.ssl.settings.defaults import resolve
+from nearfar.ssl.settings.run import Run
 
 Make = Callable[..., Run]
 WIDTH, HEADS, DEPTH, PATCH, GLOBAL, LOCAL = 24, 2, 2, 4, 32, 16

@@ -21,7 +21,7 @@ from torch import nn
 
 from nearfar.ssl import train
 from nearfar.ssl.data.sources.base import ArraySource
-from nearfar.ssl.settings import Run
+from nearfar.ssl.settings.run import Run
 
 Make = Callable[..., Run]
 

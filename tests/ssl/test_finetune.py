@@ -17,17 +17,21 @@ import pytest
 import torch
 from torch import Tensor
 
-from nearfar.launch.forking import recipe_and_settings
-from nearfar.ssl import checkpoint, checkpoint_names, distributed, finetune_settings, fork
-from nearfar.ssl.classifier import ClassifierLearner, build_classifier_learner, soft_cross_entropy
+from nearfar.launch.verbs.forking import recipe_and_settings
+from nearfar.ssl import checkpoint
 from nearfar.ssl.data.sources.base import ArraySource
-from nearfar.ssl.distributed import Ranks
+from nearfar.ssl.disk import checkpoint_names
 from nearfar.ssl.errors import UserError
 from nearfar.ssl.finetune import ClassifierStepper, class_names, finetune, labels_as
-from nearfar.ssl.finetune_settings import FinetuneRun, resolve
-from nearfar.ssl.mixing import Mixing
-from nearfar.ssl.optim import adamw
-from nearfar.ssl.run_folder import RunFolder, read_metrics
+from nearfar.ssl.learning.classifier import ClassifierLearner, build_classifier_learner, soft_cross_entropy
+from nearfar.ssl.learning.mixing import Mixing
+from nearfar.ssl.learning.optim import adamw
+from nearfar.ssl.parallel import distributed
+from nearfar.ssl.parallel.distributed import Ranks
+from nearfar.ssl.run import fork
+from nearfar.ssl.run.run_folder import RunFolder, read_metrics
+from nearfar.ssl.settings import finetune_settings
+from nearfar.ssl.settings.finetune_settings import FinetuneRun, resolve
 from nearfar.ssl.training import Observers
 
 Make = Callable[..., FinetuneRun]
@@ -188,7 +192,7 @@ import sys
 from pathlib import Path
 sys.path.insert(0, sys.argv[1])
 from tests.ssl.test_finetune import colored
-from nearfar.ssl import finetune_settings
+from nearfar.ssl.settings import finetune_settings
 from nearfar.ssl.finetune import finetune
 finetune(finetune_settings.load(None, sys.argv[2:]), colored(40))
 """

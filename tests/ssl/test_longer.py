@@ -11,7 +11,7 @@ from rich.console import Console
 from nearfar.ssl import train
 from nearfar.ssl.data.sources.base import ArraySource
 from nearfar.ssl.errors import UserError
-from nearfar.ssl.settings import Run
+from nearfar.ssl.settings.run import Run
 
 Make = Callable[..., Run]
 # What would follow from the number of epochs.

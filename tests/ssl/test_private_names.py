@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 
 def test_lists_of_tensors_are_computed_in_place() -> None:
-    """ssl/optim.py, ssl/loss_scale.py, ssl/gradients.py, ssl/classifier.py."""
+    """ssl/learning/optim.py, ssl/learning/loss_scale.py, ssl/parallel/gradients.py, ssl/learning/classifier.py."""
     tensors = [torch.tensor([3.0, 4.0]), torch.tensor([[1.0]])]
     assert [float(norm) for norm in torch._foreach_norm(tensors)] == [5, 1]
     torch._foreach_mul_(tensors, [torch.tensor(2.0), torch.tensor(3.0)])
@@ -23,7 +23,7 @@ def test_lists_of_tensors_are_computed_in_place() -> None:
 
 
 def test_a_fused_update_of_sgd_takes_a_flag_that_keeps_everything_as_it_is() -> None:
-    """ssl/student_teacher.py: the teacher's update, gated on the device by whether the step was finite."""
+    """ssl/learning/student_teacher.py: the teacher's update, gated on the device by whether the step was finite."""
     for bad, wanted in ((0.0, 2.0), (1.0, 3.0)):
         weights = [torch.tensor([3.0])]
         torch._fused_sgd_(
@@ -45,7 +45,7 @@ def test_the_workers_of_a_loader_are_its_processes() -> None:
 
 
 def test_the_compiler_says_whether_there_is_one() -> None:
-    """ssl/compiled.py."""
+    """ssl/learning/compiled.py."""
     from torch._inductor import cpp_builder, exc
 
     assert callable(torch._dynamo.reset) and callable(cpp_builder.get_cpp_compiler)
@@ -53,12 +53,12 @@ def test_the_compiler_says_whether_there_is_one() -> None:
 
 
 def test_the_cpu_says_whether_it_has_bf16() -> None:
-    """ssl/device.py: the second name where the first is not there, as in torch 2.8."""
+    """ssl/parallel/device.py: the second name where the first is not there, as in torch 2.8."""
     assert hasattr(torch.cpu, "get_capabilities") or hasattr(torch.cpu, "_is_avx512_bf16_supported")
 
 
 def test_a_writer_of_tensorboard_has_a_file_writer(tmp_path: Path) -> None:
-    """ssl/tracking.py: the table of settings goes through it."""
+    """ssl/run/tracking.py: the table of settings goes through it."""
     from torch.utils.tensorboard import SummaryWriter
 
     with SummaryWriter(str(tmp_path)) as writer:

@@ -17,14 +17,16 @@ import torch.nn.functional as F
 from rich.console import Console
 from torch import Tensor, nn
 
-from nearfar.ssl import checkpoint, gpus, learner, train, training
+from nearfar.ssl import checkpoint, train, training
 from nearfar.ssl.backbones import Backbone, Tokens
 from nearfar.ssl.data.loaders.base import Batch
 from nearfar.ssl.data.sources.base import ArraySource
-from nearfar.ssl.defaults import ResolvedRun, resolve
 from nearfar.ssl.errors import UserError
-from nearfar.ssl.run_folder import read_metrics
-from nearfar.ssl.settings import Run
+from nearfar.ssl.learning import learner
+from nearfar.ssl.parallel import gpus
+from nearfar.ssl.run.run_folder import read_metrics
+from nearfar.ssl.settings.defaults import ResolvedRun, resolve
+from nearfar.ssl.settings.run import Run
 
 Make = Callable[..., Run]
 SameBits = Callable[..., None]

@@ -14,7 +14,7 @@ from nearfar.ssl.data.decode import size_problem
 from nearfar.ssl.data.sources.base import Source
 from nearfar.ssl.data.views import ViewPlan, epoch_order
 from nearfar.ssl.errors import BadImage, UserError, counted
-from nearfar.ssl.settings import ViewSettings
+from nearfar.ssl.settings.run import ViewSettings
 
 
 @dataclass

@@ -10,7 +10,7 @@ from nearfar.ssl.data.loaders.pillow import PillowLoader
 from nearfar.ssl.data.sources.base import Source
 from nearfar.ssl.data.sources.beton import BetonSource
 from nearfar.ssl.errors import UserError
-from nearfar.ssl.settings import ViewSettings
+from nearfar.ssl.settings.run import ViewSettings
 
 
 def open_loader(

@@ -10,7 +10,7 @@ from nearfar.ssl.data.sources.base import Source
 from nearfar.ssl.data.transforms.device_crops import render
 from nearfar.ssl.data.views import plan_views
 from nearfar.ssl.errors import BadImage, UserError
-from nearfar.ssl.settings import ViewSettings
+from nearfar.ssl.settings.run import ViewSettings
 
 
 class DeviceLoader(Loader):

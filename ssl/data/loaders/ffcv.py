@@ -27,7 +27,7 @@ from nearfar.ssl.data.loaders.base import Batch, Loader, LoaderOptions, Task
 from nearfar.ssl.data.sources.beton import BetonSource
 from nearfar.ssl.data.views import plan_views
 from nearfar.ssl.errors import BadImage
-from nearfar.ssl.settings import ViewSettings
+from nearfar.ssl.settings.run import ViewSettings
 
 if TYPE_CHECKING:
     from nearfar.ssl.data.transforms.compiled_crops import Scratch

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from PIL import Image
 
-from nearfar.ssl import digests
+from nearfar.ssl.disk import digests
 from nearfar.ssl.errors import UserError
 
 

@@ -22,9 +22,9 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from nearfar.ssl import digests
 from nearfar.ssl.data import libjpeg
 from nearfar.ssl.data.decode import FORMATS, decode
+from nearfar.ssl.disk import digests
 from nearfar.ssl.errors import BadImage, UserError, printable
 
 VERSION = 2

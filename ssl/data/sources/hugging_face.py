@@ -10,9 +10,9 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from nearfar.ssl import digests
 from nearfar.ssl.data.decode import decode, upright
 from nearfar.ssl.data.sources.base import class_numbers
+from nearfar.ssl.disk import digests
 from nearfar.ssl.errors import BadImage, UserError, printable
 
 

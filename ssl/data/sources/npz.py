@@ -11,9 +11,9 @@ from numpy.lib import format as npy
 from numpy.typing import ArrayLike, NDArray
 from PIL import Image
 
-from nearfar.ssl import digests
 from nearfar.ssl.data.decode import decode
 from nearfar.ssl.data.sources.base import ArraySource, Source, array_parts, class_numbers
+from nearfar.ssl.disk import digests
 from nearfar.ssl.errors import UserError, printable
 
 

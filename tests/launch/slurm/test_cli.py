@@ -18,10 +18,11 @@ from nearfar.launch.slurm import job, queue, records
 from nearfar.launch.slurm.queue import QueueEntry
 from nearfar.launch.slurm.records import SubmissionRecord
 from nearfar.launch.slurm.resources import Resources
-from nearfar.ssl import checkpoint, config, finetune_settings
+from nearfar.ssl import checkpoint, config
 from nearfar.ssl.backbones import create
-from nearfar.ssl.finetune_settings import FinetuneRun, recorded_in
-from nearfar.ssl.settings import Run
+from nearfar.ssl.settings import finetune_settings
+from nearfar.ssl.settings.finetune_settings import FinetuneRun, recorded_in
+from nearfar.ssl.settings.run import Run
 
 CLASSIFIER = {
     "augment": {"size": 16, "scale": [0.6, 1.0]},

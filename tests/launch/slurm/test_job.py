@@ -19,13 +19,13 @@ import torch
 import yaml
 
 from nearfar.launch import cli
+from nearfar.launch.local.stop_signals import StopFlag
 from nearfar.launch.slurm import job, queue, records
 from nearfar.launch.slurm.job import JobProcess
 from nearfar.launch.slurm.records import SubmissionRecord
 from nearfar.launch.slurm.resources import Resources
-from nearfar.launch.stop_signals import StopFlag
 from nearfar.ssl.errors import PeerError, UserError
-from nearfar.ssl.run_folder import RunFolder
+from nearfar.ssl.run.run_folder import RunFolder
 
 
 @pytest.fixture

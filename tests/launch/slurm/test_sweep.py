@@ -9,7 +9,7 @@ import pytest
 from nearfar.launch.slurm import sweep
 from nearfar.ssl import config
 from nearfar.ssl.errors import UserError
-from nearfar.ssl.settings import Run
+from nearfar.ssl.settings.run import Run
 
 
 @pytest.fixture

@@ -15,8 +15,8 @@ from nearfar.ssl import checkpoint, config, train
 from nearfar.ssl.backbones import create
 from nearfar.ssl.data.sources.base import ArraySource
 from nearfar.ssl.errors import UserError
-from nearfar.ssl.run_folder import read_metrics
-from nearfar.ssl.settings import Run
+from nearfar.ssl.run.run_folder import read_metrics
+from nearfar.ssl.settings.run import Run
 
 
 @pytest.mark.parametrize(

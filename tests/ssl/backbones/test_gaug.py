@@ -181,12 +181,12 @@ def test_flex_attention_has_the_explicit_paths_values_and_gradients(
 def test_which_attention_reads_the_tables(
     monkeypatch: pytest.MonkeyPatch, tokens: int, head_dim: int, device: str, missing: str, chosen: bool
 ) -> None:
-    monkeypatch.setattr(attention, "compiler_missing", lambda: missing)
+    monkeypatch.setattr(attention, "cuda_compiler_missing", lambda: missing)
     assert attention.reads_tables(tokens, head_dim, device) is chosen
 
 
 def test_narrow_heads_do_not_even_look_for_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(attention, "compiler_missing", lambda: pytest.fail("asked for a compiler"))
+    monkeypatch.setattr(attention, "cuda_compiler_missing", lambda: pytest.fail("asked for a compiler"))
     assert not attention.reads_tables(4097, 8, "cuda") and not attention.reads_tables(4097, 64, "cpu")
 
 
@@ -199,15 +199,15 @@ def test_without_a_compiler_the_same_function_runs_uncompiled(
         raise RuntimeError("Failed to find\nC compiler")
 
     monkeypatch.setattr(torch, "compile", broken)
-    for cached in (attention.compiler_missing, attention.compiled):
+    for cached in (attention.cuda_compiler_missing, attention.compiled):
         cached.cache_clear()
     try:
         assert attention.compiled(math.sqrt) is math.sqrt and attention.compiled(math.cos) is math.cos
-        assert attention.compiler_missing() == "Failed to find C compiler"
+        assert attention.cuda_compiler_missing() == "Failed to find C compiler"
         assert not attention.reads_tables(1025, 64, "cuda")
         assert [record.getMessage().count("C compiler") for record in caplog.records] == [1]
     finally:
-        for cached in (attention.compiler_missing, attention.compiled):
+        for cached in (attention.cuda_compiler_missing, attention.compiled):
             cached.cache_clear()
 
 

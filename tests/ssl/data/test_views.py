@@ -9,7 +9,7 @@ from scipy.stats import chisquare, ks_2samp
 
 import nearfar.ssl.backbones  # noqa: F401  makes torchvision importable everywhere
 from nearfar.ssl.data.views import epoch_order, philox, plan_views
-from nearfar.ssl.settings import ViewSettings
+from nearfar.ssl.settings.run import ViewSettings
 
 FIELDS = ("box", "flip", "jitter", "factors", "order", "gray", "sigma", "solarize")
 

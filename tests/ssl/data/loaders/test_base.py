@@ -19,7 +19,7 @@ from nearfar.ssl.data.sources.base import ArraySource
 from nearfar.ssl.data.transforms.crops import render
 from nearfar.ssl.data.views import epoch_order, plan_views
 from nearfar.ssl.errors import BadImage, UserError
-from nearfar.ssl.settings import ViewSettings
+from nearfar.ssl.settings.run import ViewSettings
 
 VIEWS = ViewSettings(global_crops_size=24, local_crops_size=16, local_crops_number=3)
 
@@ -280,7 +280,7 @@ def test_a_program_that_ends_in_the_middle_ends():
     """With the stream still open: workers that ignore SIGTERM must not keep the interpreter waiting."""
     program = textwrap.dedent("""
         import numpy as np
-        from nearfar.ssl.settings import ViewSettings
+        from nearfar.ssl.settings.run import ViewSettings
         from nearfar.ssl.data.loaders.base import LoaderOptions
         from nearfar.ssl.data.loaders.pillow import PillowLoader
         from nearfar.ssl.data.sources.base import ArraySource

@@ -7,7 +7,7 @@ from nearfar.ssl.data.loaders.base import LoaderOptions
 from nearfar.ssl.data.sources.base import ArraySource
 from nearfar.ssl.data.sources.beton import BetonSource
 from nearfar.ssl.errors import UserError
-from nearfar.ssl.settings import ViewSettings
+from nearfar.ssl.settings.run import ViewSettings
 
 VIEWS = ViewSettings(global_crops_size=16, local_crops_size=8, local_crops_number=2)
 OPTIONS = LoaderOptions(batch_size=8, epochs=1, seed=5)

@@ -10,7 +10,7 @@ from nearfar.ssl.data.loaders.pillow import PillowLoader
 from nearfar.ssl.data.sources.base import ArraySource, Subset
 from nearfar.ssl.data.sources.files import FolderSource
 from nearfar.ssl.errors import BadImage, UserError
-from nearfar.ssl.settings import ViewSettings
+from nearfar.ssl.settings.run import ViewSettings
 
 VIEWS = ViewSettings(global_crops_size=32, local_crops_size=16, local_crops_number=4)
 OPTIONS = {"batch_size": 8, "epochs": 2, "seed": 3}

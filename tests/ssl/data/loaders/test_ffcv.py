@@ -24,7 +24,7 @@ from nearfar.ssl.data.sources.files import FolderSource
 from nearfar.ssl.data.transforms.colors import color, color_of
 from nearfar.ssl.data.views import plan_views
 from nearfar.ssl.errors import UserError
-from nearfar.ssl.settings import ViewSettings
+from nearfar.ssl.settings.run import ViewSettings
 
 pytest.importorskip("numba")
 pytestmark = [

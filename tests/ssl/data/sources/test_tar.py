@@ -13,7 +13,7 @@ from nearfar.ssl.data.sources.base import ArraySource, passed_over
 from nearfar.ssl.data.sources.files import FolderSource
 from nearfar.ssl.data.sources.tar import TarSource
 from nearfar.ssl.errors import BadImage, UserError
-from nearfar.ssl.settings import ViewSettings
+from nearfar.ssl.settings.run import ViewSettings
 
 VIEWS = ViewSettings(global_crops_size=16, local_crops_size=8, local_crops_number=2)
 

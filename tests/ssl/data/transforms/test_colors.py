@@ -10,7 +10,7 @@ import nearfar.ssl.backbones  # noqa: F401  makes torchvision importable everywh
 from nearfar.ssl.data.transforms import colors
 from nearfar.ssl.data.transforms.colors import Color, blur, blur_taps, color, color_of, gray, shift_hue
 from nearfar.ssl.data.views import plan_views
-from nearfar.ssl.settings import ViewSettings
+from nearfar.ssl.settings.run import ViewSettings
 
 
 def pictures(n=12, size=20, seed=0):

@@ -7,7 +7,7 @@ from PIL import Image
 import nearfar.ssl.backbones  # noqa: F401  makes torchvision importable everywhere
 from nearfar.ssl.data.transforms.crops import render
 from nearfar.ssl.data.views import plan_views
-from nearfar.ssl.settings import ViewSettings
+from nearfar.ssl.settings.run import ViewSettings
 
 VIEWS = ViewSettings(global_crops_size=24, local_crops_size=16, local_crops_number=3)
 

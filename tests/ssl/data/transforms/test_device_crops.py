@@ -8,7 +8,7 @@ from nearfar.ssl.data.sources.base import ArraySource
 from nearfar.ssl.data.transforms import crops
 from nearfar.ssl.data.transforms.device_crops import render, weights
 from nearfar.ssl.data.views import plan_views
-from nearfar.ssl.settings import ViewSettings
+from nearfar.ssl.settings.run import ViewSettings
 
 VIEWS = ViewSettings(global_crops_size=32, local_crops_size=16, local_crops_number=4)
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)]

@@ -14,7 +14,7 @@ import torch
 
 from nearfar.ssl.data.transforms.colors import Color, blur_taps, color, color_of, pack
 from nearfar.ssl.data.views import plan_views
-from nearfar.ssl.settings import ViewSettings
+from nearfar.ssl.settings.run import ViewSettings
 
 THRESHOLD = 100
 SIZES = [

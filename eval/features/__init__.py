@@ -1,0 +1,1 @@
+"""Images -> frozen features, in memory and on disk."""

@@ -1,0 +1,1 @@
+"""Features -> scores: what two data sets allow, and the protocol of every evaluator."""

@@ -1,0 +1,1 @@
+"""A run on the processes of this machine."""

@@ -1,0 +1,1 @@
+"""What is learned, and one step of it: learners, losses, optimizer, schedules, health."""

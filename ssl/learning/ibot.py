@@ -1,0 +1,85 @@
+"""iBOT: the student answers for the patches that it did not see as the teacher does, who saw them (docs/methods.md
+section 5).
+
+Rows are hidden patches, of any number of images; those of weight 0 only fill the list and count for nothing.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from nearfar.ssl.learning.losses import sinkhorn_knopp
+from nearfar.ssl.parallel import distributed
+
+
+def patch_loss(student: Tensor, teacher: Tensor, weights: Tensor, views: int, temperature: float) -> Tensor:
+    """Mean over the views of all images of the mean cross-entropy over their hidden patches (iBOT, section 3).
+
+    A view without hidden patches counts with 0, as in the published code of iBOT and DINOv2.
+
+    Args:
+        student: logits (M, K).
+        teacher: probabilities (M, K), without gradient.
+        weights: (M,), 1 / (hidden patches of the view that the row is from), or 0.
+        views: number of views that the rows are from, with and without hidden patches.
+        temperature: of the student's softmax.
+    """
+    logits = student / temperature
+    cross_entropy = teacher.sum(-1) * logits.logsumexp(-1) - torch.linalg.vecdot(teacher, logits)
+    return torch.linalg.vecdot(cross_entropy, weights.to(logits.dtype)) / views
+
+
+class PatchLoss(nn.Module):
+    """`patch_loss` on logits, and the teacher balanced by a running center of its own or by Sinkhorn-Knopp."""
+
+    center: Tensor
+
+    def __init__(
+        self, prototypes: int, student_temp: float = 0.1, center_momentum: float = 0.9, sinkhorn: bool = False
+    ) -> None:
+        super().__init__()
+        self.sinkhorn = sinkhorn
+        self.student_temp = student_temp
+        self.center_momentum = center_momentum
+        self.register_buffer("center", torch.zeros(prototypes))
+        self._noted: Tensor | None = None  # (K + 1,): sum of the logits since the last update, and their number
+
+    @torch.no_grad()
+    def teacher_probabilities(self, logits: Tensor, weights: Tensor, temperature: float) -> Tensor:
+        """Balanced and sharpened teacher: logits (M, K) -> probabilities, in float32 or wider."""
+        logits = logits.to(self.center.dtype)
+        if self.sinkhorn:
+            return sinkhorn_knopp(logits, temperature, counts=weights > 0)
+        return F.softmax((logits - self.center) / temperature, dim=-1)
+
+    def forward(self, student_logits: Tensor, teacher_probabilities: Tensor, weights: Tensor, views: int) -> Tensor:
+        """Logits (M, K) of the student against probabilities (M, K) of the teacher -> scalar."""
+        with torch.autocast(student_logits.device.type, enabled=False):
+            logits = student_logits.to(self.center.dtype)
+            return patch_loss(logits, teacher_probabilities, weights, views, self.student_temp)
+
+    @torch.no_grad()
+    def note_teacher(self, logits: Tensor, weights: Tensor) -> None:
+        """Remember the teacher's logits (M, K) of a forward pass for the next `update_center`."""
+        if self.sinkhorn:
+            return
+        counts = (weights > 0).to(self.center.dtype)
+        total = (counts.unsqueeze(1) * logits.to(self.center.dtype)).sum(0)  # autocast would round a product
+        noted = torch.cat([total, counts.sum()[None]])
+        self._noted = noted if self._noted is None else self._noted + noted
+
+    @torch.no_grad()
+    def update_center(self, not_finite: Tensor | None = None) -> None:
+        """Move the center towards the mean, over all ranks, of the logits of hidden patches noted since the last call.
+
+        not_finite: scalar on the center's device; where it is 1, the center stays.
+        """
+        if self._noted is None:
+            return
+        noted = distributed.all_sum_(self._noted)
+        mean, number = noted[:-1] / noted[-1].clamp_min(1), noted[-1]
+        moved = torch.where(number > 0, self.center.lerp(mean, 1 - self.center_momentum), self.center)
+        self.center.copy_(moved if not_finite is None else torch.where(not_finite > 0, self.center, moved))
+        self._noted = None

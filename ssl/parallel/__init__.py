@@ -1,0 +1,1 @@
+"""Several processes as one run: collectives, gradients, sharding, signs of life, devices."""

@@ -1,0 +1,110 @@
+"""Ranks of a job share an extraction: the same bits in the same order as one process, and each does its part."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from nearfar.eval.features.extraction import Reading, extract
+from nearfar.eval.features.images import Decoding
+from nearfar.eval.features.store import FeatureStore
+from nearfar.launch.computing import by_all_ranks
+from nearfar.ssl.backbones import create
+from nearfar.ssl.data.sources.base import ArraySource
+from nearfar.ssl.errors import BadImage, UserError
+
+READINGS = (Reading(16), Reading((16, 24), pooling="grid"))
+
+
+class Some(ArraySource):
+    """21 images with masks of two sizes; a whole batch of three, and one more, cannot be read."""
+
+    def __init__(self, seed=0):
+        rng = np.random.default_rng(seed)
+        super().__init__(rng.integers(0, 256, (21, 16, 24, 3), np.uint8), np.arange(21) % 3)
+        self.seen = []
+
+    def read(self, i):
+        self.seen.append(i)
+        if i in (3, 4, 5, 10):
+            raise BadImage(f"image-{i}", "cut off")
+        return super().read(i)
+
+    def mask(self, i):
+        return np.full((16, 24) if i % 2 else (32, 48), i, np.uint8)
+
+
+def network(seed=0):
+    torch.manual_seed(seed)
+    return create("vit_tiny_patch8", img_size=16, embed_dim=24, depth=1, num_heads=2).eval()
+
+
+def main(folder: Path, case: str) -> None:
+    """What each rank of a test runs."""
+    torch.set_num_threads(1)
+    rank, source = int(os.environ["RANK"]), Some()
+
+    def work(decoding: Decoding) -> None:
+        for number, reading in enumerate(READINGS):
+            FeatureStore.write(folder / f"store{number}", network(), source, reading, decoding)
+
+    mine = [Some(seed=rank)] if case == "other images" else [source]
+    try:
+        by_all_ranks(work, lambda: [network()], mine, Decoding(3, 0))
+    except UserError as error:
+        (folder / f"error{rank}").write_text(str(error))
+    (folder / f"seen{rank}").write_text(json.dumps(source.seen))
+
+
+def run(folder: Path, ranks: int, case: str = "") -> None:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    shared = {"WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    shared |= {"OMP_NUM_THREADS": 1, "GLOO_SOCKET_IFNAME": "lo"}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, __file__, str(folder), case],
+            env=os.environ | {k: str(v) for k, v in (shared | {"RANK": rank, "LOCAL_RANK": rank}).items()},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(ranks)
+    ]
+    said = [process.communicate(timeout=120)[1] for process in processes]
+    assert [process.returncode for process in processes] == [0] * ranks, said
+
+
+def test_ranks_share_an_extraction_and_change_nothing(tmp_path):
+    ranks = 3
+    run(tmp_path, ranks)
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        for number, reading in enumerate(READINGS):
+            got = FeatureStore.open(tmp_path / f"store{number}")
+            want = extract(network(), Some(), reading, Decoding(3, 0))
+            for name in ("x", "index", "labels", "masks", "mask_size"):
+                np.testing.assert_array_equal(getattr(got, name), getattr(want, name))
+            assert {k: v for k, v in got.manifest.items() if k != "arrays"} == want.manifest
+    finally:
+        torch.set_num_threads(before)
+    for rank in range(ranks):  # every so many-th batch of three, twice
+        mine = [i for i in range(21) if i // 3 % ranks == rank]
+        assert json.loads((tmp_path / f"seen{rank}").read_text()) == mine * 2
+
+
+def test_a_rank_with_other_images_is_told_by_all(tmp_path):
+    run(tmp_path, 2, "other images")
+    for rank in range(2):
+        assert "different images from the first one" in (tmp_path / f"error{rank}").read_text()
+    assert not (tmp_path / "store0").exists()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), sys.argv[2])
