@@ -57,17 +57,15 @@ class _Reads:
     def __init__(self, backbone: Backbone, data: tuple[Source, Source], protocol: Protocol, decoding: Decoding) -> None:
         self.backbone, self.data, self.protocol, self.decoding = backbone, data, protocol, decoding
         self.device = next(backbone.parameters()).device
-        self._pooled: dict[str, Pair] = {}
+        self._pooled: dict[Reading, Pair] = {}
 
-    def reading(self, layer: str) -> Reading:
-        return replace(self.protocol.pooled, layer=layer)
-
-    def pooled(self, layer: str | None = None) -> Pair:
-        reading = self.reading(layer or self.protocol.pooled.layer)
-        if reading.layer not in self._pooled:
+    def pooled(self, reading: Reading | None = None) -> Pair:
+        """As the protocol says, or as `reading`."""
+        reading = reading or self.protocol.pooled
+        if reading not in self._pooled:
             train, test = (extract(self.backbone, source, reading, self.decoding) for source in self.data)
-            self._pooled[reading.layer] = train, test
-        return self._pooled[reading.layer]
+            self._pooled[reading] = train, test
+        return self._pooled[reading]
 
     def grid(self, source: Source, size: Size, layer: str, decoding: Decoding) -> Features:
         height, width = _sides(size)
@@ -110,23 +108,24 @@ def _score(task: str, reads: _Reads, classes: int | None) -> TaskScore:
         case "retrieval":
             return retrieval_score(*reads.grids("retrieval"), protocol, classes, device=device)
         case "robustness":
-            train, reading = reads.pooled()[0], reads.reading(protocol.pooled.layer)
-            return robustness_score(reads.backbone, train, reads.data[1], reading, reads.decoding, protocol.seed)
+            train, test = reads.pooled()[0], reads.data[1]
+            return robustness_score(reads.backbone, train, test, protocol.pooled, reads.decoding, protocol.seed)
         case _:
             return position_score(*reads.position_grids())
 
 
 def _linear(reads: _Reads) -> TaskScore:
-    layers = reads.protocol.layers("linear")
-    pairs = {layer: reads.pooled(layer) for layer in layers}
+    readings = reads.protocol.linear_readings()
+    pairs = {name: reads.pooled(reading) for name, reading in readings.items()}
     if not reads.protocol.augment:
         return linear_score(pairs, reads.protocol, device=reads.device)
-    if len(layers) > 1:
-        raise UserError(f"--augment trains on one layer, and --layer names {len(layers)}: {', '.join(layers)}.")
-    (layer,) = layers
-    return augmented_score(
-        reads.backbone, reads.data[0], pairs[layer], reads.reading(layer), reads.protocol, reads.decoding
-    )
+    if len(readings) > 1:
+        raise UserError(
+            f"--augment trains on one kind of feature, and --layer and --pooling name {len(readings)}: "
+            f"{', '.join(readings)}."
+        )
+    ((name, reading),) = readings.items()
+    return augmented_score(reads.backbone, reads.data[0], pairs[name], reading, reads.protocol, reads.decoding)
 
 
 def _segment(reads: _Reads, classes: int | None) -> TaskScore:

@@ -28,17 +28,18 @@ _MOST_IN_A_TABLE = 50  # classes whose confusions are kept as a table; of more, 
 class Protocol:
     """What is read of an image, and how the heads on top are trained.
 
-    pooled: for everything that reads one vector an image. linear_layers: where the probe should read others, such as
-    "blocks-4"; of several, held-out training images decide. augment: train the probe on random views, as DINO does.
-    grid_size, grid_layer: of whole images, for segmentation; the size is by default that of the first training image in
-    whole patches. dense_layer: for dense retrieval and the position probe. epochs: of the linear probe. head, steps: of
-    the segmentation probe; "locat" is the paper's, trained on crops. window, stride: sides in pixels of the windows
-    that segmentation slides over test images of any size (0: the whole image at its own size). memory: patches of
-    dense retrieval. seed: of everything.
+    pooled: for everything that reads one vector an image. linear_layers, linear_poolings: where the probe should read
+    others, such as "blocks-4" or "mean"; of several, held-out training images decide. augment: train the probe on
+    random views, as DINO does. grid_size, grid_layer: of whole images, for segmentation; the size is by default
+    that of the first training image in whole patches. dense_layer: for dense retrieval and the position probe.
+    epochs: of the linear probe. head, steps: of the segmentation probe; "locat" is the paper's, trained on crops.
+    window, stride: sides in pixels of the windows that segmentation slides over test images of any size (0: the
+    whole image at its own size). memory: patches of dense retrieval. seed: of everything.
     """
 
     pooled: Reading
     linear_layers: tuple[str, ...] = ()
+    linear_poolings: tuple[str, ...] = ()
     augment: bool = False
     grid_size: Size | None = None
     grid_layer: str = "last-block"
@@ -58,6 +59,15 @@ class Protocol:
             return (self.grid_layer,)
         return self.linear_layers or (self.pooled.layer,) if task == "linear" else (self.pooled.layer,)
 
+    def linear_readings(self) -> dict[str, Reading]:
+        """What the linear probe may read: every layer in every pooling, by name."""
+        poolings = self.linear_poolings or (self.pooled.pooling,)
+        return {
+            layer if len(poolings) == 1 else f"{layer} {pooling}": replace(self.pooled, layer=layer, pooling=pooling)
+            for layer in self.layers("linear")
+            for pooling in poolings
+        }
+
     def decides(self, task: str) -> dict[str, Any]:
         """What the score of a task depends on, besides weights and images; JSON-able."""
         compute = "bfloat16" if self.pooled.amp else "float32"
@@ -65,7 +75,8 @@ class Protocol:
             size = self.pooled.size if task == "position" else self.grid_size
             sides = list(size) if isinstance(size, tuple) else size
             return {"layer": self.layers(task)[0], "size": sides, "compute": compute, **self.training(task)}
-        pooled = {"size": self.pooled.size, "resize": self.pooled.resize, "pooling": self.pooled.pooling}
+        poolings = self.linear_poolings if task == "linear" and self.linear_poolings else (self.pooled.pooling,)
+        pooled = {"size": self.pooled.size, "resize": self.pooled.resize, "pooling": ",".join(poolings)}
         return {"layer": ",".join(self.layers(task)), **pooled, "compute": compute, **self.training(task)}
 
     def decides_of_pixels(self, task: str, patch: int) -> dict[str, Any]:
@@ -155,14 +166,14 @@ def same_images(train: Features, test: Features) -> bool:
 def linear_score(
     pairs: Mapping[str, tuple[Features, Features]], protocol: Protocol, *, device: torch.device | str = "cpu"
 ) -> TaskScore:
-    """pairs: (training, test) features by layer, of the same images; which layer is taken is in the detail."""
+    """pairs: (training, test) features of the same images, by what was read; which are taken is in the detail."""
     first = next(iter(pairs.values()))
     y, truth = labels_of(*first)
     common: dict[str, Any] = {"epochs": protocol.epochs, "decays": WEIGHT_DECAYS, "seed": protocol.seed}
     if len(pairs) == 1:
         result = linear_probe(first[0].x, y, first[1].x, truth, **common, device=device)
         return TaskScore("linear", result["top1"], {**result, "features": origin_of(*first)})
-    train, test = ({layer: pair[side].x for layer, pair in pairs.items()} for side in (0, 1))
+    train, test = ({name: pair[side].x for name, pair in pairs.items()} for side in (0, 1))
     result = linear_probe(train, y, test, truth, **common, device=device)
     return TaskScore("linear", result["top1"], {**result, "features": origin_of(*pairs[result["chosen"]])})
 

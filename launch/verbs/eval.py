@@ -48,10 +48,12 @@ _ONLY = {  # flags that mean something to some evaluators only
     "window": ("segment",),
     "stride": ("segment",),
     "memory": ("retrieval",),
+    "pooling": ("all", "knn", "linear", "logistic", "fewshot", "robustness"),
     "classes": ("segment", "retrieval", "all"),
     "grid_size": ("segment", "retrieval", "all"),
 }
-_NOT_OF_FEATURES = ("augment", "window", "stride", "grid_size")  # these need the images again
+_POOLINGS = ("cls", "mean", "cls+mean")  # one vector an image
+_NOT_OF_FEATURES = ("augment", "window", "stride", "grid_size", "pooling")  # these need the images again
 
 
 def add_eval(verbs: argparse._SubParsersAction) -> None:
@@ -74,6 +76,11 @@ def add_eval(verbs: argparse._SubParsersAction) -> None:
         "--augment", action="store_true", default=None,
         help="linear: train on random resized crops and flips, each through the network anew (slow)",
     )  # fmt: skip
+    evaluate.add_argument(
+        "--pooling",
+        help="what stands for an image: cls, mean (of the patches) or cls+mean (default: head.pooling of the run); for "
+        "`eval linear` also several, as in cls,mean, of which held-out training images choose one",
+    )
     evaluate.add_argument("--epochs", type=int, help="linear: of the probe's training (default 100)")
     _add_dense(evaluate)
     add_reading(evaluate)
@@ -126,11 +133,16 @@ def refuse_idle_flags(arguments: argparse.Namespace) -> None:
     """Raises UserError for a flag that this evaluator would not read, and for numbers without sense."""
     for flag, tasks in _ONLY.items():
         if getattr(arguments, flag) is not None and arguments.what not in tasks:
-            named = " and ".join(f"eval {task}" for task in tasks)
-            raise UserError(f"--{flag.replace('_', '-')} is for `{named}`; `eval {arguments.what}` does not read it.")
+            named = ", ".join(f"`eval {task}`" for task in tasks)
+            raise UserError(f"--{flag.replace('_', '-')} is for {named}; `eval {arguments.what}` does not read it.")
     for flag in ("epochs", "steps", "memory", "stride", "classes"):
         if (number := getattr(arguments, flag)) is not None and number < 1:
             raise UserError(f"--{flag} must be at least 1, not {number}.")
+    poolings = arguments.pooling.split(",") if arguments.pooling is not None else []
+    if wrong := [pooling for pooling in poolings if pooling not in _POOLINGS]:
+        raise UserError(f'--pooling takes {", ".join(_POOLINGS)}, not "{wrong[0]}".')
+    if len(poolings) > 1 and arguments.what != "linear":
+        raise UserError(f"--pooling takes several for `eval linear` alone; `eval {arguments.what}` reads one.")
     if arguments.stride is not None and arguments.window is None and arguments.head != "locat":
         raise UserError("--stride is the step of a sliding window: say --window too.")
 
@@ -160,9 +172,11 @@ def protocol_flags(arguments: argparse.Namespace) -> dict[str, Any]:
     """What the flags say of the protocol: fields of `Reading` and `Protocol`, None where they say nothing."""
     keys = ("size", "resize", "head", "steps", "window", "stride", "memory", "augment", "epochs")
     given: dict[str, Any] = {key: getattr(arguments, key) for key in keys}
-    if arguments.what == "linear" and arguments.layer:
-        given["linear_layers"] = tuple(arguments.layer.split(","))
+    if arguments.what == "linear":
+        given["linear_layers"] = tuple(arguments.layer.split(",")) if arguments.layer else None
+        given["linear_poolings"] = tuple(arguments.pooling.split(",")) if arguments.pooling else None
     else:
+        given["pooling"] = arguments.pooling
         place = {"segment": "grid_layer", "retrieval": "dense_layer", "position": "dense_layer"}
         given[place.get(arguments.what, "layer")] = arguments.layer
     given["grid_size"] = tuple(arguments.grid_size) if arguments.grid_size else None

@@ -179,7 +179,7 @@ def test_the_probe_on_views_learns_what_the_views_show(setting):
     assert score.detail["train"] == 54 and {row["lr"] for row in score.detail["holdout"]} >= {0.001, 1.0}
     again = scored(setting, "linear", augment=True, epochs=30)
     assert again.detail == score.detail
-    with pytest.raises(UserError, match="--augment trains on one layer"):
+    with pytest.raises(UserError, match="--augment trains on one kind of feature"):
         scored(setting, "linear", augment=True, linear_layers=("final", "blocks-2"))
 
 

@@ -155,3 +155,20 @@ def test_the_layer_of_the_linear_probe_is_chosen_among_several(setting):
     alone = Protocol(Reading(16), linear_layers=(score.detail["chosen"],), epochs=5)
     (again,) = evaluate(model, (train, test), alone, ("linear",))
     assert again.percent == score.percent
+
+
+def test_the_pooling_of_the_linear_probe_is_chosen_among_several_of_every_layer(setting):
+    model, train, test = setting
+    protocol = Protocol(
+        Reading(16), linear_layers=("final", "blocks-2"), linear_poolings=("cls", "mean", "cls+mean"), epochs=5
+    )
+    (score,) = evaluate(model, (train, test), protocol, ("linear",))
+    assert protocol.decides("linear")["pooling"] == "cls,mean,cls+mean"
+    assert protocol.decides("knn")["pooling"] == "cls"
+    kinds = {f"{layer} {pooling}" for layer in ("final", "blocks-2") for pooling in ("cls", "mean", "cls+mean")}
+    assert {row["chosen"] for row in score.detail["holdout"]} == kinds
+    layer, pooling = score.detail["chosen"].split()
+    assert (score.detail["features"]["layer"], score.detail["features"]["pooling"]) == (layer, pooling)
+    alone = Protocol(Reading(16, layer=layer, pooling=pooling), epochs=5)
+    (again,) = evaluate(model, (train, test), alone, ("linear",))
+    assert again.percent == score.percent

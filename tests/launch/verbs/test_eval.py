@@ -103,6 +103,16 @@ def test_all_is_what_reads_the_same_features(evaluated) -> None:
     assert scores[1]["detail"]["epochs"] == 2
 
 
+def test_the_pooling_is_part_of_what_a_score_is_of(evaluated) -> None:
+    evaluated("knn")
+    code, _, (cls, mean) = evaluated("knn", "--pooling", "mean")
+    assert code == 0 and [each["detail"]["features"]["pooling"] for each in (cls, mean)] == ["cls", "mean"]
+    code, _, (*_, linear) = evaluated("linear", "--epochs", "2", "--pooling", "cls,mean", "--layer", "final,blocks-2")
+    assert code == 0 and {row["chosen"] for row in linear["detail"]["holdout"]} == {
+        "final cls", "final mean", "blocks-2 cls", "blocks-2 mean",
+    }  # fmt: skip
+
+
 @pytest.mark.parametrize(
     ("what", "flags", "words"),
     [
@@ -110,7 +120,11 @@ def test_all_is_what_reads_the_same_features(evaluated) -> None:
         ("segment", ("--augment",), "--augment is for `eval linear`"),
         ("segment", ("--stride", "4"), "say --window too"),
         ("segment", ("--steps", "0"), "--steps must be at least 1, not 0"),
-        ("linear", ("--augment", "--layer", "final,blocks-2"), "--augment trains on one layer"),
+        ("linear", ("--augment", "--layer", "final,blocks-2"), "--augment trains on one kind of feature"),
+        ("linear", ("--augment", "--pooling", "cls,mean"), "--augment trains on one kind of feature"),
+        ("knn", ("--pooling", "cls,mean"), "--pooling takes several for `eval linear` alone; `eval knn` reads one"),
+        ("knn", ("--pooling", "grid"), 'not "grid"'),
+        ("segment", ("--pooling", "mean"), "--pooling is for `eval all`, `eval knn`, `eval linear`"),
         ("segment", ("--window", "7"), "multiple of 4"),
         ("segment", ("--window", "8", "--stride", "9"), "between 1 and 8"),
     ],
