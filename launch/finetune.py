@@ -46,7 +46,8 @@ def finetune_rank(run: FinetuneRun, console: Console, world: Ranks) -> Outcome:
     if world.first and outcome.finished:
         if probe is not None and not record_score(outcome, source, probe):
             return replace(outcome, unscored=True)
-        console.print(str(write_classification_report(outcome.folder)), highlight=False, markup=False, soft_wrap=True)
+        page = write_classification_report(outcome.folder, checkpoint.about(outcome.folder))
+        console.print(str(page), highlight=False, markup=False, soft_wrap=True)
     return outcome
 
 

@@ -10,12 +10,12 @@ from typing import Any
 from nearfar.eval import results
 from nearfar.eval.pages.curves import Panel, curves
 from nearfar.eval.pages.mistakes import confusion_matrix
-from nearfar.eval.pages.page import folded, image, missing, page, section, soft, text_table, write_page
+from nearfar.eval.pages.page import folded, missing, page, section, soft, text_table, write_page
+from nearfar.eval.pages.provenance import environment_section, lineage_section, settings_section, views_section
 from nearfar.eval.pages.robustness_page import position_section, robustness_section
 from nearfar.eval.pages.summary import scores_section
 from nearfar.eval.results import Score
 from nearfar.eval.run_files import flat, read_numbers, read_settings
-from nearfar.ssl.errors import UserError
 
 _PANELS = (
     Panel("loss", "Loss"),
@@ -28,8 +28,10 @@ _PANELS = (
 )
 
 
-def write_classification_report(run: Path) -> Path:
+def write_classification_report(run: Path, about: Mapping[str, Any] = {}) -> Path:
     """Write `report.html` in the folder of a supervised run from what is there, and return its path.
+
+    about: what its weights record about themselves (`nearfar.ssl.checkpoint.about`), where they have been read.
 
     Raises:
         UserError: one of its files cannot be read, or the page cannot be written.
@@ -46,8 +48,10 @@ def write_classification_report(run: Path) -> Path:
         section("Curves", f'<div class="curves">{drawn}</div>' if drawn else missing("No step is logged yet.")),
         section("Classes", _classes(score)),
         *_frozen(found),
-        section("Views", _views(run / "views.png")),
-        section("Settings", folded("All settings", text_table((k, str(v)) for k, v in flat(settings).items()))),
+        views_section(run / "views.png", "The first batch as the loader made it, before mixing."),
+        settings_section(settings),
+        environment_section(about),
+        lineage_section(settings, found, about),
     ]
     return write_page(run / "report.html", page(name, body))
 
@@ -90,12 +94,3 @@ def _frozen(scores: Sequence[Score]) -> Iterator[str]:
         yield scores_section(tables, scores)
         yield robustness_section(tables[0])
         yield position_section(tables[0])
-
-
-def _views(picture: Path) -> str:
-    if not picture.is_file():
-        return missing("There is no picture of the first batch.")
-    try:
-        return soft("The first batch as the loader made it, before mixing.") + image(picture.read_bytes(), "views")
-    except (OSError, ValueError) as error:
-        raise UserError(f"{picture} cannot be read: {error}.") from None

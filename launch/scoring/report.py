@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,9 +27,11 @@ def report_run(run: Path, subject: Subject | None = None) -> Path:
     """
     if not run.is_dir():
         return write_report(run)
-    if (run / checkpoint.CLASSIFIER).is_file():
-        return write_classification_report(run)
     reason, about = "", dict[str, Any]()
+    if (classifier := run / checkpoint.CLASSIFIER).is_file():
+        with suppress(UserError):  # damaged: the page says that its weights have not been read
+            about = checkpoint.about(classifier)
+        return write_classification_report(run, about)
     try:
         weights = checkpoint.weights_file(run)
         about = checkpoint.about(weights)

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import csv
 import json
+import re
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from nearfar.launch.cli import main
@@ -62,6 +65,17 @@ def test_results_hold_every_class_and_the_confusion(trained: Path) -> None:
     page = (trained / "runs" / "tiny" / "report.html").read_text()
     assert all(part in page for part in ("Top-1 on data.val", "true classes", "green"))
     assert "http" not in page.replace("http://www.w3.org", "")
+    titles = re.findall(r"<h2>(.*?)</h2>", page)
+    assert titles[-4:] == ["Views", "Settings", "Environment", "Lineage"]
+    assert torch.__version__ in page and "random weights of the seed" in page and score["weights"] in page
+
+
+def test_report_of_damaged_weights_says_so_and_is_written(trained: Path, tmp_path: Path) -> None:
+    run = Path(shutil.copytree(trained / "runs" / "tiny", tmp_path / "tiny"))
+    (run / "classifier.safetensors").write_bytes(b"damaged")
+    assert main(["report", str(run)]) == 0
+    page = (run / "report.html").read_text()
+    assert "The weights have not been read." in page and "Top-1 on data.val" in page
 
 
 def answers(file: Path) -> list[dict[str, str]]:
