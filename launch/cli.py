@@ -27,7 +27,7 @@ from nearfar.launch.verbs.command_line import (
     add_settings,
     check_verb,
     refuse_leftover,
-    require_model,
+    require_paths,
 )
 from nearfar.launch.verbs.distill import DISTILL
 from nearfar.launch.verbs.eval import add_eval
@@ -53,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             arguments = parsed(sys.argv[1:] if argv is None else argv)
             logging.basicConfig(format="%(message)s")
             logging.getLogger("nearfar").setLevel(logging.INFO)
-            require_model(arguments)
+            require_paths(arguments)
             arguments.verb(arguments)
             sys.stdout.flush()
         except UserError as error:
@@ -162,6 +162,8 @@ def run_demo(arguments: argparse.Namespace) -> None:
 
 
 def run_replay(arguments: argparse.Namespace) -> None:
+    if not arguments.record.is_dir():
+        raise UserError(f"{arguments.record} does not exist. Give a run's folder, or its not_finite/step-XXXXXXXXX.")
     from nearfar.ssl.data import open_source
     from nearfar.ssl.replay import replay, settings_of
     from nearfar.ssl.run import failed_step

@@ -11,6 +11,7 @@ from nearfar.ssl.backbones import Backbone
 from nearfar.ssl.checkpoint import TEACHER
 from nearfar.ssl.data.loaders.base import Batch
 from nearfar.ssl.data.sources.base import Source
+from nearfar.ssl.disk.metrics import read_metrics
 from nearfar.ssl.learners import learner_of
 from nearfar.ssl.learning import memory
 from nearfar.ssl.learning.health import CollapseWatch, falling_score, features_lost, nothing_learned, patience
@@ -22,7 +23,7 @@ from nearfar.ssl.learning.step import Numbers, StepResult
 from nearfar.ssl.parallel import distributed
 from nearfar.ssl.parallel.device import Compute
 from nearfar.ssl.run import announce, failed_step, fork, resume
-from nearfar.ssl.run.run_folder import RunFolder, read_metrics
+from nearfar.ssl.run.run_folder import RunFolder
 from nearfar.ssl.settings.defaults import Derived, ResolvedRun, resolve
 from nearfar.ssl.settings.run import Run
 from nearfar.ssl.training import Training, Votes

@@ -15,7 +15,7 @@ from torch import Tensor
 
 import nearfar.ssl.backbones  # noqa: F401  tests import timm and torchvision: its guard must come before them
 from nearfar.ssl import checkpoint
-from nearfar.ssl.run.run_folder import read_metrics
+from nearfar.ssl.disk.metrics import read_metrics
 
 TINY: dict[str, dict[str, Any]] = {
     "data": {"workers": 0},

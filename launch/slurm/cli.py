@@ -155,9 +155,13 @@ def _refuse_misspelled_verb(recipe: str, known: bool) -> None:
 def _launch_on_slurm(
     arguments: argparse.Namespace, folder: Path, runs: list[Run | FinetuneRun], then: tuple[str, ...]
 ) -> None:
-    from nearfar.launch.slurm import submission
+    from nearfar.launch.slurm import checks
 
     share = resources.load(arguments.site, resources.given(arguments))
+    for run in runs:
+        checks.placed(run, share)
+    from nearfar.launch.slurm import submission  # loads torch
+
     runs = [submission.for_cluster(run, share) for run in runs]
     asked = submission.Submission(folder.expanduser().absolute(), runs, share, then, arguments.parallel)
     if arguments.dry_run:

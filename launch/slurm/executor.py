@@ -24,8 +24,8 @@ from submitit.slurm.slurm import SlurmExecutor, _make_sbatch_string
 
 from nearfar.launch.slurm import records
 from nearfar.launch.slurm.resources import Resources
+from nearfar.ssl.disk.metrics import read_metrics
 from nearfar.ssl.errors import UserError
-from nearfar.ssl.run.run_folder import read_metrics
 
 UNMEASURED_DELAY = 300  # seconds before the time limit at which to signal a run of which nothing is known yet
 SAVE_SPEED = 50e6  # bytes a second to a slow shared file system, where no checkpoint was timed yet

@@ -12,16 +12,14 @@ from typing import NamedTuple
 
 from rich.console import Console
 
-from nearfar.launch.slurm import executor, job, queue, records, snapshot
+from nearfar.launch.slurm import checks, executor, job, queue, records, snapshot
 from nearfar.launch.slurm.executor import JobOptions
 from nearfar.launch.slurm.records import Ending, Job, SubmissionRecord
 from nearfar.launch.slurm.resources import Resources
 from nearfar.ssl import config
 from nearfar.ssl.errors import UserError
-from nearfar.ssl.run import kept
 from nearfar.ssl.run.run_folder import VERBS, RunFolder
-from nearfar.ssl.settings import finetune_settings
-from nearfar.ssl.settings.defaults import continued, continued_or_longer, dividing, on_ranks
+from nearfar.ssl.settings.defaults import continued, continued_or_longer
 from nearfar.ssl.settings.finetune_settings import FinetuneRun
 from nearfar.ssl.settings.run import AnyRun, Run
 
@@ -48,14 +46,7 @@ def for_cluster(run: Run | FinetuneRun, resources: Resources) -> Run | FinetuneR
     Raises:
         UserError: what can be seen to fail before it waits in a queue.
     """
-    _check(run, resources)
-    placed = _absolute_paths(run)
-    if not resources.node_setup:  # which may bring the images to where data.path says
-        _check_exists("data.path", placed.data.path)
-    if placed.backbone.weights:
-        _check_exists("backbone.weights", placed.backbone.weights)
-    if placed.train.start_from:
-        kept.named(placed.train.start_from)
+    placed = checks.placed(run, resources)
     saved = RunFolder(placed.path).saved(type(placed))
     if saved is None:  # "auto" on a node whose GPU is broken would train on its CPU for days
         device = placed.train.model_copy(update={"device": "cpu" if resources.cpu else "cuda"})
@@ -69,47 +60,9 @@ def for_cluster(run: Run | FinetuneRun, resources: Resources) -> Run | FinetuneR
     return placed
 
 
-def _check(run: AnyRun, resources: Resources) -> None:
-    config.require_images(run)
-    if not run.name:
-        raise UserError("The run has no name: set name=.")
-    if resources.cpu and run.train.device == "cuda":
-        raise UserError("train.device=cuda and --cpu contradict each other: choose one.")
-    if not resources.cpu and run.train.device == "cpu":
-        raise UserError("train.device=cpu and --gpus-per-node contradict each other: use --cpu, or omit train.device.")
-    if run.train.batch_size % resources.world:
-        sizes = dividing(run.train.batch_size, run.train.accumulate_steps, resources.world)
-        raise UserError(
-            f"train.batch_size={run.train.batch_size} cannot be split evenly over {resources.world} processes "
-            f"({resources.nodes} nodes x {resources.tasks}); the nearest that do: {' and '.join(map(str, sizes))}."
-        )
-    if isinstance(run, FinetuneRun):  # images are mixed in pairs within a process
-        config.refuse(finetune_settings.contradictions(on_ranks(run, resources.world)))
-
-
-def _absolute_paths(run: Run | FinetuneRun) -> Run | FinetuneRun:
-    update = {
-        "data": {"path": _absolute(run.data.path), "val": run.data.val and _absolute(run.data.val)},
-        "backbone": {"weights": run.backbone.weights and _absolute(run.backbone.weights)},
-        "train": {"start_from": run.train.start_from and _absolute(run.train.start_from)},
-    }
-    if isinstance(run, Run):
-        update["loss"] = {"gram_teacher": run.loss.gram_teacher and _absolute(run.loss.gram_teacher)}
-        update["distill"] = {"teacher_weights": run.distill.teacher_weights and _absolute(run.distill.teacher_weights)}
-        if run.distill.teacher and Path(run.distill.teacher).expanduser().exists():  # else it is the name of a network
-            update["distill"]["teacher"] = _absolute(run.distill.teacher)
-    sections = {name: getattr(run, name).model_copy(update=values) for name, values in update.items()}
-    return run.model_copy(update={"folder": _absolute(run.folder)} | sections)
-
-
-def _check_exists(key: str, path: str) -> None:
-    if not Path(path).exists():
-        raise UserError(f"{key}={path} does not exist on this machine; the jobs read it from there.")
-
-
 def dry_run(submission: Submission, console: Console) -> None:
     """Print the resources and exactly what sbatch would be given, and touch nothing."""
-    folder = Path(_absolute(str(submission.folder))) / "cluster" / "STAMP"
+    folder = Path(checks.absolute(str(submission.folder))) / "cluster" / "STAMP"
     resources, runs = submission.resources, submission.runs
     console.print(
         f"{len(runs)} run{'s' if len(runs) > 1 else ''} on {resources.nodes} x {resources.tasks} processes, "
@@ -278,7 +231,3 @@ def _new_folder(folder: Path) -> Path:
             raise UserError(f"{folder} cannot be written: {error}.") from None
         return folder / f"{stamp}{suffix}"
     raise UserError(f"A hundred submissions to {folder} within a second: something calls `nearfar launch` in a loop.")
-
-
-def _absolute(path: str) -> str:
-    return str(Path(path).expanduser().absolute())

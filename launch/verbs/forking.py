@@ -37,11 +37,13 @@ def recipe_and_settings(arguments: argparse.Namespace) -> tuple[Path, list[str]]
 
 def _settings_of(start: str, settings: list[str]) -> tuple[Path, list[str]]:
     """The config.yaml of a run, and what of it does not hold for a fork."""
+    from nearfar.ssl.run import kept
+
+    run = kept.named(start).parent.parent  # before torch is loaded
     from nearfar.ssl import config
     from nearfar.ssl.disk import bounded_files
-    from nearfar.ssl.run import fork, kept
+    from nearfar.ssl.run import fork
 
-    run = kept.named(start).parent.parent
     file = run / "config.yaml"
     if not file.is_file():
         raise UserError(f"{run} has no config.yaml to take settings from: name a recipe before --from.")

@@ -58,6 +58,7 @@ class TrainingVerb:
 
         run = self.load(*self.asked(arguments))
         config.require_images(run)  # here too: before torch is loaded
+        config.require_paths(run)
         if arguments.dry_run:
             from nearfar.launch.verbs.dry_run import dry_run
 

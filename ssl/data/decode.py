@@ -12,7 +12,6 @@ from nearfar.ssl.errors import BadImage
 _ORIENTATION = 0x0112
 # The formats accepted. Pillow would recognize others by their content, and start Ghostscript for an EPS.
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
 
 
 def decode(file: str | Path | IO[bytes], name: str) -> Image.Image:

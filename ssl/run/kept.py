@@ -6,8 +6,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from nearfar.ssl.disk import checkpoint_names
+from nearfar.ssl.disk.metrics import read_metrics
 from nearfar.ssl.errors import UserError
-from nearfar.ssl.run.run_folder import read_metrics
 
 BEST, NEWEST = "best", "newest"
 SCORES = ("knn_top1", "val_top1")  # of the metrics: what `best` is about, in pretraining and in a supervised run

@@ -17,6 +17,7 @@ from typing import IO, Any, Literal, TypeVar
 from nearfar.ssl import checkpoint, config
 from nearfar.ssl.checkpoint import CLASSIFIER, TEACHER
 from nearfar.ssl.disk import checkpoint_names, file_lock, files
+from nearfar.ssl.disk.metrics import read_metrics, step_of_line
 from nearfar.ssl.errors import UserError
 from nearfar.ssl.settings.defaults import differences, only_longer
 from nearfar.ssl.settings.finetune_settings import FinetuneRun, recorded, recorded_in
@@ -198,7 +199,7 @@ class RunFolder:
         """Drop the lines of metrics past `step`: those steps are run again, and give the same lines."""
         try:
             if self.metrics.exists():
-                kept = [line for line in self.metrics.read_text().splitlines() if _step(line) <= step]
+                kept = [line for line in self.metrics.read_text().splitlines() if step_of_line(line) <= step]
                 files.write_text(self.metrics, "".join(f"{line}\n" for line in kept))
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"{self.metrics} cannot be read or written: {error}.") from None
@@ -209,17 +210,3 @@ def _exists(path: Path) -> bool:
         return path.exists()
     except OSError:  # no right to look, or a name longer than names can be: `mkdir` will say so
         return True
-
-
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The complete lines of a `metrics.jsonl`; a last line that a crash cut off is left out."""
-    if not path.exists():
-        return []
-    return [json.loads(line) for line in path.read_text().splitlines() if _step(line) != float("inf")]
-
-
-def _step(line: str) -> float:
-    try:
-        return float(json.loads(line)["step"])
-    except (ValueError, KeyError, TypeError):
-        return float("inf")

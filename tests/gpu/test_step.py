@@ -19,12 +19,12 @@ from nearfar.ssl.data.loaders.pillow import PillowLoader
 from nearfar.ssl.data.sources.base import ArraySource
 from nearfar.ssl.data.transforms.colors import color_views
 from nearfar.ssl.data.transforms.normalize import normalize
+from nearfar.ssl.disk.metrics import read_metrics
 from nearfar.ssl.learning.learner import Learner, build_learner
 from nearfar.ssl.learning.optim import adamw
 from nearfar.ssl.learning.prefetch import Prefetch, side_stream
 from nearfar.ssl.learning.step import Stepper
 from nearfar.ssl.run import resume
-from nearfar.ssl.run.run_folder import read_metrics
 from nearfar.ssl.settings.defaults import ResolvedRun
 from nearfar.ssl.settings.run import Run
 

@@ -19,7 +19,8 @@ from PIL import Image
 from nearfar.launch import cli
 from nearfar.launch.recipes import SUPERVISED, find_recipe
 from nearfar.ssl import checkpoint, config
-from nearfar.ssl.run.run_folder import RunFolder, read_metrics
+from nearfar.ssl.disk.metrics import read_metrics
+from nearfar.ssl.run.run_folder import RunFolder
 from nearfar.ssl.settings import finetune_settings
 from nearfar.ssl.settings.listing import all_settings
 

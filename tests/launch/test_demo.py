@@ -15,7 +15,7 @@ from nearfar.eval.results import HEADLINES, SUBJECTS
 from nearfar.launch import demo
 from nearfar.launch.cli import main
 from nearfar.launch.scoring.score import ScoreOptions, Subject, score, sources
-from nearfar.ssl.run.run_folder import read_metrics
+from nearfar.ssl.disk.metrics import read_metrics
 
 SMALL = ["train.epochs=1", "train.batch_size=32", "train.threads=1", "data.workers=0", "eval.knn_every_epochs=1"]
 

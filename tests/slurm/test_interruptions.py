@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from nearfar.launch.slurm import records
-from nearfar.ssl.run.run_folder import read_metrics
+from nearfar.ssl.disk.metrics import read_metrics
 
 PACE = 0.15  # seconds added to a step, so that a signal finds the run at work
 

@@ -12,7 +12,7 @@ import pytest
 
 from nearfar.launch import cli
 from nearfar.launch.slurm import control, queue, records
-from nearfar.ssl.run.run_folder import read_metrics
+from nearfar.ssl.disk.metrics import read_metrics
 
 Launch = Callable[..., Any]
 

@@ -21,6 +21,7 @@ from nearfar.launch.verbs.forking import recipe_and_settings
 from nearfar.ssl import checkpoint
 from nearfar.ssl.data.sources.base import ArraySource
 from nearfar.ssl.disk import checkpoint_names
+from nearfar.ssl.disk.metrics import read_metrics
 from nearfar.ssl.errors import UserError
 from nearfar.ssl.finetune import ClassifierStepper, class_names, finetune, labels_as
 from nearfar.ssl.learning.classifier import ClassifierLearner, build_classifier_learner, soft_cross_entropy
@@ -29,7 +30,7 @@ from nearfar.ssl.learning.optim import adamw
 from nearfar.ssl.parallel import distributed
 from nearfar.ssl.parallel.distributed import Ranks
 from nearfar.ssl.run import fork
-from nearfar.ssl.run.run_folder import RunFolder, read_metrics
+from nearfar.ssl.run.run_folder import RunFolder
 from nearfar.ssl.settings import finetune_settings
 from nearfar.ssl.settings.finetune_settings import FinetuneRun, resolve
 from nearfar.ssl.training import Observers

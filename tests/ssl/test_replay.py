@@ -18,10 +18,10 @@ from nearfar.launch.verbs.forking import recipe_and_settings
 from nearfar.ssl import checkpoint, config, replay, train, training
 from nearfar.ssl.data.loaders.base import Batch
 from nearfar.ssl.data.sources.base import ArraySource
+from nearfar.ssl.disk.metrics import read_metrics
 from nearfar.ssl.errors import UserError
 from nearfar.ssl.learning.learner import Learner, build_learner
 from nearfar.ssl.run import failed_step
-from nearfar.ssl.run.run_folder import read_metrics
 from nearfar.ssl.settings.defaults import resolve
 from nearfar.ssl.settings.run import Run
 

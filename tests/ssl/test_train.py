@@ -21,10 +21,10 @@ from nearfar.ssl import checkpoint, train, training
 from nearfar.ssl.backbones import Backbone, Tokens
 from nearfar.ssl.data.loaders.base import Batch
 from nearfar.ssl.data.sources.base import ArraySource
+from nearfar.ssl.disk.metrics import read_metrics
 from nearfar.ssl.errors import UserError
 from nearfar.ssl.learning import learner
 from nearfar.ssl.parallel import gpus
-from nearfar.ssl.run.run_folder import read_metrics
 from nearfar.ssl.settings.defaults import ResolvedRun, resolve
 from nearfar.ssl.settings.run import Run
 

@@ -3,14 +3,14 @@
 import os
 from pathlib import Path
 
-from nearfar.ssl.data.decode import SUFFIXES
 from nearfar.ssl.data.sources.base import Source
 from nearfar.ssl.data.sources.beton import BetonSource
 from nearfar.ssl.data.sources.dense import dense_source
-from nearfar.ssl.data.sources.files import FolderSource, ListSource, contents
+from nearfar.ssl.data.sources.files import FolderSource, ListSource
 from nearfar.ssl.data.sources.hugging_face import is_hugging_face, open_hugging_face
 from nearfar.ssl.data.sources.npz import open_npz
 from nearfar.ssl.data.sources.tar import TarSource
+from nearfar.ssl.disk.missing import SUFFIXES, require_path
 from nearfar.ssl.errors import UserError
 
 
@@ -35,9 +35,7 @@ def open_source(path: str | Path) -> Source:
         ):
             return TarSource(entry for entry in inside if entry.suffix == ".tar")
         return FolderSource(path)
-    if not os.path.exists(path):  # Path.exists raises for a name too long to be one
-        parent = next(folder for folder in path.absolute().parents if os.path.isdir(folder))
-        raise UserError(f"There is nothing at {path}. The nearest folder that exists is {parent}: {contents(parent)}")
+    require_path(path)
     return _open_file(path)
 
 

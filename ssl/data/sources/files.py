@@ -9,9 +9,10 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from PIL import Image
 
-from nearfar.ssl.data.decode import FORMATS, SUFFIXES, decode_path, read_path
+from nearfar.ssl.data.decode import FORMATS, decode_path, read_path
 from nearfar.ssl.data.sources.base import array_parts, class_numbers
 from nearfar.ssl.disk import digests
+from nearfar.ssl.disk.missing import SUFFIXES, contents
 from nearfar.ssl.errors import BadImage, UserError, printable
 
 _NO_CLASSES = {"train", "training", "val", "valid", "validation", "test", "images", "masks"}
@@ -149,20 +150,6 @@ def kinds_of(names: Sequence[str]) -> str:
         examples.setdefault(os.path.splitext(name)[1].lower() or "without an ending", []).append(name)
     most_first = sorted(examples.items(), key=lambda item: (-len(item[1]), item[0]))
     return ", ".join(f"{len(those):,} {printable(kind)} ({printable(those[0])})" for kind, those in most_first)
-
-
-def contents(root: Path) -> str:
-    """What lies in a folder, for a message about what does not."""
-    try:
-        names = sorted(entry.name + "/" * entry.is_dir() for entry in os.scandir(root))
-    except OSError as error:
-        return f"what it holds cannot be read ({error.strerror})."
-    if not names:
-        return "the folder is empty."
-    return (
-        f"it holds {', '.join(names[:5])}{f' and {len(names) - 5} more' * (len(names) > 5)}. Images are files "
-        f"that end in {', '.join(SUFFIXES)}."
-    )
 
 
 def _sibling_masks(root: Path, names: Sequence[str]) -> list[str] | None:

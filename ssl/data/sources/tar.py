@@ -13,8 +13,9 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from nearfar.ssl.data.decode import SUFFIXES, decode
+from nearfar.ssl.data.decode import decode
 from nearfar.ssl.disk import digests
+from nearfar.ssl.disk.missing import SUFFIXES
 from nearfar.ssl.errors import BadImage, UserError, printable
 
 _TEXTS = {"cls", "txt", "json"}  # beside an image, and not for pretraining

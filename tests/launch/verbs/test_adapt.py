@@ -17,7 +17,8 @@ from nearfar.launch import cli
 from nearfar.launch.verbs.adapt import settings_for, vit_of
 from nearfar.ssl import checkpoint, config
 from nearfar.ssl.backbones import create
-from nearfar.ssl.run.run_folder import START, read_metrics
+from nearfar.ssl.disk.metrics import read_metrics
+from nearfar.ssl.run.run_folder import START
 
 
 @pytest.fixture

@@ -36,6 +36,23 @@ LIGHT = {"torch", "torchvision", "timm", "numpy", "matplotlib", "safetensors", "
         ["eval", "knn", "runs/nowhere"],
         ["features", "runs/nowhere", "images", "out"],
         ["report", "runs/nowhere"],
+        ["eval", "knn", "README.md"],
+        ["eval", "knn", "docs", "--val", "nowhere"],
+        ["pretrain", "cifar10", "data.path=nowhere"],
+        ["pretrain", "cifar10", "data.path=docs", "data.val=nowhere"],
+        ["pretrain", "cifar10", "data.path=docs", "backbone.weights=nowhere"],
+        ["pretrain", "--from", "nowhere", "name=x"],
+        ["adapt", "nowhere", "docs"],
+        ["adapt", "docs", "nowhere"],
+        ["distill", "nowhere", "data.path=docs"],
+        ["finetune", "finetune_cifar10", "--from", "nowhere", "data.path=docs"],
+        ["predict", "docs", "nowhere", "--csv", "x.csv"],
+        ["replay", "nowhere"],
+        ["data", "beton", "nowhere", "x.beton"],
+        ["data", "info", "nowhere"],
+        ["data", "look", "docs", "--weights", "nowhere"],
+        ["launch", "cifar10", "data.path=docs", "--dry-run"],
+        ["launch", "cifar10", "data.path=nowhere", "--gpus-per-node", "1", "--dry-run"],
     ],
 )
 def test_help_and_mistakes_load_none_of_the_slow_packages(argv: list[str]) -> None:
@@ -45,7 +62,11 @@ def test_help_and_mistakes_load_none_of_the_slow_packages(argv: list[str]) -> No
         "print('LOADED', *sorted({name.split('.')[0] for name in sys.modules}))"
     )
     done = subprocess.run([sys.executable, "-c", code, *argv], capture_output=True, text=True, timeout=120, check=True)
-    loaded = set(done.stdout.rpartition("LOADED")[2].split())
+    loaded, words = set(done.stdout.rpartition("LOADED")[2].split()), " ".join(done.stderr.split())
+    if "nowhere" in " ".join(argv):
+        assert re.search(
+            "nowhere.* does not exist|There is (nothing at|no run folder|no teacher).* [^ ]*nowhere", words
+        )
     assert "argparse" in loaded and not loaded & LIGHT
     assert "Traceback" not in done.stderr
 

@@ -14,8 +14,8 @@ from rich.console import Console
 from nearfar.ssl import checkpoint, config, train
 from nearfar.ssl.backbones import create
 from nearfar.ssl.data.sources.base import ArraySource
+from nearfar.ssl.disk.metrics import read_metrics
 from nearfar.ssl.errors import UserError
-from nearfar.ssl.run.run_folder import read_metrics
 from nearfar.ssl.settings.run import Run
 
 

@@ -13,13 +13,13 @@ from torch import Tensor, nn
 
 from nearfar.ssl import checkpoint, train
 from nearfar.ssl.data.sources.base import ArraySource
+from nearfar.ssl.disk.metrics import read_metrics
 from nearfar.ssl.errors import UserError
 from nearfar.ssl.learning.learner import DINOLearner, Learner, build_learner
 from nearfar.ssl.learning.loss_scale import FIRST, GROWTH_INTERVAL, LEAST, MOST, LossScale, fitted
 from nearfar.ssl.learning.optim import adamw
 from nearfar.ssl.learning.step import Stepper
 from nearfar.ssl.parallel import device
-from nearfar.ssl.run.run_folder import read_metrics
 from nearfar.ssl.settings.defaults import resolve
 from nearfar.ssl.settings.run import Run
 

@@ -23,9 +23,9 @@ from PIL import Image
 from nearfar.ssl import checkpoint, config
 from nearfar.ssl.backbones import create
 from nearfar.ssl.data.views import epoch_order
+from nearfar.ssl.disk.metrics import read_metrics
 from nearfar.ssl.parallel import distributed
 from nearfar.ssl.parallel.distributed import Ranks, available_cores, from_environment
-from nearfar.ssl.run.run_folder import read_metrics
 from nearfar.ssl.settings.run import Run
 
 Make = Callable[..., Run]

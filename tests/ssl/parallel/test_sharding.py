@@ -19,10 +19,10 @@ import yaml
 from torch import nn
 
 from nearfar.ssl import checkpoint, config
+from nearfar.ssl.disk.metrics import read_metrics
 from nearfar.ssl.errors import UserError
 from nearfar.ssl.learning.learner import build_learner
 from nearfar.ssl.parallel import sharding
-from nearfar.ssl.run.run_folder import read_metrics
 from nearfar.ssl.settings.defaults import ResolvedRun, as_resolved
 from nearfar.ssl.settings.run import Run
 

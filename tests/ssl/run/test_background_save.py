@@ -16,10 +16,10 @@ from torch import Tensor
 
 from nearfar.ssl import checkpoint, train
 from nearfar.ssl.data.sources.base import ArraySource
+from nearfar.ssl.disk.metrics import read_metrics
 from nearfar.ssl.errors import UserError
 from nearfar.ssl.run import background_save
 from nearfar.ssl.run.background_save import Saver, Snapshot
-from nearfar.ssl.run.run_folder import read_metrics
 from nearfar.ssl.settings.run import Run
 
 Make = Callable[..., Run]

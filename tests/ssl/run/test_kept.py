@@ -13,9 +13,9 @@ from rich.console import Console
 from nearfar.ssl import train
 from nearfar.ssl.data.sources.base import ArraySource
 from nearfar.ssl.disk import checkpoint_names
+from nearfar.ssl.disk.metrics import read_metrics
 from nearfar.ssl.errors import UserError
 from nearfar.ssl.run import kept
-from nearfar.ssl.run.run_folder import read_metrics
 from nearfar.ssl.settings.run import Run
 from nearfar.ssl.training import Observers
 

@@ -18,8 +18,9 @@ from safetensors.torch import load_file
 
 from nearfar.ssl import checkpoint, train
 from nearfar.ssl.data.sources.base import ArraySource
+from nearfar.ssl.disk.metrics import read_metrics
 from nearfar.ssl.errors import UserError
-from nearfar.ssl.run.run_folder import RunFolder, read_metrics
+from nearfar.ssl.run.run_folder import RunFolder
 from nearfar.ssl.settings.run import Run
 
 Make = Callable[..., Run]

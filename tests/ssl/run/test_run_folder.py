@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 
 from nearfar.ssl import config
+from nearfar.ssl.disk.metrics import read_metrics
 from nearfar.ssl.errors import UserError
-from nearfar.ssl.run.run_folder import RunFolder, read_metrics
+from nearfar.ssl.run.run_folder import RunFolder
 from nearfar.ssl.settings.defaults import Derived, ResolvedRun, as_resolved, resolve
 from nearfar.ssl.settings.run import Run
 
