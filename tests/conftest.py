@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import numpy as np
 import pytest
 import torch
@@ -40,6 +41,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for item in items:
             if item.get_closest_marker("cuda"):
                 item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+
+
+hypothesis.settings.register_profile("nearfar", derandomize=True)  # the same examples in every run, as all else here
+hypothesis.settings.load_profile("nearfar")
 
 
 @pytest.fixture(autouse=True)

@@ -1,12 +1,14 @@
-"""Names that torch and tensorboard do not promise to keep, and where each is used: what to look at first when a newer
+"""Names that torch, timm and tensorboard do not promise to keep, and where each is used: what to look at first when a newer
 version fails. Their versions are bounded in pyproject.toml.
 """
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
+import timm
 import torch
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -63,3 +65,22 @@ def test_a_writer_of_tensorboard_has_a_file_writer(tmp_path: Path) -> None:
 
     with SummaryWriter(str(tmp_path)) as writer:
         assert callable(writer._get_file_writer().add_summary)
+
+
+def test_modules_of_timm_convert_what_others_wrote() -> None:
+    """ssl/backbones/weights.py: by the function of this name beside the model's class."""
+    model = timm.create_model("vit_tiny_patch16_224", num_classes=0, img_size=32)
+    convert = sys.modules[type(model).__module__].checkpoint_filter_fn
+    state = model.state_dict()
+    assert convert({"model": state}, model).keys() == state.keys()
+
+
+def test_an_optimizer_leaves_everything_as_it_is_where_its_step_is_flagged() -> None:
+    """ssl/learning/step.py: fused AdamW reads `found_inf`, as torch's own gradient scaler has it."""
+    weight = torch.nn.Parameter(torch.tensor([3.0]))
+    optimizer: Any = torch.optim.AdamW([weight], lr=1.0, fused=True)
+    weight.grad = torch.tensor([1.0])
+    for flag, changed in ((1.0, False), (0.0, True)):
+        optimizer.found_inf, optimizer.grad_scale = torch.tensor(flag), None
+        optimizer.step()
+        assert (float(weight) != 3) == changed
