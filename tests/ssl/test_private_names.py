@@ -1,5 +1,5 @@
-"""Names that torch, timm and tensorboard do not promise to keep, and where each is used: what to look at first when a newer
-version fails. Their versions are bounded in pyproject.toml.
+"""Names that torch, timm and tensorboard do not promise to keep, and where each is used: what to look at first when a
+newer version fails. Their versions are bounded in pyproject.toml.
 """
 
 from __future__ import annotations
