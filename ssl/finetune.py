@@ -126,7 +126,7 @@ class FinetuneSchedule:
         return {
             "lr": warmup_cosine(optim.lr, optim.min_lr, step, self.steps, warmup),
             "weight_decay": optim.weight_decay,
-            "teacher_momentum": optim.ema,
+            "teacher_momentum": optim.ema_decay,
         }
 
     def scores_due(self, step: int) -> bool:

@@ -17,7 +17,7 @@ from nearfar.launch.computing import compute_for
 from nearfar.launch.progress import progress, summed
 from nearfar.launch.scoring.score import Subject, protocol_of
 from nearfar.ssl.data import open_source
-from nearfar.ssl.data.sources.base import Source, Subset
+from nearfar.ssl.data.sources.base import Source, spread
 from nearfar.ssl.errors import UserError, counted, printable
 
 _MOST_CLUSTERS = 50
@@ -47,7 +47,7 @@ def look(path: str, weights: Path, out: Path, options: LookOptions, console: Con
         raise UserError(f"The page cannot be written to {out}: name a file in a folder that exists, such as look.html.")
     subject, source = Subject.of(weights), open_source(path)
     subject = subject.on(compute_for(subject.backbone, options.device))
-    seen = _spread(source, options.most)
+    seen = spread(source, options.most)
     if len(seen) < len(source):
         _say(f"Looking at {len(seen):,} of {len(source):,} images, evenly spread (--most).", console)
     with progress(len(seen), f"Reading {path}", console) as tell:
@@ -73,11 +73,6 @@ def _check(options: LookOptions) -> None:
         raise UserError(f"--clusters must be between 2 and {_MOST_CLUSTERS}, not {options.clusters}.")
     if not 0 < options.duplicate <= 1:
         raise UserError(f"--duplicate is a cosine above 0 and at most 1, not {options.duplicate}.")
-
-
-def _spread(source: Source, most: int) -> Source:
-    n = len(source)
-    return source if n <= most else Subset(source, np.linspace(0, n - 1, most).astype(np.int64))
 
 
 def _classes(source: Source) -> int:

@@ -3,7 +3,7 @@
 import logging
 from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -34,6 +34,10 @@ class Tokens(NamedTuple):
     def mean(self) -> Tensor:
         """(B, D): the mean over patch tokens."""
         return self.patches.mean(1)
+
+    def pooled(self, pooling: Literal["cls", "mean"]) -> Tensor:
+        """(B, D): one of the two, by its name."""
+        return self.cls if pooling == "cls" else self.mean
 
     def map(self) -> Tensor:
         """(B, D, h, w): the patch tokens as a feature map."""

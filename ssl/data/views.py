@@ -32,15 +32,21 @@ def philox(counter: ArrayLike, key: tuple[int, int]) -> NDArray[np.uint64]:
     return np.stack((a, b, c, d))
 
 
-def _key(seed: int) -> tuple[int, int]:
+def key_of(seed: int) -> tuple[int, int]:
+    """The key of `philox` that a seed stands for."""
     return seed & 0xFFFFFFFF, (seed >> 32) & 0xFFFFFFFF
+
+
+def uniform(words: NDArray[np.uint64]) -> NDArray[np.float64]:
+    """32-bit words -> numbers in the open interval (0, 1)."""
+    return np.asarray((words + 0.5) * 2.0**-32)
 
 
 def epoch_order(seed: int, epoch: int, n: int) -> NDArray[np.int64]:
     """The order of the n samples in one epoch, int64 (n,): they are sorted by 64 random bits each."""
     counter = np.zeros((4, n), np.uint64)
     counter[1], counter[2], counter[3] = _ORDER, np.arange(n), epoch
-    words = philox(counter, _key(seed))
+    words = philox(counter, key_of(seed))
     return np.argsort(words[0] << _HALF | words[1], kind="stable")
 
 
@@ -86,8 +92,8 @@ def plan_views(views: ViewSettings, seed: int, epoch: int, index: ArrayLike, siz
     counter[1] = np.arange(count)[:, None]
     counter[2] = sample[:, None, None]
     counter[3] = epoch
-    words = np.moveaxis(philox(counter, _key(seed)), 0, -1).reshape(n, count, 16 + 2 * _TRIES)
-    u = (words + 0.5) * 2.0**-32  # float64 in the open interval (0, 1)
+    words = np.moveaxis(philox(counter, key_of(seed)), 0, -1).reshape(n, count, 16 + 2 * _TRIES)
+    u = uniform(words)
 
     shift = np.array([views.brightness, views.contrast, views.saturation, views.hue])
     neutral = np.array([1.0, 1.0, 1.0, 0.0])

@@ -31,7 +31,7 @@ class Classifier(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """Normalized images (B, 3, H, W) -> logits (B, classes)."""
         tokens = self.backbone(images)
-        logits: Tensor = self.head(tokens.cls if self.pooling == "cls" else tokens.mean)
+        logits: Tensor = self.head(tokens.pooled(self.pooling))
         return logits
 
 

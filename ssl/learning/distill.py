@@ -13,19 +13,10 @@ from nearfar.ssl.backbones import Backbone, Tokens
 from nearfar.ssl.errors import UserError
 from nearfar.ssl.learning.health import feature_std, rankme
 from nearfar.ssl.learning.learner import HeadedBackbone, Learner, Outputs
+from nearfar.ssl.learning.losses import cosine_loss
 from nearfar.ssl.learning.masks import Masks
 
 Pooling = Literal["cls", "mean"]
-
-
-def cosine_loss(student: Tensor, teacher: Tensor) -> Tensor:
-    """Mean over rows (..., D) of 1 - cosine, which is half the squared distance of the normalized rows: scalar.
-
-    AM-RADIO (Ranzinger et al. 2024, section 3.3) found it the best loss on summary tokens.
-    """
-    with torch.autocast(student.device.type, enabled=False):
-        ours, theirs = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in (student, teacher))
-        return 1 - F.cosine_similarity(ours, theirs, dim=-1).mean()
 
 
 def patch_cosine_loss(student: Tensor, teacher: Tensor) -> Tensor:
@@ -103,7 +94,7 @@ class ProjectedStudent(HeadedBackbone):
         said = []
         for group in groups:
             tokens = self.backbone(group.flatten(0, 1))
-            features = tokens.cls if self.pooling == "cls" else tokens.mean
+            features = tokens.pooled(self.pooling)
             patches = self.head.patches(tokens.patches).mT.unflatten(2, tokens.grid)
             said.append(ProjectedFeatures(features, self.head.summary(features), patches))
         return said
@@ -158,7 +149,7 @@ class Distiller(Learner):
     ) -> Outputs:
         """Normalized views, the global group first -> the loss and the values that are monitored.
 
-        The other arguments are those of other learners. The features among the outputs are the student's.
+        The other arguments are those of other learners.
         """
         said: list[ProjectedFeatures] = self.student(groups)
         views = sum(len(group) for group in groups)
@@ -166,18 +157,17 @@ class Distiller(Learner):
         for group, ours in zip(groups, said, strict=True):
             theirs = self.source.tokens(group.flatten(0, 1))
             share = len(group) / views
-            whole = theirs.cls if self.source.pooling == "cls" else theirs.mean
+            whole = theirs.pooled(self.source.pooling)
             summary.append(share * cosine_loss(ours.summary, whole))
             patches.append(share * patch_cosine_loss(ours.patches, theirs.map()))
         parts = {"summary_loss": torch.stack(summary).sum(), "patch_loss": torch.stack(patches).sum()}
         loss = parts["summary_loss"] + self.patch_weight * parts["patch_loss"]
         features = said[0].features.detach().unflatten(0, groups[0].shape[:2])
-        none = features.new_empty((*features.shape[:2], 0))  # no prototypes
-        return Outputs(loss, none, features, {name: part.detach() for name, part in parts.items()})
+        return Outputs(loss, (features,), {name: part.detach() for name, part in parts.items()})
 
     def health(self, outputs: Outputs) -> dict[str, float]:
         """Of the student's features. A teacher that does not collapse leaves a student little room for it."""
-        features = outputs.teacher_features.cpu()
+        features = outputs.monitored[0].cpu()
         return {"rankme": rankme(features), "feature_std": feature_std(features)}
 
     @torch.no_grad()

@@ -1,5 +1,5 @@
-"""Anchors: patches keep the similarities, and images the features, that an earlier network gave them (docs/methods.md
-sections 5 and 8).
+"""Gram anchoring: the patches of an image keep the similarities that an earlier network gave them (docs/methods.md
+section 5).
 """
 
 from __future__ import annotations
@@ -21,15 +21,3 @@ def gram_loss(student: Tensor, anchor: Tensor) -> Tensor:
             F.normalize(x.to(torch.promote_types(x.dtype, torch.float32)), dim=-1) for x in (student, anchor)
         )
         return F.mse_loss(ours @ ours.mT, theirs @ theirs.mT)
-
-
-def anchor_loss(student: Tensor, anchor: Tensor) -> Tensor:
-    """Mean of 1 - cosine between the features of the same views: scalar, 0 where all point the same way.
-
-    Args:
-        student: (B, D).
-        anchor: (B, D), of the frozen network, without gradient.
-    """
-    with torch.autocast(student.device.type, enabled=False):
-        precise = torch.promote_types(student.dtype, torch.float32)
-        return 1 - F.cosine_similarity(student.to(precise), anchor.to(precise), dim=-1).mean()

@@ -11,10 +11,10 @@ from torch import Tensor, nn
 
 from nearfar.ssl.backbones import Backbone, Tokens, create
 from nearfar.ssl.heads.dino import DINOHead
-from nearfar.ssl.learning.gram import anchor_loss, gram_loss
+from nearfar.ssl.learning.gram import gram_loss
 from nearfar.ssl.learning.health import teacher_health
 from nearfar.ssl.learning.ibot import PatchLoss
-from nearfar.ssl.learning.losses import DINOLoss, koleo
+from nearfar.ssl.learning.losses import DINOLoss, cosine_loss, koleo
 from nearfar.ssl.learning.masks import BlockMasks, Masks
 from nearfar.ssl.learning.student_teacher import StudentTeacher
 from nearfar.ssl.parallel.sharding import whole
@@ -31,11 +31,10 @@ class NetworkOutputs(NamedTuple):
 
 
 class Outputs(NamedTuple):
-    """One forward pass. Shapes: B images, G = 2 global views, K prototypes, D features."""
+    """One forward pass of B images, each in G = 2 global views."""
 
     loss: Tensor  # scalar, with gradient
-    teacher_probabilities: Tensor  # (G, B, K)
-    teacher_features: Tensor  # (G, B, D)
+    monitored: tuple[Tensor, ...]  # (G, B, ...) each: what the learner itself reads again, for its `health`
     parts: dict[str, Tensor]  # what else the loss holds, unweighted
 
     @staticmethod
@@ -43,8 +42,7 @@ class Outputs(NamedTuple):
         """The outputs of all parts of a step as those of one batch: means, and the images in order."""
         return Outputs(
             loss=torch.stack([part.loss for part in parts]).mean(),
-            teacher_probabilities=torch.cat([part.teacher_probabilities for part in parts], 1),
-            teacher_features=torch.cat([part.teacher_features for part in parts], 1),
+            monitored=tuple(torch.cat(tensors, 1) for tensors in zip(*(part.monitored for part in parts), strict=True)),
             parts={name: torch.stack([part.parts[name] for part in parts]).mean() for name in parts[0].parts},
         )
 
@@ -89,7 +87,7 @@ class Network(HeadedBackbone):
         first, *others = (group.flatten(0, 1) for group in groups)
         seen = self.backbone(first, masks.hidden.flatten(0, 1)) if masks and hide else self.backbone(first)
         tokens: list[Tokens] = [seen, *(self.backbone(group) for group in others)]
-        features = torch.cat([each.cls if self.pooling == "cls" else each.mean for each in tokens])
+        features = torch.cat([each.pooled(self.pooling) for each in tokens])
         batch = groups[0].shape[1]
         logits, patch_logits = self.head(features), None
         if masks is not None:
@@ -166,7 +164,8 @@ class DINOLearner(Learner):
         return () if self.anchor is None else (self.anchor,)
 
     def health(self, outputs: Outputs) -> dict[str, float]:
-        return teacher_health(outputs.teacher_probabilities, outputs.teacher_features)
+        """Of the teacher's probabilities (G, B, K) and features (G, B, D)."""
+        return teacher_health(*outputs.monitored)
 
     @torch.no_grad()
     def teacher_outputs(self, global_views: Tensor, masks: Masks | None = None) -> NetworkOutputs:
@@ -199,10 +198,11 @@ class DINOLearner(Learner):
             if gram_weight:
                 parts["gram"] = gram_loss(student.patches, anchored.patches)
             if self.anchor_weight:
-                seen = anchored.cls if self.student.pooling == "cls" else anchored.mean
-                parts["anchor"] = anchor_loss(student.features[: len(groups[0])].flatten(0, 1), seen)
+                seen = anchored.pooled(self.student.pooling)
+                parts["anchor"] = cosine_loss(student.features[: len(groups[0])].flatten(0, 1), seen)
         loss = sum((weights[name] * part for name, part in parts.items()), loss)
-        return Outputs(loss, probabilities, teacher.features, {name: part.detach() for name, part in parts.items()})
+        monitored = (probabilities, teacher.features)
+        return Outputs(loss, monitored, {name: part.detach() for name, part in parts.items()})
 
     def ibot_loss(self, student: NetworkOutputs, teacher: NetworkOutputs, masks: Masks, teacher_temp: float) -> Tensor:
         """The student's answers for the patches that it did not see against the teacher's, who saw them: scalar."""

@@ -153,3 +153,14 @@ class DINOLoss(nn.Module):
         moved = self.center.lerp(mean, 1 - self.center_momentum)
         self.center.copy_(moved if not_finite is None else torch.where(not_finite > 0, self.center, moved))
         self._noted, self._passes = None, 0
+
+
+def cosine_loss(student: Tensor, teacher: Tensor) -> Tensor:
+    """Mean over rows (..., D) of 1 - cosine, which is half the squared distance of the normalized rows: scalar, 0 where
+    all point the same way. No gradient is wanted of the teacher's.
+
+    AM-RADIO (Ranzinger et al. 2024, section 3.3) found it the best loss on summary tokens.
+    """
+    with torch.autocast(student.device.type, enabled=False):
+        ours, theirs = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in (student, teacher))
+        return 1 - F.cosine_similarity(ours, theirs, dim=-1).mean()

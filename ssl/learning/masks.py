@@ -17,7 +17,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from nearfar.ssl.data.views import philox
+from nearfar.ssl.data.views import key_of, philox, uniform
 
 SMALLEST = 4  # patches of the smallest block asked for
 FLATTEST = 0.3  # its height / width at least, and the inverse at most
@@ -63,24 +63,15 @@ class BlockMasks:
         words = -(-(4 * TRIES + patches) // 4)
         counter = np.empty((4, len(place), words), np.uint64)
         counter[0], counter[1], counter[2], counter[3] = np.arange(words), _BLOCKS, place[:, None], step
-        drawn = _uniform(np.moveaxis(philox(counter, self._key), 0, -1)).reshape(len(place), -1)
+        drawn = uniform(np.moveaxis(philox(counter, key_of(self.seed)), 0, -1)).reshape(len(place), -1)
         tries, order = drawn[:, : 4 * TRIES].reshape(-1, TRIES, 4), drawn[:, 4 * TRIES : 4 * TRIES + patches]
         return draw_block_masks(counts, self.grid, tries, order).reshape(self.images, self.views, patches)
 
     def _start(self, step: int) -> float:
-        return float(_uniform(philox(np.array([0, _START, 0, step], np.uint64), self._key))[0])
-
-    @property
-    def _key(self) -> tuple[int, int]:
-        return self.seed & 0xFFFFFFFF, (self.seed >> 32) & 0xFFFFFFFF
+        return float(uniform(philox(np.array([0, _START, 0, step], np.uint64), key_of(self.seed)))[0])
 
     def _most(self, images: int) -> int:
         return most_hidden(images * self.views, self.grid[0] * self.grid[1], self.share, self.ratios)
-
-
-def _uniform(words: NDArray[np.uint64]) -> NDArray[np.float64]:
-    """32-bit words -> numbers in the open interval (0, 1)."""
-    return np.asarray((words + 0.5) * 2.0**-32)
 
 
 def hidden_counts(

@@ -109,11 +109,11 @@ class FinetuneOptimSettings(Section):
     )
     patch_embed_lr_mult: float = Field(1.0, gt=0, description="the patch embedding learns at this times its rate")
     clip_grad: float = Field(0.0, ge=0, description="largest gradient norm of each tensor; 0 = no limit")
-    ema: float = Field(
+    ema_decay: float = Field(
         0.0,
         ge=0,
         lt=1,
-        description="momentum of the average of the weights that is scored and saved; 0 = the weights themselves",
+        description="decay of the moving average of the weights that is scored and saved; 0 = the weights themselves",
     )
 
 

@@ -200,7 +200,7 @@ finetune(finetune_settings.load(None, sys.argv[2:]), colored(40))
 
 
 def test_killed_at_once_it_continues_to_the_bit(tiny: Make, tmp_path: Path, same_runs: Callable, quiet: Any) -> None:
-    settings = [*MIXED, "train.epochs=6", "optim.ema=0.9", "train.save_every_steps=4"]
+    settings = [*MIXED, "train.epochs=6", "optim.ema_decay=0.9", "train.save_every_steps=4"]
     whole, killed = tiny(*settings, folder="whole"), tiny(*settings, folder="killed")
     finetune(whole, colored(40), console=quiet)
     root = Path(__file__).resolve().parents[2]

@@ -259,7 +259,7 @@ def test_features_on_disk_are_scored_without_the_network(stores: Path, capsys: p
         ("segment", "cls-train", "cls-val", "which segment cannot read; knn, linear, logistic and fewshot can"),
         ("linear", "grid-train", "grid-val", "which linear cannot read; segment, retrieval and position can"),
         ("knn", "cls-train", None, "name those to score with --val"),
-        ("knn", "cls-train", "nowhere", "not a readable feature store"),
+        ("knn", "cls-train", "nowhere", "There is nothing at"),
     ],
 )
 def test_features_that_do_not_fit_are_refused(

@@ -16,8 +16,9 @@ from nearfar.ssl import checkpoint, config, learners
 from nearfar.ssl.backbones import Backbone, create
 from nearfar.ssl.data.sources.base import ArraySource
 from nearfar.ssl.errors import UserError
-from nearfar.ssl.learning.distill import Distiller, FrozenTeacher, ProjectedStudent, cosine_loss, patch_cosine_loss
+from nearfar.ssl.learning.distill import Distiller, FrozenTeacher, ProjectedStudent, patch_cosine_loss
 from nearfar.ssl.learning.learner import build_learner
+from nearfar.ssl.learning.losses import cosine_loss
 from nearfar.ssl.learning.optim import adamw
 from nearfar.ssl.learning.step import Stepper
 from nearfar.ssl.settings.defaults import resolve

@@ -41,9 +41,9 @@ def groups(batch: int = 4, seed: int = 0) -> list[Tensor]:
 def test_a_step_has_the_shapes_it_says(made: Make) -> None:
     out = made()(groups(), teacher_temp=0.04)
     assert out.loss.shape == () and out.loss.requires_grad
-    assert out.teacher_probabilities.shape == (2, 4, 20)
-    assert out.teacher_features.shape == (2, 4, 24)
-    assert not out.teacher_probabilities.requires_grad and not out.teacher_features.requires_grad
+    assert out.monitored[0].shape == (2, 4, 20)
+    assert out.monitored[1].shape == (2, 4, 24)
+    assert not out.monitored[0].requires_grad and not out.monitored[1].requires_grad
 
 
 def test_views_come_out_in_order_globals_first(made: Make) -> None:
@@ -245,7 +245,7 @@ def test_ibot_is_weighed_on_what_the_teacher_saw_and_the_student_did_not(
     assert float(out.parts["ibot"]) == pytest.approx(total / 8, rel=1e-6)
 
     cls = torch.cat([unseen.cls, learner.student.backbone(views[1].flatten(0, 1)).cls])
-    dino = learner.loss(learner.student.head(cls).unflatten(0, (4, 4)), out.teacher_probabilities)
+    dino = learner.loss(learner.student.head(cls).unflatten(0, (4, 4)), out.monitored[0])
     assert float(out.loss) == pytest.approx(float(dino) + 0.7 * total / 8, rel=1e-6)
     out.loss.backward()
     assert all(p.grad is not None for p in learner.student.parameters())

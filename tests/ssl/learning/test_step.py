@@ -137,7 +137,13 @@ def test_all_of_a_step_is_on_the_learners_device(
         trained = stepper(views, values, masks=masks, votes=lambda: (0.0, 1.0))
     assert watch.mixed == [] and watch.waits == [] and watch.count > 200
     moments = [value for state in stepper.optimizer.state.values() for value in state.values()]
-    tensors = [*learner.state_dict().values(), *moments, *trained.outputs[:3], *trained.outputs.parts.values()]
+    tensors = [
+        *learner.state_dict().values(),
+        *moments,
+        trained.outputs.loss,
+        *trained.outputs.monitored,
+        *trained.outputs.parts.values(),
+    ]
     assert {tensor.device.type for tensor in tensors} == {"meta"} and len(moments) > 50
 
 
@@ -154,7 +160,7 @@ def test_no_operation_of_a_distilling_step_has_to_be_waited_for(tiny: Make, tmp_
     with Watch() as watch:
         trained = stepper(views, VALUES, votes=lambda: (0.0, 1.0))
     assert watch.waits == [] and watch.mixed == [] and watch.count > 200
-    assert trained.report.read().finite and trained.outputs.teacher_features.shape == (2, 4, 24)
+    assert trained.report.read().finite and trained.outputs.monitored[0].shape == (2, 4, 24)
 
 
 def test_the_watch_sees_what_has_to_be_waited_for() -> None:
@@ -267,7 +273,9 @@ def test_a_step_in_parts_equals_the_whole_in_float64(tiny: Make, parts: int, mor
         assert calls == [4 // number] * number
         numbers, moments = trained.report.read(), [s["exp_avg"] for s in stepper.optimizer.state.values()]
         scalars = torch.tensor([numbers.loss, numbers.grad_norm], dtype=torch.float64)
-        found.append([scalars, *trained.outputs[1:3], *moments, learner.loss.center, *learner.teacher.parameters()])
+        found.append(
+            [scalars, *trained.outputs.monitored, *moments, learner.loss.center, *learner.teacher.parameters()]
+        )
         found[-1] += [] if learner.ibot is None else [learner.ibot.center]
     for whole, ours in zip(*found, strict=True):
         torch.testing.assert_close(ours, whole, rtol=1e-6, atol=1e-9)
