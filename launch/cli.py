@@ -38,8 +38,8 @@ from nearfar.launch.verbs.training import PRETRAIN
 from nearfar.ssl.errors import EXIT_PEER, EXIT_USER, PeerError, UserError
 
 EXIT_BUG = 1
-# Turns for which a thread of libgomp (torch's on Linux) waits at full speed for the others before it sleeps: about half
-# a millisecond. Its own 300,000 outlast the time slice of whatever else wants the core (docs/performance.md).
+# Spin iterations before an idle thread of libgomp (torch's on Linux) sleeps: about half a millisecond. Its own
+# 300,000 outlast the time slice of whatever else wants the core (docs/performance.md).
 SPINS = "10000"
 
 

@@ -111,7 +111,7 @@ def _tell_accuracy(
         say(f"No accuracy: {error}")
         return
     scores = accuracies(found.probabilities, np.asarray(labels)[found.rows])
-    say(f"Right by the labels of {images}: " + ", ".join(f"{name} {score:.2f} %" for name, score in scores.items()))
+    say(f"Accuracy on the labels of {images}: " + ", ".join(f"{name} {score:.2f} %" for name, score in scores.items()))
 
 
 def _sayer(console: Console) -> Callable[[str], None]:

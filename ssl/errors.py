@@ -1,5 +1,5 @@
-"""The exceptions that every part of nearfar shares, and how their texts are put. Imports nothing, so that a wrong
-command is refused quickly."""
+"""The exceptions that every part of nearfar shares, and how messages are made printable. Imports nothing, so that a
+wrong command is refused quickly."""
 
 EXIT_USER = 2  # of a command that a user's mistake ended
 EXIT_PEER = 3  # of a rank that ended because another one did
@@ -42,7 +42,7 @@ class PeerError(RuntimeError):
     """Another rank of the run ended, so this one cannot go on; says which and why as far as that is known."""
 
 
-class BadImage(Exception):  # noqa: N818  "BadImageError" would say it twice
+class BadImage(Exception):  # noqa: N818  the name already says what it is
     """An image that cannot be used: `name` says which, `why` says what is wrong with it."""
 
     def __init__(self, name: str, why: str) -> None:

@@ -209,7 +209,7 @@ class Finetuning(Training[ResolvedFinetune, ClassifierLearner]):
         return None
 
     def progress(self, measured: dict[str, float]) -> str:
-        return f"right {measured['train_top1']:.0f} %"
+        return f"top-1 {measured['train_top1']:.0f} %"
 
     def _score(self) -> bool:
         def on_first() -> bool:

@@ -1,4 +1,4 @@
-"""From settings to a run that stands at the step it continues from."""
+"""From settings to a run, ready at the step that it continues from."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def set_up(kind: type[T], run: AnyRun, source: Source, observers: Observers, fol
         folder.record(resolved)
         folder.forget_metrics_after(step)
     if saved:
-        _export_what_lacks(kind, folder, step, learner, optimizer, description, world)
+        _export_missing_weights(kind, folder, step, learner, optimizer, description, world)
     else:
         _export_start(resolved, folder, step, learner, description, world)
     return kind(
@@ -99,14 +99,14 @@ def set_up(kind: type[T], run: AnyRun, source: Source, observers: Observers, fol
 
 
 def _spread(learner: StudentTeacher, sharded: bool) -> None:
-    """Make a learner one of several: batch norm over all ranks' images, and its tensors in shards where set."""
+    """Prepare a learner for several ranks: batch norm over all ranks' images, and its tensors in shards where set."""
     share_batch_norm(learner)
     if sharded:
         shard(learner.student, learns=True)
         shard(learner.teacher, learns=False)
 
 
-def _export_what_lacks(
+def _export_missing_weights(
     kind: type[Training[Any, Any]],
     folder: RunFolder,
     step: int,
@@ -126,7 +126,7 @@ def _export_what_lacks(
 def _export_start(
     run: AnyRun, folder: RunFolder, step: int, learner: StudentTeacher, description: dict[str, Any], world: Ranks
 ) -> None:
-    """The backbone that a pretraining run begins with, where it is trained already: to compare its features with."""
+    """The backbone that a pretraining run begins with, if it was trained before: for later comparison."""
     if isinstance(run, Run) and fork.begins_with_weights(run):
         backbone = resume.teacher_backbone(learner)
         if world.first:

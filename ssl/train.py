@@ -71,7 +71,7 @@ def carry_out(
     console: Console | None = None,
     world: Ranks = ALONE,
 ) -> Outcome:
-    """`pretrain`, or another `kind` of training, of which it is the same in everything but what is learned."""
+    """As `pretrain`, for any `kind` of training."""
     from rich.console import Console
 
     console = console or Console(quiet=not world.first)

@@ -156,7 +156,7 @@ class _Images(Dataset):
 
 
 class _CompiledImages(_Images):
-    """`_Images` by libjpeg-turbo and compiled loops; Pillow reads (or refuses) all that is no plain, clean JPEG."""
+    """`_Images` by libjpeg-turbo and compiled loops; Pillow reads (or refuses) anything but a plain, clean JPEG."""
 
     def __init__(self, source: Source, view: View) -> None:
         super().__init__(source, view)

@@ -36,7 +36,7 @@ def add_launch(verbs: Any) -> None:
 
 
 class LaunchParser(Parser):
-    """Hands on to the parser of the word after `launch`; settings may stand before and behind the flags."""
+    """Delegates to the parser for the word after `launch`; settings may stand before or after the flags."""
 
     def __init__(self) -> None:
         super().__init__(prog="nearfar launch")

@@ -175,7 +175,7 @@ def _fields(status: Status) -> Iterator[tuple[str, str]]:
     if status.why:
         yield "because", status.why
     if status.job:
-        yield "job", f"{status.job.job} ({status.job.name}), which continues nearfar {status.job.verb}"
+        yield "job", f"{status.job.job} ({status.job.name}), runs nearfar {status.job.verb}"
         lost = f", {status.lost} steps done again" if status.lost else ""
         yield "attempts", f"{len(status.attempts)}{lost}"
     if status.nodes:

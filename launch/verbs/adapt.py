@@ -45,7 +45,7 @@ def _asked(arguments: argparse.Namespace) -> RecipeAndSettings:
 
 ADAPT = TrainingVerb(
     "adapt",
-    "go on from public weights, or those of a run, on your own pictures without losing what they know",
+    "continue training public weights, or those of a run, on your own images, keeping what they learned",
     _add_subject,
     _asked,
     description="Heads learn alone for an epoch, then the backbone follows at a low rate, held by an anchor to what it "

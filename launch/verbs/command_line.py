@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse with plainer messages. With `takes_settings`, `key=value` may stand before, between and behind flags."""
+    """argparse with plainer messages. With `takes_settings`, `key=value` may stand before, between or after flags."""
 
     takes_settings = False
 

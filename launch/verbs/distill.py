@@ -29,7 +29,7 @@ def _asked(arguments: argparse.Namespace) -> RecipeAndSettings:
 
 DISTILL = TrainingVerb(
     "distill",
-    "train a backbone on images without labels to see what a frozen teacher sees; continues like pretrain",
+    "distill a frozen teacher into a backbone, on images without labels; continues like pretrain",
     _add_subject,
     _asked,
 )

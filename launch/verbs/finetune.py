@@ -34,7 +34,7 @@ def _add_subject(parser: Any) -> None:
         "--from",
         dest="weights",
         metavar="WEIGHTS",
-        help="weights to start from, and the backbone that they are of where they say it: a run's folder, a "
+        help="weights to start from, with their backbone if they describe it: a run's folder, a "
         "checkpoint or an exported file (backbone.weights= starts the recipe's own backbone from any file)",
     )
 

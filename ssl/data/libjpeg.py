@@ -63,7 +63,7 @@ def require(what: str) -> None:
     """Raises UserError where FFCV is missing. `what`: what needs it, the subject of the message."""
     if not available():
         raise UserError(
-            f"{what} needs FFCV, which is not installed here (or not the libraries it is linked against). On Debian "
+            f"{what} needs FFCV, which is not installed here, or whose system libraries are missing. On Debian "
             "and Ubuntu: apt-get install libturbojpeg0-dev libopencv-dev pkg-config, then pip install 'nearfar[ffcv]'."
         )
 

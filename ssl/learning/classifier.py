@@ -1,4 +1,4 @@
-"""A backbone that tells classes apart: the network, its loss on soft targets, and what trains it."""
+"""A classifier: backbone and linear head, the loss on soft targets, and what trains them."""
 
 from __future__ import annotations
 

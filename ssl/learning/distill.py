@@ -1,4 +1,4 @@
-"""Distillation: a student learns to say of a view what a frozen teacher says of it (docs/methods.md section 5)."""
+"""Distillation: a student learns to match the features of a frozen teacher (docs/methods.md section 5)."""
 
 from __future__ import annotations
 

@@ -158,8 +158,8 @@ def falling_score(metrics: list[dict[str, float]]) -> str | None:
     return (
         f"The features get worse: the online k-NN was {scores[best]:.1f} at step {metrics[scored[best]]['step']:.0f} "
         f"and is {scores[-2]:.1f} and {scores[-1]:.1f} now{losses}. The views may share something easier than what "
-        "is in the pictures. Try a lower optim.lr, less loss.koleo_weight, another loss.centering, stronger colors in "
-        "views, or fewer train.epochs."
+        "is in the pictures. Try a lower optim.lr, less loss.koleo_weight, another loss.centering, stronger "
+        "color augmentation, or fewer train.epochs."
     )
 
 

@@ -1,5 +1,4 @@
-"""iBOT: the student answers for the patches that it did not see as the teacher does, who saw them (docs/methods.md
-section 5).
+"""iBOT: the student predicts the teacher's output for the patches that are hidden from it (docs/methods.md section 5).
 
 Rows are hidden patches, of any number of images; those of weight 0 only fill the list and count for nothing.
 """

@@ -222,7 +222,7 @@ def finishing() -> Iterator[None]:
 
 
 def lost(message: str) -> bool:
-    """Another rank is known to be lost: this one says so and ends, and so do all. False where nothing watches."""
+    """Another rank is known to be lost: this one reports it and ends, as all ranks do. False where nothing watches."""
     if _beats is None or not _beats.watches:
         return False
     _beats.lost(message)

@@ -6,7 +6,7 @@ every rank writes a beat into the store through which the ranks met, and another
 all, every rank those of the first, whose machine answers for the store. What is found is written into the store, told
 on one rank of each machine, and ends the process, since nothing can call the main thread back out of a collective.
 
-Beats are compared with nothing but this process' own clock, from one arrival to the next, and the time in which this
+Beats are judged by this process's own clock alone, from one arrival to the next, and the time in which this
 process itself stood still does not count. A thread beats on through a long evaluation, a compilation, a checkpoint and
 a breakpoint of pdb; only a process that is stopped whole (SIGSTOP, gdb), or a call of minutes that keeps Python's lock,
 falls silent.

@@ -94,7 +94,7 @@ def step_skipped(step: int, scale: float) -> str:
     """Under fp16, once for every new low of the scale."""
     return (
         f"Step {step} was skipped: its gradient overflowed in fp16, so the loss is scaled by {scale:,.0f} from now on, "
-        f"half as much as before. Nothing else changed; a few such steps are how the scale is found."
+        f"half as much as before. Nothing else changed; a few such steps are normal."
     )
 
 
@@ -105,7 +105,7 @@ def not_finite(step: int, numbers: Numbers, names: list[str], record: Path | Non
     return (
         f"At step {step} the loss is {numbers.loss} and the gradient's norm {numbers.grad_norm}{scaled}: not finite, "
         f"so the weights were left as they were and the run stopped. The batch began with {', '.join(names)}. {again}"
-        f"{_last_checkpoint(run.path)} Or go on at half the rate with `{_way_on(run)}`."
+        f"{_last_checkpoint(run.path)} To continue at half the rate: `{_way_on(run)}`."
     )
 
 
@@ -149,7 +149,7 @@ def out_of_memory(error: BaseException, run: AnyRun, ranks: int = 1) -> str | No
         return None
     return (
         f"There is not enough memory ({text[:200] or 'MemoryError'}). {less_memory(run, ranks)} "
-        f"{'Smaller head.prototypes or a' if isinstance(run, Run) else 'A'} smaller backbone.name needs less as well. "
+        f"{'Smaller head.prototypes or a' if isinstance(run, Run) else 'A'} smaller backbone.name needs less, too. "
         "Checkpoints that were written are intact."
     )
 

@@ -161,11 +161,14 @@ def begin(
 
 
 def _said(saved: Checkpoint, run: ResolvedRun, fresh: list[str], dropped: list[str]) -> list[str]:
-    how = "at step 0 of its own schedule, with fresh moments"
+    how = "at step 0 of its own schedule, with a fresh optimizer state"
     if not run.train.restart_schedule:
-        how = f"at step {saved.state['step']}, with its moments"
+        how = f"at step {saved.state['step']}, with its optimizer state"
     lines = [f"A fork of {run.train.start_from}, which begins {how}."]
-    for names, what in ((fresh, "begin afresh, since that run had none"), (dropped, "are left out: this run has none")):
+    for names, what in (
+        (fresh, "start from scratch, since that run had none"),
+        (dropped, "are left out: this run has none"),
+    ):
         kinds = dict.fromkeys(found[2].strip(".") for name in names if (found := _PARTS.search(name)))
         lines += [f"Of the fork, {', '.join(kinds)} {what}."] if kinds else []
     return lines

@@ -12,7 +12,7 @@ MAX_NAME_BYTES = 200  # of a run; file systems take 255, and the rest is left fo
 
 
 def of_pretraining(run: Run) -> list[str]:
-    """All that contradict each other in a run of pretraining."""
+    """Every contradiction between the settings of a pretraining run."""
     files = {
         "train.start_from": run.train.start_from,
         "loss.gram_teacher": run.loss.gram_teacher,
@@ -35,7 +35,7 @@ def of_pretraining(run: Run) -> list[str]:
 
 
 def wrong_slices(run: AnyRun) -> Iterator[str]:
-    """Steps that do not divide into processes and parts."""
+    """Batch sizes that do not divide evenly among processes and their parts."""
     if run.train.batch_size % (run.train.world_size or 1):
         yield f"train.batch_size={run.train.batch_size} is not divisible by train.world_size={run.train.world_size}"
     elif run.train.batch_size // (run.train.world_size or 1) % run.train.accumulate_steps:
@@ -135,7 +135,7 @@ def _wrong_loss(run: Run) -> Iterator[str]:
     if not loss.ibot_weight and (head.ibot_separate or head.ibot_prototypes):
         yield "head.ibot_separate and head.ibot_prototypes are settings of iBOT, which loss.ibot_weight=0 turns off"
     elif head.ibot_prototypes and not head.ibot_separate:
-        yield "head.ibot_prototypes is for a head of the patches' own (head.ibot_separate=true); they share that of CLS"
+        yield "head.ibot_prototypes needs a separate head for patches (head.ibot_separate=true); they share that of CLS"
     if not loss.gram_weight and (loss.gram_start_epoch, loss.gram_teacher_epoch, loss.gram_teacher) != (None,) * 3:
         yield (
             "loss.gram_start_epoch, loss.gram_teacher_epoch and loss.gram_teacher are settings of Gram anchoring, "

@@ -106,7 +106,7 @@ class OptimSettings(Section):
         1.0,
         gt=0,
         le=1,
-        description="each layer learns at this times the rate of the one behind it; 0.9 in DINOv2, 1 = all alike",
+        description="factor from each layer's rate to that of the layer before it; 0.9 in DINOv2, 1 = all alike",
     )
     backbone_lr_mult: float = Field(
         1.0, gt=0, description="the backbone learns at this times the rate of the heads; .1 in `nearfar adapt`"
@@ -147,8 +147,8 @@ class TrainSettings(Section):
     accumulate_steps: int = Field(
         1,
         ge=1,
-        description="parts that each process takes its share of a step in, for less memory: the gradient is that of "
-        "the whole, but batch norm, Sinkhorn-Knopp and KoLeo see one part at a time",
+        description="parts in which each process computes its share of a step, for less memory: the gradient is that "
+        "of the whole, but batch norm, Sinkhorn-Knopp and KoLeo see one part at a time",
     )
     world_size: int | None = Field(
         None,
@@ -159,7 +159,7 @@ class TrainSettings(Section):
     )
     shard: bool = Field(
         False,
-        description="split student, teacher and optimizer over the processes (FSDP2), for backbones that no GPU holds",
+        description="split student, teacher and optimizer over the processes (FSDP2), where one GPU is too small",
         json_schema_extra=FREE,  # sums in another order, and said so
     )
     seed: int = Field(0, ge=0, description="seed of the weights, the order of the images, the views and drop-path")

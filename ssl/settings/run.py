@@ -137,7 +137,7 @@ class BackboneSettings(Section):
         description="image size the network is made for, in pixels, where that is not the size of the global views",
     )
     pos_size: int | None = Field(
-        None, ge=1, description="image size the learned positions are for, in pixels; 224 for DINO's public weights"
+        None, ge=1, description="image size of the learned positions' table, in pixels; 224 for DINO's public weights"
     )
     pos_antialias: bool = Field(
         False, description="learned positions reach other sizes as in timm and DINOv2 with registers, not as in DINO"

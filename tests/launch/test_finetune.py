@@ -106,7 +106,7 @@ def test_predict_on_a_flat_folder_tells_no_accuracy(
     flat, out = trained / "val" / "blue", tmp_path / "flat.csv"
     file = trained / "runs" / "tiny" / checkpoint.CLASSIFIER
     assert main(["predict", str(file), str(flat), "--csv", str(out)]) == 0
-    assert len(answers(out)) == 12 and "Right by" not in capsys.readouterr().out
+    assert len(answers(out)) == 12 and "Accuracy on" not in capsys.readouterr().out
 
 
 def test_features_are_read_from_a_classifier(trained: Path, tmp_path: Path) -> None:

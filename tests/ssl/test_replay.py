@@ -76,7 +76,7 @@ def test_the_record_holds_the_batch_and_the_state_and_the_message_names_both_way
     assert (failed["epoch"], failed["step_of_epoch"], failed["loss"]) == (1, 2, "nan")
     assert len(set(failed["samples"])) == 8 and failed["names"] == [images.name(i) for i in failed["samples"]]
     assert not list(record.glob("*.p*"))  # no pickle
-    way_on = re.search(r"half the rate with `([^`]+)`", message)
+    way_on = re.search(r"half the rate: `([^`]+)`", message)
     assert way_on
     again = config.load(*recipe_and_settings(cli.parsed(shlex.split(way_on[1])[1:])))
     assert again.path != run.path and again.optim.lr == 5e-4

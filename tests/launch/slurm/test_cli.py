@@ -80,7 +80,7 @@ def test_the_job_says_which_verb_it_continues(
     capsys.readouterr()
     monkeypatch.setattr(queue, "entries", lambda ids: {"1": QueueEntry("PENDING", "classes")})
     assert cli.main(["launch", "status", str(run)]) == 0
-    assert "1 (classes), which continues nearfar finetune" in capsys.readouterr().out
+    assert "1 (classes), runs nearfar finetune" in capsys.readouterr().out
     monkeypatch.setattr(queue, "entries", lambda ids: {})
     assert cli.main(["launch", "resubmit", str(run), "--hours", "2"]) == 0
     again = records.latest_job(run, "train")
