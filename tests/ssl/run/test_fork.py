@@ -94,7 +94,7 @@ def test_at_step_0_it_has_the_weights_and_no_moments(
 def test_other_rate_and_parts_and_the_anchor_is_what_it_began_with(
     tiny: Make, source: Run, images: ArraySource, quiet: Console
 ) -> None:
-    """iBOT and Gram anchoring are new: their parts start from scratch, and the anchor is the teacher of the checkpoint."""
+    """iBOT and Gram anchoring are new: their parts start from scratch, and the anchor is the checkpoint's teacher."""
     run = tiny(
         "name=fork", f"train.start_from={source.path}@15", "optim.lr=1e-4", "loss.ibot_weight=1",
         "loss.gram_weight=1", "loss.gram_start_epoch=0", "loss.gram_teacher_epoch=0",
