@@ -44,12 +44,7 @@ def set_up(kind: type[T], run: AnyRun, source: Source, observers: Observers, fol
     warnings: list[str] = []
     saved = resume.latest(folder, world, warnings)
     origin = fork.read(resolved.train.start_from) if saved is None and resolved.train.start_from else None
-    learner = kind.built(resolved, source, saved is None)
-    compute = device.choose(resolved.train.device, resolved.train.precision, learner.teacher.backbone.embed_dim)
-    # Student, its gradients and AdamW's two moments; the teacher; what stays as it is.
-    weights = 4 * _size(learner.student) + _size(learner.teacher) + sum(map(_size, learner.frozen))
-    gpus.require_room(compute.device, weights, "the weights and the optimizer's state")
-    prepare_learner(learner, compute, resolved.train.checkpoint_activations)
+    learner, compute = learner_on_device(kind, resolved, source, weights=saved is None)
     if compute.device.type == "cpu":
         device.keep_freed_memory()
     loader = loader_of(resolved, source, world, compute.device)
@@ -96,6 +91,25 @@ def set_up(kind: type[T], run: AnyRun, source: Source, observers: Observers, fol
         derived=derived,
         warnings=warnings,
     )
+
+
+def learner_on_device(
+    kind: type[Training[Any, Any]], run: AnyRun, source: Source, weights: bool
+) -> tuple[Any, device.Compute]:
+    """What a resolved run trains, on the device and in the precision that its settings choose.
+
+    weights: read those that it begins with.
+
+    Raises:
+        UserError: the device is not there, or others have filled it.
+    """
+    learner = kind.built(run, source, weights)
+    compute = device.choose(run.train.device, run.train.precision, learner.teacher.backbone.embed_dim)
+    # Student, its gradients and AdamW's two moments; the teacher; what stays as it is.
+    needed = 4 * _size(learner.student) + _size(learner.teacher) + sum(map(_size, learner.frozen))
+    gpus.require_room(compute.device, needed, "the weights and the optimizer's state")
+    prepare_learner(learner, compute, run.train.checkpoint_activations)
+    return learner, compute
 
 
 def _spread(learner: StudentTeacher, sharded: bool) -> None:

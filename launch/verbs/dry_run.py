@@ -24,14 +24,13 @@ from nearfar.ssl.disk import checkpoint_names
 from nearfar.ssl.errors import counted
 from nearfar.ssl.finetune import Finetuning
 from nearfar.ssl.learning.student_teacher import StudentTeacher
-from nearfar.ssl.parallel import device
 from nearfar.ssl.parallel.device import Compute
 from nearfar.ssl.parallel.distributed import Ranks, available_cores
 from nearfar.ssl.pretraining import Pretraining
 from nearfar.ssl.run import announce
 from nearfar.ssl.run.announce import passed_over_line
 from nearfar.ssl.run.run_folder import RunFolder
-from nearfar.ssl.set_up import compile_learner, loader_of, prepare_learner
+from nearfar.ssl.set_up import compile_learner, learner_on_device, loader_of
 from nearfar.ssl.settings.defaults import Derived
 from nearfar.ssl.settings.finetune_settings import FinetuneRun
 from nearfar.ssl.settings.listing import all_settings
@@ -101,9 +100,7 @@ def _set_up(run: Run | FinetuneRun, source: Source, ranks: int) -> Training[Any,
     saved, done = folder.saved(type(run)), checkpoint_names.newest_step(folder.checkpoints)
     resolved, derived = kind.resolved(run, len(source), max(1, available_cores() // ranks), ranks, saved, done)
     torch.set_num_threads(resolved.train.threads)
-    learner = kind.built(resolved, source, not done)
-    compute = device.choose(resolved.train.device, resolved.train.precision, learner.teacher.backbone.embed_dim)
-    prepare_learner(learner, compute, resolved.train.checkpoint_activations)
+    learner, compute = learner_on_device(kind, resolved, source, weights=not done)
     compute = compile_learner(learner, resolved.train, compute, warnings)
     loader = loader_of(resolved, source, Ranks(0, ranks), compute.device)
     return kind(
