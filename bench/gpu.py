@@ -71,6 +71,7 @@ def step_sections(options: argparse.Namespace) -> list[Section]:
     common = ["bench/step.py", "--device", options.device, *sizes, "--no-memory", "--json", "{out}", "--only", "dino"]
     return [
         Section("step", "a step of DINO, plain", [*common, "plain"], 90, batch),
+        Section("step-compiled", "a step of DINO, compiled", [*common, "plain", "plain, compiled"], 100, batch),
         Section("step-ideas", "a step with the ideas", [*common, "LGP", "LGP + GAug + PRR"], 110, batch),
         Section("step-vim", "a step of Vision Mamba", [*common, "Vim"], 110, batch),
     ]

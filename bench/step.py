@@ -32,6 +32,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from nearfar.ssl import config
+from nearfar.ssl.learning.compiled import compile_backbone
 from nearfar.ssl.learning.learner import build_learner, share_batch_norm
 from nearfar.ssl.learning.optim import adamw
 from nearfar.ssl.learning.step import Stepper
@@ -41,7 +42,9 @@ from nearfar.ssl.settings.defaults import resolve
 
 VALUES = {"lr": 1e-6, "weight_decay": 0.04, "teacher_momentum": 0.996, "teacher_temp": 0.04}
 IDEAS = {"LGP": ("lgp",), "LGP + GAug + PRR": ("lgp", "gaug", "prr")}
+COMPILED = ", compiled"  # after a name: its blocks by torch.compile
 NAMES = ["dino", "plain", *IDEAS, "Vim"]
+NAMES += [f"{name}{COMPILED}" for name in NAMES[1:]]
 
 
 class StepOptions(NamedTuple):
@@ -69,6 +72,7 @@ def views_of(asked: StepOptions, place: torch.device) -> list[Tensor]:
 
 
 def settings_of(name: str, asked: StepOptions) -> list[str]:
+    name = name.removesuffix(COMPILED)
     model = asked.model.replace("vit_", "vim_") if name == "Vim" else asked.model
     return [
         f"backbone.name={model}", f"head.prototypes={asked.prototypes}", "head.batch_norm=false",
@@ -96,6 +100,10 @@ def stepper_of(name: str, asked: StepOptions, compute: Compute) -> Stepper:
     learner = build_learner(run).to(compute.device)
     if distributed.count() > 1:
         share_batch_norm(learner)
+    if name.endswith(COMPILED):
+        torch._dynamo.config.recompile_limit = 64  # a run has one network, and here are several in a process
+        for backbone in (learner.student.backbone, learner.teacher.backbone):
+            compile_backbone(backbone, compute.device)
     return Stepper(learner, adamw(learner.student), 3.0, compute.autocast)
 
 
@@ -112,6 +120,7 @@ def products(name: str, asked: StepOptions) -> float:
     compute = Compute(torch.device("cpu"), nullcontext, "float32")
     one = asked._replace(batch=2, prototypes=64)
     counted = []
+    name = name.removesuffix(COMPILED)
     plain = "LGP" if name in IDEAS else name
     for each in (one, one._replace(prototypes=128), one._replace(batch=4)):
         step = step_of(plain, each, compute)

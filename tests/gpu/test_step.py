@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from nearfar.ssl import checkpoint, train
+from nearfar.ssl.backbones.attention import cuda_compiler_missing
 from nearfar.ssl.checkpoint import Checkpoint
 from nearfar.ssl.data.loaders.base import Batch, Loader, LoaderOptions
 from nearfar.ssl.data.loaders.device import DeviceLoader
@@ -20,6 +21,7 @@ from nearfar.ssl.data.sources.base import ArraySource
 from nearfar.ssl.data.transforms.colors import color_views
 from nearfar.ssl.data.transforms.normalize import normalize
 from nearfar.ssl.disk.metrics import read_metrics
+from nearfar.ssl.learning.compiled import compile_backbone
 from nearfar.ssl.learning.learner import Learner, build_learner
 from nearfar.ssl.learning.optim import adamw
 from nearfar.ssl.learning.prefetch import Prefetch, side_stream
@@ -79,6 +81,34 @@ def test_a_step_has_the_gradients_and_the_teacher_of_the_cpu(
     students = dict(found[0].student.named_parameters())
     for name, teacher in found[0].teacher.named_parameters():
         torch.testing.assert_close(teacher, 0.9 * start[name] + 0.1 * students[name].detach(), rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        ["backbone.lgp=false", "backbone.gaug=false", "backbone.prr=false"],
+        [],
+        ["backbone.name=vim_tiny_patch8", "backbone.gaug=false", "backbone.prr=false"],
+    ],
+    ids=["plain", "ideas", "Vim"],
+)
+def test_a_compiled_step_has_the_gradients_of_one_that_is_not(
+    tiny_run: Make, device: torch.device, settings: list[str]
+) -> None:
+    """By inductor on a GPU; on a CPU by its tracing alone, which takes no compiler."""
+    if device.type == "cuda" and (why := cuda_compiler_missing()):
+        pytest.skip(why)
+    torch._dynamo.reset()
+    run = tiny_run("head.batch_norm=false", *settings)
+    found, wanted = made(run, device), made(run, device)
+    for backbone in (found[0].student.backbone, found[0].teacher.backbone):
+        compile_backbone(backbone, device, "inductor" if device.type == "cuda" else "aot_eager")
+    numbers = [stepper(views_of(run, device), VALUES).report.read() for _, stepper in (found, wanted)]
+    assert numbers[0].loss == pytest.approx(numbers[1].loss, rel=1e-4)
+    ours, theirs = ([state["exp_avg"] for state in stepper.optimizer.state.values()] for _, stepper in (found, wanted))
+    whole = max(float(moment.norm()) for moment in theirs)
+    assert len(ours) > 20 and all(close(a, b.cpu(), 1e-3, whole) for a, b in zip(ours, theirs, strict=True))
+    torch._dynamo.reset()
 
 
 @contextmanager
