@@ -93,12 +93,12 @@ def test_ignored_pixels_matter_neither_in_training_nor_score():
     assert segment_probe((a, other_a), (b, other_b), 3, ProbeTraining(steps=10, ignore=254)) == plain
 
 
-def test_a_batch_of_ignored_pixels_only_is_harmless():
+def test_batches_of_ignored_pixels_only_do_not_keep_the_others_from_being_learned():
     a, ma = stripes(8, 0)
     b, mb = stripes(4, 1)
     ma[:4] = 255
-    result = segment_probe((a, ma), (b, mb), 3, ProbeTraining(steps=40, batch_size=1))
-    assert np.isfinite(result["miou"])
+    result = segment_probe((a, ma), (b, mb), 3, ProbeTraining(steps=200, batch_size=1, lr=1e-2))
+    assert result["miou"] > 45  # as above; half of the steps see nothing
 
 
 def test_masks_are_scored_at_their_own_size():

@@ -36,7 +36,8 @@ def test_it_scores_trained_untrained_and_pixels_in_percent(run: Path) -> None:
     assert {(each.subject, each.task) for each in scores} == {
         (name, task) for name in SUBJECTS if name != "start" for task in HEADLINES
     }
-    assert all(0 <= each.percent <= 100 for each in scores)
+    right = [each.percent * 80 / 100 for each in scores if each.task in ("knn", "linear")]  # of 80 images
+    assert all(0 < count < 80 and count == pytest.approx(round(count), abs=1e-4) for count in right)
     weights = {each.detail["features"]["checkpoint"] for each in scores if each.detail and each.subject != "pixels"}
     assert len(weights) == 2
 

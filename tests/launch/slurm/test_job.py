@@ -283,10 +283,11 @@ def test_the_alarm_rings_in_time_and_not_afterwards() -> None:
         assert not stop()
 
 
-def test_waiting_ends(monkeypatch: pytest.MonkeyPatch) -> None:
-    begun = time.monotonic()
-    job.wait_for_the_end(0.05)
-    assert time.monotonic() - begun >= 0.05
+def test_waiting_ends_after_the_seconds_that_were_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    slept: list[float] = []
+    monkeypatch.setattr(job, "time", SimpleNamespace(monotonic=lambda: sum(slept), sleep=slept.append))
+    job.wait_for_the_end(0.5)
+    assert sum(slept) == pytest.approx(0.5) and max(slept) <= 0.2
 
 
 @pytest.fixture
