@@ -1,122 +1,101 @@
-"""`nearfar data beton | info | check`: write a .beton, tell what is in one, find the images that cannot be used."""
+"""`nearfar data beton | info | check | look`: their flags, and the functions that do them."""
 
 from __future__ import annotations
 
-from concurrent.futures import ThreadPoolExecutor
+import argparse
 from pathlib import Path
 
-import numpy as np
 from rich.console import Console
 
-from nearfar.launch.progress import progress
-from nearfar.ssl.data import libjpeg, open_source
-from nearfar.ssl.data.beton_writer import BetonOptions, WrittenBeton, write_beton
-from nearfar.ssl.data.decode import size_problem
-from nearfar.ssl.data.sources.base import Source, passed_over
-from nearfar.ssl.data.sources.beton import TYPE_NAMES, BetonSource
-from nearfar.ssl.data.sources.files import kinds_of
-from nearfar.ssl.errors import BadImage, UserError, printable
 
-_SHOWN = 20  # bad images listed on the screen
-
-
-def beton(
-    source: str, out: Path, options: BetonOptions, *, stop_at_bad: bool, workers: int, overwrite: bool, console: Console
-) -> WrittenBeton:
-    """Write the images of a path as a .beton; bad ones are listed. Raises UserError as `write_beton`."""
-    images = open_source(source)
-    with progress(len(images), f"Writing {out.name}", console) as done:
-        written = write_beton(
-            images, out, options, stop_at_bad=stop_at_bad, workers=workers, overwrite=overwrite, progress=done
-        )
-    _list(written.bad, console)
-    _list_passed_over(images, console)
-    _say(
-        f"{out}: {written.images:,} images ({written.unchanged:,} JPEGs as they were, {written.encoded:,} encoded, "
-        f"{written.raw:,} as pixels), {out.stat().st_size / 2**20:,.1f} MiB; {len(written.bad):,} left out as bad",
-        console,
+def add_data(verbs: argparse._SubParsersAction) -> None:
+    """Put `data` among the verbs of the `nearfar` command."""
+    data = verbs.add_parser(
+        "data", help="write images as a .beton for the ffcv loader; show what one holds; find bad images; look at them"
     )
-    return written
+    _add_data(data.add_subparsers(required=True, metavar="WHAT"))
 
 
-def info(path: Path, console: Console) -> None:
-    """What a .beton holds."""
-    source = BetonSource(path)
-    height, width = source.size[:, 0], source.size[:, 1]
-    raw = int(source.records["image"]["mode"].sum())
-    lines = [
-        f"{path}: {len(source):,} images, {path.stat().st_size / 2**20:,.1f} MiB",
-        f"fields   {', '.join(f'{name} ({TYPE_NAMES[kind]})' for name, kind in source.fields.items())}",
-        f"kept     {len(source) - raw:,} as JPEG, {raw:,} as pixels",
-        f"size     width {width.min()} to {width.max()}, height {height.min()} to {height.max()}, "
-        f"mean {width.mean():.0f} x {height.mean():.0f} pixels",
-    ]
-    if source.labels is not None:
-        named = f", named {', '.join(source.classes[:5])} ..." if source.classes else ""
-        lines.append(f"labels   {len(np.unique(source.labels)):,} classes{named}")
-    if source.about:
-        about, left_out = source.about, source.about.get("bad", [])
-        lines.append(
-            f"written  max_side {about.get('max_side')}, quality {about.get('quality')}, raw_side "
-            f"{about.get('raw_side')}; {len(left_out) if isinstance(left_out, list) else '?'} bad images left out"
-        )
-    lines += [f"first    {source.name(0)}", f"print    {source.fingerprint}"]
-    for line in lines:
-        _say(line, console)
+def run_beton(arguments: argparse.Namespace) -> None:
+    from nearfar.launch import data_sets
+    from nearfar.ssl.data.beton_writer import BetonOptions
+
+    options = BetonOptions(arguments.max_side or None, arguments.quality, arguments.raw_side, arguments.min_side)
+    stop = arguments.on_bad == "stop"
+    data_sets.beton(
+        arguments.source, arguments.out, options,
+        stop_at_bad=stop, workers=arguments.workers, overwrite=arguments.force, console=Console(),
+    )  # fmt: skip
 
 
-def check(path: str, *, min_side: int, workers: int, console: Console) -> None:
-    """List the images (and masks) that a run with this `data.min_side` cannot use; raises UserError if there are any.
+def run_info(arguments: argparse.Namespace) -> None:
+    from nearfar.launch import data_sets
 
-    Files that are skipped because of their type are counted and named, and are no error.
-    """
-    source = open_source(path)
-    bad = []
-    try:
-        with (
-            progress(len(source), f"Checking {path}", console) as done,
-            ThreadPoolExecutor(max(1, workers)) as pool,
-        ):
-            for i, problem in enumerate(pool.map(lambda i: _problem(source, i, min_side), range(len(source)))):
-                bad += [problem] if problem else []
-                done(i + 1)
-    except MemoryError as error:
-        raise UserError(f"There is not enough memory to check {path}: allow fewer --workers.") from error
-    _list(bad, console)
-    _list_passed_over(source, console)
-    if bad:
-        raise UserError(f"{len(bad):,} of the {len(source):,} images in {path} cannot be used.")
-    _say(f"{path}: all {len(source):,} images can be read", console)
+    data_sets.info(arguments.file, Console())
 
 
-def _problem(source: Source, i: int, min_side: int) -> tuple[str, str] | None:
-    try:
-        image = source.read(i)
-        if why := size_problem(image.height, image.width, min_side):
-            return source.name(i), why
-        source.mask(i)
-        if isinstance(source, BetonSource) and not source.raw(i) and libjpeg.available():
-            height, width = source.size[i].tolist()  # as the ffcv loader will decode it
-            pixels = np.empty(3 * height * width, np.uint8)
-            libjpeg.Decoder().decode(source.checked(i), pixels, height, width, 3 * width)
-    except BadImage as error:
-        return error.name, error.why
-    except libjpeg.JPEGError as error:
-        return source.name(i), str(error)
-    return None
+def run_check(arguments: argparse.Namespace) -> None:
+    from nearfar.launch import data_sets
+
+    data_sets.check(arguments.source, min_side=arguments.min_side, workers=arguments.workers, console=Console())
 
 
-def _list(bad: list[tuple[str, str]], console: Console) -> None:
-    for name, why in bad[:_SHOWN]:
-        _say(f"bad  {name}: {why}", console)
-    if len(bad) > _SHOWN:
-        _say(f"bad  ... and {len(bad) - _SHOWN:,} more", console)
+def run_look(arguments: argparse.Namespace) -> None:
+    from nearfar.launch.scoring.data_look import LookOptions, look
+
+    options = LookOptions(
+        arguments.most, arguments.clusters, arguments.duplicate, arguments.size, arguments.device, arguments.workers
+    )
+    look(arguments.source, arguments.weights, arguments.out, options, Console())
 
 
-def _list_passed_over(source: Source, console: Console) -> None:
-    if names := passed_over(source):
-        _say(f"skipped because of their type  {kinds_of(names)}", console)
+def _add_data(verbs: argparse._SubParsersAction) -> None:
+    beton = verbs.add_parser("beton", help="write the images of a source as one .beton file")
+    beton.add_argument("source", help="images: class folders, a flat folder, a .txt list, an .npz or .tar shards")
+    beton.add_argument("out", type=Path, help="file to write, NAME.beton")
+    beton.add_argument("--max-side", type=int, default=512, help="shrink longer images to this (0: never; default 512)")
+    beton.add_argument("--quality", type=int, default=95, help="quality of JPEGs that have to be encoded (default 95)")
+    beton.add_argument(
+        "--raw-side", type=int, default=64, help="keep images up to this side as pixels, JPEGs aside (default 64)"
+    )
+    beton.add_argument("--min-side", type=int, default=8, help="data.min_side of the runs to come (default 8)")
+    beton.add_argument(
+        "--on-bad",
+        choices=["skip", "stop"],
+        default="skip",
+        help="what to do at a bad image: leave it out (default), or stop",
+    )
+    beton.add_argument("--force", action="store_true", help="overwrite an existing file")
+    beton.add_argument("--workers", type=int, default=2, help="threads (default 2)")
+    beton.set_defaults(verb=run_beton)
+    info = verbs.add_parser("info", help="show what a .beton holds")
+    info.add_argument("file", type=Path)
+    info.set_defaults(verb=run_info)
+    check = verbs.add_parser("check", help="decode every image and list those that cannot be used")
+    check.add_argument("source", help="images, as for beton, or a .beton")
+    check.add_argument("--min-side", type=int, default=8, help="data.min_side of the runs to come (default 8)")
+    check.add_argument("--workers", type=int, default=2, help="threads (default 2)")
+    check.set_defaults(verb=run_check)
+    _add_look(verbs)
 
 
-def _say(line: str, console: Console) -> None:
-    console.print(printable(line), highlight=False, markup=False, soft_wrap=True)
+def _add_look(verbs: argparse._SubParsersAction) -> None:
+    look = verbs.add_parser(
+        "look", help="write a page with a map of the images by features, clusters, near duplicates and outliers"
+    )
+    look.add_argument("source", help="images, as for beton, or a .beton; labels are shown, not needed")
+    look.add_argument(
+        "--weights", type=Path, required=True, help="run folder, checkpoint folder or exported .safetensors"
+    )
+    look.add_argument("--out", type=Path, default=Path("look.html"), help="page to write (default look.html)")
+    look.add_argument(
+        "--most", type=int, default=5000, help="look at this many images, evenly spread, of more (default 5000)"
+    )
+    look.add_argument("--clusters", type=int, help="number of clusters (default: that of the classes, else 10)")
+    look.add_argument(
+        "--duplicate", type=float, default=0.98, help="cosine from which images are near duplicates (default 0.98)"
+    )
+    look.add_argument("--size", type=int, help="side of the image in pixels (default: eval.size of the run)")
+    look.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto", help="where to compute")
+    look.add_argument("--workers", type=int, help="threads or processes that decode images (default: by cores)")
+    look.set_defaults(verb=run_look)

@@ -8,11 +8,14 @@ from pathlib import Path
 
 from rich.console import Console
 
+from nearfar.launch.verbs.command_line import add_model, add_reading
 from nearfar.ssl.errors import printable
 
 
-def add_features(parser: argparse.ArgumentParser) -> None:
-    """What `nearfar features` takes besides the model and how it reads."""
+def add_features(verbs: argparse._SubParsersAction) -> None:
+    """Put `features` among the verbs of the `nearfar` command."""
+    parser = verbs.add_parser("features", help="write the frozen features of a folder of images")
+    add_model(parser)
     parser.add_argument(
         "data", help="images: class folders, a flat folder, a .txt list, an .npz, a .beton or .tar shards"
     )
@@ -24,6 +27,7 @@ def add_features(parser: argparse.ArgumentParser) -> None:
         default="npy",
         help="csv or parquet: also a table of names, labels and features in the folder (default npy: the store alone)",
     )
+    add_reading(parser)
     parser.set_defaults(verb=run_features)
 
 
