@@ -59,7 +59,8 @@ def write_classification_report(run: Path, about: Mapping[str, Any] = {}) -> Pat
 def _summary(settings: Mapping[str, Any], score: Score | None) -> str:
     known = flat(settings)
     start = known.get("backbone.weights") or ("timm's weights" if known.get("backbone.pretrained") else "scratch")
-    what = f"{known.get('backbone.name')}, trained with labels from {start} for {known.get('train.epochs')} epochs"
+    what = f"{known.get('backbone.name')}, trained with labels from {start} for {known.get('train.epochs')} epoch"
+    what += "s" * (known.get("train.epochs") != 1)
     if score is None:
         return f"{what}. It is not scored: give labeled images as data.val."
     said = score.detail or {}

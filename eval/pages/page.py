@@ -72,7 +72,8 @@ img { max-width: 100%; height: auto; display: block; border-radius: 3px }
         margin-top: .15rem }
 .cell img { width: 100% } .cell.right img, .cell.wrong img { border: 3px solid var(--right) }
 .cell.wrong img { border-color: var(--wrong); border-style: dashed }
-.cell.right figcaption { color: var(--right) } .cell.wrong figcaption { color: var(--wrong) }
+.cell.right figcaption, .cell.wrong figcaption { color: var(--right); font-size: .62rem; letter-spacing: -.01em }
+.cell.wrong figcaption { color: var(--wrong) }
 .legend { display: flex; flex-wrap: wrap; gap: .2rem 1rem; font-size: .8rem; color: var(--soft); padding: 0;
           margin: .4rem 0; list-style: none }
 .legend i { display: inline-block; width: .8rem; height: .8rem; border-radius: 2px; margin-right: .3rem;

@@ -58,7 +58,8 @@ def _lede(settings: Mapping[str, Any], metrics: Sequence[Mapping[str, float]], t
     if not logged:
         return f"{what}, pretrained without labels{on}."
     last = logged[-1]
-    length = f" for {last['epoch']:.3g} epochs ({last['step']:,.0f} steps)" if "epoch" in last else ""
+    epochs = f"{last['epoch']:.3g}" if "epoch" in last else ""
+    length = f" for {epochs} epoch{'s' * (epochs != '1')} ({last['step']:,.0f} steps)" if epochs else ""
     took = ""
     if isinstance(train.get("batch_size"), int) and (seconds := _seconds(logged, train["batch_size"])):
         took = f", in {_duration(seconds)}"

@@ -120,7 +120,9 @@ def _trained_on(exported: ExportedBackbone) -> str:
     path, epochs, step = (setting(exported, "data.path"), setting(exported, "train.epochs"), exported.about.get("step"))
     on = f" on {_data_name(str(path))}" if path else ""
     return (
-        on + (f" for {epochs} epochs" if epochs else "") + (f"; these are the weights of step {step}" if step else "")
+        on
+        + (f" for {epochs} epoch{'s' * (epochs != 1)}" if epochs else "")
+        + (f"; these are the weights of step {step}" if step else "")
     )
 
 
