@@ -366,7 +366,7 @@ def _of_parts(run: Run, prototypes: int, default: Callable[[str, str, Any, str],
 def local_ranks(batch_size: int, cores: int) -> int:
     """Processes for a CPU run on this machine: as many as cores, with equal slices of at least 16 images of a batch.
 
-    Which is faster depends on the network: a process a core was between a fifth slower than threads in one and 1.4 times
-    as fast (docs/performance.md). It is the same run up to rounding, and says how many there are.
+    Which is faster depends on the network: a process a core was between a fifth slower than threads in one and 1.4
+    times as fast (docs/performance.md). It is the same run up to rounding, and says how many there are.
     """
     return max(n for n in range(1, cores + 1) if n == 1 or (batch_size % n == 0 and batch_size // n >= 16))
