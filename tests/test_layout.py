@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-ROOMS = {"nearfar.ssl": ROOT / "ssl", "nearfar.eval": ROOT / "eval", "nearfar.launch": ROOT / "launch"}
+PACKAGES = {"nearfar.ssl": ROOT / "ssl", "nearfar.eval": ROOT / "eval", "nearfar.launch": ROOT / "launch"}
 
 # Ground floor first. A module imports from floors below its own, and from its own floor without going in a circle.
 FLOORS: list[set[str]] = [
@@ -40,7 +40,7 @@ FLOORS: list[set[str]] = [
 def modules() -> dict[str, Path]:
     """Import name -> file, for every module of the package."""
     found = {}
-    for package, folder in ROOMS.items():
+    for package, folder in PACKAGES.items():
         for file in sorted(folder.rglob("*.py")):
             parts = file.relative_to(folder).with_suffix("").parts
             found[".".join([package, *(part for part in parts if part != "__init__")])] = file
@@ -48,16 +48,15 @@ def modules() -> dict[str, Path]:
 
 
 def floor(module: str) -> int:
-    """Which floor a module is on: `ssl`'s by its room, `eval`'s by its room or else with those beside it."""
-    _, package, room, *inside = module.split(".")
-    if package == "ssl":
-        name = room
-    else:
-        name = f"{package}/{room}" if package == "eval" and (inside or (ROOT / package / room).is_dir()) else package
-    for number, rooms in enumerate(FLOORS):
-        if name in rooms:
+    """Which floor a module is on: `ssl`'s by their folder, or file where they are in none, `eval`'s by their folder."""
+    _, package, name, *inside = module.split(".")
+    if package != "ssl":
+        in_folder = package == "eval" and (inside or (ROOT / package / name).is_dir())
+        name = f"{package}/{name}" if in_folder else package
+    for number, names in enumerate(FLOORS):
+        if name in names:
             return number
-    raise AssertionError(f"{module} is on no floor: add '{name}' to FLOORS here and to the rooms of the design")
+    raise AssertionError(f"{module} is on no floor: add '{name}' to FLOORS here and to the table of the design")
 
 
 def imports(module: str, known: dict[str, Path]) -> Iterator[tuple[str, int]]:
@@ -112,7 +111,7 @@ def test_torchrun_from_the_root_still_finds_the_tls_module(tmp_path: Path) -> No
 
 def test_packages_list_equals_the_tree(pyproject: dict) -> None:
     folders = {"nearfar.ssl"}  # without an __init__.py, on purpose
-    for package, root in ROOMS.items():
+    for package, root in PACKAGES.items():
         for marker in root.rglob("__init__.py"):
             folders.add(".".join([package, *marker.parent.relative_to(root).parts]))
         with_code = {file.parent for file in root.rglob("*.py")} - {ROOT / "ssl"}
