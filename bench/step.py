@@ -32,7 +32,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from nearfar.ssl import config
-from nearfar.ssl.learning.compiled import compile_backbone
+from nearfar.ssl.learning.compiled import compile_backbone, compiler_missing
 from nearfar.ssl.learning.learner import build_learner, share_batch_norm
 from nearfar.ssl.learning.optim import adamw
 from nearfar.ssl.learning.step import Stepper
@@ -44,7 +44,6 @@ VALUES = {"lr": 1e-6, "weight_decay": 0.04, "teacher_momentum": 0.996, "teacher_
 IDEAS = {"LGP": ("lgp",), "LGP + GAug + PRR": ("lgp", "gaug", "prr")}
 COMPILED = ", compiled"  # after a name: its blocks by torch.compile
 NAMES = ["dino", "plain", *IDEAS, "Vim"]
-NAMES += [f"{name}{COMPILED}" for name in NAMES[1:]]
 
 
 class StepOptions(NamedTuple):
@@ -101,6 +100,8 @@ def stepper_of(name: str, asked: StepOptions, compute: Compute) -> Stepper:
     if distributed.count() > 1:
         share_batch_norm(learner)
     if name.endswith(COMPILED):
+        if why := compiler_missing(compute.device):
+            raise SystemExit(f"{name}: {why}.")
         torch._dynamo.config.recompile_limit = 64  # a run has one network, and here are several in a process
         for backbone in (learner.student.backbone, learner.teacher.backbone):
             compile_backbone(backbone, compute.device)
@@ -252,7 +253,10 @@ def arguments() -> argparse.Namespace:
     parser.add_argument(
         "--steps", type=int, default=0, help="steps of each variant in a round (default: 1 on a CPU, 10 on a GPU)"
     )
-    parser.add_argument("--only", nargs="+", default=NAMES, choices=NAMES, help="ratios are against the first")
+    parser.add_argument(
+        "--only", nargs="+", default=NAMES, choices=[*NAMES, *(name + COMPILED for name in NAMES[1:])], metavar="NAME",
+        help=f"of {', '.join(NAMES)}; all but the first also as 'NAME{COMPILED}'. Ratios are against the first",
+    )  # fmt: skip
     parser.add_argument("--no-memory", action="store_true")
     parser.add_argument("--json", type=Path)
     return parser.parse_args()

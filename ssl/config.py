@@ -89,6 +89,13 @@ def require_paths(run: AnyRun) -> None:
         return
     if _is_missing(run.backbone.weights):
         raise UserError(f"backbone.weights={run.backbone.weights} does not exist. {WHAT_TO_GIVE}")
+    if isinstance(run, Run):
+        for key, file in (
+            ("loss.gram_teacher", run.loss.gram_teacher),
+            ("distill.teacher_weights", run.distill.teacher_weights),
+        ):
+            if _is_missing(file):
+                raise UserError(f"{key}={file} does not exist. {WHAT_TO_GIVE}")
     if isinstance(run, Run) and not run.distill.teacher_weights and _is_missing(run.distill.teacher):
         raise UserError(
             f"There is no teacher {run.distill.teacher}: no such file or folder. distill.teacher is a run's folder, an "

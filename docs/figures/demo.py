@@ -8,7 +8,7 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
-from nearfar.eval.pages import figures
+from nearfar.eval.pictures import figures
 from nearfar.eval.pictures.figures import Cell, Figure, Group
 
 HERE = Path(__file__).resolve().parent

@@ -45,9 +45,11 @@ def environment_section(about: Mapping[str, Any]) -> str:
 def lineage_section(settings: Mapping[str, Any], scores: Sequence[Score], about: Mapping[str, Any]) -> str:
     """What came from what: weights from data and settings, scores from weights and data."""
     backbone = part(settings, "backbone")
-    rows = [("started from", str(backbone.get("weights") or "random weights of the seed"))] if backbone else []
-    if isinstance(start := part(settings, "train").get("start_from"), str):
-        rows = [("started from", start)]
+    published = f"timm's weights of {backbone.get('name')}" if backbone.get("pretrained") else ""
+    start = str(backbone.get("weights") or published or "random weights of the seed")
+    rows = [("started from", start)] if backbone else []
+    if isinstance(forked := part(settings, "train").get("start_from"), str):
+        rows = [("started from", forked)]
     for origin in about.get("lineage") or []:  # from anyone's file
         if isinstance(origin, dict):
             step = "" if origin.get("step") is None else f", step {origin['step']}"

@@ -116,14 +116,14 @@ def _score(task: str, reads: _Reads, classes: int | None) -> TaskScore:
 
 def _linear(reads: _Reads) -> TaskScore:
     readings = reads.protocol.linear_readings()
-    pairs = {name: reads.pooled(reading) for name, reading in readings.items()}
-    if not reads.protocol.augment:
-        return linear_score(pairs, reads.protocol, device=reads.device)
-    if len(readings) > 1:
+    if reads.protocol.augment and len(readings) > 1:
         raise UserError(
             f"--augment trains on one kind of feature, and --layer and --pooling name {len(readings)}: "
             f"{', '.join(readings)}."
         )
+    pairs = {name: reads.pooled(reading) for name, reading in readings.items()}
+    if not reads.protocol.augment:
+        return linear_score(pairs, reads.protocol, device=reads.device)
     ((name, reading),) = readings.items()
     return augmented_score(reads.backbone, reads.data[0], pairs[name], reading, reads.protocol, reads.decoding)
 

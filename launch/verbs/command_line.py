@@ -186,7 +186,8 @@ def require_paths(arguments: argparse.Namespace) -> None:
     with contextlib.suppress(OSError):  # which opening it will tell
         for name in ("model", "weights"):
             _require_weights(getattr(arguments, name, None))
-        for name in _IMAGES:
+        submitted = hasattr(arguments, "training")  # to a cluster, where a node's set-up may bring the images
+        for name in () if submitted else _IMAGES:
             path = getattr(arguments, name, None)
             if path is not None and "=" not in str(path):  # a setting in its place is the verb's to tell
                 require_path(path)
@@ -199,8 +200,10 @@ def _require_weights(given: Path | str | None) -> None:
     path = Path(given).expanduser()
     if not path.exists():
         raise UserError(f"{given} does not exist. {WHAT_TO_GIVE}")
-    if isinstance(given, Path) and path.is_file() and path.suffix != ".safetensors":
-        raise UserError(f"{given} is no .safetensors file. {WHAT_TO_GIVE}")
+    if isinstance(given, Path) and path.is_file():
+        with path.open("rb") as file:
+            if file.read(9)[8:] != b"{":  # a header of JSON after its length
+                raise UserError(f"{given} is no .safetensors file. {WHAT_TO_GIVE}")
 
 
 def add_reading(parser: argparse.ArgumentParser) -> None:

@@ -21,7 +21,7 @@ def add_replay(verbs: argparse._SubParsersAction) -> None:
 
 
 def run_replay(arguments: argparse.Namespace) -> None:
-    if not arguments.record.is_dir():
+    if not arguments.record.exists():
         raise UserError(f"{arguments.record} does not exist. Give a run's folder, or its not_finite/step-XXXXXXXXX.")
     from nearfar.ssl.data import open_source
     from nearfar.ssl.replay import replay, settings_of

@@ -55,10 +55,13 @@ class TrainingVerb:
     def run_here(self, arguments: argparse.Namespace) -> None:
         """Train the run that is asked for on this machine, or only tell what it would cost."""
         from nearfar.ssl import config
+        from nearfar.ssl.run import kept
 
         run = self.load(*self.asked(arguments))
         config.require_images(run)  # here too: before torch is loaded
         config.require_paths(run)
+        if run.train.start_from and not run.path.exists():
+            kept.named(run.train.start_from)
         if arguments.dry_run:
             from nearfar.launch.verbs.dry_run import dry_run
 

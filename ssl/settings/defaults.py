@@ -75,9 +75,7 @@ def as_resolved(kind: type[R], run: AnyRun) -> R:
     except ValidationError as error:
         mistakes = in_words(error, [setting.key for setting in all_settings(kind)])
         told = "; ".join(mistake.message for mistake in mistakes)
-        raise UserError(
-            f"The settings of {run.name} are incomplete, so another program or version wrote them: {told}."
-        ) from None
+        raise UserError(f"The settings of {run.name} are incomplete: {told}.") from None
 
 
 def resolve(

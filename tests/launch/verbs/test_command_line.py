@@ -7,11 +7,15 @@ import re
 import subprocess
 import sys
 from importlib.metadata import version
+from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from nearfar.launch import cli
 from nearfar.launch.verbs import command_line
+from nearfar.ssl.errors import UserError
 from nearfar.ssl.settings.listing import KEYS
 from nearfar.ssl.settings.run import Run
 
@@ -42,6 +46,8 @@ LIGHT = {"torch", "torchvision", "timm", "numpy", "matplotlib", "safetensors", "
         ["pretrain", "cifar10", "data.path=docs", "data.val=nowhere"],
         ["pretrain", "cifar10", "data.path=docs", "backbone.weights=nowhere"],
         ["pretrain", "--from", "nowhere", "name=x"],
+        ["pretrain", "cifar10", "--from", "nowhere", "name=x", "data.path=docs"],
+        ["distill", "vit_tiny_patch16", "distill.teacher_weights=nowhere", "data.path=docs"],
         ["adapt", "nowhere", "docs"],
         ["adapt", "docs", "nowhere"],
         ["distill", "nowhere", "data.path=docs"],
@@ -67,6 +73,30 @@ def test_help_and_mistakes_load_none_of_the_slow_packages(argv: list[str]) -> No
         assert re.search("nowhere.* does not exist|There is (nothing at|no run folder|no teacher) .*nowhere", words)
     assert "argparse" in loaded and not loaded & LIGHT
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("words", "refused"),
+    [
+        (["adapt", "WEIGHTS", "nowhere"], True),
+        (["launch", "adapt", "WEIGHTS", "nowhere", "--gpus-per-node", "1"], False),  # a node's set-up may bring them
+        (["launch", "adapt", "nowhere", "docs", "--gpus-per-node", "1"], True),
+        (["eval", "knn", "WEIGHTS"], False),
+        (["eval", "knn", "TEXT"], True),
+        (["adapt", "TEXT", "FOLDER"], False),  # anyone's file, which its own reader judges
+        (["pretrain", "cifar10", "train.epochs=3"], False),
+    ],
+)
+def test_paths_of_a_command_line_are_looked_at(tmp_path: Path, words: list[str], refused: bool) -> None:
+    save_file({"x": torch.zeros(1)}, tmp_path / "blob")  # whatever its name ends in
+    (tmp_path / "notes.txt").write_text("no weights at all")
+    given = {"WEIGHTS": str(tmp_path / "blob"), "TEXT": str(tmp_path / "notes.txt"), "FOLDER": str(tmp_path)}
+    arguments = cli.parsed([given.get(word, word) for word in words])
+    if refused:
+        with pytest.raises(UserError, match=r"nowhere|notes\.txt"):
+            command_line.require_paths(arguments)
+    else:
+        command_line.require_paths(arguments)
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from nearfar.ssl.learning.losses import DINOLoss, dino_loss, koleo, sinkhorn_knopp
+from nearfar.ssl.learning.losses import DINOLoss, cosine_loss, dino_loss, koleo, sinkhorn_knopp
 
 Array = NDArray[np.float64]
 
@@ -179,3 +179,12 @@ def test_koleo_pushes_apart_and_stays_finite_for_twins() -> None:
     twins = torch.ones(1, 3, 4, requires_grad=True)
     koleo(twins).backward()
     assert twins.grad is not None and torch.isfinite(twins.grad).all()
+
+
+def test_the_cosine_loss_is_one_minus_the_mean_cosine_whatever_the_lengths() -> None:
+    rng = np.random.default_rng(0)
+    ours, theirs = rng.normal(size=(6, 4)), rng.normal(size=(6, 4))
+    cosines = [a @ b / np.linalg.norm(a) / np.linalg.norm(b) for a, b in zip(ours, theirs, strict=True)]
+    got = cosine_loss(torch.from_numpy(ours), torch.from_numpy(theirs))
+    assert float(got) == pytest.approx(1 - np.mean(cosines), rel=1e-12)
+    assert float(cosine_loss(torch.from_numpy(ours), 3 * torch.from_numpy(ours))) == pytest.approx(0, abs=1e-12)
