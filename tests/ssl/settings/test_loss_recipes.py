@@ -87,7 +87,7 @@ def test_a_run_that_was_resolved_and_written_down_is_read_as_it_is() -> None:
     ("settings", "words"),
     [
         (["head.ibot_separate=true"], r"settings of iBOT, which loss\.ibot_weight=0 turns off"),
-        (["loss.ibot_weight=1", "head.ibot_prototypes=9"], r"for a head of the patches' own"),
+        (["loss.ibot_weight=1", "head.ibot_prototypes=9"], r"needs a separate head for patches"),
         (["loss.mask_ratio_min_max=0.5,0.1"], r"two rising shares above 0, at most 1, not \[0\.5, 0\.1\]"),
         (["loss.mask_ratio_min_max=0.5,1.1"], r"two rising shares"),
         (["loss.gram_start_epoch=3"], r"settings of Gram anchoring, which loss\.gram_weight=0 turns off"),
