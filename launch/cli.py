@@ -20,7 +20,6 @@ from nearfar.launch.verbs.command_line import (
     ShowVersion,
     check_verb,
     refuse_leftover,
-    require_paths,
 )
 from nearfar.launch.verbs.data import add_data
 from nearfar.launch.verbs.demo import add_demo
@@ -29,6 +28,7 @@ from nearfar.launch.verbs.eval import add_eval
 from nearfar.launch.verbs.export import add_export
 from nearfar.launch.verbs.features import add_features
 from nearfar.launch.verbs.finetune import FINETUNE, add_predict
+from nearfar.launch.verbs.paths import require_paths
 from nearfar.launch.verbs.replay import add_replay
 from nearfar.launch.verbs.report import add_report
 from nearfar.launch.verbs.training import PRETRAIN

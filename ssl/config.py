@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -11,8 +10,6 @@ import yaml
 from pydantic import ValidationError
 
 from nearfar.ssl.disk import bounded_files
-from nearfar.ssl.disk.checkpoint_names import WHAT_TO_GIVE
-from nearfar.ssl.disk.missing import require_path
 from nearfar.ssl.errors import UserError
 from nearfar.ssl.settings.contradictions import of_pretraining
 from nearfar.ssl.settings.listing import all_settings
@@ -78,34 +75,6 @@ def require_images(run: AnyRun) -> None:
         raise UserError("data.path is not set: name the training images, for example data.path=~/pictures.")
     if isinstance(run, Run) and not (run.train.start_from or run.backbone.weights or run.backbone.pretrained):
         _require_no_weights(run)
-
-
-def require_paths(run: AnyRun) -> None:
-    """Raises UserError where images that `run` names are not on this machine, or the weights that it begins with."""
-    for path in (run.data.path, run.data.val):
-        if path:
-            require_path(path)
-    if run.path.exists():  # it goes on from its own checkpoint
-        return
-    if _is_missing(run.backbone.weights):
-        raise UserError(f"backbone.weights={run.backbone.weights} does not exist. {WHAT_TO_GIVE}")
-    if isinstance(run, Run):
-        for key, file in (
-            ("loss.gram_teacher", run.loss.gram_teacher),
-            ("distill.teacher_weights", run.distill.teacher_weights),
-        ):
-            if _is_missing(file):
-                raise UserError(f"{key}={file} does not exist. {WHAT_TO_GIVE}")
-    if isinstance(run, Run) and not run.distill.teacher_weights and _is_missing(run.distill.teacher):
-        raise UserError(
-            f"There is no teacher {run.distill.teacher}: no such file or folder. distill.teacher is a run's folder, an "
-            "exported .safetensors, timm/NAME or, with distill.teacher_weights=FILE, the name of a network."
-        )
-
-
-def _is_missing(weights: str | None) -> bool:
-    """Is it a path where nothing is? What timm publishes goes by its name."""
-    return weights is not None and not weights.startswith("timm/") and not os.path.exists(os.path.expanduser(weights))
 
 
 def _require_no_weights(run: Run) -> None:

@@ -2,7 +2,6 @@
 
 from typing import Any
 
-import numpy as np
 import torch
 
 from nearfar.eval import fewshot
@@ -11,8 +10,7 @@ from nearfar.eval.features.extraction import Features
 from nearfar.eval.logistic import logistic_probe
 from nearfar.eval.position import position_probe
 from nearfar.eval.retrieval import retrieve
-from nearfar.eval.scores.scoring import Protocol, TaskScore, labels_of, origin_of
-from nearfar.eval.scores.tasks import mask_classes
+from nearfar.eval.scores.scoring import Protocol, TaskScore, counted_classes, labels_of, origin_of
 from nearfar.ssl.errors import UserError
 
 HEADLINE_SHOTS = 5
@@ -73,14 +71,6 @@ def retrieval_score(
         classes=classes, memory=protocol.memory, seed=protocol.seed, device=device,
     )  # fmt: skip
     return TaskScore("retrieval", result["miou"], {**result, "classes": classes, "features": origin_of(train, test)})
-
-
-def counted_classes(
-    train: Features, test: Features, train_masks: list[np.ndarray], test_masks: list[np.ndarray]
-) -> int:
-    """How many classes the masks of both sets have, as `mask_classes` counts them."""
-    named = [f"{which} image {i}" for which, x in (("training", train), ("test", test)) for i in x.index]
-    return mask_classes(zip(named, [*train_masks, *test_masks], strict=True))
 
 
 def position_score(train: Features, test: Features) -> TaskScore:

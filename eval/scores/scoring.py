@@ -59,9 +59,12 @@ class Protocol:
             return (self.grid_layer,)
         return self.linear_layers or (self.pooled.layer,) if task == "linear" else (self.pooled.layer,)
 
+    def poolings(self, task: str) -> tuple[str, ...]:
+        return self.linear_poolings or (self.pooled.pooling,) if task == "linear" else (self.pooled.pooling,)
+
     def linear_readings(self) -> dict[str, Reading]:
         """What the linear probe may read: every layer in every pooling, by name."""
-        poolings = self.linear_poolings or (self.pooled.pooling,)
+        poolings = self.poolings("linear")
         return {
             layer if len(poolings) == 1 else f"{layer} {pooling}": replace(self.pooled, layer=layer, pooling=pooling)
             for layer in self.layers("linear")
@@ -75,8 +78,8 @@ class Protocol:
             size = self.pooled.size if task == "position" else self.grid_size
             sides = list(size) if isinstance(size, tuple) else size
             return {"layer": self.layers(task)[0], "size": sides, "compute": compute, **self.training(task)}
-        poolings = self.linear_poolings if task == "linear" and self.linear_poolings else (self.pooled.pooling,)
-        pooled = {"size": self.pooled.size, "resize": self.pooled.resize, "pooling": ",".join(poolings)}
+        pooling = ",".join(self.poolings(task))
+        pooled = {"size": self.pooled.size, "resize": self.pooled.resize, "pooling": pooling}
         return {"layer": ",".join(self.layers(task)), **pooled, "compute": compute, **self.training(task)}
 
     def decides_of_pixels(self, task: str, patch: int) -> dict[str, Any]:
@@ -189,12 +192,19 @@ def segment_score(
     """classes: None counts those of the masks, and refuses what is no class number."""
     sets = (train.x, train.mask_list()), (test.x, test.mask_list())
     if classes is None:
-        named = [f"{which} image {i}" for which, x in (("training", train), ("test", test)) for i in x.index]
-        classes = mask_classes(zip(named, [*sets[0][1], *sets[1][1]], strict=True))
+        classes = counted_classes(train, test, sets[0][1], sets[1][1])
     training = ProbeTraining(head=protocol.head, steps=protocol.steps, seed=protocol.seed)
     result = segment_probe(*sets, classes, training, device=device)
     detail = {**result, "head": protocol.head, "classes": classes, "features": origin_of(train, test)}
     return TaskScore("segment", result["miou"], detail)
+
+
+def counted_classes(
+    train: Features, test: Features, train_masks: list[np.ndarray], test_masks: list[np.ndarray]
+) -> int:
+    """How many classes the masks of both sets have, as `mask_classes` counts them."""
+    named = [f"{which} image {i}" for which, x in (("training", train), ("test", test)) for i in x.index]
+    return mask_classes(zip(named, [*train_masks, *test_masks], strict=True))
 
 
 def native_grid(source: Source, patch: int) -> tuple[int, int]:

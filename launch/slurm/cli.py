@@ -158,11 +158,10 @@ def _launch_on_slurm(
     from nearfar.launch.slurm import checks
 
     share = resources.load(arguments.site, resources.given(arguments))
-    for run in runs:
-        checks.placed(run, share)
+    placed = [checks.placed(run, share) for run in runs]
     from nearfar.launch.slurm import submission  # loads torch
 
-    runs = [submission.for_cluster(run, share) for run in runs]
+    runs = [submission.for_cluster(run, share) for run in placed]
     asked = submission.Submission(folder.expanduser().absolute(), runs, share, then, arguments.parallel)
     if arguments.dry_run:
         submission.dry_run(asked, Console())

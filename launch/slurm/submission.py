@@ -40,18 +40,17 @@ class Submission(NamedTuple):
         return "".join(letter if letter.isalnum() or letter in "-_.=+" else "-" for letter in self.folder.name)
 
 
-def for_cluster(run: Run | FinetuneRun, resources: Resources) -> Run | FinetuneRun:
-    """`run` as a job on another machine will read it: paths absolute, the device that was asked for.
+def for_cluster(placed: Run | FinetuneRun, resources: Resources) -> Run | FinetuneRun:
+    """A run of `checks.placed` on the device that its job has.
 
     Raises:
-        UserError: what can be seen to fail before it waits in a queue.
+        UserError: it contradicts the run that it would continue.
     """
-    placed = checks.placed(run, resources)
     saved = RunFolder(placed.path).saved(type(placed))
     if saved is None:  # "auto" on a node whose GPU is broken would train on its CPU for days
         device = placed.train.model_copy(update={"device": "cpu" if resources.cpu else "cuda"})
         placed = placed.model_copy(update={"train": device})
-    elif saved.train.device != run.train.device == "auto":  # begun by a job: continued by one
+    elif saved.train.device != placed.train.device == "auto":  # begun by a job: continued by one
         placed = placed.model_copy(update={"train": placed.train.model_copy(update={"device": saved.train.device})})
     if isinstance(placed, Run) and isinstance(saved, Run):
         continued_or_longer(placed, saved)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import re
 import shutil
 import sys
@@ -14,9 +13,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from nearfar.launch.failures import tell
 from nearfar.launch.recipes import bundled
-from nearfar.ssl.disk.checkpoint_names import WHAT_TO_GIVE
-from nearfar.ssl.disk.missing import require_path
-from nearfar.ssl.errors import EXIT_USER, UserError
+from nearfar.ssl.errors import EXIT_USER
 from nearfar.ssl.settings.messages import meant, nearest
 
 if TYPE_CHECKING:
@@ -169,41 +166,6 @@ def add_settings(parser: Any) -> None:
 
 def add_model(parser: argparse.ArgumentParser, also: str = "") -> None:
     parser.add_argument("model", type=Path, help=f"run folder, checkpoint folder or exported .safetensors{also}")
-
-
-_IMAGES = (
-    "source",
-    "images",
-    "data",
-    "file",
-    "train",
-    "val",
-)  # arguments that are paths of images, or of their features
-
-
-def require_paths(arguments: argparse.Namespace) -> None:
-    """Raises UserError where a path on the command line is not there: said before what reads it is imported."""
-    with contextlib.suppress(OSError):  # which opening it will tell
-        for name in ("model", "weights"):
-            _require_weights(getattr(arguments, name, None))
-        submitted = hasattr(arguments, "training")  # to a cluster, where a node's set-up may bring the images
-        for name in () if submitted else _IMAGES:
-            path = getattr(arguments, name, None)
-            if path is not None and "=" not in str(path):  # a setting in its place is the verb's to tell
-                require_path(path)
-
-
-def _require_weights(given: Path | str | None) -> None:
-    """given: a path of ours; as a string of anyone's, or what timm publishes, or a setting that came too early."""
-    if given is None or (isinstance(given, str) and (given.startswith("timm/") or "=" in given)):
-        return
-    path = Path(given).expanduser()
-    if not path.exists():
-        raise UserError(f"{given} does not exist. {WHAT_TO_GIVE}")
-    if isinstance(given, Path) and path.is_file():
-        with path.open("rb") as file:
-            if file.read(9)[8:] != b"{":  # a header of JSON after its length
-                raise UserError(f"{given} is no .safetensors file. {WHAT_TO_GIVE}")
 
 
 def add_reading(parser: argparse.ArgumentParser) -> None:

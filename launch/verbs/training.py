@@ -13,6 +13,7 @@ from rich.console import Console
 from nearfar.launch.recipes import bundled
 from nearfar.launch.verbs.command_line import HelpWithSettings, add_settings
 from nearfar.launch.verbs.forking import add_from, recipe_and_settings
+from nearfar.launch.verbs.paths import require_settings_paths
 
 if TYPE_CHECKING:
     from nearfar.ssl.settings.finetune_settings import FinetuneRun
@@ -55,13 +56,10 @@ class TrainingVerb:
     def run_here(self, arguments: argparse.Namespace) -> None:
         """Train the run that is asked for on this machine, or only tell what it would cost."""
         from nearfar.ssl import config
-        from nearfar.ssl.run import kept
 
         run = self.load(*self.asked(arguments))
         config.require_images(run)  # here too: before torch is loaded
-        config.require_paths(run)
-        if run.train.start_from and not run.path.exists():
-            kept.named(run.train.start_from)
+        require_settings_paths(run)
         if arguments.dry_run:
             from nearfar.launch.verbs.dry_run import dry_run
 

@@ -2,16 +2,19 @@
 
 from typing import TYPE_CHECKING, Any
 
-from nearfar.ssl.data.sources.choose import open_source
-
 if TYPE_CHECKING:
     from nearfar.ssl.data.loaders.choose import open_loader
+    from nearfar.ssl.data.sources.choose import open_source
 
 __all__ = ["open_loader", "open_source"]
 
 
 def __getattr__(name: str) -> Any:
-    """`open_loader` when it is asked for: it needs torch, and a source does not."""
+    """Each when it is asked for: a loader needs torch, a source numpy, and a wrong path neither."""
+    if name == "open_source":
+        from nearfar.ssl.data.sources.choose import open_source
+
+        return open_source
     if name == "open_loader":
         from nearfar.ssl.data.loaders.choose import open_loader
 

@@ -6,10 +6,9 @@ Rows are hidden patches, of any number of images; those of weight 0 only fill th
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from nearfar.ssl.learning.losses import sinkhorn_knopp
+from nearfar.ssl.learning.losses import BalancedLoss
 from nearfar.ssl.parallel import distributed
 
 
@@ -30,28 +29,13 @@ def patch_loss(student: Tensor, teacher: Tensor, weights: Tensor, views: int, te
     return torch.linalg.vecdot(cross_entropy, weights.to(logits.dtype)) / views
 
 
-class PatchLoss(nn.Module):
-    """`patch_loss` on logits, and the teacher balanced by a running center of its own or by Sinkhorn-Knopp."""
-
-    center: Tensor
-
-    def __init__(
-        self, prototypes: int, student_temp: float = 0.1, center_momentum: float = 0.9, sinkhorn: bool = False
-    ) -> None:
-        super().__init__()
-        self.sinkhorn = sinkhorn
-        self.student_temp = student_temp
-        self.center_momentum = center_momentum
-        self.register_buffer("center", torch.zeros(prototypes))
-        self._noted: Tensor | None = None  # (K + 1,): sum of the logits since the last update, and their number
+class PatchLoss(BalancedLoss):
+    """`patch_loss` on logits; `_noted` (K + 1,) is the sum of the teacher's logits, and their number."""
 
     @torch.no_grad()
     def teacher_probabilities(self, logits: Tensor, weights: Tensor, temperature: float) -> Tensor:
         """Balanced and sharpened teacher: logits (M, K) -> probabilities, in float32 or wider."""
-        logits = logits.to(self.center.dtype)
-        if self.sinkhorn:
-            return sinkhorn_knopp(logits, temperature, counts=weights > 0)
-        return F.softmax((logits - self.center) / temperature, dim=-1)
+        return self._balanced(logits, temperature, counts=weights > 0)
 
     def forward(self, student_logits: Tensor, teacher_probabilities: Tensor, weights: Tensor, views: int) -> Tensor:
         """Logits (M, K) of the student against probabilities (M, K) of the teacher -> scalar."""
@@ -80,5 +64,4 @@ class PatchLoss(nn.Module):
         noted = distributed.all_sum_(self._noted)
         mean, number = noted[:-1] / noted[-1].clamp_min(1), noted[-1]
         moved = torch.where(number > 0, self.center.lerp(mean, 1 - self.center_momentum), self.center)
-        self.center.copy_(moved if not_finite is None else torch.where(not_finite > 0, self.center, moved))
-        self._noted = None
+        self._move_center(moved, not_finite)

@@ -99,8 +99,8 @@ def koleo(features: Tensor) -> Tensor:
         return -(distance + 1e-8).log().mean(0).sum()
 
 
-class DINOLoss(nn.Module):
-    """`dino_loss` on logits, with temperatures, and the teacher balanced by a running center or Sinkhorn-Knopp."""
+class BalancedLoss(nn.Module):
+    """A loss on logits whose teacher is balanced by a running center of its own or by Sinkhorn-Knopp."""
 
     center: Tensor
 
@@ -112,16 +112,30 @@ class DINOLoss(nn.Module):
         self.student_temp = student_temp
         self.center_momentum = center_momentum
         self.register_buffer("center", torch.zeros(prototypes))
-        self._noted: Tensor | None = None  # sum of the mean logits (K,) of the passes since the last update
-        self._passes = 0
+        self._noted: Tensor | None = None  # of the teacher's logits, since the last update of the center
+
+    def _balanced(self, logits: Tensor, temperature: float, counts: Tensor | None = None) -> Tensor:
+        """Teacher logits (..., K) -> probabilities, in float32 or wider. counts: as in `sinkhorn_knopp`."""
+        logits = logits.to(self.center.dtype)
+        if self.sinkhorn:
+            return sinkhorn_knopp(logits, temperature, counts=counts)
+        return F.softmax((logits - self.center) / temperature, dim=-1)
+
+    def _move_center(self, moved: Tensor, not_finite: Tensor | None) -> None:
+        """not_finite: scalar on the center's device; where it is 1, the center stays."""
+        self.center.copy_(moved if not_finite is None else torch.where(not_finite > 0, self.center, moved))
+        self._noted = None
+
+
+class DINOLoss(BalancedLoss):
+    """`dino_loss` on logits, with temperatures."""
+
+    _passes = 0  # whose mean logits (K,) are summed in `_noted`
 
     @torch.no_grad()
     def teacher_probabilities(self, logits: Tensor, temperature: float) -> Tensor:
         """Balanced and sharpened teacher: logits (G, B, K) -> probabilities, in float32 or wider."""
-        logits = logits.to(self.center.dtype)
-        if self.sinkhorn:
-            return sinkhorn_knopp(logits, temperature)
-        return F.softmax((logits - self.center) / temperature, dim=-1)
+        return self._balanced(logits, temperature)
 
     def forward(self, student_logits: Tensor, teacher_probabilities: Tensor) -> Tensor:
         """Logits (V, B, K) of the student against probabilities (G, B, K) of the teacher -> scalar."""
@@ -150,9 +164,8 @@ class DINOLoss(nn.Module):
         if self._noted is None:
             return
         mean = distributed.all_mean_(self._noted / self._passes)
-        moved = self.center.lerp(mean, 1 - self.center_momentum)
-        self.center.copy_(moved if not_finite is None else torch.where(not_finite > 0, self.center, moved))
-        self._noted, self._passes = None, 0
+        self._move_center(self.center.lerp(mean, 1 - self.center_momentum), not_finite)
+        self._passes = 0
 
 
 def cosine_loss(student: Tensor, teacher: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 import os
 from pathlib import Path
 
+from nearfar.ssl.data.missing import SUFFIXES, require_path
 from nearfar.ssl.data.sources.base import Source
 from nearfar.ssl.data.sources.beton import BetonSource
 from nearfar.ssl.data.sources.dense import dense_source
@@ -10,7 +11,6 @@ from nearfar.ssl.data.sources.files import FolderSource, ListSource
 from nearfar.ssl.data.sources.hugging_face import is_hugging_face, open_hugging_face
 from nearfar.ssl.data.sources.npz import open_npz
 from nearfar.ssl.data.sources.tar import TarSource
-from nearfar.ssl.disk.missing import SUFFIXES, require_path
 from nearfar.ssl.errors import UserError
 
 

@@ -17,9 +17,9 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from nearfar.ssl.data.missing import SUFFIXES, contents
 from nearfar.ssl.data.sources.base import Source
 from nearfar.ssl.data.sources.files import FolderSource, PathSource
-from nearfar.ssl.disk.missing import SUFFIXES, contents
 from nearfar.ssl.errors import UserError
 
 IGNORE = 255

@@ -14,8 +14,8 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from nearfar.ssl.data.decode import decode
+from nearfar.ssl.data.missing import SUFFIXES
 from nearfar.ssl.disk import digests
-from nearfar.ssl.disk.missing import SUFFIXES
 from nearfar.ssl.errors import BadImage, UserError, printable
 
 _TEXTS = {"cls", "txt", "json"}  # beside an image, and not for pretraining

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from nearfar.launch import cli
-from nearfar.launch.slurm import control, queue, records, status, submission
+from nearfar.launch.slurm import checks, control, queue, records, status, submission
 from nearfar.launch.slurm.queue import QueueEntry
 from nearfar.launch.slurm.records import AttemptEnd, Ending, Job
 from nearfar.launch.slurm.resources import Resources
@@ -271,21 +271,21 @@ def test_settings_behind_sweep_are_no_sweep(here: Path, capsys: pytest.CaptureFi
 def test_what_a_fork_leaves_is_named_by_an_absolute_path(here: Path) -> None:
     (here / "runs" / "old" / "checkpoints" / "step-000000010").mkdir(parents=True)
     run = config.load(None, ["name=mine", "data.path=pictures", "train.start_from=runs/old@10"])
-    placed = submission.for_cluster(run, Resources(cpu=True))
+    placed = submission.for_cluster(checks.placed(run, Resources(cpu=True)), Resources(cpu=True))
     assert placed.train.start_from == str(here / "runs" / "old@10") and placed.train.device == "cpu"
     missing = run.model_copy(update={"train": run.train.model_copy(update={"start_from": "runs/old@20"})})
     with pytest.raises(UserError, match="has no checkpoint of step 20"):
-        submission.for_cluster(missing, Resources(cpu=True))
+        checks.placed(missing, Resources(cpu=True))
 
 
 def test_weights_are_named_by_an_absolute_path(here: Path) -> None:
     (here / "dino.pth").touch()
     run = config.load(None, ["name=mine", "data.path=pictures", "backbone.weights=dino.pth"])
-    placed = submission.for_cluster(run, Resources(cpu=True))
+    placed = submission.for_cluster(checks.placed(run, Resources(cpu=True)), Resources(cpu=True))
     assert placed.backbone.weights == str(here / "dino.pth") and placed.data.path == str(here / "pictures")
     missing = run.model_copy(update={"backbone": run.backbone.model_copy(update={"weights": "none.pth"})})
     with pytest.raises(UserError, match=r"backbone\.weights=.*none\.pth does not exist"):
-        submission.for_cluster(missing, Resources(cpu=True))
+        checks.placed(missing, Resources(cpu=True))
 
 
 def test_logs_end_with_the_rank_that_knows_why(run: Path, capsys: pytest.CaptureFixture[str]) -> None:

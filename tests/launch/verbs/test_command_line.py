@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import save_file
 
 from nearfar.launch import cli
-from nearfar.launch.verbs import command_line
+from nearfar.launch.verbs import command_line, paths
 from nearfar.ssl.errors import UserError
 from nearfar.ssl.settings.listing import KEYS
 from nearfar.ssl.settings.run import Run
@@ -94,9 +94,9 @@ def test_paths_of_a_command_line_are_looked_at(tmp_path: Path, words: list[str],
     arguments = cli.parsed([given.get(word, word) for word in words])
     if refused:
         with pytest.raises(UserError, match=r"nowhere|notes\.txt"):
-            command_line.require_paths(arguments)
+            paths.require_paths(arguments)
     else:
-        command_line.require_paths(arguments)
+        paths.require_paths(arguments)
 
 
 @pytest.mark.parametrize(
