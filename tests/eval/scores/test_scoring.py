@@ -17,21 +17,8 @@ from nearfar.ssl.data.sources.base import ArraySource
 from nearfar.ssl.errors import UserError
 
 
-def colored(n, seed):
-    """Squares on noise: the color of the square is the class, its pixels the mask."""
-    rng = np.random.default_rng(seed)
-    images = rng.integers(0, 120, (n, 16, 16, 3), dtype=np.uint8)
-    masks = np.zeros((n, 16, 16), np.uint8)
-    labels = rng.integers(0, 3, n)
-    for i, label in enumerate(labels):
-        r, c = rng.integers(0, 8, 2)
-        images[i, r : r + 8, c : c + 8] = np.eye(3)[label] * 255
-        masks[i, r : r + 8, c : c + 8] = label + 1
-    return ArraySource(images, labels=labels, masks=masks, classes=["red", "green", "blue"])
-
-
 @pytest.fixture(scope="module")
-def setting():
+def setting(colored):
     torch.manual_seed(0)
     model = create("vit_tiny_patch4", img_size=16, embed_dim=24, depth=2, num_heads=2, prr=True)
     return model, colored(120, 0), colored(40, 1)
