@@ -15,7 +15,8 @@ from nearfar.ssl.data.decode import size_problem
 from nearfar.ssl.data.sources.base import Source, passed_over
 from nearfar.ssl.data.sources.beton import TYPE_NAMES, BetonSource
 from nearfar.ssl.data.sources.files import kinds_of
-from nearfar.ssl.errors import BadImage, UserError, printable
+from nearfar.ssl.errors import BadImage, UserError
+from nearfar.ssl.wording import printable
 
 _SHOWN = 20  # bad images listed on the screen
 

@@ -21,7 +21,7 @@ from nearfar.ssl import checkpoint, config, train
 from nearfar.ssl.data import open_source
 from nearfar.ssl.data.sources.base import Source
 from nearfar.ssl.data.sources.files import FolderSource
-from nearfar.ssl.errors import UserError, printable
+from nearfar.ssl.errors import UserError
 from nearfar.ssl.finetune import class_names, finetune, labels_as
 from nearfar.ssl.learning.classifier import Classifier
 from nearfar.ssl.parallel import device
@@ -29,6 +29,7 @@ from nearfar.ssl.parallel.distributed import Ranks
 from nearfar.ssl.settings.defaults import as_resolved
 from nearfar.ssl.settings.finetune_settings import FinetuneRun, ResolvedFinetune
 from nearfar.ssl.train import Outcome
+from nearfar.ssl.wording import printable
 
 
 def finetune_rank(run: FinetuneRun, console: Console, world: Ranks) -> Outcome:

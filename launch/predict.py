@@ -20,9 +20,10 @@ from nearfar.ssl import checkpoint
 from nearfar.ssl.data import open_source
 from nearfar.ssl.data.sources.base import Source
 from nearfar.ssl.disk import files
-from nearfar.ssl.errors import UserError, printable
+from nearfar.ssl.errors import UserError
 from nearfar.ssl.finetune import labels_as
 from nearfar.ssl.parallel import gpus
+from nearfar.ssl.wording import printable
 
 _SHOWN = 3  # unreadable images that are named
 

@@ -1,31 +1,9 @@
-"""The exceptions that every part of nearfar shares, and how messages are made printable. Imports nothing, so that a
-wrong command is refused quickly."""
+"""The exceptions that every part of nearfar shares. Imports next to nothing: a wrong command is refused quickly."""
+
+from nearfar.ssl.wording import printable
 
 EXIT_USER = 2  # of a command that a user's mistake ended
 EXIT_PEER = 3  # of a rank that ended because another one did
-
-
-def printable(text: str) -> str:
-    """The text as any terminal and any UTF-8 file can take it: what is not printable becomes its backslash escape.
-
-    The names of files are whatever their owner likes: bytes that are not UTF-8, sequences that move the cursor or set
-    colors, characters that change the direction of writing. Line feeds stay.
-    """
-    if text.isprintable():
-        return text
-    return "".join(c if c.isprintable() or c == "\n" else _escaped(c) for c in text)
-
-
-def _escaped(character: str) -> str:
-    code = ord(character)
-    if 0xDC80 <= code <= 0xDCFF:  # how Python keeps a byte that is not UTF-8
-        return f"\\x{code - 0xDC00:02x}"
-    return ascii(character)[1:-1]
-
-
-def counted(number: int, noun: str) -> str:
-    """`1 step`, `1,200 steps`: a number with its noun, for messages."""
-    return f"{number:,} {noun}" + "s" * (number != 1)
 
 
 class UserError(ValueError):

@@ -45,8 +45,6 @@ def set_up(kind: type[T], run: AnyRun, source: Source, observers: Observers, fol
     saved = resume.latest(folder, world, warnings)
     origin = fork.read(resolved.train.start_from) if saved is None and resolved.train.start_from else None
     learner, compute = learner_on_device(kind, resolved, source, weights=saved is None)
-    if compute.device.type == "cpu":
-        device.keep_freed_memory()
     loader = loader_of(resolved, source, world, compute.device)
     goes_on = saved is None or saved.state["step"] < resolved.train.epochs * loader.steps_per_epoch
     # Tried before the networks are sharded, told with the other warnings.
@@ -55,10 +53,10 @@ def set_up(kind: type[T], run: AnyRun, source: Source, observers: Observers, fol
         _spread(learner, resolved.train.shard)
     optimizer = kind.optimizer_for(resolved, learner)
     if origin:
-        begun = fork.begin(origin, learner, optimizer, resolved, source.fingerprint, loader.steps_per_epoch)
+        step, said = fork.begin(origin, learner, optimizer, resolved, source.fingerprint, loader.steps_per_epoch)
+        warnings += said
     else:
-        begun = fork.ForkStart(resume.restore(saved, learner, optimizer, source.fingerprint) if saved else 0, [])
-    step, warnings = begun.step, [*warnings, *begun.said]
+        step = resume.restore(saved, learner, optimizer, source.fingerprint) if saved else 0
     if memories:
         warnings.append(announce.memory_line(resolved, *memories))
     compute = compile_learner(learner, resolved.train, compute, warnings)
@@ -109,6 +107,8 @@ def learner_on_device(
     needed = 4 * _size(learner.student) + _size(learner.teacher) + sum(map(_size, learner.frozen))
     gpus.require_room(compute.device, needed, "the weights and the optimizer's state")
     prepare_learner(learner, compute, run.train.checkpoint_activations)
+    if compute.device.type == "cpu":
+        device.keep_freed_memory()
     return learner, compute
 
 

@@ -96,12 +96,24 @@ def carry_out(
             return Outcome(folder.path, training.step, steps, seconds)
 
 
+WARM_UP, TIMED = 2, 3  # steps that start workers and compile; steps after them, from which the rest is estimated
+
+
 class Meter:
     """Speed since the last line of metrics, and what is wrong with the numbers of a step."""
 
     def __init__(self, training: Training[Any, Any]) -> None:
         self.training = training
+        self.begun_at, self.warm = training.step, 0.0
         self.restart()
+
+    def estimate(self) -> None:
+        """Once, after a few steps: how long the others will take."""
+        done = self.training.step - self.begun_at
+        if done == WARM_UP:
+            self.warm = time.monotonic()
+        elif done == WARM_UP + TIMED and (left := self.training.schedule.steps - self.training.step):
+            self.training.log.say(announce.time_line((time.monotonic() - self.warm) / TIMED, left))
 
     def restart(self) -> None:
         self.waited, self.since, self.first_step = 0.0, time.monotonic(), self.training.step
@@ -160,6 +172,7 @@ def _loop(training: Training[Any, Any], should_stop: Callable[[], bool]) -> None
             prefetch.begin()
         logs = training.step % run.train.log_every_steps == 0 or training.step == schedule.steps
         stop = training.finish_steps(0 if logs or schedule.scores_due(training.step) else training.steps_behind)
+        meter.estimate()
         if logs:
             meter.log(trained, values)
         if schedule.scores_due(training.step) and not stop:

@@ -14,7 +14,8 @@ from nearfar.eval.features.partial_store import PartialFeatures, partial_folder
 from nearfar.ssl.backbones.tokens import Backbone
 from nearfar.ssl.data.sources.base import Source
 from nearfar.ssl.disk import bounded_files, files
-from nearfar.ssl.errors import UserError, printable
+from nearfar.ssl.errors import UserError
+from nearfar.ssl.wording import printable
 
 _KINDS = {  # what each array of a store may hold: kinds of dtype, and dimensions
     "features": ("f", (2, 4)),

@@ -12,7 +12,8 @@ from nearfar.eval.pages.compare import Comparison, Row, compare
 from nearfar.eval.pages.page import page, section, soft, write_page
 from nearfar.eval.pages.seeds import SeedGroup, by_seed, is_best, repeated_seeds
 from nearfar.eval.results import TITLES
-from nearfar.ssl.errors import UserError, counted
+from nearfar.ssl.errors import UserError
+from nearfar.ssl.wording import counted
 
 
 def write_comparison(runs: Sequence[Path], target: Path) -> Path:

@@ -14,7 +14,8 @@ from nearfar.eval.pages.page import as_address, figure_section, folded, missing,
 from nearfar.eval.pictures.figures import Cell, Figure, Group, encoded
 from nearfar.eval.pictures.sheets import COLORS, sample, square
 from nearfar.ssl.data.sources.base import Source
-from nearfar.ssl.errors import BadImage, counted
+from nearfar.ssl.errors import BadImage
+from nearfar.ssl.wording import counted
 
 _SHOWN_CLUSTERS, _SAMPLES, _SHOWN_PAIRS, _LISTED = 20, 7, 12, 200
 _CELLS, _CELL_SIDE = 16, 48  # of the map of pictures

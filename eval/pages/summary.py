@@ -10,6 +10,7 @@ from nearfar.eval.pages.curves import number
 from nearfar.eval.pages.page import folded, missing, section, soft
 from nearfar.eval.pages.verdict import Verdict
 from nearfar.eval.results import SUBJECTS, TITLES, Score, signed
+from nearfar.ssl.wording import duration
 
 Table = Mapping[str, Mapping[str, Score]]  # of one pair of data sets: {subject: {task: score}}
 _EXPLAINED = {
@@ -62,7 +63,7 @@ def _lede(settings: Mapping[str, Any], metrics: Sequence[Mapping[str, float]], t
     length = f" for {epochs} epoch{'s' * (epochs != '1')} ({last['step']:,.0f} steps)" if epochs else ""
     took = ""
     if isinstance(train.get("batch_size"), int) and (seconds := _seconds(logged, train["batch_size"])):
-        took = f", in {_duration(seconds)}"
+        took = f", in {duration(seconds)}"
     return f"{what}, pretrained without labels{on}{length}{took}."
 
 
@@ -106,15 +107,9 @@ def _facts(settings: Mapping[str, Any], metrics: Sequence[Mapping[str, float]]) 
         if speeds:
             yield "Images per second", f"{number(speeds[len(speeds) // 2])} (median)"
         if isinstance(train.get("batch_size"), int) and (seconds := _seconds(logged, train["batch_size"])):
-            yield "Time in training", _duration(seconds)
+            yield "Time in training", duration(seconds)
     if "seed" in train:
         yield "Seed", str(train["seed"])
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 100:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.1f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
 
 
 def _seconds(logged: Sequence[Mapping[str, float]], batch_size: int) -> float:

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from nearfar.eval.results import HEADLINES, TITLES, Score, signed
-from nearfar.ssl.errors import counted
+from nearfar.ssl.wording import counted
 
 _STANDARD_ERRORS = 2.0  # a smaller difference may be chance
 _SAME_MIOU = 0.5  # points of mIoU, of which no error follows from the number of images

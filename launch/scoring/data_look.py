@@ -18,7 +18,8 @@ from nearfar.launch.progress import progress, summed
 from nearfar.launch.scoring.score import Subject, protocol_of
 from nearfar.ssl.data import open_source
 from nearfar.ssl.data.sources.base import Source, spread
-from nearfar.ssl.errors import UserError, counted, printable
+from nearfar.ssl.errors import UserError
+from nearfar.ssl.wording import counted, printable
 
 _MOST_CLUSTERS = 50
 

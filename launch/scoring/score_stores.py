@@ -51,16 +51,15 @@ def score_features(
     fitting = _OF_GRIDS if known.x.ndim == 4 else _OF_VECTORS
     chosen = [task for task in fitting if task in OF_ALL] if tasks is None else tuple(tasks)
     if wrong := set(chosen) - set(fitting):
-        held = "grids of patches" if known.x.ndim == 4 else "one vector an image"
         raise UserError(
-            f"{train} holds {held} (--pooling {manifest.get('pooling')}), which {', '.join(sorted(wrong))} "
+            f"{train} holds {_held(known)} (--pooling {manifest.get('pooling')}), which {', '.join(sorted(wrong))} "
             f"cannot read; {', '.join(fitting[:-1])} and {fitting[-1]} can."
         )
     protocol = Protocol(Reading(224), **given)
-    names = [
+    train_name, val_name = (
         DataName(str(folder), str(each.manifest.get("dataset")), len(each.x))
         for folder, each in zip((train, val), pair, strict=True)
-    ]
+    )
     keys = ("layer", "pooling", "size", "resize", "compute")
     found, failures = [], []
     for task in chosen:
@@ -70,9 +69,8 @@ def score_features(
             failures.append(str(error))
             continue
         reading = {key: manifest.get(key) for key in keys} | protocol.training(task)
-        entry = Score(
-            "trained", task, one.percent, str(manifest["checkpoint"]), names[0], names[1], reading, None, one.detail
-        )
+        weights = str(manifest["checkpoint"])
+        entry = Score("trained", task, one.percent, weights, train_name, val_name, reading, None, one.detail)
         found.append(entry)
         if file:
             results.add(file, entry)
@@ -85,6 +83,10 @@ def score_features(
     if failures:
         raise UserError(" ".join(dict.fromkeys(failures)))
     return found
+
+
+def _held(features: Features) -> str:
+    return "grids of patches" if features.x.ndim == 4 else "one vector an image"
 
 
 def _score(

@@ -111,7 +111,7 @@ def _before_srun(submission: Path, resources: Resources, kind: records.Kind) -> 
     otherwise start processes without PATH.
     """
     code = shlex.quote(str(submission / "code"))
-    after = f"{_python(resources)} -m nearfar.launch.slurm.after_failure {shlex.quote(str(submission))} {kind}"
+    after = f"{_python(resources)} -m nearfar.launch.slurm.requeue_after_failure {shlex.quote(str(submission))} {kind}"
     lines = [
         f'echo "{records.ATTEMPT_BEGINS} ${{SLURM_RESTART_COUNT:-0}} on $SLURM_JOB_NODELIST"',
         *resources.setup,

@@ -301,7 +301,7 @@ def _resolvable(node: str) -> str:
 
 
 def _failed(run: Path, kind: records.Kind, process: JobProcess, error: Exception) -> NoReturn:
-    """Write down why and end the process. What the machines did is tried again by nearfar.launch.slurm.after_failure.
+    """Write down why and end the process. What the machines did is tried again by requeue_after_failure.py.
 
     A rank that only lost another one leaves the explanation to that one, or to SLURM.
 

@@ -21,7 +21,6 @@ from nearfar.ssl.data import open_source
 from nearfar.ssl.data.loaders.base import Batch
 from nearfar.ssl.data.sources.base import Source, passed_over
 from nearfar.ssl.disk import checkpoint_names
-from nearfar.ssl.errors import counted
 from nearfar.ssl.finetune import Finetuning
 from nearfar.ssl.learning.student_teacher import StudentTeacher
 from nearfar.ssl.parallel.device import Compute
@@ -36,12 +35,10 @@ from nearfar.ssl.settings.finetune_settings import FinetuneRun
 from nearfar.ssl.settings.listing import all_settings
 from nearfar.ssl.settings.run import AnyRun, Run
 from nearfar.ssl.training import NO_OBSERVERS, Training
+from nearfar.ssl.wording import amount, counted, duration
 
-FEWEST_STEPS, MOST_STEPS, LONGEST = (
-    3,
-    12,
-    15.0,
-)  # measured steps, and seconds after which no more than the fewest are taken
+FEWEST_STEPS, MOST_STEPS = 3, 12  # that are measured
+LONGEST = 15.0  # seconds after which no more than the fewest are
 
 
 class Measured(NamedTuple):
@@ -190,22 +187,22 @@ def _costs(run: AnyRun, learner: StudentTeacher, steps: int, compute: Compute, m
     count = f"{measured.steps} timed steps" if measured.steps else "a single step with its start-up"
     by = "" if ranks == 1 else f" by one of the {ranks} processes, alone and so with the machine to itself"
     place = "of GPU memory" if compute.device.type == "cuda" else "of memory"
-    each = "" if ranks == 1 else f" ({_size(measured.memory)} in each of {ranks} processes)"
+    each = "" if ranks == 1 else f" ({amount(measured.memory)} in each of {ranks} processes)"
     return [
         "",
         f"Estimates, from {count} on the first images{by}:",
-        f"Time       about {_duration(steps * measured.seconds)} for {steps:,} steps of {measured.seconds:.2f} s on "
+        f"Time       about {duration(steps * measured.seconds)} for {steps:,} steps of {measured.seconds:.2f} s on "
         f"{compute.device.type} in {compute.rounding} ({100 * measured.waiting:.0f} % of it waiting for images), "
         "without scores and checkpoints",
-        f"Memory     about {_size(ranks * measured.memory)} {place}{each}, besides that of the data workers"
+        f"Memory     about {amount(ranks * measured.memory)} {place}{each}, besides that of the data workers"
         + (
-            f" and {_size(disk.checkpoint)} on the host for the copy from which checkpoints are written"
+            f" and {amount(disk.checkpoint)} on the host for the copy from which checkpoints are written"
             * run.train.save_in_background
         ),
-        f"Disk       about {_size(disk.most)}: {run.train.keep_last} checkpoints, and one being written, of "
-        f"{_size(disk.checkpoint)} each (student, teacher, and two moments of the optimizer, each a backbone of "
-        f"{_size(disk.backbone)} and a head of {_size(disk.head)}"
-        + (f"; the frozen anchor, {_size(disk.anchor)}" if disk.anchor else "")
+        f"Disk       about {amount(disk.most)}: {run.train.keep_last} checkpoints, and one being written, of "
+        f"{amount(disk.checkpoint)} each (student, teacher, and two moments of the optimizer, each a backbone of "
+        f"{amount(disk.backbone)} and a head of {amount(disk.head)}"
+        + (f"; the frozen anchor, {amount(disk.anchor)}" if disk.anchor else "")
         + "), and the exported weights",
         "",
         "Nothing was trained or written. Leave out --dry-run to begin.",
@@ -214,15 +211,3 @@ def _costs(run: AnyRun, learner: StudentTeacher, steps: int, compute: Compute, m
 
 def _parameters(module: nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
-
-
-def _size(count: float) -> str:
-    return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 90:
-        return f"{seconds:.0f} seconds"
-    if seconds < 90 * 60:
-        return f"{seconds / 60:.0f} minutes"
-    return f"{seconds / 3600:.1f} hours" if seconds < 48 * 3600 else f"{seconds / 86400:.1f} days"

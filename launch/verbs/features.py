@@ -9,7 +9,7 @@ from pathlib import Path
 from rich.console import Console
 
 from nearfar.launch.verbs.command_line import add_model, add_reading
-from nearfar.ssl.errors import printable
+from nearfar.ssl.wording import printable
 
 
 def add_features(verbs: argparse._SubParsersAction) -> None:

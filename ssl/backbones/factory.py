@@ -52,29 +52,28 @@ def create(  # noqa: PLR0913 - a network's settings, each by name
     layer_scale: float | None = None,
 ) -> Backbone:
     """A backbone by name: `vit_{tiny,small,base}_patch{P}[_lgp][_locat][_reg4][_rope]`, `vim_{tiny,small,base}_patch{P}
-    [_uni][_lgp]`, or `timm/NAME` for timm's.
+    [_uni][_lgp]`, or `timm/NAME` for timm's. The other settings overrule what the name says.
 
     `img_size` is the size in pixels the network is made for; other sizes run too. `_locat` is GAug and PRR; `levels`
-    and `wavelet` are LGP's. The other settings overrule what the name says. `embed_dim` without `num_heads` keeps heads
-    64 wide where that divides it, and the size's number of heads otherwise; Vision Mamba has heads in PRR only.
-    `pos_size` is the size the learned positions of our ViT are made for, where that is not `img_size`: 224 keeps the
-    table of DINO's public weights, resampled for every size of image as their own code does it; with `pos_antialias`
-    as timm and DINOv2 with registers do it. `no_positions` leaves learned positions out of our ViT.
+    and `wavelet` are LGP's. `embed_dim` without `num_heads` keeps heads 64 wide where that divides it, and the size's
+    number of heads otherwise; Vision Mamba has heads in PRR only.
+    `pos_size` is the size the learned positions of our ViT are made for, where that is not `img_size`: 224 keeps DINO's
+    public table, resampled for every size of image as their own code does it, or with `pos_antialias` as timm and
+    DINOv2 with registers do it. `no_positions` leaves learned positions out of our ViT.
     `pretrained` takes timm's published weights, `weights` a file (see `load_weights`). `scan` chooses how Vision
     Mamba's recurrence is computed (see `choose_scan`); `arch` leaves it out, for the weights are the same.
     `mask_token` makes a learned token that stands in for hidden patches (`Backbone.forward`), `layer_scale` multiplies
-    every residual branch by a learned vector that starts at this value. Raises
-    UserError for an unknown name, and for a setting that the model cannot take.
+    residual branches by learned vectors that start at it. Raises UserError for an unknown name or impossible setting.
     """
     if not lgp and "_lgp" not in name and (levels, wavelet) != ("auto", "haar"):
         raise UserError(f"levels={levels} and wavelet={wavelet} are settings of LGP; turn on lgp, or leave them out.")
-    sizes = {"patch_size": patch_size, "embed_dim": embed_dim, "depth": depth, "num_heads": num_heads}
     if scan != "auto" and not name.startswith("vim_"):
         raise UserError(f"scan={scan} is a setting of Vision Mamba (vim_...), and {name} has no scan; leave it out.")
+    sizes = {"patch_size": patch_size, "embed_dim": embed_dim, "depth": depth, "num_heads": num_heads}
     grafts = {"lgp": lgp, "levels": levels, "wavelet": wavelet, "gaug": gaug, "prr": prr}
-    others = {"registers": registers, "rope": rope, "pos_size": pos_size}
-    others |= {"pos_antialias": pos_antialias, "no_positions": no_positions}
-    extras: dict[str, Any] = {"mask_token": True} if mask_token else {}
+    positions = {"rope": rope, "pos_size": pos_size, "pos_antialias": pos_antialias, "no_positions": no_positions}
+    others = {"registers": registers, **positions}
+    extras: dict[str, Any] = {"mask_token": mask_token} if mask_token else {}
     extras |= {"layer_scale": layer_scale} if layer_scale else {}
     if name.startswith("timm/"):
         _refuse_for_timm(name, others)
@@ -82,12 +81,15 @@ def create(  # noqa: PLR0913 - a network's settings, each by name
     elif match := VIM_NAME.fullmatch(name):
         _refuse_for_vim(name, {"gaug": gaug, **others, "pretrained": pretrained})
         backbone = _create_vim(match, img_size, grafts, drop_path, sizes | extras, scan)
+    elif pretrained:
+        raise UserError(f"{name} has no published weights; leave out pretrained, or take a timm model (timm/NAME).")
     else:
-        if pretrained:
-            raise UserError(f"{name} has no published weights; leave out pretrained, or take a timm model (timm/NAME).")
         backbone = _create_ours(name, img_size, {**grafts, **others, **extras}, drop_path, sizes)
-    if weights is not None:
-        log.info("%s", load_weights(backbone, weights))
+    return backbone if weights is None else _with_weights(backbone, weights)
+
+
+def _with_weights(backbone: Backbone, weights: str | Path) -> Backbone:
+    log.info("%s", load_weights(backbone, weights))
     return backbone
 
 

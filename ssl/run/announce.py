@@ -13,7 +13,6 @@ from nearfar.ssl.backbones import choose_scan
 from nearfar.ssl.data.sources.base import Source, passed_over
 from nearfar.ssl.data.sources.files import kinds_of
 from nearfar.ssl.disk import checkpoint_names
-from nearfar.ssl.errors import counted
 from nearfar.ssl.learning.memory import Need
 from nearfar.ssl.learning.step import Numbers
 from nearfar.ssl.learning.student_teacher import StudentTeacher
@@ -21,6 +20,7 @@ from nearfar.ssl.parallel.device import Compute
 from nearfar.ssl.settings.defaults import Derived, ResolvedRun, fork_command
 from nearfar.ssl.settings.finetune_settings import FinetuneRun, ResolvedFinetune
 from nearfar.ssl.settings.run import AnyRun, Run
+from nearfar.ssl.wording import amount, counted, duration
 
 
 def start_lines(
@@ -175,11 +175,11 @@ def memory_line(run: ResolvedRun | ResolvedFinetune, need: Need, free: int | Non
     """What a step needs, before the first one."""
     images = run.train.batch_size // run.train.world_size // run.train.accumulate_steps
     each = "A step" if run.train.world_size == 1 else f"A step of each of {run.train.world_size} processes"
-    have = "" if free is None else f"; {_in_units(free)} are free"
+    have = "" if free is None else f"; {amount(free)} are free"
     line = (
-        f"{each} needs about {_in_units(need.total)} of memory: weights {_in_units(need.weights)}, gradients "
-        f"{_in_units(need.gradients)}, AdamW {_in_units(need.moments)}, activations {_in_units(need.activations)} for "
-        f"{images} images at a time, logits {_in_units(need.logits)}; besides libraries and data workers{have}."
+        f"{each} needs about {amount(need.total)} of memory: weights {amount(need.weights)}, gradients "
+        f"{amount(need.gradients)}, AdamW {amount(need.moments)}, activations {amount(need.activations)} for "
+        f"{images} images at a time, logits {amount(need.logits)}; besides libraries and data workers{have}."
     )
     if free is None or need.total <= free:
         return line
@@ -190,7 +190,7 @@ def no_room_for_copy(name: str, size: int, error: BaseException) -> str:
     """A checkpoint's copy for the background did not fit into memory; `name` and `size` (bytes) of what did not."""
     return (
         "There is not enough memory for the copy of weights and optimizer that a checkpoint is written from: it ended "
-        f"at {name}, {_in_units(size)} ({' '.join(str(error).split())[:120] or 'MemoryError'}). Checkpoints that were "
+        f"at {name}, {amount(size)} ({' '.join(str(error).split())[:120] or 'MemoryError'}). Checkpoints that were "
         "written are intact. Give the job more memory, or set train.save_in_background=false, which needs no copy and "
         "lets the training wait; then start the same command again."
     )
@@ -232,18 +232,19 @@ def disk_line(learner: StudentTeacher, keep: int, copied: bool) -> str:
     backbone, head, anchor, one, most = disk_sizes(learner, keep)
     with_anchor = ", and the frozen anchor" if anchor else ""
     return (
-        f"A checkpoint takes {_in_units(one)}: student, teacher and AdamW's two moments, each a backbone of "
-        f"{_in_units(backbone)} and a head of {_in_units(head)}{with_anchor}. With train.keep_last={keep}, one more "
-        f"while it is written, and the exported weights the run takes up to {_in_units(most)} of disk."
-        + (f" It is written from a copy, which takes {_in_units(one)} of the host's memory." if copied else "")
+        f"A checkpoint takes {amount(one)}: student, teacher and AdamW's two moments, each a backbone of "
+        f"{amount(backbone)} and a head of {amount(head)}{with_anchor}. With train.keep_last={keep}, one more "
+        f"while it is written, and the exported weights the run takes up to {amount(most)} of disk."
+        + (f" It is written from a copy, which takes {amount(one)} of the host's memory." if copied else "")
     )
 
 
-def _in_units(size: int) -> str:
-    for unit, name in ((1e9, "GB"), (1e6, "MB")):
-        if size >= unit:
-            return f"{size / unit:.1f} {name}"
-    return f"{size / 1e3:.1f} KB"
+def time_line(seconds: float, left: int) -> str:
+    """seconds: a step, as the first ones were."""
+    return (
+        f"{counted(left, 'step')} left: about {duration(seconds * left)} at {seconds:.2g} s a step, without scores and "
+        "checkpoints."
+    )
 
 
 def what_next(run: Run, finished: bool, step: int, steps: int) -> str:

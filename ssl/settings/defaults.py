@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import math
 import shlex
-from collections.abc import Callable
 from typing import Any, NamedTuple, TypeVar
 
 from pydantic import ValidationError
 
-from nearfar.ssl.errors import UserError, counted
+from nearfar.ssl.errors import UserError
 from nearfar.ssl.settings.learning import LossSettings, OptimSettings, TrainSettings
 from nearfar.ssl.settings.listing import all_settings
 from nearfar.ssl.settings.messages import in_words
 from nearfar.ssl.settings.run import AnyRun, DataSettings, EvalSettings, HeadSettings, Run
+from nearfar.ssl.wording import counted
 
 R = TypeVar("R", bound=AnyRun)
 
@@ -104,8 +104,8 @@ def resolve(
         run = on_ranks(run, world_size)
     if saved is not None:
         run = continued_or_longer(run, saved, done / max(1, images // run.train.batch_size))
-    filled, derived = _fill(run, images, cores)
-    return as_resolved(ResolvedRun, filled), derived
+    run, derived = filled(run, [*_of_every_run(run, images, cores), *_of_parts(run, images)])
+    return as_resolved(ResolvedRun, run), derived
 
 
 def on_ranks(run: R, world_size: int) -> R:
@@ -278,87 +278,70 @@ def dividing(batch_size: int, accumulate_steps: int, ranks: int) -> list[int]:
     return [size for size in (below, below + share) if size >= 2 * share and size != batch_size] or [2 * share]
 
 
-def _fill(run: Run, images: int, cores: int) -> tuple[Run, list[Derived]]:
-    """Fill every `None` that follows from the number of images, the length of the run and the cores of each rank.
+def filled(run: R, candidates: list[Derived]) -> tuple[R, list[Derived]]:
+    """The run with the candidates for whatever is `None` in it, and those that were taken."""
+    derived = [each for each in candidates if value_of(run, each.key) is None]
+    values: dict[str, dict[str, Any]] = {}
+    for each in derived:
+        section, field = each.key.split(".")
+        values.setdefault(section, {})[field] = each.value
+    sections = {name: getattr(run, name).model_copy(update=update) for name, update in values.items()}
+    return run.model_copy(update=sections), derived
+
+
+def _of_every_run(run: Run, images: int, cores: int) -> list[Derived]:
+    """What every run has that follows from the number of images, its length and the cores of each rank.
 
     DINO's published values belong to 1.28 M images and 100 epochs or more. On a few thousand images 65,536
     prototypes leave the teacher's output flat (loss stays at ln K), and a teacher with momentum .996 never leaves
     its random start within a thousand steps; so both follow the size of the job.
     """
-    derived: list[Derived] = []
-
-    def default(section: str, field: str, value: Any, reason: str) -> Any:
-        current = getattr(getattr(run, section), field)
-        if current is not None:
-            return current
-        derived.append(Derived(f"{section}.{field}", value, reason))
-        return value
-
-    epochs, batch = run.train.epochs, run.train.batch_size
+    epochs, batch, rank = run.train.epochs, run.train.batch_size, f"{counted(cores, 'core')} a rank"
     steps = max(1, epochs * (images // batch))
-    prototypes = 2 ** round(math.log2(min(65536, max(128, images / 16))))
     temperature = 0.07 if images >= 100_000 and epochs >= 30 else 0.04
     momentum = round(min(0.996, max(0.98, 1 - 20 / steps)), 4)
     size = run.eval.size or run.views.global_crops_size
-    filled = {
-        "data": {"workers": default("data", "workers", min(8, cores - 1), f"{counted(cores, 'core')} a rank")},
-        "head": {
-            "prototypes": default("head", "prototypes", prototypes, f"about 16 images each for {images:,} images"),
-            "batch_norm": default("head", "batch_norm", images < 100_000, f"{images:,} images"),
-        },
-        "loss": {
-            "teacher_temp": default(
-                "loss", "teacher_temp", temperature, ".07 from 100,000 images and 30 epochs on, else .04"
-            ),
-            "warmup_teacher_temp_epochs": default(
-                "loss",
-                "warmup_teacher_temp_epochs",
-                round(min(30.0, 0.3 * epochs), 2),
-                "30 epochs or 30 % of the run",
-            ),
-        },
-        "optim": {
-            "lr": default("optim", "lr", 5e-4 * batch / 256, f"5e-4 x {batch} / 256"),
-            "warmup_epochs": default(
-                "optim", "warmup_epochs", round(min(10.0, 0.1 * epochs), 2), "10 epochs or 10 % of the run"
-            ),
-            "teacher_momentum": default(
-                "optim", "teacher_momentum", momentum, f"1 - 20 / {steps:,} steps, within .98 and .996"
-            ),
-            "freeze_last_layer_epochs": default(
-                "optim", "freeze_last_layer_epochs", round(min(1.0, 0.05 * epochs), 2), "1 epoch or 5 % of the run"
-            ),
-        },
-        "train": {
-            "world_size": default("train", "world_size", 1, "a process that was started alone"),
-            "threads": default("train", "threads", cores, f"{counted(cores, 'core')} a rank"),
-        },
-        "eval": {
-            "size": default("eval", "size", size, "size of the global views"),
-            "resize": default("eval", "resize", round(size * 256 / 224), f"{size} x 256 / 224, as is usual"),
-            "knn_every_epochs": default("eval", "knn_every_epochs", max(1.0, epochs // 10), "about ten scores a run"),
-        },
-    }
-    for section, values in _of_parts(run, filled["head"]["prototypes"], default).items():
-        filled[section] |= values
-    sections = {name: getattr(run, name).model_copy(update=values) for name, values in filled.items()}
-    return run.model_copy(update=sections), derived
+    cosine = run.optim.schedule == "cosine"
+    decay_end = 0.4 if cosine else run.optim.weight_decay
+    return [
+        Derived("data.workers", min(8, cores - 1), rank),
+        Derived("head.prototypes", _prototypes(images), f"about 16 images each for {images:,} images"),
+        Derived("head.batch_norm", images < 100_000, f"{images:,} images"),
+        Derived("loss.teacher_temp", temperature, ".07 from 100,000 images and 30 epochs on, else .04"),
+        Derived("loss.warmup_teacher_temp_epochs", _share(epochs, 0.3, 30), "30 epochs or 30 % of the run"),
+        Derived("optim.lr", 5e-4 * batch / 256, f"5e-4 x {batch} / 256"),
+        Derived("optim.warmup_epochs", _share(epochs, 0.1, 10), "10 epochs or 10 % of the run"),
+        Derived("optim.teacher_momentum", momentum, f"1 - 20 / {steps:,} steps, within .98 and .996"),
+        Derived("optim.freeze_last_layer_epochs", _share(epochs, 0.05, 1), "1 epoch or 5 % of the run"),
+        Derived("train.world_size", 1, "a process that was started alone"),
+        Derived("train.threads", cores, rank),
+        Derived("eval.size", size, "size of the global views"),
+        Derived("eval.resize", round(size * 256 / 224), f"{size} x 256 / 224, as is usual"),
+        Derived("eval.knn_every_epochs", max(1.0, epochs // 10), "about ten scores a run"),
+        Derived("optim.weight_decay_end", decay_end, "DINO's" if cosine else f"constant with {run.optim.schedule}"),
+    ]
 
 
-def _of_parts(run: Run, prototypes: int, default: Callable[[str, str, Any, str], Any]) -> dict[str, dict[str, Any]]:
+def _of_parts(run: Run, images: int) -> list[Derived]:
     """What belongs to iBOT, Gram anchoring and the kind of schedule, where it is on."""
-    epochs, kind = run.train.epochs, run.optim.schedule
-    end, why = (0.4, "DINO's") if kind == "cosine" else (run.optim.weight_decay, f"constant with {kind}")
-    found: dict[str, dict[str, Any]] = {"optim": {"weight_decay_end": default("optim", "weight_decay_end", end, why)}}
-    if kind == "wsd":
-        cooldown = default("optim", "cooldown_epochs", round(0.2 * epochs, 2), "a fifth of the run")
-        found["optim"]["cooldown_epochs"] = cooldown
+    epochs, parts = run.train.epochs, []
+    if run.optim.schedule == "wsd":
+        parts.append(Derived("optim.cooldown_epochs", _share(epochs, 0.2), "a fifth of the run"))
     if run.head.ibot_separate:
-        found["head"] = {"ibot_prototypes": default("head", "ibot_prototypes", prototypes, "as head.prototypes")}
+        prototypes = _prototypes(images) if run.head.prototypes is None else run.head.prototypes
+        parts.append(Derived("head.ibot_prototypes", prototypes, "as head.prototypes"))
     if run.loss.gram_weight:
-        start = default("loss", "gram_start_epoch", round(0.8 * epochs, 2), "the last fifth of the run")
-        found["loss"] = {"gram_start_epoch": start}
-    return found
+        parts.append(Derived("loss.gram_start_epoch", _share(epochs, 0.8), "the last fifth of the run"))
+    return parts
+
+
+def _prototypes(images: int) -> int:
+    return int(2 ** round(math.log2(min(65536, max(128, images / 16)))))
+
+
+def _share(epochs: int, share: float, most: float = math.inf) -> float:
+    """A share of the epochs of a run, but at most so many."""
+    return round(min(most, share * epochs), 2)
 
 
 def local_ranks(batch_size: int, cores: int) -> int:

@@ -13,7 +13,6 @@ from pydantic import Field
 
 from nearfar.ssl import config
 from nearfar.ssl.disk import bounded_files
-from nearfar.ssl.errors import counted
 from nearfar.ssl.settings import defaults
 from nearfar.ssl.settings.contradictions import (
     wrong_backbone,
@@ -35,6 +34,7 @@ from nearfar.ssl.settings.run import (
     ViewSettings,
 )
 from nearfar.ssl.settings.section import FREE, Section, Share
+from nearfar.ssl.wording import counted
 
 
 class OneView(ViewSettings):
@@ -263,24 +263,19 @@ def resolve(
         run = defaults.continued(run, saved)
     epochs, batch, weights = run.train.epochs, run.train.batch_size, run.from_weights
     size = run.eval.size or run.augment.size
-    share = 256 if weights else 512
+    per = 256 if weights else 512
     warmup, decay = round(min(5.0, 0.1 * epochs), 2), 0.75 if weights else 1.0
     origin = "it starts from weights" if weights else "it starts from scratch"
-    wanted: list[tuple[str, str, Any, str]] = [
-        ("data", "workers", min(8, cores - 1), f"{counted(cores, 'core')} a rank"),
-        ("optim", "lr", 5e-4 * batch / share, f"5e-4 x {batch} / {share}: {origin}"),
-        ("optim", "warmup_epochs", warmup, "5 epochs or 10 % of the run"),
-        ("optim", "layerwise_decay", decay, origin),
-        ("train", "world_size", 1, "a process that was started alone"),
-        ("train", "threads", cores, f"{counted(cores, 'core')} a rank"),
-        ("eval", "size", size, "augment.size"),
-        ("eval", "resize", round(size * 256 / 224), f"{size} x 256 / 224, as is usual"),
-        ("eval", "every_epochs", max(1.0, epochs // 10), "about ten scores a run"),
+    candidates = [
+        Derived("data.workers", min(8, cores - 1), f"{counted(cores, 'core')} a rank"),
+        Derived("optim.lr", 5e-4 * batch / per, f"5e-4 x {batch} / {per}: {origin}"),
+        Derived("optim.warmup_epochs", warmup, "5 epochs or 10 % of the run"),
+        Derived("optim.layerwise_decay", decay, origin),
+        Derived("train.world_size", 1, "a process that was started alone"),
+        Derived("train.threads", cores, f"{counted(cores, 'core')} a rank"),
+        Derived("eval.size", size, "augment.size"),
+        Derived("eval.resize", round(size * 256 / 224), f"{size} x 256 / 224, as is usual"),
+        Derived("eval.every_epochs", max(1.0, epochs // 10), "about ten scores a run"),
     ]
-    derived = [Derived(f"{section}.{name}", value, reason) for section, name, value, reason in wanted]
-    derived = [each for each in derived if defaults.value_of(run, each.key) is None]
-    tree = run.model_dump()
-    for key, value, _ in derived:
-        section, _, name = key.partition(".")
-        tree[section][name] = value
-    return defaults.as_resolved(ResolvedFinetune, FinetuneRun.model_validate(tree)), derived
+    filled, derived = defaults.filled(run, candidates)
+    return defaults.as_resolved(ResolvedFinetune, filled), derived

@@ -262,6 +262,7 @@ def test_a_whole_run_leaves_what_it_promises(
     assert list(run.path.glob("events.out.tfevents*"))
     log = (run.path / "run.log").read_text()
     assert "derived loss.teacher_temp = 0.04" in log and "4 epochs = 20 steps; cpu, float32" in log
+    assert log.count("15 steps left: about ") == 1 == log.count("steps left: about ")
 
 
 def test_what_observers_do_changes_nothing(

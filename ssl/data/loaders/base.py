@@ -13,8 +13,9 @@ from torch import Tensor
 from nearfar.ssl.data.decode import size_problem
 from nearfar.ssl.data.sources.base import Source
 from nearfar.ssl.data.views import ViewPlan, epoch_order
-from nearfar.ssl.errors import BadImage, UserError, counted
+from nearfar.ssl.errors import BadImage, UserError
 from nearfar.ssl.settings.run import ViewSettings
+from nearfar.ssl.wording import counted
 
 
 @dataclass

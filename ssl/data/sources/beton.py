@@ -25,7 +25,8 @@ from PIL import Image
 from nearfar.ssl.data import libjpeg
 from nearfar.ssl.data.decode import FORMATS, decode
 from nearfar.ssl.disk import digests
-from nearfar.ssl.errors import BadImage, UserError, printable
+from nearfar.ssl.errors import BadImage, UserError
+from nearfar.ssl.wording import printable
 
 VERSION = 2
 HEADER = np.dtype(

@@ -13,7 +13,8 @@ from nearfar.ssl.data.decode import FORMATS, decode_path, read_path
 from nearfar.ssl.data.missing import SUFFIXES, contents
 from nearfar.ssl.data.sources.base import array_parts, class_numbers
 from nearfar.ssl.disk import digests
-from nearfar.ssl.errors import BadImage, UserError, printable
+from nearfar.ssl.errors import BadImage, UserError
+from nearfar.ssl.wording import printable
 
 _NO_CLASSES = {"train", "training", "val", "valid", "validation", "test", "images", "masks"}
 

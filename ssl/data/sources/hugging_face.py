@@ -13,7 +13,8 @@ from PIL import Image
 from nearfar.ssl.data.decode import decode, upright
 from nearfar.ssl.data.sources.base import class_numbers
 from nearfar.ssl.disk import digests
-from nearfar.ssl.errors import BadImage, UserError, printable
+from nearfar.ssl.errors import BadImage, UserError
+from nearfar.ssl.wording import printable
 
 
 class HuggingFaceSource:

@@ -14,7 +14,8 @@ from PIL import Image
 from nearfar.ssl.data.decode import decode
 from nearfar.ssl.data.sources.base import ArraySource, Source, array_parts, class_numbers
 from nearfar.ssl.disk import digests
-from nearfar.ssl.errors import UserError, printable
+from nearfar.ssl.errors import UserError
+from nearfar.ssl.wording import printable
 
 
 class NpzSource:

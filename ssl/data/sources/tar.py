@@ -16,7 +16,8 @@ from PIL import Image
 from nearfar.ssl.data.decode import decode
 from nearfar.ssl.data.missing import SUFFIXES
 from nearfar.ssl.disk import digests
-from nearfar.ssl.errors import BadImage, UserError, printable
+from nearfar.ssl.errors import BadImage, UserError
+from nearfar.ssl.wording import printable
 
 _TEXTS = {"cls", "txt", "json"}  # beside an image, and not for pretraining
 _MAX_DIGITS = 18  # any such number fits into 63 bits

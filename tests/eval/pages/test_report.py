@@ -150,8 +150,8 @@ def test_the_table_has_the_scores_the_best_and_the_differences(run: Path) -> Non
 
 def test_the_head_tells_the_facts_and_holds_all_settings(run: Path) -> None:
     page = write_report(run).read_text()
-    lede = "vit_tiny_patch8 + LGP + PRR, pretrained without labels for 10 epochs (300 steps), in 30 s."
-    for fact in (lede, "<dd>300</dd>", "<dd>10 of 10</dd>", "<dd>30 s</dd>"):
+    lede = "vit_tiny_patch8 + LGP + PRR, pretrained without labels for 10 epochs (300 steps), in 30 seconds."
+    for fact in (lede, "<dd>300</dd>", "<dd>10 of 10</dd>", "<dd>30 seconds</dd>"):
         assert fact in page
     rows = {row[0]: row[1:] for row in parsed(page).rows}
     assert rows["backbone.depth"] == ["default"]

@@ -109,7 +109,7 @@ def test_srun_gets_the_environment_and_the_sites_own_arguments(tmp_path: Path) -
     words = shlex.split(line)
     assert "--export=ALL" in words and "--container-image=a b" in words
     assert words[words.index("apptainer") :][:4] == ["apptainer", "exec", "img.sif", "python3"]
-    assert f"apptainer exec img.sif python3 -m nearfar.launch.slurm.after_failure {tmp_path} eval" in script
+    assert f"apptainer exec img.sif python3 -m nearfar.launch.slurm.requeue_after_failure {tmp_path} eval" in script
 
 
 def _run_batch(script: str, tmp_path: Path, srun: str) -> tuple[int, str]:
@@ -130,7 +130,8 @@ def test_the_batch_script_looks_after_a_failure_and_ends_as_srun_did(tmp_path: P
     made = executor.executor(tmp_path / "it's", Resources(cpu=True, python="fake-python"), JobOptions("s"))
     ended, calls = _run_batch(made.script(), tmp_path, f"exit {code}")
     assert ended == code
-    assert (f"fake-python -m nearfar.launch.slurm.after_failure {tmp_path}/it's train {code}" in calls) is (code != 0)
+    requeued = f"fake-python -m nearfar.launch.slurm.requeue_after_failure {tmp_path}/it's train {code}" in calls
+    assert requeued is (code != 0)
 
 
 def test_setup_of_every_node_runs_before_training_and_its_failure_ends_the_job(tmp_path: Path) -> None:
@@ -138,7 +139,7 @@ def test_setup_of_every_node_runs_before_training_and_its_failure_ends_the_job(t
     script = executor.executor(tmp_path, share, JobOptions("s")).script()
     ended, calls = _run_batch(script, tmp_path, "exit 5")
     staging, _, rest = calls.partition("fake-python")
-    assert ended == 5 and calls.count("srun") == 1 and "-m nearfar.launch.slurm.after_failure" in rest
+    assert ended == 5 and calls.count("srun") == 1 and "-m nearfar.launch.slurm.requeue_after_failure" in rest
     assert staging == (
         "srun --export=ALL --ntasks-per-node=1 --ntasks=3 bash -c set -e\ncp -r /big '/a b'\necho done\n"
     )

@@ -11,7 +11,7 @@ from PIL import Image
 from rich.console import Console
 
 from nearfar.launch import cli
-from nearfar.launch.verbs.dry_run import _duration, dry_run
+from nearfar.launch.verbs.dry_run import dry_run
 from nearfar.ssl import config
 from nearfar.ssl.errors import UserError
 from nearfar.ssl.learning.classifier import build_classifier_learner
@@ -118,10 +118,3 @@ def test_of_finetuning_it_refuses_what_the_run_would(labeled: Path, capsys: pyte
 def test_it_refuses_what_pretrain_would(run: Run) -> None:
     with pytest.raises(UserError, match=r"data\.path is not set"):
         told(run.model_copy(update={"data": DataSettings()}))
-
-
-@pytest.mark.parametrize(
-    ("seconds", "words"), [(5, "5 seconds"), (600, "10 minutes"), (3 * 3600, "3.0 hours"), (1e6, "11.6 days")]
-)
-def test_durations(seconds: float, words: str) -> None:
-    assert _duration(seconds) == words

@@ -1,4 +1,5 @@
-"""`python -m nearfar.launch.slurm.after_failure SUBMISSION KIND CODE`: what the batch script does when srun has failed.
+"""What the batch script does when srun has failed: `python -m nearfar.launch.slurm.requeue_after_failure SUBMISSION
+KIND CODE`.
 
 Processes that were killed (too little memory, a broken node) can neither record why nor ask for another try. The
 batch script's process lives on the job's first node and outlives them: it writes the reason down and, unless one of

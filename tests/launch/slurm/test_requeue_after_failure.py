@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from nearfar.launch.slurm import after_failure, queue, records
+from nearfar.launch.slurm import queue, records, requeue_after_failure
 from nearfar.launch.slurm.records import AttemptEnd, Ending, SubmissionRecord
 from nearfar.launch.slurm.resources import Resources
 from nearfar.ssl.errors import UserError
@@ -41,7 +41,7 @@ from nearfar.ssl.errors import UserError
 )
 def test_who_it_was(said: str, why: str, node: str) -> None:
     before = "nearfar: attempt 0 on n\nsrun: error: another: task 5: Killed\nnearfar: attempt 1 on n\n"
-    found = after_failure.first_failure(before + said + "\n", 9)
+    found = requeue_after_failure.first_failure(before + said + "\n", 9)
     assert (found.why, found.node) == (why, node)
 
 
@@ -71,14 +71,14 @@ def test_infrastructure_is_tried_again_a_bounded_number_of_times(
 ) -> None:
     run = tmp_path / "run"
     attempt(tmp_path, 0, monkeypatch)
-    after_failure.handle(tmp_path, "train", 137)
+    requeue_after_failure.handle(tmp_path, "train", 137)
     assert asked == ["requeue 7", "without node2,bad"] and records.read_ending(run) is None
     attempt(tmp_path, 1, monkeypatch)
     (run / "checkpoints" / "step-000000010").mkdir(parents=True)  # progress: it counts anew
-    after_failure.handle(tmp_path, "train", 137)
+    requeue_after_failure.handle(tmp_path, "train", 137)
     for restart in (2, 3):
         attempt(tmp_path, restart, monkeypatch)
-        after_failure.handle(tmp_path, "train", 137)
+        requeue_after_failure.handle(tmp_path, "train", 137)
     ending = records.read_ending(run)
     assert asked.count("requeue 7") == 3 and ending is not None and ending.state == "failed" and ending.rank == 1
     assert ending.why.startswith("No progress: 2 attempts of job 7") and "rank 1 on node2 was killed" in ending.why
@@ -90,7 +90,7 @@ def test_what_a_process_said_of_infrastructure_is_kept(
     attempt(tmp_path, 0, monkeypatch)
     said = AttemptEnd(job="7", restart=0, rank=3, why="rank 3: NCCL error", infrastructure=True)
     records.end_attempt(tmp_path / "run", said)
-    after_failure.handle(tmp_path, "train", 1)
+    requeue_after_failure.handle(tmp_path, "train", 1)
     assert [end.why for end in records.attempt_ends(tmp_path / "run")] == ["rank 3: NCCL error"]
     assert asked[0] == "requeue 7"
 
@@ -101,10 +101,10 @@ def test_a_mistake_a_cancelled_job_and_a_refusal_are_left_alone(
     run = tmp_path / "run"
     attempt(tmp_path, 0, monkeypatch)
     records.write_ending(run, "train", Ending(state="failed", job="7", restart=0, why="a mistake"))
-    after_failure.handle(tmp_path, "train", 2)
+    requeue_after_failure.handle(tmp_path, "train", 2)
     attempt(tmp_path, 0, monkeypatch)
     monkeypatch.setattr(queue, "details", lambda job: {"JobState": "CANCELLED"})
-    after_failure.handle(tmp_path, "train", 143)
+    requeue_after_failure.handle(tmp_path, "train", 143)
     assert asked == [] and records.read_ending(run) is None
 
     def refuse(job: str) -> None:
@@ -112,7 +112,7 @@ def test_a_mistake_a_cancelled_job_and_a_refusal_are_left_alone(
 
     monkeypatch.setattr(queue, "details", lambda job: {"JobState": "RUNNING"})
     monkeypatch.setattr(queue, "requeue", refuse)
-    assert after_failure.main([str(tmp_path), "train", "137"]) == 0
+    assert requeue_after_failure.main([str(tmp_path), "train", "137"]) == 0
     ending = records.read_ending(run)
     assert ending is not None and ending.state == "stopped" and "disabled" in ending.why and "killed" in ending.why
 
@@ -126,7 +126,7 @@ def test_elements_of_an_array_and_evaluations_have_their_own_records(
     monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "1")
     monkeypatch.setenv("SLURM_RESTART_COUNT", "0")
     with records.locked(runs[1]):
-        after_failure.handle(tmp_path, "eval", 137)
+        requeue_after_failure.handle(tmp_path, "eval", 137)
     assert asked == ["requeue 6_1"] and not runs[0].exists()
     assert [end.job for end in records.attempt_ends(runs[1], "eval")] == ["6_1"]
 
