@@ -212,7 +212,7 @@ def attention(place: Place, answer: Answer) -> None:
         LONG,
         _flex,
         attend,
-        compiled,
+        compiled_once,
         cuda_compiler_missing,
         flex_windows,
         reads_tables,
@@ -242,7 +242,7 @@ def attention(place: Place, answer: Answer) -> None:
         }
         if not why:
             routes["tables"] = lambda q=q, k=k, v=v, rows=rows, columns=columns: both(
-                lambda: flex_windows(compiled(_flex()), q, k, v, rows, columns), [q, k, v, rows, columns]
+                lambda: flex_windows(compiled_once(_flex()), q, k, v, rows, columns), [q, k, v, rows, columns]
             )
         taken = "tables" if reads_tables(tokens, 64, place.device.type) else "written out"
         row = {"tokens": tokens, "batch": batch, "the rule takes": taken}

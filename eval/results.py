@@ -113,7 +113,7 @@ def add(file: Path, score: Score) -> list[Score]:
     return scores
 
 
-def check_writable(file: Path) -> None:
+def check_results_writable(file: Path) -> None:
     """Raises UserError where `add` would fail, before hours of computing find out."""
     read(file)
     try:

@@ -10,7 +10,7 @@ import numpy as np
 from rich.console import Console
 
 from nearfar.eval import results
-from nearfar.eval.classification import Predictions, accuracies, detail, predict
+from nearfar.eval.classification import Predictions, accuracies, detail, predictions_of
 from nearfar.eval.features.extraction import digest
 from nearfar.eval.features.images import Decoding
 from nearfar.eval.pages.classification_report import write_classification_report
@@ -99,7 +99,7 @@ class Scoring:
         compute = device.choose(run.train.device, run.train.precision, classifier.backbone.embed_dim)
         decoding = Decoding(workers=run.data.workers)
         try:
-            self.last = predict(
+            self.last = predictions_of(
                 classifier, self.val, run.eval.size, run.eval.resize, decoding, bf16=compute.bf16, go_on=go_on
             )
         except ScoringStoppedError:

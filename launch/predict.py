@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 
-from nearfar.eval.classification import Predictions, accuracies, predict, top
+from nearfar.eval.classification import Predictions, accuracies, predictions_of, top
 from nearfar.eval.features.images import Decoding
 from nearfar.launch.computing import compute_for
 from nearfar.launch.progress import progress, summed
@@ -62,7 +62,7 @@ def predict_images(model: Path, images: str, target: Path, options: PredictOptio
     gpus.require_room(compute.device, sum(p.nbytes for p in classifier.parameters()), "the weights")
     with progress(len(source), f"Classifying {images}", console) as tell:
         decoding = Decoding(workers=options.workers, progress=summed(tell))
-        found = predict(classifier.to(compute.device), source, size, resize, decoding, bf16=compute.bf16)
+        found = predictions_of(classifier.to(compute.device), source, size, resize, decoding, bf16=compute.bf16)
     _write(target, source, classifier.classes, found, options.top)
     say = _sayer(console)
     say(f"{target}: {len(found.rows):,} images, {len(found.bad):,} unreadable ones left out")

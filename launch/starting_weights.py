@@ -11,7 +11,7 @@ from nearfar.ssl.errors import UserError
 from nearfar.ssl.settings.run import BackboneSettings
 
 
-def settings_of(weights: str) -> list[str]:
+def architecture_settings(weights: str) -> list[str]:
     """`backbone.key=value` for the backbone that a run, a checkpoint or an exported file describes, and its weights.
 
     Raises:

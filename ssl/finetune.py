@@ -28,7 +28,7 @@ from nearfar.ssl.parallel.distributed import ALONE, Ranks
 from nearfar.ssl.run import announce, resume
 from nearfar.ssl.run.run_folder import RunFolder
 from nearfar.ssl.settings.defaults import Derived
-from nearfar.ssl.settings.finetune_settings import FinetuneRun, ResolvedFinetune, resolve
+from nearfar.ssl.settings.finetune_settings import FinetuneRun, ResolvedFinetune, resolve_finetune
 from nearfar.ssl.train import Outcome, carry_out
 from nearfar.ssl.training import NO_OBSERVERS, Observers, Training, Votes
 
@@ -157,7 +157,7 @@ class Finetuning(Training[ResolvedFinetune, ClassifierLearner]):
     def resolved(
         cls, run: FinetuneRun, images: int, cores: int, world_size: int, saved: FinetuneRun | None, done: int
     ) -> tuple[ResolvedFinetune, list[Derived]]:
-        return resolve(run, images, cores, world_size=world_size, saved=saved)
+        return resolve_finetune(run, images, cores, world_size=world_size, saved=saved)
 
     @classmethod
     def built(cls, run: ResolvedFinetune, source: Source, weights: bool) -> ClassifierLearner:

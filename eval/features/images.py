@@ -92,7 +92,7 @@ def batches(
     source: Source, view: View, numbers: Sequence[Sequence[int]], *, workers: int, pinned: bool
 ) -> Iterator[DecodedBatch]:
     """A batch for each entry of `numbers`, which are rows of `source`; pinned: in memory that a GPU copies from."""
-    if compiled(source):
+    if decodes_compiled(source):
         yield from _by_threads(_CompiledImages(source, view), numbers, workers, pinned)
         return
     yield from DataLoader(
@@ -106,7 +106,7 @@ def batches(
     )
 
 
-def compiled(source: Source) -> bool:
+def decodes_compiled(source: Source) -> bool:
     """Whether libjpeg-turbo and compiled loops read this source: FFCV is installed, and its first image is a JPEG."""
     if not libjpeg.available() or find_spec("numba") is None:
         return False

@@ -10,7 +10,7 @@ from urllib.parse import quote
 
 from nearfar.eval.pages.compare import Comparison, Row, compare
 from nearfar.eval.pages.page import page, section, soft, write_page
-from nearfar.eval.pages.seeds import SeedGroup, by_seed, is_best, repeated_seeds
+from nearfar.eval.pages.seeds import SeedGroup, by_seed, is_best_group, repeated_seeds
 from nearfar.eval.results import TITLES
 from nearfar.ssl.errors import UserError
 from nearfar.ssl.wording import counted
@@ -51,7 +51,8 @@ def _means(groups: Sequence[SeedGroup], tasks: Sequence[str]) -> str:
         cells = []
         for task in tasks:
             shown = group.scores[task].text() if task in group.scores else "\u2013"
-            cells.append(f'<td class="best">{shown}</td>' if is_best(group, groups, task) else f"<td>{shown}</td>")
+            mark = ' class="best"' if is_best_group(group, groups, task) else ""
+            cells.append(f"<td{mark}>{shown}</td>")
         rows.append(
             f'<tr><th scope="row">{html.escape(group.name)}</th>{"".join(cells)}<td>{len(group.rows)}</td></tr>'
         )

@@ -79,7 +79,7 @@ def _name(rows: Sequence[Row]) -> str:
     return common or names[0]
 
 
-def is_best(group: SeedGroup, groups: Sequence[SeedGroup], task: str) -> bool:
+def is_best_group(group: SeedGroup, groups: Sequence[SeedGroup], task: str) -> bool:
     """Has a group the best mean of a column, as it is shown? Online scores count only where there are no others."""
     means = [each.scores[task] for each in groups if task in each.scores]
     counted = [mean for mean in means if not mean.online] or means
@@ -97,7 +97,7 @@ def markdown(found: Comparison) -> str:
     lines = ["| | " + " | ".join([*(TITLES[task] for task in tasks), "runs"]) + " |", "|---" * (len(tasks) + 2) + "|"]
     for group in groups:
         cells = [
-            f"**{cell}**" if is_best(group, groups, task) else cell
+            f"**{cell}**" if is_best_group(group, groups, task) else cell
             for task, cell in zip(tasks, _cells(group, tasks, "\u00b1", "\u2013"), strict=True)
         ]
         name = group.name.replace("|", "\\|")
@@ -114,7 +114,7 @@ def latex(found: Comparison) -> str:
     for group in groups:
         cells = []
         for task, cell in zip(tasks, _cells(group, tasks, r"$\pm$", "--"), strict=True):
-            cells.append(rf"\textbf{{{cell}}}" if is_best(group, groups, task) else cell)
+            cells.append(rf"\textbf{{{cell}}}" if is_best_group(group, groups, task) else cell)
         lines.append(" & ".join([_escaped(group.name), *cells, str(len(group.rows))]) + r" \\")
     return "\n".join([*lines, r"\bottomrule", r"\end{tabular}", f"% {_caption(found)}"])
 

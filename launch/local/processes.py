@@ -28,7 +28,7 @@ T = TypeVar("T")
 HEARD_WITHIN = 5.0  # seconds in which the main thread must have noticed that another rank died
 
 
-def world_size(run: AnyRun) -> Derived:
+def ranks_here(run: AnyRun) -> Derived:
     """Processes for a run on this machine: as set, as the run was started, or by its GPUs or cores.
 
     Raises:
@@ -49,7 +49,7 @@ def in_all(run: R, console: Console, train_rank: Callable[[R, Console, Ranks], T
     world = from_environment()
     if world != ALONE:
         return train_rank(run, console, world)
-    key, size, reason = world_size(run)
+    key, size, reason = ranks_here(run)
     if run.train.world_size is None:
         console.print(f"derived {key} = {size}  ({reason})", highlight=False, soft_wrap=True)
     threads = torch.get_num_threads()

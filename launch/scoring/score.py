@@ -218,7 +218,7 @@ def score(
         UserError: nothing can be scored, results.json cannot be written, or a task failed (after the others).
     """
     file = options.results or subject.folder / "results.json"
-    results.check_writable(file)
+    results.check_results_writable(file)
     planned = plan(train, val, tasks, options.classes)
     for line in planned.left_out:
         console.print(line, highlight=False, markup=False, soft_wrap=True)

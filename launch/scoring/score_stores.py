@@ -44,7 +44,7 @@ def score_features(
             others).
     """
     if file:
-        results.check_writable(file)
+        results.check_results_writable(file)
     known = FeatureStore.open(train)
     manifest = known.manifest
     pair = known, FeatureStore.open(val, {key: manifest[key] for key in ("checkpoint", "layer", "pooling", "size")})

@@ -124,7 +124,7 @@ def run_launch(arguments: argparse.Namespace) -> None:
 
     given, debug, console = resources.given(arguments), cluster == "debug", Console()
     if arguments.dry_run:
-        local_cluster.dry_run(runs, given, then, console)
+        local_cluster.describe_runs(runs, given, then, console)
     else:
         local_cluster.launch(runs, given, then, debug=debug, console=console)
 
@@ -164,7 +164,7 @@ def _launch_on_slurm(
     runs = [submission.for_cluster(run, share) for run in placed]
     asked = submission.Submission(folder.expanduser().absolute(), runs, share, then, arguments.parallel)
     if arguments.dry_run:
-        submission.dry_run(asked, Console())
+        submission.describe_jobs(asked, Console())
     else:
         submission.submit(asked, Console())
 

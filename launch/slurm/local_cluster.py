@@ -47,7 +47,9 @@ def launch(
             job.score_run(run.path, list(then))
 
 
-def dry_run(runs: Sequence[Run | FinetuneRun], given: dict[str, Any], then: Sequence[str], console: Console) -> None:
+def describe_runs(
+    runs: Sequence[Run | FinetuneRun], given: dict[str, Any], then: Sequence[str], console: Console
+) -> None:
     """Say what `launch` would do, and do nothing.
 
     Raises:
@@ -58,7 +60,7 @@ def dry_run(runs: Sequence[Run | FinetuneRun], given: dict[str, Any], then: Sequ
     _of_this_machine(given)
     for run in runs:
         run = _as_given(run, given, debug=False)
-        count, why = processes.world_size(run)[1:]
+        count, why = processes.ranks_here(run)[1:]
         verb, images = VERBS[run.as_asked()], run.data.path or "no images (data.path= is not set)"
         told = f"{run.path}: {verb} on {images}, {run.train.device}, "
         told += f"{count} process{'es' if count != 1 else ''} ({why})"

@@ -181,7 +181,7 @@ def _fields(status: Status) -> Iterator[tuple[str, str]]:
     if status.nodes:
         yield "nodes", status.nodes
     if status.seconds_left is not None:
-        yield "time left", duration(status.seconds_left)
+        yield "time left", short_duration(status.seconds_left)
     yield "step", f"{status.step}" + (f" of {status.steps}" if status.steps else "") + _age(status, ", ", " ago")
     if status.loss is not None:
         yield "loss", f"{status.loss:.4f}"
@@ -222,7 +222,7 @@ def _row(status: Status) -> dict[str, str]:
         "step": f"{status.step}/{status.steps}" if status.steps else str(status.step),
         "loss": "" if status.loss is None else f"{status.loss:.3f}",
         "last": _age(status) if status.nodes else "",
-        "left": "" if status.seconds_left is None else duration(status.seconds_left),
+        "left": "" if status.seconds_left is None else short_duration(status.seconds_left),
         "nodes": status.nodes,
         "scores": status.evaluation,
     }
@@ -244,10 +244,10 @@ def _counted(states: Counter[str]) -> str:
 def _age(status: Status, before: str = "", after: str = "") -> str:
     if status.last_step_at is None or not status.nodes:
         return ""
-    return f"{before}{duration(time.time() - status.last_step_at)}{after}"
+    return f"{before}{short_duration(time.time() - status.last_step_at)}{after}"
 
 
-def duration(seconds: float) -> str:
+def short_duration(seconds: float) -> str:
     """`7s`, `12m`, `3h20m`, `2d5h`: at most six characters for anything below 100 days."""
     whole = max(0, int(seconds))
     if whole < 60:

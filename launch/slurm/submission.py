@@ -59,7 +59,7 @@ def for_cluster(placed: Run | FinetuneRun, resources: Resources) -> Run | Finetu
     return placed
 
 
-def dry_run(submission: Submission, console: Console) -> None:
+def describe_jobs(submission: Submission, console: Console) -> None:
     """Print the resources and exactly what sbatch would be given, and touch nothing."""
     folder = Path(checks.absolute(str(submission.folder))) / "cluster" / "STAMP"
     resources, runs = submission.resources, submission.runs

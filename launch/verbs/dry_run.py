@@ -61,7 +61,7 @@ def dry_run(run: Run | FinetuneRun, console: Console) -> None:
     """
     config.require_images(run)
     source, scores = _images(run)
-    ranks = processes.world_size(run)
+    ranks = processes.ranks_here(run)
     threads = torch.get_num_threads()
     try:
         training = _set_up(run, source, ranks.value)

@@ -42,9 +42,9 @@ def _add_subject(parser: Any) -> None:
 def _asked(arguments: argparse.Namespace) -> RecipeAndSettings:
     settings = list(arguments.settings)
     if arguments.weights:
-        from nearfar.launch.starting_weights import settings_of
+        from nearfar.launch.starting_weights import architecture_settings
 
-        settings = [*settings_of(arguments.weights), *settings]
+        settings = [*architecture_settings(arguments.weights), *settings]
     return find_recipe(arguments.recipe, supervised=True), settings
 
 

@@ -40,7 +40,7 @@ def attend_in_windows(q: Tensor, k: Tensor, v: Tensor, rows: Tensor, columns: Te
     oracle of the second.
     """
     if reads_tables(q.shape[-2], q.shape[-1], q.device.type):
-        flex = _flex() if torch.compiler.is_compiling() else compiled(_flex())
+        flex = _flex() if torch.compiler.is_compiling() else compiled_once(_flex())
         return flex_windows(flex, q, k, v, rows, columns)
     return attend(q, k, v, window_bias(rows, columns, q.shape[-2]).to(q.dtype))
 
@@ -97,7 +97,7 @@ def _flex() -> Callable[..., Any]:
 
 
 @lru_cache(maxsize=16)
-def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+def compiled_once(function: Callable[..., Any]) -> Callable[..., Any]:
     """`function` compiled for CUDA, one graph for each shape; `function` itself where there is no compiler."""
     return function if cuda_compiler_missing() else torch.compile(function, dynamic=False)
 

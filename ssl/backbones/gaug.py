@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nearfar.ssl.backbones.attention import attend_in_windows, compiled, window_bias
+from nearfar.ssl.backbones.attention import attend_in_windows, compiled_once, window_bias
 from nearfar.ssl.backbones.tokens import without_autocast
 
 LARGEST = 1e4  # of alpha: a weight of this size is a choice of one patch already, and float16 ends at 65,504
@@ -41,7 +41,7 @@ class GaugBias(nn.Module):
         """
         with without_autocast(q.device.type):
             own_graph = q.device.type == "cuda" and not torch.compiler.is_compiling()
-            make = compiled(window_tables) if own_graph else window_tables
+            make = compiled_once(window_tables) if own_graph else window_tables
             u = self._predicted(q)
             tables: tuple[Tensor, Tensor] = make(u, grid, self.grid, self.ceiling, self.shift, self.eps)
             return tables

@@ -15,10 +15,10 @@ def require_path(path: str | Path) -> None:
     path = Path(os.path.expanduser(path))
     if not os.path.exists(path):  # Path.exists raises for a name too long to be one
         parent = next(folder for folder in path.absolute().parents if os.path.isdir(folder))
-        raise UserError(f"There is nothing at {path}. The nearest folder that exists is {parent}: {contents(parent)}")
+        raise UserError(f"There is nothing at {path}. The nearest folder that exists is {parent}: {found_in(parent)}")
 
 
-def contents(root: Path) -> str:
+def found_in(root: Path) -> str:
     """What lies in a folder, for a message about what does not."""
     try:
         names = sorted(entry.name + "/" * entry.is_dir() for entry in os.scandir(root))

@@ -248,7 +248,7 @@ class ResolvedFinetune(FinetuneRun):
     eval: ResolvedFinetuneEval
 
 
-def resolve(
+def resolve_finetune(
     run: FinetuneRun, images: int, cores: int = 1, *, world_size: int | None = None, saved: FinetuneRun | None = None
 ) -> tuple[ResolvedFinetune, list[Derived]]:
     """The settings that a supervised run trains with, and which of them were derived (see `defaults.resolve`).

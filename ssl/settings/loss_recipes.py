@@ -35,7 +35,7 @@ NEEDS = {"head.ibot_separate": "loss.ibot_weight"}
 STARTING_WEIGHTS = ("weights", "pretrained")
 
 
-def filled(tree: Any) -> Any:
+def with_bundle(tree: Any) -> Any:
     """Settings as nested dicts -> the same with the parts of their `loss.recipe`, and those of distilling, wherever
     they say nothing.
     """

@@ -254,4 +254,4 @@ class Run(AnyRun):
     @model_validator(mode="before")
     @classmethod
     def _with_recipe(cls, tree: Any) -> Any:
-        return loss_recipes.filled(tree)
+        return loss_recipes.with_bundle(tree)

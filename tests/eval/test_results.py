@@ -105,4 +105,4 @@ def test_other_files_are_told_and_not_overwritten(tmp_path: Path, content: bytes
 def test_where_nothing_can_be_written_is_told_beforehand(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="--out"):
-        results.check_writable(tmp_path / "file" / "results.json")
+        results.check_results_writable(tmp_path / "file" / "results.json")

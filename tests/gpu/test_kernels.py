@@ -7,7 +7,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from nearfar.ssl.backbones.attention import _flex, attend, compiled, cuda_compiler_missing, flex_windows, window_bias
+from nearfar.ssl.backbones.attention import (
+    _flex,
+    attend,
+    compiled_once,
+    cuda_compiler_missing,
+    flex_windows,
+    window_bias,
+)
 from nearfar.ssl.backbones.scan import selective_scan
 from nearfar.ssl.data.transforms.colors import color, color_by_kernels, color_of
 from nearfar.ssl.data.views import plan_views
@@ -131,7 +138,7 @@ def test_both_routes_of_attention_with_a_window(
     logits = q @ k.transpose(-1, -2) / 32**0.5 + window_bias(rows, columns, q.shape[-2])
     wanted = logits.softmax(-1) @ v
     if route == "tables":
-        found = flex_windows(compiled(_flex()), *here)
+        found = flex_windows(compiled_once(_flex()), *here)
     else:
         found = attend(here[0], here[1], here[2], window_bias(here[3], here[4], here[0].shape[-2]).to(dtype))
     up = torch.randn(wanted.shape, generator=torch.Generator().manual_seed(1)).to(dtype)

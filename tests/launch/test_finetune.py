@@ -168,5 +168,5 @@ def test_bundled_recipes_are_valid() -> None:
     assert [file.stem for file in names] == ["finetune_cifar10", "finetune_imagenet100"]
     for file in names:
         run = finetune_settings.load(file)
-        finetune_settings.resolve(run, 126_689, 8, world_size=8)
+        finetune_settings.resolve_finetune(run, 126_689, 8, world_size=8)
     assert "NOT RUN BY US" in (folder / "finetune_imagenet100.yaml").read_text()

@@ -42,7 +42,7 @@ def test_processes_follow_the_cores_and_the_batch(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, settings: list[str], cores: int, size: int
 ) -> None:
     monkeypatch.setattr(processes, "available_cores", lambda: cores)
-    assert processes.world_size(make(tmp_path, *settings)).value == size
+    assert processes.ranks_here(make(tmp_path, *settings)).value == size
 
 
 @pytest.mark.parametrize(
@@ -136,7 +136,7 @@ def test_a_run_goes_on_with_as_many_processes_as_it_was_begun(tmp_path: Path, mo
     (begun.path / "config.yaml").write_text(config.to_yaml(begun))
     (begun.path / "teacher.safetensors").touch()
     monkeypatch.setattr(processes, "available_cores", lambda: 64)
-    assert processes.world_size(make(tmp_path)) == ("train.world_size", 2, "as the run was begun")
+    assert processes.ranks_here(make(tmp_path)) == ("train.world_size", 2, "as the run was begun")
 
 
 @pytest.mark.parametrize("size", [1, 2])

@@ -32,7 +32,7 @@ from nearfar.ssl.parallel.distributed import Ranks
 from nearfar.ssl.run import fork
 from nearfar.ssl.run.run_folder import RunFolder
 from nearfar.ssl.settings import finetune_settings
-from nearfar.ssl.settings.finetune_settings import FinetuneRun, resolve
+from nearfar.ssl.settings.finetune_settings import FinetuneRun, resolve_finetune
 from nearfar.ssl.training import Observers
 
 Make = Callable[..., FinetuneRun]
@@ -127,7 +127,7 @@ def test_without_mixing_labels_are_smoothed(tiny: Make) -> None:
 
 
 def learner_of(run: FinetuneRun) -> ClassifierLearner:
-    return build_classifier_learner(resolve(run, 24)[0], CLASSES).double()
+    return build_classifier_learner(resolve_finetune(run, 24)[0], CLASSES).double()
 
 
 def test_a_step_against_the_formulas(tiny: Make) -> None:
@@ -226,7 +226,7 @@ def a_rank(rank: int, port: int, settings: list[str], out: Path) -> None:
 
 def two_steps(settings: list[str], rank: int, size: int) -> dict[str, Tensor]:
     """Two mixed steps in float64 on this rank's slice of 8 images; the weights afterwards."""
-    run = resolve(finetune_settings.load(None, settings), 24)[0]
+    run = resolve_finetune(finetune_settings.load(None, settings), 24)[0]
     learner = learner_of(run)
     stepper = ClassifierStepper(learner, adamw(learner.student), 0.5)
     mixing, generator = Mixing(run.classifier, 3, 0), torch.Generator().manual_seed(0)
@@ -283,8 +283,8 @@ def test_a_classifier_loads_strictly_and_gives_its_backbone(tiny: Make, quiet: A
 def test_a_run_starts_from_another(tiny: Make, quiet: Any) -> None:
     first = finetune(tiny("train.epochs=1"), colored(24), console=quiet).folder
     asked = tiny("name=second", f"backbone.weights={first}")
-    resolved = resolve(asked, 24)[0]
-    assert resolved.optim.layerwise_decay == 0.75 and resolve(tiny(), 24)[0].optim.layerwise_decay == 1
+    resolved = resolve_finetune(asked, 24)[0]
+    assert resolved.optim.layerwise_decay == 0.75 and resolve_finetune(tiny(), 24)[0].optim.layerwise_decay == 1
     started = build_classifier_learner(resolved, ["a", "b"]).student.backbone.state_dict()
     trained = checkpoint.load(first).state_dict()
     assert all(torch.equal(started[name], tensor) for name, tensor in trained.items())

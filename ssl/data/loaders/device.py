@@ -7,7 +7,7 @@ import torch
 
 from nearfar.ssl.data.loaders.base import Batch, Loader, LoaderOptions, Task
 from nearfar.ssl.data.sources.base import Source
-from nearfar.ssl.data.transforms.device_crops import render
+from nearfar.ssl.data.transforms.device_crops import render_on_device
 from nearfar.ssl.data.views import plan_views
 from nearfar.ssl.errors import BadImage, UserError
 from nearfar.ssl.settings.run import ViewSettings
@@ -79,9 +79,9 @@ class DeviceLoader(Loader):
         groups = []
         if taken.complete:
             images = self._images[torch.from_numpy(index).to(self.device)]
-            groups = [render(images, plan.views(slice(self.views.global_crops)), self.views.global_crops_size)]
-            if self.views.local_crops_number:
-                groups.append(
-                    render(images, plan.views(slice(self.views.global_crops, None)), self.views.local_crops_size)
-                )
+            views = self.views
+            groups = [render_on_device(images, plan.views(slice(views.global_crops)), views.global_crops_size)]
+            if views.local_crops_number:
+                of_local = plan.views(slice(views.global_crops, None))
+                groups.append(render_on_device(images, of_local, views.local_crops_size))
         return self.batch(task, taken, groups, plan)

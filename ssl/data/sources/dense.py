@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from nearfar.ssl.data.missing import SUFFIXES, contents
+from nearfar.ssl.data.missing import SUFFIXES, found_in
 from nearfar.ssl.data.sources.base import Source
 from nearfar.ssl.data.sources.files import FolderSource, PathSource
 from nearfar.ssl.errors import UserError
@@ -121,7 +121,7 @@ def _voc(file: Path) -> MaskedSource:
 def _folder(root: Path, masks: Path, code: MaskCode) -> MaskedSource:
     found = FolderSource(root)
     if found.labels is not None:
-        raise UserError(f"{root} has folders in it; the images of {code.title} lie side by side: {contents(root)}")
+        raise UserError(f"{root} has folders in it; the images of {code.title} lie side by side: {found_in(root)}")
     source = MaskedSource(root, found.names, [(masks / name).with_suffix(".png") for name in found.names], code)
     source.passed_over = found.passed_over
     return source

@@ -10,7 +10,7 @@ from numpy.typing import ArrayLike, NDArray
 from PIL import Image
 
 from nearfar.ssl.data.decode import FORMATS, decode_path, read_path
-from nearfar.ssl.data.missing import SUFFIXES, contents
+from nearfar.ssl.data.missing import SUFFIXES, found_in
 from nearfar.ssl.data.sources.base import array_parts, class_numbers
 from nearfar.ssl.disk import digests
 from nearfar.ssl.errors import BadImage, UserError
@@ -88,7 +88,7 @@ class FolderSource(PathSource):
         folders = sorted({name.split(os.sep, 1)[0] for name in found if os.sep in name})
         loose = [name for name in found if os.sep not in name]
         if not found:
-            raise UserError(f"There are no images in {root}: {contents(root)}")
+            raise UserError(f"There are no images in {root}: {found_in(root)}")
         if loose and folders:
             raise UserError(
                 f"{root} holds both images ({loose[0]}, {len(loose)} in all) and folders of images ({folders[0]}, "

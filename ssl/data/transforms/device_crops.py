@@ -15,7 +15,7 @@ from nearfar.ssl.data.views import ViewPlan
 _PART = 2**26  # elements of a weight matrix made at a time
 
 
-def render(images: Tensor, plan: ViewPlan, size: int) -> Tensor:
+def render_on_device(images: Tensor, plan: ViewPlan, size: int) -> Tensor:
     """As `crops.render`: uint8 images (n, 3, H, W) on any device, a plan of V views -> uint8 (V, n, 3, size, size)."""
     n, count = plan.flip.shape
     height, width = images.shape[-2:]

@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 from nearfar.eval.features import images
-from nearfar.eval.features.images import View, batches, compiled, default_workers
+from nearfar.eval.features.images import View, batches, decodes_compiled, default_workers
 from nearfar.ssl.data import libjpeg
 from nearfar.ssl.data.beton_writer import BetonOptions, write_beton
 from nearfar.ssl.data.sources.base import ArraySource, Subset
@@ -56,7 +56,7 @@ def all_of(source, view, workers=0, size=4):
 
 def by_pillow(source, view, monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr(images, "compiled", lambda _: False)
+        patch.setattr(images, "decodes_compiled", lambda _: False)
         return all_of(source, view)
 
 
@@ -74,7 +74,7 @@ def assert_same(got, want):
 @pytest.mark.parametrize("workers", [0, 3])
 def test_a_folder_of_jpegs_is_read_compiled_with_pillows_pixels(folder, view, workers, monkeypatch):
     source = FolderSource(folder)
-    assert compiled(source)
+    assert decodes_compiled(source)
     want = by_pillow(source, view, monkeypatch)
     monkeypatch.setattr(images, "DataLoader", None)
     got = all_of(source, view, workers)
@@ -109,7 +109,7 @@ def test_a_beton_is_read_compiled_with_pillows_pixels(folder, tmp_path, workers,
 def test_arrays_are_read_by_pillow_in_processes(workers):
     pixels = np.random.default_rng(0).integers(0, 256, (5, 24, 24, 3), np.uint8)
     source = ArraySource(pixels)
-    assert not compiled(source)
+    assert not decodes_compiled(source)
     got = torch.cat([batch.images for batch in all_of(source, CROP, workers, 2)])
     np.testing.assert_array_equal(got.permute(0, 2, 3, 1), pixels)
 

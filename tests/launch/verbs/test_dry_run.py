@@ -91,7 +91,7 @@ def test_of_finetuning_it_tells_the_same_and_writes_nothing(labeled: Path) -> No
     run = finetune_settings.load(None, CLASSES)
     text = told(run)
     assert sorted(labeled.rglob("*")) == before
-    resolved, derived = finetune_settings.resolve(run, 21)
+    resolved, derived = finetune_settings.resolve_finetune(run, 21)
     for key, value, why in derived:
         assert f"  {key}={value}  (" in text and why in text
     network = build_classifier_learner(resolved, ["cat", "dog", "owl"]).student

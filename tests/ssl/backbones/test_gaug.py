@@ -199,15 +199,15 @@ def test_without_a_compiler_the_same_function_runs_uncompiled(
         raise RuntimeError("Failed to find\nC compiler")
 
     monkeypatch.setattr(torch, "compile", broken)
-    for cached in (attention.cuda_compiler_missing, attention.compiled):
+    for cached in (attention.cuda_compiler_missing, attention.compiled_once):
         cached.cache_clear()
     try:
-        assert attention.compiled(math.sqrt) is math.sqrt and attention.compiled(math.cos) is math.cos
+        assert attention.compiled_once(math.sqrt) is math.sqrt and attention.compiled_once(math.cos) is math.cos
         assert attention.cuda_compiler_missing() == "Failed to find C compiler"
         assert not attention.reads_tables(1025, 64, "cuda")
         assert [record.getMessage().count("C compiler") for record in caplog.records] == [1]
     finally:
-        for cached in (attention.cuda_compiler_missing, attention.compiled):
+        for cached in (attention.cuda_compiler_missing, attention.compiled_once):
             cached.cache_clear()
 
 

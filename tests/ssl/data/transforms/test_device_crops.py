@@ -6,7 +6,7 @@ import torch
 
 from nearfar.ssl.data.sources.base import ArraySource
 from nearfar.ssl.data.transforms import crops
-from nearfar.ssl.data.transforms.device_crops import render, weights
+from nearfar.ssl.data.transforms.device_crops import render_on_device, weights
 from nearfar.ssl.data.views import plan_views
 from nearfar.ssl.settings.run import ViewSettings
 
@@ -26,7 +26,7 @@ def test_views_are_those_of_pillow_but_for_roundings(device, height, width):
     images = torch.from_numpy(source.images).permute(0, 3, 1, 2).contiguous().to(device)
     for which, size in ((slice(2), 32), (slice(2, None), 16)):
         wanted = crops.render([source.read(i) for i in range(12)], plan.views(which), size)
-        found = render(images, plan.views(which), size).cpu()
+        found = render_on_device(images, plan.views(which), size).cpu()
         difference = (wanted.int() - found.int()).abs()
         assert difference.max() <= 2  # noise, enlarged: a rounding between the passes grows a little
         assert difference.float().mean() < 0.002
