@@ -69,9 +69,7 @@ def predictions_of(
         classifier.train(was_training)
     if not found:
         some = "; ".join(f"{name}: {why}" for name, why in list(bad.items())[:3])
-        raise UserError(
-            f"None of the {len(source)} images could be read, so there is nothing to classify. {some}"
-        )
+        raise UserError(f"None of the {len(source)} images could be read, so there is nothing to classify. {some}")
     return Predictions(np.concatenate(found), np.asarray(index, np.int64), bad)
 
 

@@ -9,7 +9,8 @@ import numpy as np
 from rich.console import Console
 from torch import Tensor
 
-from nearfar.eval.features.extraction import Features, Reading, extract
+from nearfar.eval.features import sharing
+from nearfar.eval.features.extraction import Features, Reading, compute_share, digest, extract
 from nearfar.eval.features.images import Decoding
 from nearfar.eval.knn import knn
 from nearfar.eval.pictures.view_sheet import contact_sheet, save
@@ -24,7 +25,7 @@ from nearfar.ssl.data.loaders.base import Batch
 from nearfar.ssl.data.sources.base import Source, Subset
 from nearfar.ssl.errors import UserError
 from nearfar.ssl.learning.health import start_similarity
-from nearfar.ssl.parallel import device
+from nearfar.ssl.parallel import device, distributed
 from nearfar.ssl.parallel.distributed import Ranks
 from nearfar.ssl.run.run_folder import START
 from nearfar.ssl.settings.defaults import ResolvedRun
@@ -50,18 +51,18 @@ def pretrain_rank(run: Run, console: Console, world: Ranks) -> train.Outcome:
     config.require_images(run)
     source = open_source(run.data.path)
     with StopFlag() as stop:
-        probe = None
-        if world.first:
-            score = (
-                OnlineKNN(source, open_source(run.data.val), run.eval.knn_max_images, stop) if run.data.val else None
-            )
-            probe = OnlineScores(score, StartSimilarity(source, run.path / START))
-            if score and score.missing:
+        score = None
+        if run.data.val:
+            shared = world.size > 1 and not run.train.shard  # of a sharded teacher only the first rank has a whole copy
+            score = OnlineKNN(source, open_source(run.data.val), run.eval.knn_max_images, stop, shared)
+            if score.missing and world.first:
                 console.print(
                     f"No online k-NN of data.path ({run.data.path}) and data.val ({run.data.val}): {score.missing}",
                     highlight=False, markup=False, soft_wrap=True,
                 )  # fmt: skip
-        return train.pretrain(run, source, train.Observers(save_views, probe), stop, console, world)
+        probe = OnlineScores(score, StartSimilarity(source, run.path / START)) if world.first else None
+        observers = train.Observers(save_views, probe, score.assist if score else None)
+        return train.pretrain(run, source, observers, stop, console, world)
 
 
 def save_views(batch: Batch, colored: list[Tensor], folder: Path) -> np.ndarray:
@@ -79,12 +80,19 @@ class OnlineKNN:
     The memory is every m-th training image, so that it holds at most `images`, of all classes; the scored images
     are chosen alike. A stop signal ends it without a score (None): scoring may take minutes, and the sender of the
     signal waits only seconds.
+
+    shared: all ranks of the run extract together, the others by `assist`.
     """
 
     def __init__(
-        self, source: Source, val: Source, images: int, should_stop: Callable[[], bool] = lambda: False
+        self,
+        source: Source,
+        val: Source,
+        images: int,
+        should_stop: Callable[[], bool] = lambda: False,
+        shared: bool = False,
     ) -> None:
-        self.should_stop = should_stop
+        self.should_stop, self.shared = should_stop, shared
         self.missing = _no_score(source, val)
         self.memory = Subset(source, np.arange(0, len(source), -(-len(source) // images)))
         self.val = Subset(val, np.arange(0, len(val), -(-len(val) // images)))
@@ -99,17 +107,31 @@ class OnlineKNN:
 
         def read(source: Source) -> Features:
             reading = Reading(run.eval.size, run.eval.resize, pooling=run.head.pooling, amp=compute.bf16)
-            return extract(backbone, source, reading, Decoding(workers=run.data.workers, progress=go_on))
+            return extract(backbone, source, reading, Decoding(workers=run.data.workers, progress=go_on, shared=shared))
 
         compute = device.choose(run.train.device, run.train.precision, backbone.embed_dim)
         place = next(backbone.parameters()).device
+        shared = self.shared and _alike(backbone)
         try:
             memory, val = read(self.memory), read(self.val)
             known, right = labels_of(memory, val)
             (score,) = knn(memory.x, known, val.x, right, ks=(20,), device=place).values()
         except ScoringStoppedError:
             return None
+        finally:
+            if shared:
+                sharing.dismiss()
         return {"knn_top1": score}
+
+    def assist(self, backbone: Backbone, run: ResolvedRun) -> None:
+        """On every other rank while the first one scores: extract a share of the images."""
+        if not self.missing and self.shared and _alike(backbone):
+            compute_share([backbone], [self.memory, self.val], Decoding(workers=run.data.workers))
+
+
+def _alike(backbone: Backbone) -> bool:
+    """Has every rank the same bits? All must ask. Where not, the first rank's own are scored, and by it alone."""
+    return len(set(distributed.gathered([digest(backbone)]))) == 1
 
 
 def _no_score(train: Source, val: Source) -> str:

@@ -108,6 +108,8 @@ class Pretraining(Training[ResolvedRun, Learner]):
 
     def _score(self) -> bool:
         backbone = resume.whole_teacher(self.learner, self.world)
+        if not self.world.first and self.observers.assist:
+            self.observers.assist(backbone, self.run)
         return distributed.from_first(lambda: self._score_of(backbone))
 
     def _score_of(self, backbone: Backbone) -> bool:

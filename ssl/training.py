@@ -57,13 +57,15 @@ class AnySchedule(Protocol):
 
 @dataclass(frozen=True)
 class Observers:
-    """Callbacks by which higher layers observe a run, on its first rank. None may change the run."""
+    """Callbacks by which higher layers observe a run, on its first rank but for `assist`. None may change the run."""
 
     # First batch, colored views, run folder -> a picture of them (H, W, 3) for TensorBoard, or None.
     views: Callable[[Batch, list[Tensor], Path], np.ndarray | None] | None = None
     # Scores of the teacher's backbone (in a supervised run, of the whole classifier) under the run's settings; None
     # where a stop was requested first.
     probe: Callable[[Any, Any], dict[str, float] | None] | None = None
+    # On each other rank while the first one probes the same: its share of the work.
+    assist: Callable[[Any, Any], None] | None = None
 
 
 NO_OBSERVERS = Observers()

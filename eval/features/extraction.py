@@ -7,7 +7,7 @@ together with its label and mask, and named in the manifest.
 
 import json
 from collections.abc import Generator, Iterable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -209,7 +209,7 @@ def stream(
     if decoding.shared and distributed.count() > 1:
         sharing.announce(manifest, decoding.batch_size, start)
         own = _computed(backbone, source, manifest, decoding, numbers[:: distributed.count()])
-        found: Iterator[tuple[DecodedBatch, np.ndarray | None]] = sharing.in_order(own, len(numbers))
+        found: Generator[sharing.Computed] = sharing.in_order(own, len(numbers))
     else:
         found = own = _computed(backbone, source, manifest, decoding, numbers)
     try:
@@ -218,6 +218,7 @@ def stream(
             if decoding.progress:
                 decoding.progress(len(batch.index) + len(batch.bad))
     finally:
+        found.close()  # what the other ranks were asked for
         own.close()  # its threads or processes, and the backbone's mode
 
 
@@ -236,7 +237,8 @@ def compute_share(backbones: Iterable[Backbone], sources: Iterable[Source], deco
         backbone = sharing.find("weights", manifest["checkpoint"], by_digest)
         source = sharing.find("images", manifest["dataset"], by_fingerprint)
         numbers = _numbers(source, job["batch_size"], job["start"])[distributed.rank() :: distributed.count()]
-        sharing.send(_computed(backbone, source, manifest, decoding, numbers))
+        with closing(_computed(backbone, source, manifest, decoding, numbers)) as computed:
+            sharing.send(computed)
 
 
 def _numbers(source: Source, batch_size: int, start: int) -> list[range]:

@@ -1,5 +1,6 @@
 """One extraction by all ranks of a job: the first announces it, each of n ranks computes every n-th batch, and the
-first receives them in order. Batches are cut alike whatever the number of ranks, so the features are the same too.
+first asks for them a few ahead and receives them in order; it may stop before the end. Batches are cut alike whatever
+the number of ranks, so the features are the same too.
 
 What is announced is the manifest, which names weights and images by their digests: the other ranks look both up among
 their own, and cannot compute anything else. Nothing but JSON and raw arrays goes from one process to another.
@@ -7,7 +8,7 @@ their own, and cannot compute anything else. Nothing but JSON and raw arrays goe
 
 import json
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -20,7 +21,7 @@ from nearfar.ssl.errors import UserError
 from nearfar.ssl.parallel import distributed
 
 Computed = tuple[DecodedBatch, np.ndarray | None]
-_MOST_IN_FLIGHT = 4  # batches that a rank computes ahead of what the first one has taken
+_MOST_IN_FLIGHT = 4  # batches that the first rank asks another one for, ahead of what it has taken
 
 
 def announce(manifest: dict[str, Any], batch_size: int, start: int) -> None:
@@ -38,18 +39,62 @@ def announced() -> dict[str, Any] | None:
     return distributed.from_first(lambda: None)
 
 
-def in_order(own: Iterator[Computed], count: int) -> Iterator[Computed]:
-    """On the first rank: all `count` batches in order, its own and those that it receives from the others."""
+class _Requests:
+    """What the first rank asks of another one, which sends a batch for each request."""
+
+    def __init__(self, rank: int, batches: int) -> None:
+        self.rank, self.left, self.asked = rank, batches, 0
+        self._sent: list[tuple[Tensor, dist.Work | None]] = []
+        self._ask()
+
+    def _ask(self) -> None:
+        while self.left and self.asked < _MOST_IN_FLIGHT:
+            self._say(1)
+            self.left -= 1
+            self.asked += 1
+
+    def _say(self, word: int) -> None:
+        message = torch.tensor([word])
+        self._sent.append((message, dist.isend(message, self.rank)))
+
+    def take(self) -> Computed:
+        found = _receive(self.rank)
+        self.asked -= 1
+        self._ask()
+        return found
+
+    def end(self) -> None:
+        """Take what was asked for, and ask for nothing more."""
+        if self.left:
+            self.left = 0
+            self._say(0)
+        while self.asked:
+            self.take()
+        _wait([work for _, work in self._sent if work is not None])
+
+
+def in_order(own: Iterator[Computed], count: int) -> Generator[Computed]:
+    """On the first rank: all `count` batches in order, its own and those that it receives from the others. Closed
+    early, it lets the others go after at most the few batches that they were asked for."""
     ranks = distributed.count()
-    for number in range(count):
-        rank = number % ranks
-        yield next(own) if rank == 0 else _receive(rank)
+    others = [_Requests(rank, len(range(rank, count, ranks))) for rank in range(1, ranks)]
+    try:
+        for number in range(count):
+            rank = number % ranks
+            yield next(own) if rank == 0 else others[rank - 1].take()
+    finally:
+        for other in others:
+            other.end()
 
 
 def send(computed: Iterable[Computed]) -> None:
-    """On another rank: its batches to the first."""
+    """On another rank: its batches to the first, as long as that one asks for them."""
     sent: deque[tuple[list[Tensor], list[dist.Work]]] = deque()
+    asked = torch.empty(1, dtype=torch.int64)
     for batch, x in computed:
+        dist.recv(asked, 0)
+        if not asked:
+            break
         parts = _packed(batch, x)
         works = [dist.isend(part, 0) for part in parts]
         sent.append((parts, [work for work in works if work is not None]))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 import textwrap
@@ -244,3 +245,59 @@ def test_the_online_score_is_computed_where_the_teacher_is(tmp_path: Path, monke
     monkeypatch.setattr("nearfar.launch.pretrain.knn", lambda *_, ks, device: seen.append(device) or {20: 50.0})
     assert OnlineKNN(images, images, 60)(backbone, run) == {"knn_top1": 50.0}
     assert seen == [next(backbone.parameters()).device]
+
+
+RANK = """
+import json
+import sys
+from pathlib import Path
+import numpy as np
+import torch
+from nearfar.launch.pretrain import OnlineKNN
+from nearfar.ssl import config
+from nearfar.ssl.backbones import create
+from nearfar.ssl.data.sources.base import ArraySource
+from nearfar.ssl.parallel import distributed
+
+folder, world = sys.argv[1], distributed.from_environment()
+torch.set_num_threads(1)
+images = ArraySource(np.random.default_rng(0).integers(0, 256, (600, 16, 16, 3), np.uint8), labels=np.arange(600) % 3)
+run = config.load(None, ["name=r", f"folder={folder}", "train.device=cpu", "train.precision=fp32", "eval.size=16",
+                         "eval.resize=16", "data.workers=0"])
+seen = []
+read = images.read
+images.read = lambda i: seen.append(i) or read(i)
+
+
+def backbone(seed):
+    torch.manual_seed(seed)
+    return create("vit_tiny_patch4", img_size=16, embed_dim=12, depth=1, num_heads=2)
+
+
+def scored(network, stop=lambda: False):
+    seen.clear()
+    score = OnlineKNN(images, images, 600, stop, shared=world.size > 1)
+    found = score(network, run) if world.first else score.assist(network, run)
+    return found, len(seen)
+
+
+with distributed.joined(world):
+    asked = iter(range(10**6))
+    found = [scored(backbone(0)), scored(backbone(0), lambda: next(asked) == 3), scored(backbone(world.rank))]
+Path(folder, f"{world.size}-{world.rank}").write_text(json.dumps(found))
+"""
+
+
+def test_all_ranks_compute_the_online_score_and_it_is_that_of_one(tmp_path: Path) -> None:
+    """Its features in full, then a stop in the middle, then with weights that are not the same everywhere."""
+    script = tmp_path / "rank.py"
+    script.write_text(RANK)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    for start in ([sys.executable], torchrun):
+        subprocess.run([*start, str(script), str(tmp_path)], timeout=120, check=True)
+    alone, first, other = (json.loads((tmp_path / name).read_text()) for name in ("1-0", "2-0", "2-1"))
+    (score, read), stopped, own = alone
+    assert read == 1200 and stopped[0] is None and own == [score, 1200]
+    assert first[0][0] == score and first[0][1] + other[0][1] == 1200 and other[0][1] == 2 * 280
+    assert first[1][0] is None and first[1][1] < 400
+    assert first[2] == own and other[2] == [None, 0]

@@ -5,6 +5,9 @@ import os
 import socket
 import subprocess
 import sys
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -50,6 +53,11 @@ def main(folder: Path, case: str) -> None:
     rank, source = int(os.environ["RANK"]), Some()
 
     def work(decoding: Decoding) -> None:
+        if case == "stopped":
+            one_by_one = replace(decoding, batch_size=1)
+            for after in (1, 2, 17, 0):
+                with suppress(StoppedError):
+                    extract(network(), source, READINGS[0], replace(one_by_one, progress=stop_after(after)))
         for number, reading in enumerate(READINGS):
             FeatureStore.write(folder / f"store{number}", network(), source, reading, decoding)
 
@@ -59,6 +67,21 @@ def main(folder: Path, case: str) -> None:
     except UserError as error:
         (folder / f"error{rank}").write_text(str(error))
     (folder / f"seen{rank}").write_text(json.dumps(source.seen))
+
+
+class StoppedError(Exception):
+    pass
+
+
+def stop_after(images: int) -> Callable[[int], None]:
+    left = [images]
+
+    def progress(count: int) -> None:
+        left[0] -= count
+        if left[0] <= 0:
+            raise StoppedError
+
+    return progress
 
 
 def run(folder: Path, ranks: int, case: str = "") -> None:
@@ -97,6 +120,16 @@ def test_ranks_share_an_extraction_and_change_nothing(tmp_path):
     for rank in range(ranks):  # every so many-th batch of three, twice
         mine = [i for i in range(21) if i // 3 % ranks == rank]
         assert json.loads((tmp_path / f"seen{rank}").read_text()) == mine * 2
+
+
+def test_an_extraction_that_is_left_early_lets_the_others_go_and_the_next_one_is_whole(tmp_path):
+    run(tmp_path, 3, "stopped")
+    want = extract(network(), Some(), READINGS[0], Decoding(3, 0))
+    np.testing.assert_array_equal(FeatureStore.open(tmp_path / "store0").x, want.x)
+    seen = json.loads((tmp_path / "seen2").read_text())
+    # Of its seven images the four that it had been asked for, and two that it had begun; all of them only in the one
+    # that was left after 17 images (and in other batches in the two at the end, where image 20 is another rank's).
+    assert seen[:6] == [2, 5, 8, 11, 14, 17] and seen.count(20) == 1
 
 
 def test_a_rank_with_other_images_is_told_by_all(tmp_path):
