@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from nearfar.ssl.learning.losses import BalancedLoss
-from nearfar.ssl.parallel import distributed
+from nearfar.ssl.parallel.distributed import PendingSum
 
 
 def patch_loss(student: Tensor, teacher: Tensor, weights: Tensor, views: int, temperature: float) -> Tensor:
@@ -30,7 +30,7 @@ def patch_loss(student: Tensor, teacher: Tensor, weights: Tensor, views: int, te
 
 
 class PatchLoss(BalancedLoss):
-    """`patch_loss` on logits; `_noted` (K + 1,) is the sum of the teacher's logits, and their number."""
+    """`patch_loss` on logits; what is noted (K + 1,) are the sum of a pass's logits, and their number."""
 
     @torch.no_grad()
     def teacher_probabilities(self, logits: Tensor, weights: Tensor, temperature: float) -> Tensor:
@@ -45,13 +45,12 @@ class PatchLoss(BalancedLoss):
 
     @torch.no_grad()
     def note_teacher(self, logits: Tensor, weights: Tensor) -> None:
-        """Remember the teacher's logits (M, K) of a forward pass for the next `update_center`."""
+        """Remember the teacher's logits (M, K) of a forward pass for the next `update_center`, and send them off."""
         if self.sinkhorn:
             return
         counts = (weights > 0).to(self.center.dtype)
         total = (counts.unsqueeze(1) * logits.to(self.center.dtype)).sum(0)  # autocast would round a product
-        noted = torch.cat([total, counts.sum()[None]])
-        self._noted = noted if self._noted is None else self._noted + noted
+        self._noted.append(PendingSum(torch.cat([total, counts.sum()[None]])))
 
     @torch.no_grad()
     def update_center(self, not_finite: Tensor | None = None) -> None:
@@ -59,9 +58,9 @@ class PatchLoss(BalancedLoss):
 
         not_finite: scalar on the center's device; where it is 1, the center stays.
         """
-        if self._noted is None:
+        if not self._noted:
             return
-        noted = distributed.all_sum_(self._noted)
+        noted = self._sum()
         mean, number = noted[:-1] / noted[-1].clamp_min(1), noted[-1]
         moved = torch.where(number > 0, self.center.lerp(mean, 1 - self.center_momentum), self.center)
         self._move_center(moved, not_finite)

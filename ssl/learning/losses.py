@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nearfar.ssl.parallel import distributed
+from nearfar.ssl.parallel.distributed import PendingSum
 
 
 class _PairwiseCrossEntropy(torch.autograd.Function):
@@ -112,7 +113,7 @@ class BalancedLoss(nn.Module):
         self.student_temp = student_temp
         self.center_momentum = center_momentum
         self.register_buffer("center", torch.zeros(prototypes))
-        self._noted: Tensor | None = None  # of the teacher's logits, since the last update of the center
+        self._noted: list[PendingSum] = []  # of the teacher's logits, for each pass since the last update of the center
 
     def _balanced(self, logits: Tensor, temperature: float, counts: Tensor | None = None) -> Tensor:
         """Teacher logits (..., K) -> probabilities, in float32 or wider. counts: as in `sinkhorn_knopp`."""
@@ -124,13 +125,16 @@ class BalancedLoss(nn.Module):
     def _move_center(self, moved: Tensor, not_finite: Tensor | None) -> None:
         """not_finite: scalar on the center's device; where it is 1, the center stays."""
         self.center.copy_(moved if not_finite is None else torch.where(not_finite > 0, self.center, moved))
-        self._noted = None
+        self._noted = []
+
+    def _sum(self) -> Tensor:
+        """What was noted, over all passes and ranks."""
+        first, *others = (noted.wait() for noted in self._noted)
+        return sum(others, first)
 
 
 class DINOLoss(BalancedLoss):
-    """`dino_loss` on logits, with temperatures."""
-
-    _passes = 0  # whose mean logits (K,) are summed in `_noted`
+    """`dino_loss` on logits, with temperatures; what is noted are a pass's mean logits (K,)."""
 
     @torch.no_grad()
     def teacher_probabilities(self, logits: Tensor, temperature: float) -> Tensor:
@@ -145,15 +149,13 @@ class DINOLoss(BalancedLoss):
 
     @torch.no_grad()
     def note_teacher(self, logits: Tensor) -> None:
-        """Remember the teacher's logits (G, B, K) of a forward pass for the next `update_center`.
+        """Remember the teacher's logits (G, B, K) of a forward pass for the next `update_center`, and send them to the
+        other ranks, which takes as long as it likes meanwhile.
 
         Sinkhorn-Knopp has no use for a center: then it stays 0.
         """
-        if self.sinkhorn:
-            return
-        mean = logits.to(self.center.dtype).mean(dim=(0, 1))
-        self._noted = mean if self._noted is None else self._noted + mean
-        self._passes += 1
+        if not self.sinkhorn:
+            self._noted.append(PendingSum(logits.to(self.center.dtype).mean(dim=(0, 1))))
 
     @torch.no_grad()
     def update_center(self, not_finite: Tensor | None = None) -> None:
@@ -161,11 +163,9 @@ class DINOLoss(BalancedLoss):
 
         not_finite: scalar on the center's device; where it is 1, the center stays.
         """
-        if self._noted is None:
-            return
-        mean = distributed.all_mean_(self._noted / self._passes)
-        self._move_center(self.center.lerp(mean, 1 - self.center_momentum), not_finite)
-        self._passes = 0
+        if self._noted:
+            mean = self._sum() / (distributed.count() * len(self._noted))
+            self._move_center(self.center.lerp(mean, 1 - self.center_momentum), not_finite)
 
 
 def cosine_loss(student: Tensor, teacher: Tensor) -> Tensor:

@@ -256,6 +256,20 @@ def all_mean_(tensor: Tensor) -> Tensor:
     return all_sum_(tensor).div_(count()) if count() > 1 else tensor
 
 
+class PendingSum:
+    """The sum of a tensor over all ranks, in place, on its way while this rank computes on."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self._tensor = tensor
+        self._work = dist.all_reduce(tensor, async_op=True) if count() > 1 else None
+
+    def wait(self) -> Tensor:
+        """On a GPU its stream waits, and the host does not."""
+        if self._work is not None:
+            self._work.wait()
+        return self._tensor
+
+
 class _Sum(torch.autograd.Function):
     """All-reduce whose gradient is all-reduced too: every rank's output depends on every rank's input."""
 
