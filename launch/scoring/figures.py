@@ -27,6 +27,7 @@ from nearfar.launch.scoring.score import Subject, protocol_of
 from nearfar.ssl.backbones import Backbone
 from nearfar.ssl.data import open_source
 from nearfar.ssl.data.sources.base import Source, spread
+from nearfar.ssl.data.sources.dense import published_names
 from nearfar.ssl.data.transforms.eval_view import eval_view
 from nearfar.ssl.data.transforms.normalize import normalize_pixels
 from nearfar.ssl.errors import BadImage, UserError
@@ -139,7 +140,10 @@ def _masks(pictured: FigureInputs) -> Figure:
         (grids[0].x, grids[0].mask_list()), (grids[1].x, [mask.shape for mask in truth]), classes, training,
         device=subject.device,
     )  # fmt: skip
-    names, test = mask_names(classes, train.classes or listed_names(score.train.path)), spread(val, SHOWN)
+    names, test = (
+        mask_names(classes, train.classes or published_names(train) or listed_names(score.train.path)),
+        spread(val, SHOWN),
+    )
     groups = tuple(
         mask_group(test.read(int(i)), mask, found, names)
         for i, mask, found in zip(grids[1].index, truth, predicted, strict=True)

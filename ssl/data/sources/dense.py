@@ -10,6 +10,7 @@ A split is named by the path that lists or holds its images, and its masks are f
 """
 
 import os
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +22,7 @@ from nearfar.ssl.data.missing import SUFFIXES, found_in
 from nearfar.ssl.data.sources.base import Source
 from nearfar.ssl.data.sources.files import FolderSource, PathSource
 from nearfar.ssl.errors import UserError
+from nearfar.ssl.wording import printable
 
 IGNORE = 255
 _SPLIT_LIST = ("ImageSets", "Segmentation")
@@ -36,6 +38,8 @@ class MaskCode:
     classes: int
     shift: int
     unlabeled: tuple[int, ...]
+    names: tuple[str, ...] = ()  # of the classes, where the data set does not come with a list of them
+    list_name: str = ""  # the file at its root that lists them: lines of a number from 1 on and, at the end, a name
 
     def decode(self, mask: NDArray[np.uint8], file: str) -> NDArray[np.uint8]:
         """Classes from 0, 255 = ignore. Raises UserError, naming file and value, for a value without meaning."""
@@ -52,9 +56,14 @@ class MaskCode:
         return decoded.astype(np.uint8)
 
 
-VOC = MaskCode("Pascal VOC", 21, 0, (255,))
-ADE20K = MaskCode("ADE20K", 150, 1, (0,))
-COCO_STUFF = MaskCode("COCO-Stuff", 182, 0, (255,))  # 171 of the numbers are in use
+VOC_NAMES = (
+    "background", "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow", "dining table",
+    "dog", "horse", "motorbike", "person", "potted plant", "sheep", "sofa", "train", "tv/monitor",
+)  # fmt: skip
+VOC = MaskCode("Pascal VOC", 21, 0, (255,), VOC_NAMES)
+ADE20K = MaskCode("ADE20K", 150, 1, (0,), list_name="objectInfo150.txt")
+COCO_STUFF = MaskCode("COCO-Stuff", 182, 0, (255,), list_name="labels.txt")  # 171 of the numbers are in use
+_LISTED = re.compile(r"\s*(?P<number>\d+)(?::|\t(?:.*\t)?)\s*(?P<name>[^\t,;]+)")  # the first of synonyms
 
 
 class MaskedSource(PathSource):
@@ -77,6 +86,26 @@ class MaskedSource(PathSource):
 def known_classes(source: Source) -> int | None:
     """How many classes the masks of a source have, where its data set fixes that."""
     return source.code.classes if isinstance(source, MaskedSource) else None
+
+
+def published_names(source: Source) -> list[str] | None:
+    """What the classes of a source's masks are called, where its data set says so."""
+    if not isinstance(source, MaskedSource):
+        return None
+    code = source.code
+    return list(code.names) or _listed_names(Path(source.root), code)
+
+
+def _listed_names(images: Path, code: MaskCode) -> list[str] | None:
+    """From the list of names that comes with the data set, above the folder of the images; None without one."""
+    lists = [above / code.list_name for above in images.absolute().parents[:3]]
+    try:
+        lines = next((file.read_text("utf-8").splitlines() for file in lists if file.is_file()), [])
+    except (OSError, ValueError):
+        return None
+    found = {int(line["number"]) - 1: line["name"].strip() for line in map(_LISTED.match, lines) if line}
+    names = [printable(found.get(number, f"class {number}")) for number in range(code.classes)]
+    return names if any(number in found for number in range(code.classes)) else None
 
 
 def dense_source(path: Path) -> MaskedSource | None:

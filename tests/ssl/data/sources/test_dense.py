@@ -7,7 +7,8 @@ import pytest
 from PIL import Image
 
 from nearfar.ssl.data import open_source
-from nearfar.ssl.data.sources.dense import known_classes
+from nearfar.ssl.data.sources.base import ArraySource
+from nearfar.ssl.data.sources.dense import known_classes, published_names
 from nearfar.ssl.errors import UserError
 
 SIDE = 8
@@ -78,6 +79,25 @@ def test_coco_stuff_has_its_maps_beside_the_images(tmp_path: Path, images: str, 
     source = open_source(coco(tmp_path, images, masks))
     assert np.array_equal(source.mask(1), mask_of(1, 181, 255))
     assert known_classes(source) == 182
+
+
+def test_classes_have_the_names_that_their_data_set_gives_them(tmp_path: Path) -> None:
+    source = open_source(voc(tmp_path / "VOC2012"))
+    names = published_names(source)
+    assert names and len(names) == 21 and (names[0], names[15], names[20]) == ("background", "person", "tv/monitor")
+    scenes = open_source(ade(tmp_path / "ade"))
+    assert published_names(scenes) is None
+    listed = "Idx\tRatio\tTrain\tVal\tName\n1\t0.15\t11664\t1172\twall\n150\t0.0001\t100\t10\tflag, banner\n"
+    (tmp_path / "ade" / "objectInfo150.txt").write_text(listed)
+    names = published_names(scenes)
+    assert names and len(names) == 150 and (names[0], names[1], names[149]) == ("wall", "class 1", "flag")
+    things = open_source(coco(tmp_path / "coco", "images", "stuffthingmaps"))
+    (tmp_path / "coco" / "labels.txt").write_text("0: unlabeled\n1: person\n182: wood\n")
+    names = published_names(things)
+    assert names and len(names) == 182 and (names[0], names[181]) == ("person", "wood")
+    (tmp_path / "coco" / "labels.txt").write_bytes(b"\xff\xfe")
+    assert published_names(things) is None
+    assert published_names(ArraySource(np.zeros((2, 8, 8, 3), np.uint8))) is None
 
 
 def test_a_plain_folder_needs_no_layout(tmp_path: Path) -> None:
