@@ -140,10 +140,8 @@ def _masks(pictured: FigureInputs) -> Figure:
         (grids[0].x, grids[0].mask_list()), (grids[1].x, [mask.shape for mask in truth]), classes, training,
         device=subject.device,
     )  # fmt: skip
-    names, test = (
-        mask_names(classes, train.classes or published_names(train) or listed_names(score.train.path)),
-        spread(val, SHOWN),
-    )
+    known = train.classes or published_names(train) or listed_names(score.train.path)
+    names, test = mask_names(classes, known), spread(val, SHOWN)
     groups = tuple(
         mask_group(test.read(int(i)), mask, found, names)
         for i, mask, found in zip(grids[1].index, truth, predicted, strict=True)
