@@ -17,6 +17,7 @@ OLDEST_TORCHVISION := 0.23.0
 OLDEST_NUMPY := 2.3.5
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+READY_FOR_TESTS := $(VENV)/.ready-for-tests
 FFCV_PACKAGES := libturbojpeg0-dev libopencv-dev pkg-config
 HAVE_FFCV_PACKAGES := pkg-config --exists opencv4 libturbojpeg 2>/dev/null
 
@@ -58,10 +59,17 @@ ffcv-packages:
 demo: setup
 	$(BIN)/nearfar demo
 
+# What few users need and some tests read or write with: kept out of `make setup`, which a demo waits for.
+$(READY_FOR_TESTS): $(READY)
+	@echo "Installing what only tests need: wandb, pyarrow, transformers ..."
+	@$(BIN)/pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS) wandb pyarrow transformers || \
+		echo "They did not install (pip says why above); their tests are skipped."
+	@touch $@
+
 # Three processes of one thread each, also on two cores: those with the cluster's files, which go first
 # (tests/conftest.py) and not those with the most tests, wait half of the time.
 test: TESTS := -m "not long"
-test test-all: setup
+test test-all: $(READY_FOR_TESTS)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder $(TESTS)
 
 # The tested versions but for torch and torchvision, and for numpy, since the interpreter of the Triton that belongs to
