@@ -172,7 +172,7 @@ class Finetuning(Training[ResolvedFinetune, ClassifierLearner]):
         return FinetuneSchedule(run, steps_per_epoch)
 
     @classmethod
-    def needed(cls, run: ResolvedFinetune, learner: ClassifierLearner, compute: Compute) -> memory.Need:
+    def needed(cls, run: ResolvedFinetune, learner: ClassifierLearner, compute: Compute) -> memory.MemoryNeed:
         images = run.train.batch_size // run.train.world_size // run.train.accumulate_steps
         recompute = run.train.checkpoint_activations
         return memory.estimate_classifier(learner, run.augment.size, images, compute.autocast, recompute)

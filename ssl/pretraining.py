@@ -64,7 +64,7 @@ class Pretraining(Training[ResolvedRun, Learner]):
         return Schedule(run, steps_per_epoch)
 
     @classmethod
-    def needed(cls, run: ResolvedRun, learner: Learner, compute: Compute) -> memory.Need:
+    def needed(cls, run: ResolvedRun, learner: Learner, compute: Compute) -> memory.MemoryNeed:
         return needed(learner, run, compute)
 
     @classmethod
@@ -143,7 +143,7 @@ class Pretraining(Training[ResolvedRun, Learner]):
         return announce.what_next(self.run, finished, self.step, self.schedule.steps)
 
 
-def needed(learner: Learner, run: ResolvedRun, compute: Compute) -> memory.Need:
+def needed(learner: Learner, run: ResolvedRun, compute: Compute) -> memory.MemoryNeed:
     """What a step of one rank keeps in memory; to be asked before anything is split over ranks or compiled."""
     sizes = [(2, run.views.global_crops_size), (run.views.local_crops_number, run.views.local_crops_size)]
     images = run.train.batch_size // run.train.world_size // run.train.accumulate_steps

@@ -147,7 +147,7 @@ class Training(ABC, Generic[R, L]):
 
     @classmethod
     @abstractmethod
-    def needed(cls, run: R, learner: L, compute: Compute) -> memory.Need:
+    def needed(cls, run: R, learner: L, compute: Compute) -> memory.MemoryNeed:
         """What a step of one rank keeps in memory; asked before anything is split over ranks or compiled."""
 
     @classmethod

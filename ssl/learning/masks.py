@@ -26,7 +26,6 @@ GOLDEN = (math.sqrt(5) - 1) / 2
 _BLOCKS, _START = 0xFFFFFFFE, 0xFFFFFFFD  # in place of the number of a view, which no real view has
 
 Grid = tuple[int, int]
-Range = tuple[float, float]
 
 
 class Masks(NamedTuple):
@@ -43,7 +42,7 @@ class BlockMasks:
 
     seed: int
     share: float  # of the views that have hidden patches
-    ratios: Range  # smallest and largest share of a view's patches that are hidden
+    ratios: tuple[float, float]  # smallest and largest share of a view's patches that are hidden
     grid: Grid
     images: int  # of a step on this rank
     rank: int = 0
@@ -75,7 +74,7 @@ class BlockMasks:
 
 
 def hidden_counts(
-    place: NDArray[np.uint64], start: float, patches: int, share: float, ratios: Range
+    place: NDArray[np.uint64], start: float, patches: int, share: float, ratios: tuple[float, float]
 ) -> NDArray[np.int64]:
     """How many patches of each view are hidden; `place` numbers the views of the whole batch, `start` is of the step.
 
@@ -90,7 +89,7 @@ def hidden_counts(
 
 
 @lru_cache(maxsize=8)
-def most_hidden(views: int, patches: int, share: float, ratios: Range) -> int:
+def most_hidden(views: int, patches: int, share: float, ratios: tuple[float, float]) -> int:
     """The largest sum of `hidden_counts` over so many neighboring views, whatever the step."""
     place, most = np.arange(views, dtype=np.uint64), 0
     for last in range(views):  # the sum rises with `start`, and falls where the x of some view passes `share`

@@ -18,7 +18,7 @@ from nearfar.ssl.learning.classifier import Classifier, ClassifierLearner
 from nearfar.ssl.learning.learner import HeadedBackbone, Learner
 
 
-class Need(NamedTuple):
+class MemoryNeed(NamedTuple):
     """Bytes that one process keeps at the end of the forward pass, when a step needs most."""
 
     weights: int  # student and teacher, and networks that stay as they are
@@ -31,7 +31,7 @@ class Need(NamedTuple):
     def total(self) -> int:
         return sum(self)
 
-    def split(self, ranks: int) -> Need:
+    def split(self, ranks: int) -> MemoryNeed:
         """With weights, gradients and moments spread over so many ranks (train.shard)."""
         whole = (self.weights, self.gradients, self.moments)
         weights, gradients, moments = (-(-each // ranks) for each in whole)
@@ -68,7 +68,7 @@ def estimate(
     images: int,
     autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
     recompute: bool = False,
-) -> Need:
+) -> MemoryNeed:
     """What a step keeps, from forward passes of one and of two images, which differ by what each image adds.
 
     Args:
@@ -89,7 +89,7 @@ def estimate_classifier(
     images: int,
     autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
     recompute: bool = False,
-) -> Need:
+) -> MemoryNeed:
     """`estimate` of supervised training on one view of `side` pixels of each image; its logits are few."""
     student = learner.student
 
@@ -99,11 +99,13 @@ def estimate_classifier(
     return _need(student, kept, images, 0, recompute)
 
 
-def _need(student: nn.Module, kept: Callable[[int], Activations], images: int, logits: int, recompute: bool) -> Need:
+def _need(
+    student: nn.Module, kept: Callable[[int], Activations], images: int, logits: int, recompute: bool
+) -> MemoryNeed:
     one, two = kept(1), kept(2)
     first, second = (pair.recomputed if recompute else pair.everything for pair in (one, two))
     weights = _bytes(student)
-    return Need(2 * weights, weights, 2 * weights, first + (images - 1) * max(0, second - first), logits)
+    return MemoryNeed(2 * weights, weights, 2 * weights, first + (images - 1) * max(0, second - first), logits)
 
 
 def activations(

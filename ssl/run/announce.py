@@ -13,7 +13,7 @@ from nearfar.ssl.backbones import choose_scan
 from nearfar.ssl.data.sources.base import Source, passed_over
 from nearfar.ssl.data.sources.files import kinds_of
 from nearfar.ssl.disk import checkpoint_names
-from nearfar.ssl.learning.memory import Need
+from nearfar.ssl.learning.memory import MemoryNeed
 from nearfar.ssl.learning.step import Numbers
 from nearfar.ssl.learning.student_teacher import StudentTeacher
 from nearfar.ssl.parallel.device import Compute
@@ -171,7 +171,7 @@ def less_memory(run: AnyRun, ranks: int) -> str:
     return f"Try {', '.join(ways[:-1])} or {ways[-1]}."
 
 
-def memory_line(run: ResolvedRun | ResolvedFinetune, need: Need, free: int | None) -> str:
+def memory_line(run: ResolvedRun | ResolvedFinetune, need: MemoryNeed, free: int | None) -> str:
     """What a step needs, before the first one."""
     images = run.train.batch_size // run.train.world_size // run.train.accumulate_steps
     each = "A step" if run.train.world_size == 1 else f"A step of each of {run.train.world_size} processes"

@@ -33,7 +33,7 @@ from nearfar.ssl.settings.run import (
     Run,
     ViewSettings,
 )
-from nearfar.ssl.settings.section import FREE, Section, Share
+from nearfar.ssl.settings.section import MAY_CHANGE, Range, Section
 from nearfar.ssl.wording import counted
 
 
@@ -47,8 +47,8 @@ class AugmentSettings(Section):
     """The one view of each image. Without colors by default: crops and flips as in most supervised recipes."""
 
     size: int = Field(224, ge=4, description="side of the view, in pixels")
-    scale: Share = Field((0.08, 1.0), description="smallest and largest share of the image's area that it covers")
-    ratio: Share = Field((3 / 4, 4 / 3), description="smallest and largest aspect ratio of the crop, width / height")
+    scale: Range = Field((0.08, 1.0), description="smallest and largest share of the image's area that it covers")
+    ratio: Range = Field((3 / 4, 4 / 3), description="smallest and largest aspect ratio of the crop, width / height")
     hflip_prob: float = Field(0.5, ge=0, le=1, description="probability that it is flipped left to right")
     color_jitter_prob: float = Field(
         0.0, ge=0, le=1, description="probability that brightness, contrast, saturation and hue are changed"
@@ -59,7 +59,7 @@ class AugmentSettings(Section):
     hue: float = Field(0.0, ge=0, le=0.5, description="color jitter: hue shifted by at most this share of the circle")
     grayscale_prob: float = Field(0.0, ge=0, le=1, description="probability that it loses its colors")
     blur_prob: float = Field(0.0, ge=0, le=1, description="probability of blur")
-    blur_sigma: Share = Field((0.1, 2.0), description="smallest and largest standard deviation of the blur, in pixels")
+    blur_sigma: Range = Field((0.1, 2.0), description="smallest and largest standard deviation of the blur, in pixels")
     solarize_prob: float = Field(0.0, ge=0, le=1, description="probability that values from 128 up are inverted")
 
     def views(self) -> OneView:
@@ -120,19 +120,19 @@ class FinetuneOptimSettings(Section):
 class FinetuneEvalSettings(Section):
     size: int | None = Field(
         None, ge=4, description="side of an image when it is classified, in pixels; default: augment.size",
-        json_schema_extra=FREE,
+        json_schema_extra=MAY_CHANGE,
     )  # fmt: skip
     resize: int | None = Field(
         None,
         ge=4,
         description="shorter side to which it is resized before its center is cut out; default: 256 / 224 of eval.size",
-        json_schema_extra=FREE,
+        json_schema_extra=MAY_CHANGE,
     )
     every_epochs: float | None = Field(
         None,
         ge=0,
         description="epochs between two scores on data.val during training; 0 = only at the end",
-        json_schema_extra=FREE,
+        json_schema_extra=MAY_CHANGE,
     )
 
 
@@ -140,9 +140,9 @@ class FinetuneRun(AnyRun):
     """One supervised run, whole. `config.yaml` in its folder holds it with every derived value filled in."""
 
     name: str = Field("", description="name of the run's folder; default: the recipe's name")
-    folder: str = Field("runs", description="where run folders are", json_schema_extra=FREE)
+    folder: str = Field("runs", description="where run folders are", json_schema_extra=MAY_CHANGE)
     track: Literal["tensorboard", "wandb"] = Field(
-        "tensorboard", description="as in pretraining", json_schema_extra=FREE
+        "tensorboard", description="as in pretraining", json_schema_extra=MAY_CHANGE
     )
     data: DataSettings = DataSettings()
     augment: AugmentSettings = AugmentSettings()

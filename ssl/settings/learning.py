@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from nearfar.ssl.settings.section import FREE, Section, Share
+from nearfar.ssl.settings.section import MAY_CHANGE, Range, Section
 
 
 class LossSettings(Section):
@@ -36,7 +36,7 @@ class LossSettings(Section):
         0.0, ge=0, description="weight of iBOT's loss on hidden patches of the global views; 1 in DINOv2, 0 = off"
     )
     mask_sample_probability: float = Field(0.5, gt=0, le=1, description="iBOT: share of the global views with a mask")
-    mask_ratio_min_max: Share = Field(
+    mask_ratio_min_max: Range = Field(
         (0.1, 0.5), description="iBOT: smallest and largest share of its patches that a mask hides"
     )
     anchor_weight: float = Field(
@@ -71,13 +71,13 @@ class DistillSettings(Section):
         None,
         description="learn from this frozen network and not by DINO: a run's folder, a checkpoint, an exported file, "
         "timm/NAME, or with distill.teacher_weights a name as in backbone.name",
-        json_schema_extra=FREE,  # a file may be moved: checkpoints hold the digest of its weights
+        json_schema_extra=MAY_CHANGE,  # a file may be moved: checkpoints hold the digest of its weights
     )
     teacher_weights: str | None = Field(
         None,
         description="the teacher's weights, where distill.teacher is a name: a .pth of DINO or DINOv2, or a file of "
         "timm's; default: those that timm publishes",
-        json_schema_extra=FREE,
+        json_schema_extra=MAY_CHANGE,
     )
     teacher_size: int | None = Field(
         None,
@@ -155,12 +155,12 @@ class TrainSettings(Section):
         ge=1,
         description="processes that share each batch; default: one for each GPU, by the cores on a CPU; under "
         "SLURM and torchrun as many as they start",
-        json_schema_extra=FREE,  # sums in another order: the same run up to rounding, and said so when it is continued
+        json_schema_extra=MAY_CHANGE,  # sums in another order: the same run up to rounding, and said so when it is continued
     )
     shard: bool = Field(
         False,
         description="split student, teacher and optimizer over the processes (FSDP2), where one GPU is too small",
-        json_schema_extra=FREE,  # sums in another order, and said so
+        json_schema_extra=MAY_CHANGE,  # sums in another order, and said so
     )
     seed: int = Field(0, ge=0, description="seed of the weights, the order of the images, the views and drop-path")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="where to train")
@@ -172,57 +172,61 @@ class TrainSettings(Section):
     compile: bool | Literal["auto"] = Field(
         "auto",
         description="blocks through torch.compile, one graph for each size of view; auto = on a GPU with a compiler",
-        json_schema_extra=FREE,  # sums are rounded differently, and said so when the run is continued
+        json_schema_extra=MAY_CHANGE,  # sums are rounded differently, and said so when the run is continued
     )
     checkpoint_activations: bool = Field(
         False,
         description="keep only the inputs of the student's blocks and compute the rest again in the backward pass: "
         "far less memory, about a third more time, the same gradients",
-        json_schema_extra=FREE,
+        json_schema_extra=MAY_CHANGE,
     )
     threads: int | None = Field(
         None,
         ge=1,
         description="threads of each process on a CPU; a part of the run, since the rounding of sums depends on it",
     )
-    log_every_steps: int = Field(10, ge=1, description="steps between two lines of metrics", json_schema_extra=FREE)
-    save_every_minutes: float = Field(5.0, gt=0, description="minutes between two checkpoints", json_schema_extra=FREE)
+    log_every_steps: int = Field(
+        10, ge=1, description="steps between two lines of metrics", json_schema_extra=MAY_CHANGE
+    )
+    save_every_minutes: float = Field(
+        5.0, gt=0, description="minutes between two checkpoints", json_schema_extra=MAY_CHANGE
+    )
     save_every_steps: int | None = Field(
         None,
         ge=1,
         description="steps between two checkpoints, besides those by save_every_minutes",
-        json_schema_extra=FREE,
+        json_schema_extra=MAY_CHANGE,
     )
     rank_timeout: float = Field(
         40.0,
         ge=0,
         description="seconds without a sign of life after which a process counts as lost, is named, and the others "
         "end; 0 = never, for a debugger that stops a process whole (gdb, SIGSTOP; a breakpoint of pdb does not)",
-        json_schema_extra=FREE,
+        json_schema_extra=MAY_CHANGE,
     )
     save_in_background: bool = Field(
         True,
         description="train on while a checkpoint is written, from a copy of weights and optimizer in the host's memory",
-        json_schema_extra=FREE,
+        json_schema_extra=MAY_CHANGE,
     )
-    keep_last: int = Field(2, ge=1, description="number of checkpoints that are kept", json_schema_extra=FREE)
+    keep_last: int = Field(2, ge=1, description="number of checkpoints that are kept", json_schema_extra=MAY_CHANGE)
     keep_every: int | None = Field(
         None,
         ge=1,
         description="a checkpoint is written after each multiple of this many steps, and kept for good",
-        json_schema_extra=FREE,
+        json_schema_extra=MAY_CHANGE,
     )
     keep_best: bool = Field(
         False,
         description="a checkpoint is written with the best score so far (online k-NN; of a supervised run top-1), and "
         "kept until there is a better",
-        json_schema_extra=FREE,
+        json_schema_extra=MAY_CHANGE,
     )
     start_from: str | None = Field(
         None,
         description="fork: start from a checkpoint of another run, RUN (its newest), RUN@STEP or RUN@best, with "
         "student, teacher, heads and center; the same as --from",
-        json_schema_extra=FREE,  # looked up once; a run that is continued has its own checkpoints
+        json_schema_extra=MAY_CHANGE,  # looked up once; a run that is continued has its own checkpoints
     )
     restart_schedule: bool = Field(
         False,

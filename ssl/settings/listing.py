@@ -7,7 +7,7 @@ from types import NoneType, UnionType
 from typing import Any, Literal, NamedTuple, get_args, get_origin
 
 from nearfar.ssl.settings.run import AnyRun, Run
-from nearfar.ssl.settings.section import FREE, Section
+from nearfar.ssl.settings.section import MAY_CHANGE, Section
 
 
 class Setting(NamedTuple):
@@ -50,7 +50,7 @@ def all_settings(kind: type[AnyRun] = Run) -> Iterator[Setting]:
         else:
             leaves = [(section, field)]
         for key, leaf in leaves:
-            free = bool(leaf.json_schema_extra == FREE)
+            free = bool(leaf.json_schema_extra == MAY_CHANGE)
             is_text = str in (leaf.annotation, *get_args(leaf.annotation))
             yield Setting(key, _in_words(leaf.annotation), leaf.default, leaf.description or "", free, is_text)
 

@@ -13,25 +13,25 @@ from pydantic import Field, model_validator
 
 from nearfar.ssl.settings import loss_recipes
 from nearfar.ssl.settings.learning import DistillSettings, LossSettings, OptimSettings, TrainSettings
-from nearfar.ssl.settings.section import FREE, Section, Share, ViewProbs
+from nearfar.ssl.settings.section import MAY_CHANGE, Range, Section, ViewProbs
 
 
 class DataSettings(Section):
     path: str = Field(
         "",
         description="training images: class folders, a flat folder, a .txt list, an .npz, a .beton or .tar shards",
-        json_schema_extra=FREE,  # what is in it may not change: checkpoints hold its fingerprint
+        json_schema_extra=MAY_CHANGE,  # what is in it may not change: checkpoints hold its fingerprint
     )
     val: str | None = Field(
         None,
         description="labeled images, scored during training (k-NN; fine-tuning: the classifier) and by `nearfar eval`",
-        json_schema_extra=FREE,
+        json_schema_extra=MAY_CHANGE,
     )
     workers: int | None = Field(
         None,
         ge=0,
         description="processes of each rank (ffcv: threads) that decode and crop images; default: cores - 1, at most 8",
-        json_schema_extra=FREE,
+        json_schema_extra=MAY_CHANGE,
     )
     loader: Literal["auto", "ffcv", "folder", "device"] = Field(
         "auto",
@@ -48,7 +48,7 @@ class DataSettings(Section):
         le=1,
         description="the run stops when more than this share of the images cannot be used, and at least 20 of them "
         "(or a quarter of fewer than 80); 0: at the first",
-        json_schema_extra=FREE,
+        json_schema_extra=MAY_CHANGE,
     )
     min_side: int = Field(
         8, ge=1, description="an image with a shorter side than this, in pixels, counts as unreadable"
@@ -59,15 +59,15 @@ class ViewSettings(Section):
     global_crops: ClassVar[int] = 2  # number of global views of each image
 
     global_crops_size: int = Field(224, ge=4, description="side of the two global views, in pixels")
-    global_crops_scale: Share = Field(
+    global_crops_scale: Range = Field(
         (0.4, 1.0), description="smallest and largest share of the image's area that a global view covers"
     )
     local_crops_size: int = Field(96, ge=4, description="side of a local view, in pixels")
-    local_crops_scale: Share = Field(
+    local_crops_scale: Range = Field(
         (0.05, 0.4), description="smallest and largest share of the image's area that a local view covers"
     )
     local_crops_number: int = Field(8, ge=0, description="number of local views of each image")
-    ratio: Share = Field((3 / 4, 4 / 3), description="smallest and largest aspect ratio of a crop, width / height")
+    ratio: Range = Field((3 / 4, 4 / 3), description="smallest and largest aspect ratio of a crop, width / height")
     hflip_prob: float = Field(0.5, ge=0, le=1, description="probability that a view is flipped left to right")
     color_jitter_prob: float = Field(
         0.8, ge=0, le=1, description="probability that brightness, contrast, saturation and hue are changed"
@@ -91,7 +91,7 @@ class ViewSettings(Section):
     blur_prob: ViewProbs = Field(
         (1.0, 0.1, 0.5), description="probability of blur, for the first global, the second global and the local views"
     )
-    blur_sigma: Share = Field(
+    blur_sigma: Range = Field(
         (0.1, 2.0), description="smallest and largest standard deviation of the blur, in pixels of the view"
     )
     solarize_prob: ViewProbs = Field(
@@ -186,26 +186,26 @@ class EvalSettings(Section):
         None,
         ge=4,
         description="side of an image for the scores, in pixels; default: that of the global views",
-        json_schema_extra=FREE,
+        json_schema_extra=MAY_CHANGE,
     )
     resize: int | None = Field(
         None,
         ge=4,
         description="shorter side to which an image is resized before its center is cut out; default: 256 / 224 of "
         "eval.size",
-        json_schema_extra=FREE,
+        json_schema_extra=MAY_CHANGE,
     )
     knn_every_epochs: float | None = Field(
         None,
         ge=0,
         description="epochs (1.5, say) between two k-NN scores during training; 0 = off",
-        json_schema_extra=FREE,
+        json_schema_extra=MAY_CHANGE,
     )
     knn_max_images: int = Field(
         5000,
         ge=1,
         description="most training images that the k-NN score during training looks at, and most images that it scores",
-        json_schema_extra=FREE,
+        json_schema_extra=MAY_CHANGE,
     )
 
 
@@ -234,12 +234,12 @@ class Run(AnyRun):
     """One pretraining run, whole. `config.yaml` in its folder holds it with every derived value filled in."""
 
     name: str = Field("", description="name of the run's folder; default: the recipe's name")
-    folder: str = Field("runs", description="where run folders are", json_schema_extra=FREE)
+    folder: str = Field("runs", description="where run folders are", json_schema_extra=MAY_CHANGE)
     track: Literal["tensorboard", "wandb"] = Field(
         "tensorboard",
         description="where metrics and pictures go besides the run's own files: TensorBoard's events in its folder, or "
         "Weights & Biases (the package wandb)",
-        json_schema_extra=FREE,
+        json_schema_extra=MAY_CHANGE,
     )
     data: DataSettings = DataSettings()
     views: ViewSettings = ViewSettings()

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 from pydantic import BaseModel, BeforeValidator, ConfigDict, JsonValue
 
 # Settings marked like this may differ when a run is continued: they do not change a single weight.
-FREE: dict[str, JsonValue] = {"resume": "free"}
+MAY_CHANGE: dict[str, JsonValue] = {"resume": "free"}
 
 
 def _numbers(value: Any) -> Any:
@@ -17,7 +17,7 @@ def _numbers(value: Any) -> Any:
     return [part.strip() for part in value.strip().removeprefix("(").removesuffix(")").strip("[] ").split(",")]
 
 
-Share = Annotated[tuple[float, float], BeforeValidator(_numbers)]  # a range: lowest, highest
+Range = Annotated[tuple[float, float], BeforeValidator(_numbers)]  # a range: lowest, highest
 ViewProbs = Annotated[tuple[float, float, float], BeforeValidator(_numbers)]  # first global, second global, local views
 
 

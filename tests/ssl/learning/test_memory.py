@@ -19,7 +19,7 @@ from nearfar.ssl.data.sources.base import ArraySource
 from nearfar.ssl.errors import UserError
 from nearfar.ssl.learning import memory
 from nearfar.ssl.learning.learner import Learner, Network, build_learner
-from nearfar.ssl.learning.memory import Need
+from nearfar.ssl.learning.memory import MemoryNeed
 from nearfar.ssl.learning.optim import adamw
 from nearfar.ssl.learning.step import Stepper
 from nearfar.ssl.run import announce
@@ -152,7 +152,7 @@ def resolved(tiny: Make, *settings: str) -> ResolvedRun:
 
 
 def test_too_little_memory_is_said_before_the_first_step(tiny: Make) -> None:
-    need = Need(2_000_000_000, 10**9, 2_000_000_000, 5_500_000_000, 10_000_000)
+    need = MemoryNeed(2_000_000_000, 10**9, 2_000_000_000, 5_500_000_000, 10_000_000)
     run = resolved(tiny, "train.accumulate_steps=2")
     line = announce.memory_line(run, need, 20_000_000_000)
     assert "A step of each of 2 processes needs about 10.5 GB" in line
