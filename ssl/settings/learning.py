@@ -155,7 +155,7 @@ class TrainSettings(Section):
         ge=1,
         description="processes that share each batch; default: one for each GPU, by the cores on a CPU; under "
         "SLURM and torchrun as many as they start",
-        json_schema_extra=MAY_CHANGE,  # sums in another order: the same run up to rounding, and said so when it is continued
+        json_schema_extra=MAY_CHANGE,  # the same run up to the rounding of sums, which is said when it is continued
     )
     shard: bool = Field(
         False,
