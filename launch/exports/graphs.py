@@ -45,10 +45,10 @@ class TokenTensors(nn.Module):
 
 
 def takes_any_size(backbone: Backbone) -> bool:
-    """May one graph hold for images of all sizes? Only where no table depends on the size: learned positions are
-    resampled to it, the filters of wavelets other than Haar's and Vision Mamba's scan are written out for it."""
+    """May one graph hold for images of all sizes? Not where something is written out for one: positions that are
+    resampled antialiased, the filters of wavelets other than Haar's, Vision Mamba's scan."""
     model = backbone.model
-    if not isinstance(model, VisionTransformer) or model.pos_embed is not None:
+    if not isinstance(model, VisionTransformer) or (model.pos_embed is not None and model.pos_antialias):
         return False
     return not isinstance(model.patch_embed, LGPPatchEmbed) or model.patch_embed.folds
 

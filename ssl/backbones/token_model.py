@@ -207,15 +207,26 @@ def resize_positions(positions: Tensor, made_for: Grid, grid: Grid, antialias: b
 
     By default as DINO and DINOv2 do it: no antialiasing, and each side scaled by (n + .1) / n0, whose .1 was added
     against rounding and moves every sampling point. `antialias`: as timm, and DINOv2 with registers, do it, exactly to
-    the size.
+    the size. In a graph that is exported for every size both happen in it, where the size is the table's own or not.
     """
-    if grid == made_for:
+    known = all(isinstance(side, int) for side in grid)  # and no symbols of such a graph
+    if known and grid == made_for:
         return positions
     # Two products: bicubic's own backward does not compile for sizes that vary (torch 2.13).
     make = _antialiased if antialias else _bicubic
     with without_autocast(positions.device.type):
         down, across = (make(*sides, positions) for sides in zip(made_for, grid, strict=True))
+        if not known:
+            down, across = _unchanged_at(made_for, grid, down, across)
         return torch.einsum("yh,xw,bhwd->byxd", down, across, positions.unflatten(1, made_for)).flatten(1, 2)
+
+
+def _unchanged_at(made_for: Grid, grid: Grid, down: Tensor, across: Tensor) -> tuple[Tensor, Tensor]:
+    """The matrices of a resampling, or those that change nothing where both sides are what the table was made for."""
+    sides = list(zip(made_for, grid, strict=True))
+    same = torch.stack([torch.scalar_tensor(new, dtype=torch.int64) == old for old, new in sides]).all()
+    identities = [(torch.arange(new)[:, None] == torch.arange(old)).to(down) for old, new in sides]
+    return torch.where(same, identities[0], down), torch.where(same, identities[1], across)
 
 
 SHARPNESS = -0.75  # of Keys' cubic convolution (1981), in torch as in OpenCV

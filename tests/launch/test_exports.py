@@ -259,7 +259,8 @@ def test_the_card_of_weights_without_scores_says_so(tmp_path: Path) -> None:
 LONG = pytest.mark.long
 ROPE = {"rope": True, "registers": 2, "gaug": True}
 NETWORKS = [
-    pytest.param("vit_tiny_patch8", {}, False, id="plain", marks=LONG),
+    pytest.param("vit_tiny_patch8", {}, True, id="plain"),
+    pytest.param("vit_tiny_patch8", {"pos_antialias": True}, False, id="antialiased", marks=LONG),
     pytest.param("vit_tiny_patch8", IDEAS, True, id="lgp-gaug-prr"),
     pytest.param("vit_tiny_patch8", ROPE, True, id="rope", marks=LONG),
     pytest.param("vim_tiny_patch8", {"num_heads": None, "lgp": True, "depth": 1}, False, id="vim"),
@@ -317,11 +318,12 @@ def test_a_missing_package_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 def test_sizes_that_a_graph_cannot_have_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="Try 40x32"):
-        graphs.write_torch_export(to_export(), tmp_path / "x.pt2", (39, 32))
+        graphs.write_torch_export(to_export(pos_antialias=True), tmp_path / "x.pt2", (39, 32))
     with pytest.raises(UserError, match="for images of every size; leave out --size"):
         graphs.write_torch_export(to_export(**IDEAS), tmp_path / "x.pt2", (48, 32))
     assert list(tmp_path.iterdir()) == []
-    assert graphs.write_torch_export(to_export(), tmp_path / "x.pt2", (48, 32)).sizes == [(48, 32)]
+    one = to_export(pos_antialias=True)
+    assert graphs.write_torch_export(one, tmp_path / "x.pt2", (48, 32)).sizes == [(48, 32)]
 
 
 # --- the verb --------------------------------------------------------------------------------------------------
