@@ -3,20 +3,11 @@
 import numpy as np
 import pytest
 import torch
-from sklearn.datasets import load_digits
 from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import StandardScaler
 
 from nearfar.eval.fewshot import draw_per_class, draw_share, few_labels, few_shot
 from nearfar.ssl.errors import UserError
-
-
-@pytest.fixture(scope="module")
-def digits():
-    x, y = load_digits(return_X_y=True)
-    order = np.random.default_rng(0).permutation(len(x))
-    x, y = x[order], y[order]
-    return x[:900], y[:900], x[900:], y[900:]
 
 
 def test_draws_hold_each_class_alike_and_differ_by_seed():

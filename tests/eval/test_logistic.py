@@ -3,7 +3,6 @@
 import numpy as np
 import pytest
 import torch
-from sklearn.datasets import load_digits
 from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import StandardScaler
 
@@ -11,14 +10,6 @@ from nearfar.eval import logistic as module
 from nearfar.eval.linear import standardize
 from nearfar.eval.logistic import fit, logistic_probe
 from nearfar.ssl.errors import UserError
-
-
-@pytest.fixture(scope="module")
-def digits():
-    x, y = load_digits(return_X_y=True)
-    order = np.random.default_rng(0).permutation(len(x))
-    x, y = x[order], y[order]
-    return x[:900], y[:900], x[900:], y[900:]
 
 
 @pytest.mark.parametrize("strength", [0.01, 1.0])
