@@ -6,11 +6,13 @@ from collections.abc import Callable
 
 import numpy as np
 import pytest
+import torch.nn.functional as F
 from rich.console import Console
+from torch import Tensor
 
 from nearfar.ssl import train
 from nearfar.ssl.data.sources.base import ArraySource
-from nearfar.ssl.learning.losses import DINOLoss
+from nearfar.ssl.learning.losses import DINOLoss, koleo
 from nearfar.ssl.settings.run import Run
 
 Make = Callable[..., Run]
@@ -54,3 +56,28 @@ def test_a_teacher_without_centering_gives_one_answer(
 def test_a_rate_that_is_far_too_high_gives_one_answer(tiny: Make, tiles: ArraySource, quiet: Console) -> None:
     high = tiny("optim.lr=0.3", "optim.warmup_epochs=0", "head.batch_norm=false", "train.epochs=10")
     assert "Collapse to one answer: the teacher does not tell images apart" in alarms(high, tiles, quiet)[0]
+
+
+def test_a_loss_that_pulls_features_together_gives_nearly_the_same_ones(
+    tiny: Make, tiles: ArraySource, quiet: Console, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("nearfar.ssl.learning.learner.koleo", lambda features: -koleo(features))
+    together = tiny("loss.koleo_weight=5", "optim.lr=0.003", "optim.teacher_momentum=0.5", "train.epochs=10")
+    assert "Dimensional collapse: all images get nearly the same features" in alarms(together, tiles, quiet)[0]
+
+
+def test_a_loss_that_leaves_one_direction_is_told_as_few_of_them(
+    tiny: Make, tiles: ArraySource, quiet: Console, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def on_a_line(features: Tensor) -> Tensor:
+        along = F.normalize(features, dim=-1)[..., 0]
+        return along.mean().square() - along.square().mean()
+
+    monkeypatch.setattr("nearfar.ssl.learning.learner.koleo", on_a_line)
+    plain = [
+        "backbone.lgp=false",
+        "backbone.gaug=false",
+        "backbone.prr=false",
+    ]  # whose features begin in more directions
+    flat = tiny(*plain, "loss.koleo_weight=100", "optim.lr=0.01", "optim.teacher_momentum=0.5", "train.epochs=10")
+    assert "Dimensional collapse: the features share few directions" in alarms(flat, tiles, quiet)[0]
