@@ -62,9 +62,9 @@ demo: setup
 # What few users need and some tests read or write with: kept out of `make setup`, which a demo waits for.
 $(READY_FOR_TESTS): $(READY)
 	@echo "Installing what only tests need: wandb, pyarrow, transformers ..."
-	@$(BIN)/pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS) wandb pyarrow transformers || \
-		echo "They did not install (pip says why above); their tests are skipped."
-	@touch $@
+	@if $(BIN)/pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS) wandb pyarrow transformers; then \
+		touch $@; \
+	else echo "They did not install (pip says why above); their tests are skipped."; fi
 
 # Three processes of one thread each, also on two cores: those with the cluster's files, which go first
 # (tests/conftest.py) and not those with the most tests, wait half of the time.

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -52,14 +54,12 @@ def pretrain_rank(run: Run, console: Console, world: Ranks) -> train.Outcome:
     source = open_source(run.data.path)
     with StopFlag() as stop:
         score = None
-        if run.data.val:
-            shared = world.size > 1 and not run.train.shard  # of a sharded teacher only the first rank has a whole copy
-            score = OnlineKNN(source, open_source(run.data.val), run.eval.knn_max_images, stop, shared)
+        shared = world.size > 1 and not run.train.shard  # of a sharded teacher only the first rank has a whole copy
+        if run.data.val and (world.first or shared):
+            say = partial(console.print, highlight=False, markup=False, soft_wrap=True)
+            score = OnlineKNN(source, open_source(run.data.val), run.eval.knn_max_images, stop, shared, say)
             if score.missing and world.first:
-                console.print(
-                    f"No online k-NN of data.path ({run.data.path}) and data.val ({run.data.val}): {score.missing}",
-                    highlight=False, markup=False, soft_wrap=True,
-                )  # fmt: skip
+                say(f"No online k-NN of data.path ({run.data.path}) and data.val ({run.data.val}): {score.missing}")
         probe = OnlineScores(score, StartSimilarity(source, run.path / START)) if world.first else None
         observers = train.Observers(save_views, probe, score.assist if score else None)
         return train.pretrain(run, source, observers, stop, console, world)
@@ -81,7 +81,8 @@ class OnlineKNN:
     are chosen alike. A stop signal ends it without a score (None): scoring may take minutes, and the sender of the
     signal waits only seconds.
 
-    shared: all ranks of the run extract together, the others by `assist`.
+    shared: all ranks of the run extract together, the others by `assist`, where all have the same images and weights.
+    say: tells where they have not.
     """
 
     def __init__(
@@ -91,15 +92,39 @@ class OnlineKNN:
         images: int,
         should_stop: Callable[[], bool] = lambda: False,
         shared: bool = False,
+        say: Callable[[str], object] = lambda _: None,
     ) -> None:
-        self.should_stop, self.shared = should_stop, shared
+        self.should_stop, self.shared, self._say, self._told = should_stop, shared, say, False
         self.missing = _no_score(source, val)
         self.memory = Subset(source, np.arange(0, len(source), -(-len(source) // images)))
         self.val = Subset(val, np.arange(0, len(val), -(-len(val) // images)))
 
     def __call__(self, backbone: Backbone, run: ResolvedRun) -> dict[str, float] | None:
+        shared = self.shared and self._alike(backbone)
         if self.missing:
             return {}
+        found = self._score(backbone, run, shared)
+        if shared:
+            sharing.dismiss()
+        return found
+
+    def assist(self, backbone: Backbone, run: ResolvedRun) -> None:
+        """On every other rank while the first one scores: extract a share of the images."""
+        if self.shared and self._alike(backbone) and not self.missing:
+            compute_share([backbone], [self.memory, self.val], Decoding(workers=run.data.workers))
+
+    def _alike(self, backbone: Backbone) -> bool:
+        """Has every rank the same images and weights, bit for bit? All must ask. Where not, the first scores alone."""
+        mine = json.dumps([self.missing, self.memory.fingerprint, self.val.fingerprint, digest(backbone)])
+        everyone = [json.loads(text) for text in distributed.gathered([mine])]
+        if (alike := all(each == everyone[0] for each in everyone)) or self._told:
+            return alike
+        what = "weights" if all(each[:3] == everyone[0][:3] for each in everyone) else "images"
+        self._say(f"The ranks have different {what}, so the first one computes the online k-NN alone, of its own.")
+        self._told = True
+        return False
+
+    def _score(self, backbone: Backbone, run: ResolvedRun, shared: bool) -> dict[str, float] | None:
 
         def go_on(_: int) -> None:
             if self.should_stop():
@@ -111,27 +136,13 @@ class OnlineKNN:
 
         compute = device.choose(run.train.device, run.train.precision, backbone.embed_dim)
         place = next(backbone.parameters()).device
-        shared = self.shared and _alike(backbone)
         try:
             memory, val = read(self.memory), read(self.val)
             known, right = labels_of(memory, val)
             (score,) = knn(memory.x, known, val.x, right, ks=(20,), device=place).values()
         except ScoringStoppedError:
             return None
-        finally:
-            if shared:
-                sharing.dismiss()
         return {"knn_top1": score}
-
-    def assist(self, backbone: Backbone, run: ResolvedRun) -> None:
-        """On every other rank while the first one scores: extract a share of the images."""
-        if not self.missing and self.shared and _alike(backbone):
-            compute_share([backbone], [self.memory, self.val], Decoding(workers=run.data.workers))
-
-
-def _alike(backbone: Backbone) -> bool:
-    """Has every rank the same bits? All must ask. Where not, the first rank's own are scored, and by it alone."""
-    return len(set(distributed.gathered([digest(backbone)]))) == 1
 
 
 def _no_score(train: Source, val: Source) -> str:

@@ -85,9 +85,13 @@ class Pretraining(Training[ResolvedRun, Learner]):
             values,
             masks=self.masks(),
             freeze_last_layer=self.schedule.prototypes_frozen(self.step),
-            freeze_backbone=self.schedule.backbone_frozen(self.step),
+            freeze_backbone=self.backbone_frozen,
             votes=votes,
         )
+
+    @property
+    def backbone_frozen(self) -> bool:
+        return self.schedule.backbone_frozen(self.step)
 
     def masks(self) -> list[Masks]:
         """Of the coming step, for each of its parts; none without iBOT."""

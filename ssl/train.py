@@ -107,13 +107,26 @@ class Meter:
         self.begun_at, self.warm = training.step, 0.0
         self.restart()
 
+    @property
+    def times_now(self) -> bool:
+        """Is this step at an end of the few from which the length of the run is estimated?"""
+        return self.training.step - self.begun_at in (WARM_UP, WARM_UP + TIMED)
+
     def estimate(self) -> None:
-        """Once, after a few steps: how long the others will take."""
-        done = self.training.step - self.begun_at
-        if done == WARM_UP:
-            self.warm = time.monotonic()
-        elif done == WARM_UP + TIMED and (left := self.training.schedule.steps - self.training.step):
-            self.training.log.say(announce.time_line((time.monotonic() - self.warm) / TIMED, left))
+        """Once, after a few steps without a score or a frozen backbone: how long the others will take."""
+        training, now = self.training, time.monotonic() - self.training.saver.seconds
+        if training.backbone_frozen:
+            self.begun_at = training.step
+        elif training.step - self.begun_at == WARM_UP:
+            self.warm = now
+        elif self.times_now and (left := training.schedule.steps - training.step):
+            training.log.say(announce.time_line((now - self.warm) / TIMED, left))
+
+    def scored(self) -> None:
+        """A score took its time, which is no step's."""
+        if self.training.step - self.begun_at < WARM_UP + TIMED:
+            self.begun_at = self.training.step
+        self.restart()
 
     def restart(self) -> None:
         self.waited, self.since, self.first_step = 0.0, time.monotonic(), self.training.step
@@ -171,13 +184,14 @@ def _loop(training: Training[Any, Any], should_stop: Callable[[], bool]) -> None
         if training.step < schedule.steps:
             prefetch.begin()
         logs = training.step % run.train.log_every_steps == 0 or training.step == schedule.steps
-        stop = training.finish_steps(0 if logs or schedule.scores_due(training.step) else training.steps_behind)
+        now = logs or meter.times_now or schedule.scores_due(training.step)
+        stop = training.finish_steps(0 if now else training.steps_behind)
         meter.estimate()
         if logs:
             meter.log(trained, values)
         if schedule.scores_due(training.step) and not stop:
             stop = training.score()
-            meter.restart()
+            meter.scored()
         training.saver.check()
         if stop or training.save_due():
             training.save()

@@ -198,6 +198,11 @@ class Training(ABC, Generic[R, L]):
     def sharded(self) -> bool:
         return is_sharded(next(self.learner.parameters()))
 
+    @property
+    def backbone_frozen(self) -> bool:
+        """Will the next step leave the backbone as it is?"""
+        return False
+
     def log_start(self) -> None:
         lines: list[str] = announce.start_lines(
             self.run, self.derived, self.learner, self.schedule.steps, self.compute, self.step, self.source,

@@ -37,5 +37,5 @@ def duration(seconds: float) -> str:
     if seconds < 99.5:
         return counted(round(seconds), "second")
     if seconds < 99.5 * 60:
-        return f"{seconds / 60:.0f} minutes"
+        return f"{seconds / 60:.{int(seconds < 595)}f} minutes"
     return f"{seconds / 3600:.1f} hours" if seconds < 48 * 3600 else f"{seconds / 86400:.1f} days"

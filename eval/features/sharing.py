@@ -1,5 +1,5 @@
 """One extraction by all ranks of a job: the first announces it, each of n ranks computes every n-th batch, and the
-first asks for them a few ahead and receives them in order; it may stop before the end. Batches are cut alike whatever
+first asks each for its next one and receives them in order; it may stop before the end. Batches are cut alike whatever
 the number of ranks, so the features are the same too.
 
 What is announced is the manifest, which names weights and images by their digests: the other ranks look both up among
@@ -7,7 +7,6 @@ their own, and cannot compute anything else. Nothing but JSON and raw arrays goe
 """
 
 import json
-from collections import deque
 from collections.abc import Generator, Iterable, Iterator
 from typing import Any
 
@@ -21,7 +20,6 @@ from nearfar.ssl.errors import UserError
 from nearfar.ssl.parallel import distributed
 
 Computed = tuple[DecodedBatch, np.ndarray | None]
-_MOST_IN_FLIGHT = 4  # batches that the first rank asks another one for, ahead of what it has taken
 
 
 def announce(manifest: dict[str, Any], batch_size: int, start: int) -> None:
@@ -40,18 +38,18 @@ def announced() -> dict[str, Any] | None:
 
 
 class _Requests:
-    """What the first rank asks of another one, which sends a batch for each request."""
+    """What the first rank asks of another one, which sends a batch for each request and meanwhile computes the next."""
 
     def __init__(self, rank: int, batches: int) -> None:
-        self.rank, self.left, self.asked = rank, batches, 0
+        self.rank, self.left, self.asked = rank, batches, False
         self._sent: list[tuple[Tensor, dist.Work | None]] = []
         self._ask()
 
     def _ask(self) -> None:
-        while self.left and self.asked < _MOST_IN_FLIGHT:
+        self.asked = self.left > 0
+        if self.asked:
             self._say(1)
             self.left -= 1
-            self.asked += 1
 
     def _say(self, word: int) -> None:
         message = torch.tensor([word])
@@ -59,7 +57,6 @@ class _Requests:
 
     def take(self) -> Computed:
         found = _receive(self.rank)
-        self.asked -= 1
         self._ask()
         return found
 
@@ -68,28 +65,33 @@ class _Requests:
         if self.left:
             self.left = 0
             self._say(0)
-        while self.asked:
+        if self.asked:
             self.take()
         _wait([work for _, work in self._sent if work is not None])
 
 
 def in_order(own: Iterator[Computed], count: int) -> Generator[Computed]:
     """On the first rank: all `count` batches in order, its own and those that it receives from the others. Closed
-    early, it lets the others go after at most the few batches that they were asked for."""
+    early, it lets the others go after the one batch that each was asked for. What fails in here is left as it is: then
+    nobody knows which message is next, and the end of this process tells the others."""
     ranks = distributed.count()
     others = [_Requests(rank, len(range(rank, count, ranks))) for rank in range(1, ranks)]
-    try:
-        for number in range(count):
-            rank = number % ranks
-            yield next(own) if rank == 0 else others[rank - 1].take()
-    finally:
-        for other in others:
-            other.end()
+    for number in range(count):
+        rank = number % ranks
+        found = next(own) if rank == 0 else others[rank - 1].take()
+        try:
+            yield found
+        except GeneratorExit:
+            for other in others:
+                other.end()
+            raise
+    for other in others:
+        other.end()
 
 
 def send(computed: Iterable[Computed]) -> None:
     """On another rank: its batches to the first, as long as that one asks for them."""
-    sent: deque[tuple[list[Tensor], list[dist.Work]]] = deque()
+    before: tuple[list[Tensor], list[dist.Work]] = [], []
     asked = torch.empty(1, dtype=torch.int64)
     for batch, x in computed:
         dist.recv(asked, 0)
@@ -97,11 +99,9 @@ def send(computed: Iterable[Computed]) -> None:
             break
         parts = _packed(batch, x)
         works = [dist.isend(part, 0) for part in parts]
-        sent.append((parts, [work for work in works if work is not None]))
-        if len(sent) > _MOST_IN_FLIGHT:
-            _wait(sent.popleft()[1])
-    while sent:
-        _wait(sent.popleft()[1])
+        _wait(before[1])
+        before = parts, [work for work in works if work is not None]
+    _wait(before[1])
 
 
 def _wait(works: list[dist.Work]) -> None:

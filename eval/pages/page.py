@@ -91,6 +91,7 @@ img { max-width: 100%; height: auto; display: block; border-radius: 3px }
   repeat(3, 1fr) } .bars { grid-template-columns: repeat(3, 1fr) } h2 { break-after: avoid } tr { break-inside: avoid }
   details:not([open]) { display: none } * { print-color-adjust: exact; -webkit-print-color-adjust: exact } }
 """
+MOST_IN_A_ROW = 5  # pictures of a strip; more are put in two rows
 _MARKS = {"right": "\u2713 ", "wrong": "\u2717 ", "": ""}
 
 
@@ -180,7 +181,8 @@ def _group(group: Group) -> str:
 
 def _strip(label: str, cells: Sequence[Cell]) -> str:
     title = f"<b>{html.escape(label)}</b>" if label else ""
-    columns = f"grid-template-columns:repeat({max(1, len(cells))},minmax(0,1fr))"
+    in_a_row = len(cells) if len(cells) <= MOST_IN_A_ROW else -(-len(cells) // 2)
+    columns = f"grid-template-columns:repeat({max(1, in_a_row)},minmax(0,1fr))"
     return f'<div class="strip" style="{columns}">{title}{"".join(map(_cell, cells))}</div>'
 
 

@@ -33,7 +33,7 @@ from nearfar.ssl.data.transforms.normalize import normalize_pixels
 from nearfar.ssl.errors import BadImage, UserError
 
 SHOWN = 6  # images of each figure
-NEIGHBORS = 5
+NEIGHBORS = 8
 MEMORY, QUERIES = 2000, 200  # images among which neighbors are looked for, and of which the share of right ones is told
 MASKED = 1000  # images that train the head of the predicted masks
 TOGETHER = (

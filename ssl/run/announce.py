@@ -241,10 +241,8 @@ def disk_line(learner: StudentTeacher, keep: int, copied: bool) -> str:
 
 def time_line(seconds: float, left: int) -> str:
     """seconds: a step, as the first ones were."""
-    return (
-        f"{counted(left, 'step')} left: about {duration(seconds * left)} at {seconds:.2g} s a step, without scores and "
-        "checkpoints."
-    )
+    each = f"{seconds:.2f}" if seconds < 10 else f"{seconds:.0f}"
+    return f"{counted(left, 'step')} left: about {duration(seconds * left)} at {each} s a step, without scores."
 
 
 def what_next(run: Run, finished: bool, step: int, steps: int) -> str:

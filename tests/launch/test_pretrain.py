@@ -264,7 +264,7 @@ torch.set_num_threads(1)
 images = ArraySource(np.random.default_rng(0).integers(0, 256, (600, 16, 16, 3), np.uint8), labels=np.arange(600) % 3)
 run = config.load(None, ["name=r", f"folder={folder}", "train.device=cpu", "train.precision=fp32", "eval.size=16",
                          "eval.resize=16", "data.workers=0"])
-seen = []
+seen, said = [], []
 read = images.read
 images.read = lambda i: seen.append(i) or read(i)
 
@@ -274,9 +274,9 @@ def backbone(seed):
     return create("vit_tiny_patch4", img_size=16, embed_dim=12, depth=1, num_heads=2)
 
 
-def scored(network, stop=lambda: False):
+def scored(network, stop=lambda: False, val=images):
     seen.clear()
-    score = OnlineKNN(images, images, 600, stop, shared=world.size > 1)
+    score = OnlineKNN(images, val, 600, stop, world.size > 1, said.append)
     found = score(network, run) if world.first else score.assist(network, run)
     return found, len(seen)
 
@@ -284,20 +284,24 @@ def scored(network, stop=lambda: False):
 with distributed.joined(world):
     asked = iter(range(10**6))
     found = [scored(backbone(0)), scored(backbone(0), lambda: next(asked) == 3), scored(backbone(world.rank))]
+    mine = ArraySource(images.images, None if world.rank else images.labels)
+    found += [scored(backbone(0), val=mine), said]
 Path(folder, f"{world.size}-{world.rank}").write_text(json.dumps(found))
 """
 
 
 def test_all_ranks_compute_the_online_score_and_it_is_that_of_one(tmp_path: Path) -> None:
-    """Its features in full, then a stop in the middle, then with weights that are not the same everywhere."""
+    """In full, then with a stop in the middle, then with other weights and other images on the second rank."""
     script = tmp_path / "rank.py"
     script.write_text(RANK)
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     for start in ([sys.executable], torchrun):
         subprocess.run([*start, str(script), str(tmp_path)], timeout=120, check=True)
     alone, first, other = (json.loads((tmp_path / name).read_text()) for name in ("1-0", "2-0", "2-1"))
-    (score, read), stopped, own = alone
+    (score, read), stopped, own, others, _ = alone
     assert read == 1200 and stopped[0] is None and own == [score, 1200]
     assert first[0][0] == score and first[0][1] + other[0][1] == 1200 and other[0][1] == 2 * 280
     assert first[1][0] is None and first[1][1] < 400
     assert first[2] == own and other[2] == [None, 0]
+    assert first[3] == others and others[0] == score and other[3] == [None, 0]
+    assert [line.split(",")[0] for line in first[4]] == [f"The ranks have different {x}" for x in ("weights", "images")]

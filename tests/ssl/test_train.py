@@ -7,7 +7,9 @@ import math
 import os
 import re
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -555,3 +557,50 @@ def test_metrics_are_json_lines(tiny: Make, images: ArraySource, quiet: Console,
     train.pretrain(run, images, should_stop=lambda: True, console=quiet)
     (line,) = (run.path / "metrics.jsonl").read_text().splitlines()
     assert json.loads(line)["step"] == 1
+
+
+class Clock:
+    """Seconds that pass as the test says."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def monotonic(self) -> float:
+        return self.now
+
+
+def estimates(
+    monkeypatch: pytest.MonkeyPatch, *, first: int = 0, steps: int = 100, **events: Any
+) -> list[tuple[int, str]]:
+    """(step, line) of what `Meter` says of the time in a run whose steps take 2 s, but the first two 60 s.
+
+    frozen: steps before which the backbone is frozen, and takes 1 s; scored, saved: seconds by step.
+    """
+    clock, said = Clock(), []
+    monkeypatch.setattr(train, "time", clock)
+    loop: Any = SimpleNamespace(
+        step=first, saver=SimpleNamespace(seconds=0.0), schedule=SimpleNamespace(steps=steps), backbone_frozen=False,
+        log=SimpleNamespace(say=lambda line: said.append((loop.step, line))),
+    )  # fmt: skip
+    meter = train.Meter(loop)
+    while loop.step < steps:
+        loop.step += 1
+        loop.backbone_frozen = loop.step < events.get("frozen", 0)
+        clock.now += 60 if loop.step <= first + 2 else 1 if loop.backbone_frozen else 2
+        meter.estimate()
+        if loop.step in events.get("scored", {}):
+            clock.now += events["scored"][loop.step]
+            meter.scored()
+        saving = events.get("saved", {}).get(loop.step, 0)
+        clock.now, loop.saver.seconds = clock.now + saving, loop.saver.seconds + saving
+    return said
+
+
+def test_the_length_of_a_run_is_told_from_whole_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    told = partial(estimates, monkeypatch)
+    assert told() == [(5, "95 steps left: about 3.2 minutes at 2.00 s a step, without scores.")]
+    assert told(first=50) == [(55, "45 steps left: about 90 seconds at 2.00 s a step, without scores.")]
+    assert told(steps=5) == []
+    assert told(scored={4: 500}, saved={3: 70})[0][0] == 9 and len(told(scored={4: 500})) == 1
+    assert told(saved={3: 70}) == told() and told(scored={5: 500, 10: 500}) == told()
+    assert [step for step, _ in told(frozen=20)] == [24] and "2.00 s" in told(frozen=20)[0][1]
