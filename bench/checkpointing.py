@@ -21,7 +21,7 @@ from typing import NamedTuple
 import torch
 
 from nearfar.ssl import config
-from nearfar.ssl.learning.learner import build_learner
+from nearfar.ssl.learning.dino import build_dino_learner
 from nearfar.ssl.learning.optim import adamw
 from nearfar.ssl.learning.step import Stepper
 from nearfar.ssl.parallel import device
@@ -49,7 +49,7 @@ def measure(model: str, prototypes: int, batch: int, rounds: int, folder: Path, 
     compute = device.choose(place, "auto", 10**6)
     if compute.device.type == "cpu":
         device.keep_freed_memory()
-    learner = build_learner(run).to(compute.device)
+    learner = build_dino_learner(run).to(compute.device)
     optimizer = adamw(learner.student)
     stepper = Stepper(learner, optimizer, 3.0, compute.autocast)
     views = [torch.randn(2, batch, 3, 224, 224), torch.randn(2, batch, 3, 96, 96)]

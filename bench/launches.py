@@ -27,7 +27,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from nearfar.ssl import config
 from nearfar.ssl.backbones.scan import scan_backward, scan_forward
 from nearfar.ssl.data.transforms.normalize import normalize
-from nearfar.ssl.learning.learner import Learner, build_learner
+from nearfar.ssl.learning.dino import build_dino_learner
+from nearfar.ssl.learning.learner import Learner
 from nearfar.ssl.learning.optim import adamw, multiply_alike
 from nearfar.ssl.learning.step import Stepper
 from nearfar.ssl.settings.defaults import resolve
@@ -153,7 +154,7 @@ def count_step(settings: list[str], bf16: bool) -> tuple[LaunchCounter, nn.Modul
     """The kernels of the second step of a run, and its student."""
     images = 2
     run = resolve(config.load(None, [*settings, f"train.batch_size={images}"]), 1000)[0]
-    learner = build_learner(run)
+    learner = build_dino_learner(run)
     optimizer = adamw(learner.student)
     stepper = Stepper(learner, optimizer, 3.0, lambda: torch.autocast("cpu", torch.bfloat16) if bf16 else nullcontext())
     sizes = ((2, run.views.global_crops_size), (run.views.local_crops_number, run.views.local_crops_size))

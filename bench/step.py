@@ -33,7 +33,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from nearfar.ssl import config
 from nearfar.ssl.learning.compiled import compile_backbone, compiler_missing
-from nearfar.ssl.learning.learner import build_learner, share_batch_norm
+from nearfar.ssl.learning.dino import build_dino_learner
+from nearfar.ssl.learning.learner import share_batch_norm
 from nearfar.ssl.learning.optim import adamw
 from nearfar.ssl.learning.step import Stepper
 from nearfar.ssl.parallel import device, distributed
@@ -96,7 +97,7 @@ def step_of(name: str, asked: StepOptions, compute: Compute) -> Callable[[], flo
 def stepper_of(name: str, asked: StepOptions, compute: Compute) -> Stepper:
     """Ours, by the name it has in the table."""
     run = resolve(config.load(None, settings_of(name, asked)), 100_000, world_size=distributed.count())[0]
-    learner = build_learner(run).to(compute.device)
+    learner = build_dino_learner(run).to(compute.device)
     if distributed.count() > 1:
         share_batch_norm(learner)
     if name.endswith(COMPILED):

@@ -13,20 +13,21 @@ from nearfar.ssl.backbones.adapter import Adapter
 from nearfar.ssl.backbones.factory import OUR_NAME, VIM_NAME
 from nearfar.ssl.disk import digests
 from nearfar.ssl.errors import UserError
+from nearfar.ssl.learning.dino import build_dino_learner
 from nearfar.ssl.learning.distill import Distiller, FrozenTeacher, Pooling, ProjectedStudent
-from nearfar.ssl.learning.learner import Learner, build_learner
+from nearfar.ssl.learning.learner import Learner
 from nearfar.ssl.settings.defaults import ResolvedRun
 from nearfar.ssl.settings.learning import DistillSettings
 
 
 def learner_of(run: ResolvedRun, weights: bool = True) -> Learner:
-    """The learner of a run: distilling where it names a teacher, DINO elsewhere; seeded as `build_learner`.
+    """The learner of a run: distilling where it names a teacher, DINO elsewhere; seeded as `build_dino_learner`.
 
     Raises:
         UserError: the backbone, the teacher or their files are not what the settings need, or the images that a
             backbone is to see are smaller than one of its patches.
     """
-    learner: Learner = build_distiller(run, weights) if run.distill.teacher else build_learner(run, weights)
+    learner: Learner = build_distiller(run, weights) if run.distill.teacher else build_dino_learner(run, weights)
     sizes = {"views.global_crops_size": run.views.global_crops_size, "eval.size": run.eval.size}
     if run.views.local_crops_number:
         sizes["views.local_crops_size"] = run.views.local_crops_size

@@ -14,8 +14,9 @@ from nearfar.ssl.data.sources.base import Source
 from nearfar.ssl.disk.metrics import read_metrics
 from nearfar.ssl.learners import learner_of
 from nearfar.ssl.learning import memory
+from nearfar.ssl.learning.dino import build_block_masks
 from nearfar.ssl.learning.health import CollapseWatch, falling_score, features_lost, nothing_learned, patience
-from nearfar.ssl.learning.learner import Learner, Outputs, build_block_masks
+from nearfar.ssl.learning.learner import Learner, Outputs
 from nearfar.ssl.learning.masks import Masks
 from nearfar.ssl.learning.optim import adamw_of
 from nearfar.ssl.learning.schedule import Schedule

@@ -16,7 +16,8 @@ from nearfar.ssl.data.sources.base import Source
 from nearfar.ssl.data.transforms.colors import color_views
 from nearfar.ssl.data.transforms.normalize import normalize
 from nearfar.ssl.learners import learner_of
-from nearfar.ssl.learning.learner import Learner, build_block_masks
+from nearfar.ssl.learning.dino import build_block_masks
+from nearfar.ssl.learning.learner import Learner
 from nearfar.ssl.learning.optim import adamw_of
 from nearfar.ssl.learning.schedule import Schedule
 from nearfar.ssl.learning.step import Stepper

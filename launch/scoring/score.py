@@ -30,11 +30,10 @@ from nearfar.ssl.backbones import Backbone
 from nearfar.ssl.data import open_source
 from nearfar.ssl.disk import digests
 from nearfar.ssl.errors import UserError
-from nearfar.ssl.learning.learner import build_learner
+from nearfar.ssl.learning.dino import untrained_backbone
 from nearfar.ssl.parallel import gpus
 from nearfar.ssl.parallel.device import Compute
 from nearfar.ssl.run.run_folder import START
-from nearfar.ssl.settings.defaults import ResolvedRun, as_resolved
 from nearfar.ssl.settings.finetune_settings import FinetuneRun, recorded
 from nearfar.ssl.settings.run import Run
 
@@ -344,10 +343,7 @@ def starting(subject: Subject) -> Backbone:
 
 def untrained(subject: Subject) -> Backbone:
     """The same network with the random weights of the run's seed, where the trained one is."""
-    run = as_resolved(ResolvedRun, subject.run)
-    random = run.model_copy(update={"backbone": run.backbone.model_copy(update={"pretrained": False})})
-    learner = build_learner(random, weights=False)
-    return learner.teacher.backbone.eval().requires_grad_(False).to(subject.device)
+    return untrained_backbone(subject.run).to(subject.device)
 
 
 def _weights(name: str, subject: Subject) -> str:

@@ -29,54 +29,21 @@ import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, NamedTuple, NoReturn
-
-import submitit
+from typing import TYPE_CHECKING, NoReturn
 
 from nearfar.launch.local.stop_signals import StopFlag
 from nearfar.launch.slurm import queue, records
-from nearfar.launch.slurm.records import AttemptEnd, Ending, SubmissionRecord
+from nearfar.launch.slurm.job_process import JobProcess
+from nearfar.launch.slurm.records import SubmissionRecord
+from nearfar.launch.slurm.requeue import leave_interrupted, wait_for_the_end
 from nearfar.ssl.disk import checkpoint_names, file_lock, files
 from nearfar.ssl.errors import PeerError, UserError
 
 if TYPE_CHECKING:
     from nearfar.ssl.train import Outcome
 
-# SLURM kills a job that it preempts or cancels within its grace time, and one that lost a node within SlurmdTimeout
-# (300 s unless a site says otherwise). A process still alive after this was not going to be killed.
-KILLED_WITHIN = 900.0
 LOCK_PATIENCE = 300.0  # seconds in which a process of an earlier attempt may still be ended
 MEETING = LOCK_PATIENCE + 300.0  # seconds in which the first rank must say where the ranks meet
-
-
-class JobProcess(NamedTuple):
-    """This process among those of its job."""
-
-    job: str
-    rank: int
-    size: int
-    restart: int
-    first_node: str
-    result: Path | None  # where submitit will put a result; None outside SLURM
-
-    @staticmethod
-    def this() -> JobProcess:
-        """From submitit's environment under SLURM; elsewhere the only process of a job that has no id."""
-        if "SLURM_PROCID" not in os.environ or "SUBMITIT_EXECUTOR" not in os.environ:
-            return JobProcess("none", 0, 1, 0, "localhost", None)
-        env = submitit.JobEnvironment()
-        restart = int(os.environ.get("SLURM_RESTART_COUNT", 0))
-        return JobProcess(
-            env.job_id, env.global_rank, env.num_tasks, restart, env.hostnames[0], env.paths.result_pickle
-        )  # fmt: skip
-
-    def end(self, kind: records.Kind, why: str, infrastructure: bool = False) -> AttemptEnd:
-        return AttemptEnd(
-            kind=kind, job=self.job, restart=self.restart, rank=self.rank, why=why, infrastructure=infrastructure
-        )
-
-    def ending(self, state: Literal["finished", "failed", "stopped"], why: str = "") -> Ending:
-        return Ending(state=state, job=self.job, restart=self.restart, rank=self.rank, why=why)
 
 
 class InfrastructureError(RuntimeError):
@@ -177,60 +144,6 @@ def wait_for_lock(run: Path, stop: Callable[[], bool], patience: float = LOCK_PA
             print(f"{run} is in use by {holder}, a process of an earlier attempt: waiting for its end.", flush=True)
             told = True
         time.sleep(1)
-
-
-def leave_interrupted(run: Path, process: JobProcess, stop: StopFlag, step: int, steps: int) -> NoReturn:
-    """Saved, but not finished: requeue after USR2 alone or where SLURM preempts, else wait to be killed."""
-    until = time.monotonic() + 5
-    while not stop() and process.size > 1 and time.monotonic() < until:  # another rank heard it first
-        time.sleep(0.01)
-    heard = " and ".join(sorted(name.name for name in stop.heard)) or "a signal to another rank"
-    if process.rank == 0:
-        records.end_attempt(run, process.end("train", f"saved at step {step} after {heard}"))
-    if process.result and stop.heard == {signal.SIGUSR2}:
-        _requeue_and_leave(run, process, stop, step, steps)
-    stopped = process.ending("stopped", f"stopped by {heard}").model_copy(update={"step": step, "steps": steps})
-    if process.result:
-        if process.rank == 0 and _preempted(process.job):
-            print(f"Saved at step {step} of {steps}; SLURM preempts job {process.job}: back to the queue.", flush=True)
-            try:
-                queue.requeue(process.job, patience=60)
-            except UserError as error:
-                stopped = stopped.model_copy(update={"why": str(error)})
-        wait_for_the_end()
-    if process.rank == 0:
-        records.write_ending(run, "train", stopped)
-    sys.exit(1 if process.result else 0)  # not 0 in a job: what depends on a finished run must not start
-
-
-def _requeue_and_leave(run: Path, process: JobProcess, stop: StopFlag, step: int, steps: int) -> NoReturn:
-    """The first rank requeues the job; the others stay until SLURM ends them, so that srun does not miss them."""
-    if process.rank > 0:
-        wait_for_the_end(queue.REQUEUE_PATIENCE, lambda: signal.SIGTERM in stop.heard)
-        sys.exit(0)
-    print(f"Saved at step {step} of {steps}; job {process.job} goes back to the queue.", flush=True)
-    try:
-        queue.requeue(process.job)
-    except UserError as error:
-        stopped = process.ending("stopped", str(error))
-        records.write_ending(run, "train", stopped.model_copy(update={"step": step, "steps": steps}))
-        print(f"nearfar: {error}", flush=True)
-        sys.exit(1)
-    sys.exit(0)
-
-
-def _preempted(job: str) -> bool:
-    try:
-        return queue.preempted(job)
-    except UserError:
-        return False
-
-
-def wait_for_the_end(seconds: float = KILLED_WITHIN, enough: Callable[[], bool] = lambda: False) -> None:
-    """Sleep until SLURM kills this process; returns when it does not, or when it is `enough`."""
-    until = time.monotonic() + seconds
-    while (left := until - time.monotonic()) > 0 and not enough():
-        time.sleep(min(left, 0.2))
 
 
 def save_by(run: Path, submission: Path, process: JobProcess) -> float | None:

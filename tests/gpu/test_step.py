@@ -22,7 +22,8 @@ from nearfar.ssl.data.transforms.colors import color_views
 from nearfar.ssl.data.transforms.normalize import normalize
 from nearfar.ssl.disk.metrics import read_metrics
 from nearfar.ssl.learning.compiled import compile_backbone
-from nearfar.ssl.learning.learner import Learner, build_learner
+from nearfar.ssl.learning.dino import build_dino_learner
+from nearfar.ssl.learning.learner import Learner
 from nearfar.ssl.learning.optim import adamw
 from nearfar.ssl.learning.prefetch import Prefetch, side_stream
 from nearfar.ssl.learning.step import Stepper
@@ -35,7 +36,7 @@ Make = Callable[..., ResolvedRun]
 
 
 def made(run: ResolvedRun, device: torch.device, *, bf16: bool = False) -> tuple[Learner, Stepper]:
-    learner = build_learner(run).to(device)
+    learner = build_dino_learner(run).to(device)
     autocast = {"autocast": lambda: torch.autocast(device.type, torch.bfloat16)} if bf16 else {}
     return learner, Stepper(learner, adamw(learner.student), run.optim.clip_grad, **autocast)
 

@@ -78,6 +78,15 @@ def test_report_of_damaged_weights_says_so_and_is_written(trained: Path, tmp_pat
     assert "The weights have not been read." in page and "Top-1 on data.val" in page
 
 
+def test_its_features_are_scored_beside_those_of_its_network_untrained(trained: Path, tmp_path: Path) -> None:
+    run = Path(shutil.copytree(trained / "runs" / "tiny", tmp_path / "tiny"))
+    (run / "results.json").unlink()
+    assert main(["eval", "knn", str(run), "--baselines", "--workers", "0"]) == 0
+    scores = {score["subject"]: score for score in json.loads((run / "results.json").read_text())["scores"]}
+    assert set(scores) == {"trained", "untrained", "pixels"}
+    assert len({score["weights"] for score in scores.values()}) == 3
+
+
 def answers(file: Path) -> list[dict[str, str]]:
     with file.open(newline="") as lines:
         return list(csv.DictReader(lines))

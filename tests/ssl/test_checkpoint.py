@@ -19,7 +19,7 @@ from nearfar.ssl import checkpoint, config
 from nearfar.ssl.backbones import create
 from nearfar.ssl.disk import checkpoint_names
 from nearfar.ssl.errors import UserError
-from nearfar.ssl.learning.learner import build_learner
+from nearfar.ssl.learning.dino import build_dino_learner
 from nearfar.ssl.learning.optim import parameter_groups
 from nearfar.ssl.settings.defaults import resolve
 
@@ -69,7 +69,7 @@ def test_learner_and_optimizer_round_trip_bit_exact(tmp_path: Path, same_bits: S
     run = resolve(config.load(None, [*settings, "head.batch_norm=true"]), 2_000)[0]
 
     def made() -> tuple[Any, torch.optim.AdamW, dict[Any, str]]:
-        learner = build_learner(run)
+        learner = build_dino_learner(run)
         optimizer = torch.optim.AdamW(parameter_groups(learner.student), lr=1e-3, fused=True)
         return learner, optimizer, {p: name for name, p in learner.student.named_parameters()}
 

@@ -61,7 +61,7 @@ def test_a_rate_that_is_far_too_high_gives_one_answer(tiny: Make, tiles: ArraySo
 def test_a_loss_that_pulls_features_together_gives_nearly_the_same_ones(
     tiny: Make, tiles: ArraySource, quiet: Console, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("nearfar.ssl.learning.learner.koleo", lambda features: -koleo(features))
+    monkeypatch.setattr("nearfar.ssl.learning.dino.koleo", lambda features: -koleo(features))
     together = tiny("loss.koleo_weight=5", "optim.lr=0.003", "optim.teacher_momentum=0.5", "train.epochs=10")
     assert "Dimensional collapse: all images get nearly the same features" in alarms(together, tiles, quiet)[0]
 
@@ -73,7 +73,7 @@ def test_a_loss_that_leaves_one_direction_is_told_as_few_of_them(
         along = F.normalize(features, dim=-1)[..., 0]
         return along.mean().square() - along.square().mean()
 
-    monkeypatch.setattr("nearfar.ssl.learning.learner.koleo", on_a_line)
+    monkeypatch.setattr("nearfar.ssl.learning.dino.koleo", on_a_line)
     plain = [
         "backbone.lgp=false",
         "backbone.gaug=false",

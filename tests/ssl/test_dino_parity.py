@@ -15,7 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nearfar.ssl.learning.learner import Learner, build_learner
+from nearfar.ssl.learning.dino import build_dino_learner
+from nearfar.ssl.learning.learner import Learner
 from nearfar.ssl.learning.optim import adamw
 from nearfar.ssl.learning.schedule import Schedule
 from nearfar.ssl.learning.step import Stepper
@@ -159,7 +160,7 @@ def made(tiny: Make) -> tuple[Learner, Stepper, Schedule]:
         "loss.teacher_temp=0.07", "loss.warmup_teacher_temp_epochs=3",
     )  # fmt: skip
     resolved = resolve(run, BATCH * STEPS_PER_EPOCH)[0]
-    learner = build_learner(resolved).double()
+    learner = build_dino_learner(resolved).double()
     return learner, Stepper(learner, adamw(learner.student), CLIP), Schedule(resolved, STEPS_PER_EPOCH)
 
 

@@ -20,7 +20,8 @@ from nearfar.ssl.data.loaders.base import Batch
 from nearfar.ssl.data.sources.base import ArraySource
 from nearfar.ssl.disk.metrics import read_metrics
 from nearfar.ssl.errors import UserError
-from nearfar.ssl.learning.learner import Learner, build_learner
+from nearfar.ssl.learning.dino import build_dino_learner
+from nearfar.ssl.learning.learner import Learner
 from nearfar.ssl.run import failed_step
 from nearfar.ssl.settings.defaults import resolve
 from nearfar.ssl.settings.run import Run
@@ -107,7 +108,7 @@ def test_a_run_that_blows_up_is_told_that_its_weights_had_overflowed_before(
 
 @pytest.fixture
 def learner(tiny: Make) -> Learner:
-    return build_learner(resolve(tiny("head.batch_norm=false", "backbone.drop_path=0"), 40)[0])
+    return build_dino_learner(resolve(tiny("head.batch_norm=false", "backbone.drop_path=0"), 40)[0])
 
 
 def views() -> list[Tensor]:

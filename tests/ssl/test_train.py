@@ -25,7 +25,7 @@ from nearfar.ssl.data.loaders.base import Batch
 from nearfar.ssl.data.sources.base import ArraySource
 from nearfar.ssl.disk.metrics import read_metrics
 from nearfar.ssl.errors import UserError
-from nearfar.ssl.learning import learner
+from nearfar.ssl.learning import dino
 from nearfar.ssl.parallel import gpus
 from nearfar.ssl.settings.defaults import ResolvedRun, resolve
 from nearfar.ssl.settings.run import Run
@@ -174,8 +174,8 @@ def test_golden_steps(
         return groups
 
     monkeypatch.setattr(training, "color_views", uncolored)
-    monkeypatch.setattr(learner, "create", lambda name, **_: TwoLayers())
-    start = {name: p.detach().clone() for name, p in learner.build_learner(_resolved(run)).student.named_parameters()}
+    monkeypatch.setattr(dino, "create", lambda name, **_: TwoLayers())
+    start = {name: p.detach().clone() for name, p in dino.build_dino_learner(_resolved(run)).student.named_parameters()}
     outcome = train.pretrain(run, images, should_stop=lambda: len(seen) == 4, console=quiet)
     assert outcome.step == 4 and not outcome.finished
 
@@ -327,7 +327,7 @@ def test_the_weights_must_fit_beside_what_is_on_the_gpu(
     run = tiny()
     with pytest.raises(UserError, match="the weights and the optimizer's state"):
         train.pretrain(run, images, console=quiet)
-    made = learner.build_learner(resolve(run, len(images))[0])
+    made = dino.build_dino_learner(resolve(run, len(images))[0])
     one = sum(parameter.numel() for parameter in made.student.parameters())
     assert asked == [4 * 5 * one] and not list(run.path.glob("checkpoints/*"))
 

@@ -15,6 +15,7 @@ from PIL import Image
 
 from nearfar.launch import cli, finetune
 from nearfar.launch.slurm import job, queue, records
+from nearfar.launch.slurm.job_process import JobProcess
 from nearfar.launch.slurm.queue import QueueEntry
 from nearfar.launch.slurm.records import SubmissionRecord
 from nearfar.launch.slurm.resources import Resources
@@ -201,8 +202,8 @@ def test_usr2_before_the_score_leads_back_to_the_queue(labeled: Path, monkeypatc
     asked: list[str] = []
     monkeypatch.setattr(queue, "requeue", lambda number, **_: asked.append(number))
     monkeypatch.setattr(queue, "seconds_left", lambda number: None)
-    place = job.JobProcess("7", 0, 1, 0, "localhost", labeled / "result.pkl")
-    monkeypatch.setattr(job.JobProcess, "this", staticmethod(lambda: place))
+    place = JobProcess("7", 0, 1, 0, "localhost", labeled / "result.pkl")
+    monkeypatch.setattr(JobProcess, "this", staticmethod(lambda: place))
     run = finetune_settings.load(
         Path("classes.yaml"), ["data.path=pictures", "data.val=pictures", "train.world_size=1"]
     )

@@ -15,7 +15,7 @@ from nearfar.launch.verbs.dry_run import dry_run
 from nearfar.ssl import config
 from nearfar.ssl.errors import UserError
 from nearfar.ssl.learning.classifier import build_classifier_learner
-from nearfar.ssl.learning.learner import build_learner
+from nearfar.ssl.learning.dino import build_dino_learner
 from nearfar.ssl.settings import finetune_settings
 from nearfar.ssl.settings.defaults import resolve
 from nearfar.ssl.settings.finetune_settings import FinetuneRun
@@ -54,7 +54,7 @@ def test_it_tells_settings_with_reasons_sizes_and_estimates_and_writes_nothing(r
         if key not in ("data.workers", "train.threads"):
             shown = str(value).lower() if isinstance(value, bool) else value
             assert f"  {key}={shown}  (" in text and why in text
-    network = build_learner(resolved).student
+    network = build_dino_learner(resolved).student
     for name, module in (("Backbone", network.backbone), ("Head", network.head)):
         count = sum(parameter.numel() for parameter in module.parameters())
         assert f"{count / 1e6:.2f} M parameters" in next(line for line in text.splitlines() if line.startswith(name))

@@ -18,7 +18,7 @@ from nearfar.ssl.backbones import Backbone, create
 from nearfar.ssl.data.sources.base import ArraySource
 from nearfar.ssl.errors import UserError
 from nearfar.ssl.learning import compiled
-from nearfar.ssl.learning.learner import build_learner
+from nearfar.ssl.learning.dino import build_dino_learner
 from nearfar.ssl.learning.optim import adamw
 from nearfar.ssl.learning.step import Stepper
 from nearfar.ssl.settings.defaults import resolve
@@ -100,7 +100,7 @@ def test_one_graph_for_each_size_of_view_and_no_other_in_later_steps(
 ) -> None:
     """Student: a graph a size, and with drop-path another for the first block, which has none. Teacher: one."""
     run = resolve(tiny("train.batch_size=4", f"backbone.drop_path={drop_path}", "backbone.depth=4"), 40)[0]
-    learner = build_learner(run)
+    learner = build_dino_learner(run)
     for network in (learner.student, learner.teacher):
         compiled.compile_backbone(network.backbone, CPU, backend="aot_eager")
     views = [torch.randn((2, 4, 3, side, side), generator=torch.Generator().manual_seed(side)) for side in (32, 16)]

@@ -16,8 +16,8 @@ from nearfar.ssl import checkpoint, config, learners
 from nearfar.ssl.backbones import Backbone, create
 from nearfar.ssl.data.sources.base import ArraySource
 from nearfar.ssl.errors import UserError
+from nearfar.ssl.learning.dino import build_dino_learner
 from nearfar.ssl.learning.distill import Distiller, FrozenTeacher, ProjectedStudent, patch_cosine_loss
-from nearfar.ssl.learning.learner import build_learner
 from nearfar.ssl.learning.losses import cosine_loss
 from nearfar.ssl.learning.optim import adamw
 from nearfar.ssl.learning.step import Stepper
@@ -179,7 +179,7 @@ def test_the_average_that_is_exported_has_the_students_running_statistics() -> N
 def test_a_student_begins_as_it_does_without_a_teacher(
     distilled: Make, tiny: Make, same_bits: Callable[..., None]
 ) -> None:
-    alone = build_learner(resolve(tiny(), 40)[0])
+    alone = build_dino_learner(resolve(tiny(), 40)[0])
     same_bits(built(distilled()).student.backbone.state_dict(), alone.student.backbone.state_dict())
 
 

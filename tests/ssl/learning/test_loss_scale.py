@@ -15,7 +15,8 @@ from nearfar.ssl import checkpoint, train
 from nearfar.ssl.data.sources.base import ArraySource
 from nearfar.ssl.disk.metrics import read_metrics
 from nearfar.ssl.errors import UserError
-from nearfar.ssl.learning.learner import DINOLearner, Learner, build_learner
+from nearfar.ssl.learning.dino import DINOLearner, build_dino_learner
+from nearfar.ssl.learning.learner import Learner
 from nearfar.ssl.learning.loss_scale import FIRST, GROWTH_INTERVAL, LEAST, MOST, LossScale, fitted
 from nearfar.ssl.learning.optim import adamw
 from nearfar.ssl.learning.step import Stepper
@@ -85,7 +86,7 @@ def test_saved_tensors_fit_a_learner_of_another_precision() -> None:
 
 def made(tiny: Make) -> tuple[Learner, Stepper, list[Tensor]]:
     run = resolve(tiny("train.batch_size=4", "head.batch_norm=false", "backbone.drop_path=0"), 40)[0]
-    learner = build_learner(run)
+    learner = build_dino_learner(run)
     learner.loss_scale = LossScale()
     views = [torch.randn((2, 4, 3, side, side), generator=torch.Generator().manual_seed(side)) for side in (32, 16)]
     autocast = device.choose("cpu", "fp16", 24).autocast

@@ -18,7 +18,8 @@ from nearfar.ssl.backbones import create
 from nearfar.ssl.data.sources.base import ArraySource
 from nearfar.ssl.errors import UserError
 from nearfar.ssl.learning import memory
-from nearfar.ssl.learning.learner import Learner, Network, build_learner
+from nearfar.ssl.learning.dino import Network, build_dino_learner
+from nearfar.ssl.learning.learner import Learner
 from nearfar.ssl.learning.memory import MemoryNeed
 from nearfar.ssl.learning.optim import adamw
 from nearfar.ssl.learning.step import Stepper
@@ -40,7 +41,7 @@ NETWORKS = {"vit": PLAIN, "lgp, gaug and prr": [], "vim": VIM, "timm": TIMM}
 
 
 def made(tiny: Make, name: str, *settings: str) -> Learner:
-    return build_learner(resolve(tiny("backbone.depth=4", *NETWORKS[name], *settings), 40)[0])
+    return build_dino_learner(resolve(tiny("backbone.depth=4", *NETWORKS[name], *settings), 40)[0])
 
 
 def counted(network: Network, groups: list[Tensor]) -> int:

@@ -18,7 +18,8 @@ from nearfar.ssl import checkpoint
 from nearfar.ssl.backbones import create
 from nearfar.ssl.errors import UserError
 from nearfar.ssl.learners import learner_of
-from nearfar.ssl.learning.learner import Learner, build_block_masks, build_learner
+from nearfar.ssl.learning.dino import build_block_masks, build_dino_learner
+from nearfar.ssl.learning.learner import Learner
 from nearfar.ssl.learning.masks import Masks
 from nearfar.ssl.learning.optim import adamw
 from nearfar.ssl.learning.step import Stepper
@@ -88,7 +89,7 @@ class Watch(TorchDispatchMode):
 
 def made(tiny: Make, *settings: str, parts: int = 1) -> tuple[Learner, Stepper, list[Tensor]]:
     run = resolve(tiny("train.batch_size=4", *settings), 40)[0]
-    learner = build_learner(run)
+    learner = build_dino_learner(run)
     generator = torch.Generator().manual_seed(0)
     sizes = ((2, 32), (run.views.local_crops_number, 16))
     views = [torch.randn((views, 4, 3, side, side), generator=generator) for views, side in sizes]

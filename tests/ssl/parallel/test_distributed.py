@@ -105,7 +105,7 @@ LEARNERS = """
     from nearfar.ssl.parallel import distributed
     from nearfar.ssl.settings.defaults import resolve
     from nearfar.ssl.parallel.gradients import GradientMean
-    from nearfar.ssl.learning.learner import build_block_masks
+    from nearfar.ssl.learning.dino import build_block_masks
     from nearfar.ssl.learners import learner_of
 
     torch.set_num_threads(1)

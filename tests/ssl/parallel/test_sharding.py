@@ -21,7 +21,7 @@ from torch import nn
 from nearfar.ssl import checkpoint, config
 from nearfar.ssl.disk.metrics import read_metrics
 from nearfar.ssl.errors import UserError
-from nearfar.ssl.learning.learner import build_learner
+from nearfar.ssl.learning.dino import build_dino_learner
 from nearfar.ssl.parallel import sharding
 from nearfar.ssl.settings.defaults import ResolvedRun, as_resolved
 from nearfar.ssl.settings.run import Run
@@ -59,7 +59,7 @@ STEPS = """
     from nearfar.ssl.parallel import distributed
     from nearfar.ssl.run import resume
     from nearfar.ssl.settings.defaults import resolve
-    from nearfar.ssl.learning.learner import build_learner
+    from nearfar.ssl.learning.dino import build_dino_learner
     from nearfar.ssl.learning.optim import adamw
     from nearfar.ssl.parallel.sharding import is_sharded, local, shard
     from nearfar.ssl.learning.step import Stepper
@@ -73,7 +73,7 @@ STEPS = """
             numbers = torch.float64 if dtype == "float64" else torch.float32
             for sharded in (False, True):
                 run = resolve(config.load(None, settings), 2000, world_size=world.size)[0]
-                learner = build_learner(run).to(numbers)
+                learner = build_dino_learner(run).to(numbers)
                 if sharded:
                     shard(learner.student, learns=True)
                     shard(learner.teacher, learns=False)
@@ -233,7 +233,7 @@ def test_stopped_killed_and_continued_on_as_many_ranks_it_ends_with_the_same_bit
     assert scores[0] == scores[1] and len(scores[0]) == 4
 
     run = as_resolved(ResolvedRun, config.load(config.load(whole).path / "config.yaml"))
-    learner = build_learner(run)
+    learner = build_dino_learner(run)
     shapes = {f"learner/{name}": tensor.shape for name, tensor in learner.state_dict().items()}
     for name, parameter in learner.student.named_parameters():
         shapes |= {f"optimizer/{key}/{name}": parameter.shape for key in ("exp_avg", "exp_avg_sq")}

@@ -10,7 +10,7 @@ from PIL import Image
 
 from nearfar.ssl import config
 from nearfar.ssl.data import open_source
-from nearfar.ssl.learning.learner import build_learner
+from nearfar.ssl.learning.dino import build_dino_learner
 from nearfar.ssl.parallel.device import choose
 from nearfar.ssl.run.announce import changed_versions, continuation_changes, out_of_memory, start_lines
 from nearfar.ssl.settings.defaults import resolve
@@ -69,7 +69,7 @@ def test_files_passed_over_for_their_type_are_told_at_the_start(tmp_path: Path, 
     run = config.load(None, ["name=r", *tiny, "head.prototypes=4"])
     source = open_source(tmp_path)
     resolved, _ = resolve(run, 1, 1, world_size=1)
-    learner = build_learner(resolved)
+    learner = build_dino_learner(resolved)
     lines = start_lines(resolved, [], learner, 1, choose("cpu", "fp32", 8), 0, source, "folder loader")
     told = [line for line in lines if "skipped" in line]
     counted = "4 files of data.path are skipped because of their type: 2 .avif (a.avif), 1 .jp2 (b.jp2), 1 without an "

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from nearfar.ssl import config
+from nearfar.ssl.learning.dino import build_block_masks, build_dino_learner, untrained_backbone
 from nearfar.ssl.learning.gram import gram_loss
-from nearfar.ssl.learning.learner import Learner, build_block_masks, build_learner
+from nearfar.ssl.learning.learner import Learner
 from nearfar.ssl.learning.losses import koleo
 from nearfar.ssl.learning.masks import Masks
 from nearfar.ssl.learning.optim import clip_gradients, multiply_alike, parameter_groups
@@ -27,7 +28,7 @@ Make = Callable[..., Learner]
 @pytest.fixture
 def made(tiny: Callable[..., Run]) -> Make:
     """Builds the learner of the tiny run with these settings."""
-    return lambda *overrides: build_learner(resolve(tiny(*overrides), 2_000)[0])
+    return lambda *overrides: build_dino_learner(resolve(tiny(*overrides), 2_000)[0])
 
 
 def groups(batch: int = 4, seed: int = 0) -> list[Tensor]:
@@ -134,7 +135,7 @@ def test_batch_norm_statistics_of_the_teacher_are_its_own(made: Make) -> None:
 def test_parameter_groups_lose_none_and_take_none_twice(switches: list[str], tiny_settings: list[str]) -> None:
     small = [key for key in tiny_settings if not (switches and key.startswith("backbone."))]
     run = config.load(None, [*small, "backbone.drop_path=0", *switches])
-    learner = build_learner(resolve(run, 2_000)[0])
+    learner = build_dino_learner(resolve(run, 2_000)[0])
     decay, rest = parameter_groups(learner.student)
     names = {parameter: name for name, parameter in learner.student.named_parameters()}
     listed = [*decay["params"], *rest["params"]]
@@ -292,3 +293,15 @@ def test_rows_that_fill_the_list_do_not_enter_batch_norm(made: Make, tiny: Calla
     torch.testing.assert_close(first.loss, second.loss, rtol=1e-5, atol=1e-6)
     for (name, x), y in zip(one.state_dict().items(), two.state_dict().values(), strict=True):
         torch.testing.assert_close(x, y, rtol=1e-5, atol=1e-6, msg=name)
+
+
+@pytest.mark.parametrize("changes", [[], ["backbone.lgp=false", "backbone.drop_path=0.3"], ["loss.ibot_weight=1"]])
+def test_the_untrained_backbone_is_what_the_run_begins_with(tiny: Callable[..., Run], changes: list[str]) -> None:
+    run = tiny(*changes, "train.seed=5")
+    begins = build_dino_learner(resolve(run, 2_000)[0])
+    alone = untrained_backbone(run)
+    assert not alone.training and not any(parameter.requires_grad for parameter in alone.parameters())
+    for network in (begins.student, begins.teacher):
+        expected = network.backbone.state_dict()
+        assert expected.keys() == alone.state_dict().keys()
+        assert all(torch.equal(tensor, expected[name]) for name, tensor in alone.state_dict().items())
