@@ -155,7 +155,7 @@ def draw_flow() -> Figure:
     box(axes, 0.1, 0.4, 1.3, 0.7, "plan of views", "data/views.py", "#f5f7fa")
     box(axes, 2.2, 1.15, 1.35, 0.7, "batch of views", "data/loaders/", "#f5f7fa")
     box(axes, 4.35, 1.9, 1.3, 0.7, "student", "backbones/ heads/", "#ebf4fb")
-    box(axes, 4.35, 0.4, 1.3, 0.7, "teacher", "learning/learner.py", "#ebf4fb")
+    box(axes, 4.35, 0.4, 1.3, 0.7, "teacher", "learning/dino.py", "#ebf4fb")
     box(axes, 6.4, 1.15, 1.0, 0.7, "loss", "learning/losses", "#ebf4fb")
     box(axes, 8.1, 1.15, 1.2, 0.7, "checkpoint", "checkpoint.py", "#fdf1e7")
     box(axes, 10.0, 1.9, 1.2, 0.7, "features", "eval/features/", "#f0f8f1")

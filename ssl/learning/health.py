@@ -76,7 +76,7 @@ def collapse(metrics: dict[str, float], start: dict[str, float] | None = None) -
         alike, rank = min(ALIKE, start["feature_std"] / 3), min(5.0, start["rankme"] / 3)
     if metrics["feature_std"] < alike:
         return (
-            f"Dimensional collapse: all images get nearly the same features (std {metrics['feature_std']:.3f}, healthy "
+            f"Complete collapse: all images get nearly the same features (std {metrics['feature_std']:.3f}, healthy "
             "near 1). Try a lower optim.lr or more warm-up."
         )
     if metrics.get("entropy", 0.0) > 0.98:

@@ -177,7 +177,7 @@ class TrainSettings(Section):
     checkpoint_activations: bool = Field(
         False,
         description="keep only the inputs of the student's blocks and compute the rest again in the backward pass: "
-        "far less memory, about a third more time, the same gradients",
+        "far less memory, one more forward pass of the student, the same gradients",
         json_schema_extra=MAY_CHANGE,
     )
     threads: int | None = Field(

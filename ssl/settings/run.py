@@ -33,10 +33,10 @@ class DataSettings(Section):
         description="processes of each rank (ffcv: threads) that decode and crop images; default: cores - 1, at most 8",
         json_schema_extra=MAY_CHANGE,
     )
-    loader: Literal["auto", "ffcv", "folder", "device"] = Field(
+    loader: Literal["auto", "ffcv", "pillow", "device"] = Field(
         "auto",
-        description="what makes the views: folder = Pillow; ffcv = compiled loops over a .beton file; device = the "
-        "training device, with all images in its memory; auto = ffcv for a .beton, else folder",
+        description="what makes the views: pillow = Pillow, from any source; ffcv = compiled loops over a .beton file; "
+        "device = the training device, with all images in its memory; auto = ffcv for a .beton, else pillow",
     )
     color_on: Literal["device", "loader"] = Field(
         "device",

@@ -160,7 +160,7 @@ def test_nothing_is_waited_for_between_two_lines_of_metrics(
     def views(batch: Batch) -> list[Tensor]:
         return [normalize(group) for group in color_views(batch, device)]
 
-    batches = iter(loader_of(run, device, "folder"))
+    batches = iter(loader_of(run, device, "pillow"))
     ahead = Prefetch(pinned(batches, device), views, side_stream(device))
     reports = []
 

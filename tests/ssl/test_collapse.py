@@ -63,7 +63,7 @@ def test_a_loss_that_pulls_features_together_gives_nearly_the_same_ones(
 ) -> None:
     monkeypatch.setattr("nearfar.ssl.learning.dino.koleo", lambda features: -koleo(features))
     together = tiny("loss.koleo_weight=5", "optim.lr=0.003", "optim.teacher_momentum=0.5", "train.epochs=10")
-    assert "Dimensional collapse: all images get nearly the same features" in alarms(together, tiles, quiet)[0]
+    assert "Complete collapse: all images get nearly the same features" in alarms(together, tiles, quiet)[0]
 
 
 def test_a_loss_that_leaves_one_direction_is_told_as_few_of_them(

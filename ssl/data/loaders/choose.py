@@ -1,4 +1,4 @@
-"""Which loader a run takes: folder (Pillow), ffcv (compiled loops over a .beton), or device (all images in memory)."""
+"""Which loader a run takes: pillow (any source), ffcv (compiled loops over a .beton), device (all images in memory)."""
 
 from typing import Literal
 
@@ -18,17 +18,17 @@ def open_loader(
     views: ViewSettings,
     options: LoaderOptions,
     *,
-    loader: Literal["auto", "ffcv", "folder", "device"] = "auto",
+    loader: Literal["auto", "ffcv", "pillow", "device"] = "auto",
     color: Literal["device", "loader"] = "device",
     device: torch.device | None = None,
 ) -> Loader:
     """The loader of `data.loader`; its `title` says which that is. Views and order are the same in all.
 
-    `auto` is ffcv for a .beton where FFCV is installed, else folder. Raises UserError for a loader that the source or
+    `auto` is ffcv for a .beton where FFCV is installed, else pillow. Raises UserError for a loader that the source or
     `color` does not fit.
     """
     if loader == "auto":
-        loader = "ffcv" if isinstance(source, BetonSource) and libjpeg.available() else "folder"
+        loader = "ffcv" if isinstance(source, BetonSource) and libjpeg.available() else "pillow"
     if color == "loader" and loader != "ffcv":
         raise UserError(
             f"data.color_on=loader needs the ffcv loader, and this run has the {loader} loader: data.path must be a "

@@ -57,7 +57,7 @@ class DeviceLoader(Loader):
                     raise UserError(
                         f"data.loader=device keeps all images in the device's memory: {n:,} images of up to {width} x "
                         f"{height} pixels need {3 * n * height * width / 2**30:.1f} GiB, and {share:.0%} of "
-                        f"{free / 2**30:.1f} GiB may be taken. Choose data.loader=ffcv or folder."
+                        f"{free / 2**30:.1f} GiB may be taken. Choose data.loader=ffcv or pillow."
                     )
         self._images = torch.zeros(n, 3, height, width, dtype=torch.uint8, device=self.device)
         for i, pixels in enumerate(kept):

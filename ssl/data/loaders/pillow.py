@@ -26,7 +26,7 @@ class PillowLoader(Loader):
     not copied), and start in the platform's own way elsewhere.
     """
 
-    title = "folder loader"
+    title = "pillow loader"
 
     def assemble(self, task: Task) -> Batch:
         images: list[Image.Image] = []

@@ -140,7 +140,7 @@ def test_what_a_run_began_with_is_no_collapse_until_grace_and_what_came_later_is
 def test_features_that_began_alike_are_no_collapse_and_those_that_became_so_are() -> None:
     start = {**HEALTHY, "feature_std": 0.06, "rankme": 2.0}
     assert collapse({**start, "feature_std": 0.03, "rankme": 1.5}, start) is None
-    assert "Dimensional collapse: all images" in str(collapse({**start, "feature_std": 0.015}, start))
+    assert "Complete collapse: all images" in str(collapse({**start, "feature_std": 0.015}, start))
     told = str(collapse({**HEALTHY, "rankme": 3.0}, HEALTHY))
     assert "Dimensional collapse" in told and "RankMe 3.0, 30.0 at the start" in told
     assert collapse({**HEALTHY, "rankme": 11.0}, HEALTHY) is None

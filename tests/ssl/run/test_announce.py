@@ -70,7 +70,7 @@ def test_files_passed_over_for_their_type_are_told_at_the_start(tmp_path: Path, 
     source = open_source(tmp_path)
     resolved, _ = resolve(run, 1, 1, world_size=1)
     learner = build_dino_learner(resolved)
-    lines = start_lines(resolved, [], learner, 1, choose("cpu", "fp32", 8), 0, source, "folder loader")
+    lines = start_lines(resolved, [], learner, 1, choose("cpu", "fp32", 8), 0, source, "pillow loader")
     told = [line for line in lines if "skipped" in line]
     counted = "4 files of data.path are skipped because of their type: 2 .avif (a.avif), 1 .jp2 (b.jp2), 1 without an "
     assert told == ([f"{counted}ending (noending)."] if others else [])

@@ -20,11 +20,11 @@ def arrays():
 
 def test_auto_takes_ffcv_for_a_beton_where_it_is_installed(arrays, beton, monkeypatch):
     source = BetonSource(beton)
-    assert open_loader(arrays, VIEWS, OPTIONS).title == "folder loader"
+    assert open_loader(arrays, VIEWS, OPTIONS).title == "pillow loader"
     assert open_loader(source, VIEWS, OPTIONS).title == "ffcv loader"
-    assert open_loader(source, VIEWS, OPTIONS, loader="folder").title == "folder loader"
+    assert open_loader(source, VIEWS, OPTIONS, loader="pillow").title == "pillow loader"
     monkeypatch.setattr(libjpeg, "available", lambda: False)
-    assert open_loader(source, VIEWS, OPTIONS).title == "folder loader"
+    assert open_loader(source, VIEWS, OPTIONS).title == "pillow loader"
     with pytest.raises(UserError, match="The ffcv loader needs FFCV"):
         open_loader(source, VIEWS, OPTIONS, loader="ffcv")
 
@@ -32,7 +32,7 @@ def test_auto_takes_ffcv_for_a_beton_where_it_is_installed(arrays, beton, monkey
 def test_what_does_not_go_together_is_told(arrays):
     with pytest.raises(UserError, match=r"data\.path is not one\. Write it: nearfar data beton"):
         open_loader(arrays, VIEWS, OPTIONS, loader="ffcv")
-    for loader in ("auto", "folder", "device"):
+    for loader in ("auto", "pillow", "device"):
         with pytest.raises(UserError, match=r"data\.color_on=loader needs the ffcv loader"):
             open_loader(arrays, VIEWS, OPTIONS, loader=loader, color="loader")
 
@@ -40,7 +40,7 @@ def test_what_does_not_go_together_is_told(arrays):
 def test_all_three_give_the_same_batches(beton):
     source = BetonSource(beton)
     folder, ffcv, device = (
-        list(open_loader(source, VIEWS, OPTIONS, loader=loader)) for loader in ("folder", "ffcv", "device")
+        list(open_loader(source, VIEWS, OPTIONS, loader=loader)) for loader in ("pillow", "ffcv", "device")
     )
     for a, b, c in zip(folder, ffcv, device, strict=True):
         assert a.index.tolist() == b.index.tolist() == c.index.tolist()

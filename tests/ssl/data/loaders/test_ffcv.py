@@ -1,4 +1,4 @@
-"""The FFCV loader against the folder loader, and what happens when a file is not what it should be."""
+"""The FFCV loader against the Pillow loader, and what happens when a file is not what it should be."""
 
 import gc
 import itertools
