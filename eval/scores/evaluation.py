@@ -110,8 +110,9 @@ def _score(task: str, reads: _Reads, classes: int | None) -> TaskScore:
         case "robustness":
             train, test = reads.pooled()[0], reads.data[1]
             return robustness_score(reads.backbone, train, test, protocol.pooled, reads.decoding, protocol.seed)
-        case _:
+        case "position":
             return position_score(*reads.position_grids())
+    raise AssertionError(f"nothing scores {task}")
 
 
 def _linear(reads: _Reads) -> TaskScore:

@@ -106,5 +106,6 @@ def _score(
             return segment_score(train, val, protocol, classes, device=device)
         case "retrieval":
             return retrieval_score(train, val, protocol, classes, device=device)
-        case _:
+        case "position":
             return position_score(train, val)
+    raise AssertionError(f"nothing scores {task}")

@@ -69,7 +69,7 @@ def add_predict(verbs: Any) -> None:
     predict.add_argument("model", type=Path, help="run folder, checkpoint folder or classifier.safetensors")
     predict.add_argument(
         "images",
-        help="images: a flat folder, class folders (then the accuracy is told), a .txt list, an .npz, a .beton or .tar",
+        help="a flat folder, class folders (then it prints the accuracy), a .txt list, an .npz, a .beton or a .tar",
     )
     predict.add_argument("--csv", type=Path, required=True, help="file to write: file, rank, class, probability")
     predict.add_argument("--top", type=int, default=1, help="answers for each image, likeliest first (default 1)")

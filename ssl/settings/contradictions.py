@@ -162,8 +162,8 @@ def _wrong_distilling(run: Run) -> Iterator[str]:
         if (distill.teacher_weights, distill.teacher_size) != (None, None):
             yield "distill.teacher_weights and distill.teacher_size belong to distill.teacher, which is not set"
         return
-    for key in ("koleo_weight", "ibot_weight", "gram_weight", "anchor_weight"):
-        if weight := getattr(loss, key):
+    for key, weight in loss:
+        if key.endswith("_weight") and weight:
             yield (
                 f"loss.{key}={weight:g} and distill.teacher={distill.teacher} contradict each other: a student learns "
                 f"from a frozen teacher alone (loss.{key}=0), or without one"

@@ -142,7 +142,10 @@ class FinetuneRun(AnyRun):
     name: str = Field("", description="name of the run's folder; default: the recipe's name")
     folder: str = Field("runs", description="where run folders are", json_schema_extra=MAY_CHANGE)
     track: Literal["tensorboard", "wandb"] = Field(
-        "tensorboard", description="as in pretraining", json_schema_extra=MAY_CHANGE
+        "tensorboard",
+        description="where metrics and pictures go besides the run's own files: TensorBoard's events in its folder, or "
+        "Weights & Biases (the package wandb)",
+        json_schema_extra=MAY_CHANGE,
     )
     data: DataSettings = DataSettings()
     augment: AugmentSettings = AugmentSettings()

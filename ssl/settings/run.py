@@ -233,7 +233,11 @@ class AnyRun(Section):
 class Run(AnyRun):
     """One pretraining run, whole. `config.yaml` in its folder holds it with every derived value filled in."""
 
-    name: str = Field("", description="name of the run's folder; default: the recipe's name")
+    name: str = Field(
+        "",
+        description="name of the run's folder; default: the recipe's name (adapt: adapt-IMAGES; distill: distilled; "
+        "a fork: RUN-fork)",
+    )
     folder: str = Field("runs", description="where run folders are", json_schema_extra=MAY_CHANGE)
     track: Literal["tensorboard", "wandb"] = Field(
         "tensorboard",
