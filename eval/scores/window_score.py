@@ -6,7 +6,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nearfar.eval.crop_training import CropTraining, FeatureMap, train_on_crops
 from nearfar.eval.features.extraction import DEFAULT_DECODING, Features, Reading, eval_mode, manifest_of, read
 from nearfar.eval.features.images import Decoding, default_workers, fitting_mask
 from nearfar.eval.features.pixels import pixel_map
@@ -22,7 +21,8 @@ from nearfar.eval.segmentation import (
     resized_mask,
     train_head,
 )
-from nearfar.eval.windows import Logits, Windows, predicted_classes
+from nearfar.eval.segmentation_crops import CropTraining, FeatureMap, train_on_crops
+from nearfar.eval.segmentation_windows import Logits, Windows, predicted_classes
 from nearfar.ssl.backbones.tokens import Backbone
 from nearfar.ssl.data.sources.base import Source
 from nearfar.ssl.data.transforms.normalize import normalize_pixels

@@ -5,7 +5,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from nearfar.eval.windows import Windows, averaged_logits, predicted_classes
+from nearfar.eval.segmentation_windows import Windows, averaged_logits, predicted_classes
 from nearfar.ssl.errors import UserError
 
 CLASSES = 3

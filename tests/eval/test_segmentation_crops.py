@@ -6,9 +6,9 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from nearfar.eval.crop_training import Crop, CropTraining, crop_batches, crop_loss, cut, plan_crop, train_on_crops
 from nearfar.eval.features.extraction import IGNORE
 from nearfar.eval.segmentation import resized_mask
+from nearfar.eval.segmentation_crops import Crop, CropTraining, crop_batches, crop_loss, cut, plan_crop, train_on_crops
 from nearfar.ssl.data.sources.base import ArraySource
 from nearfar.ssl.errors import BadImage, UserError
 from nearfar.ssl.heads.segmentation import SegmentationHead
