@@ -184,7 +184,7 @@ def test_the_search_for_waits_finds_one() -> None:
         float(x.sum())
 
 
-@pytest.mark.parametrize("kind", ["folder", "device"])
+@pytest.mark.parametrize("kind", ["pillow", "device"])
 def test_views_made_ahead_are_those_made_in_turn(tiny_run: Make, device: torch.device, kind: str) -> None:
     """To the bit, while the device is kept busy, and read late, after the memory of earlier ones was used again."""
     run = tiny_run()
@@ -240,7 +240,7 @@ def test_a_checkpoint_continues_on_the_device(tiny_run: Make, device: torch.devi
         assert continued.grad_norm == pytest.approx(straight.grad_norm, rel=1e-2)
 
 
-@pytest.mark.parametrize("kind", ["folder", "device"])
+@pytest.mark.parametrize("kind", ["pillow", "device"])
 def test_a_run_that_was_stopped_continues_on_the_device(
     tiny: Callable[..., Run], device: torch.device, tmp_path: Path, kind: str
 ) -> None:

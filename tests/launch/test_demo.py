@@ -47,7 +47,7 @@ def test_it_leaves_a_whole_run_and_its_report(run: Path) -> None:
         assert (run / file).stat().st_size > 0
     page = (run / "report.html").read_text()
     # 6 queries with 2 x 5 neighbors, 6 masks of 3, 6 attentions of 2, 6 token pictures of 3, the views
-    assert page.count("data:image/") == 6 * 11 + 6 * 3 + 6 * 2 + 6 * 3 + 1 and 'class="missing"' not in page
+    assert page.count("data:image/") == 6 * 17 + 6 * 3 + 6 * 2 + 6 * 3 + 1 and 'class="missing"' not in page
     assert "http://" not in page.replace("http://www.w3.org", "") and "https://" not in page
     assert list(run.glob("events.out.tfevents.*"))
     assert yaml.safe_load((run / "config.yaml").read_text())["head"]["batch_norm"] is True  # derived, and written

@@ -297,7 +297,13 @@ torch.testing.assert_close(found[1], patches, rtol=1e-4, atol=1e-4)
 """
 
 
-@pytest.mark.parametrize(("name", "switches", "any_size"), NETWORKS)
+# One of the graphs, which are traced alike for both formats: the test of ONNX has them all.
+ARCHIVED = [
+    pytest.param(*each.values, id=each.id, marks=() if each.id == "lgp-gaug-prr" else LONG) for each in NETWORKS
+]
+
+
+@pytest.mark.parametrize(("name", "switches", "any_size"), ARCHIVED)
 def test_an_archive_of_torch_export_needs_torch_alone(
     tmp_path: Path, name: str, switches: dict[str, object], any_size: bool
 ) -> None:

@@ -103,9 +103,9 @@ def run(folder: Path, ranks: int, case: str = "") -> None:
     assert [process.returncode for process in processes] == [0] * ranks, said
 
 
-def test_ranks_share_an_extraction_and_change_nothing(tmp_path):
+def test_ranks_share_an_extraction_and_change_nothing_also_after_some_that_were_left_early(tmp_path):
     ranks = 3
-    run(tmp_path, ranks)
+    run(tmp_path, ranks, "stopped")
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -117,19 +117,13 @@ def test_ranks_share_an_extraction_and_change_nothing(tmp_path):
             assert {k: v for k, v in got.manifest.items() if k != "arrays"} == want.manifest
     finally:
         torch.set_num_threads(before)
+    seen = [json.loads((tmp_path / f"seen{rank}").read_text()) for rank in range(ranks)]
     for rank in range(ranks):  # every so many-th batch of three, twice
         mine = [i for i in range(21) if i // 3 % ranks == rank]
-        assert json.loads((tmp_path / f"seen{rank}").read_text()) == mine * 2
-
-
-def test_an_extraction_that_is_left_early_lets_the_others_go_and_the_next_one_is_whole(tmp_path):
-    run(tmp_path, 3, "stopped")
-    want = extract(network(), Some(), READINGS[0], Decoding(3, 0))
-    np.testing.assert_array_equal(FeatureStore.open(tmp_path / "store0").x, want.x)
-    seen = json.loads((tmp_path / "seen2").read_text())
-    # Of its seven images the one that it had been asked for, and two that it had begun; all of them only in the one
-    # that was left after 17 images (and in other batches in the two at the end, where image 20 is another rank's).
-    assert seen[:4] == [2, 5, 8, 2] and seen.count(20) == 1
+        assert seen[rank][-2 * len(mine) :] == mine * 2
+    # Left after one image: of its seven images the one that it had been asked for, and two that it had begun; all of
+    # them only in the one that was left after 17 images (in the last two image 20 is another rank's).
+    assert seen[2][:4] == [2, 5, 8, 2] and seen[2].count(20) == 1
 
 
 def test_a_rank_with_other_images_is_told_by_all(tmp_path):

@@ -189,6 +189,7 @@ def test_settings_are_read_as_written(tiny: Make) -> None:
     assert tiny("train.compile=false").train.compile is False
 
 
+@pytest.mark.long
 def test_the_folder_holds_nothing_of_the_compiler(
     tiny: Make, images: ArraySource, quiet: Console, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
