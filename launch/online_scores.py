@@ -77,7 +77,6 @@ class OnlineKNN:
         return False
 
     def _score(self, backbone: Backbone, run: ResolvedRun, shared: bool) -> dict[str, float] | None:
-
         def go_on(_: int) -> None:
             if self.should_stop():
                 raise ScoringStoppedError

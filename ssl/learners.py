@@ -13,7 +13,7 @@ from nearfar.ssl.backbones.adapter import Adapter
 from nearfar.ssl.backbones.factory import OUR_NAME, VIM_NAME
 from nearfar.ssl.disk import digests
 from nearfar.ssl.errors import UserError
-from nearfar.ssl.learning.dino import build_dino_learner
+from nearfar.ssl.learning.dino import build_backbone, build_dino_learner
 from nearfar.ssl.learning.distill import Distiller, FrozenTeacher, Pooling, ProjectedStudent
 from nearfar.ssl.learning.learner import Learner
 from nearfar.ssl.settings.defaults import ResolvedRun
@@ -55,14 +55,10 @@ def build_distiller(run: ResolvedRun, weights: bool = True) -> Distiller:
 
     weights: read backbone.weights, if set; the teacher's are always read.
     """
-    backbone, size = run.backbone, run.views.global_crops_size
-    settings = backbone.model_dump(exclude={"drop_path", "weights", "img_size"})
-    made_for = backbone.img_size or size
     torch.manual_seed(run.train.seed)
-    file = backbone.weights if weights else None
-    student = create(img_size=made_for, drop_path=backbone.drop_path, weights=file, **settings)
-    average = create(img_size=made_for, drop_path=0.0, **settings)
-    source = frozen_teacher(run.distill, size)
+    student = build_backbone(run, run.backbone.drop_path, run.backbone.weights if weights else None)
+    average = build_backbone(run)
+    source = frozen_teacher(run.distill, run.views.global_crops_size)
     torch.manual_seed(run.train.seed)
     width, pooling = source.backbone.embed_dim, run.head.pooling
     pair = (ProjectedStudent(student, width, pooling), ProjectedStudent(average, width, pooling))

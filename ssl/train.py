@@ -119,6 +119,7 @@ class Meter:
             self.begun_at = training.step
         elif training.step - self.begun_at == WARM_UP:
             self.warm = now
+            training.log.warmed_up(training.step)
         elif self.times_now and (left := training.schedule.steps - training.step):
             training.log.say(announce.time_line((now - self.warm) / TIMED, left))
 

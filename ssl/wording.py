@@ -24,7 +24,7 @@ def counted(number: int, noun: str) -> str:
     return f"{number:,} {noun}" + "s" * (number != 1)
 
 
-def amount(count: float) -> str:
+def byte_size(count: float) -> str:
     """`1.5 GB`, `703.2 MB`, `12.0 KB`: a number of bytes."""
     for unit, name in ((1e9, "GB"), (1e6, "MB")):
         if count >= unit:

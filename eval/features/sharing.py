@@ -42,7 +42,7 @@ class _Requests:
 
     def __init__(self, rank: int, batches: int) -> None:
         self.rank, self.left, self.asked = rank, batches, False
-        self._sent: list[tuple[Tensor, dist.Work | None]] = []
+        self._last: tuple[Tensor, dist.Work | None] | None = None  # kept until it has arrived
         self._ask()
 
     def _ask(self) -> None:
@@ -52,8 +52,13 @@ class _Requests:
             self.left -= 1
 
     def _say(self, word: int) -> None:
+        self._arrived()
         message = torch.tensor([word])
-        self._sent.append((message, dist.isend(message, self.rank)))
+        self._last = message, dist.isend(message, self.rank)
+
+    def _arrived(self) -> None:
+        if self._last and self._last[1]:
+            self._last[1].wait()
 
     def take(self) -> Computed:
         found = _receive(self.rank)
@@ -67,7 +72,7 @@ class _Requests:
             self._say(0)
         if self.asked:
             self.take()
-        _wait([work for _, work in self._sent if work is not None])
+        self._arrived()
 
 
 def in_order(own: Iterator[Computed], count: int) -> Generator[Computed]:

@@ -11,7 +11,7 @@ import numpy as np
 from nearfar.eval.features.extraction import IGNORE
 from nearfar.eval.results import HEADLINES, TASKS, TITLES, DataName
 from nearfar.ssl.data.sources.base import Source
-from nearfar.ssl.data.sources.dense import known_classes
+from nearfar.ssl.data.sources.dense import known_classes, published_names
 from nearfar.ssl.disk import digests
 from nearfar.ssl.errors import BadImage, UserError
 
@@ -168,6 +168,11 @@ def masks_of(source: Source) -> Iterator[tuple[str, np.ndarray]]:
             continue
         if mask is not None:
             yield source.name(i), mask
+
+
+def mask_class_names(source: Source, path: str) -> list[str] | None:
+    """What the classes of the masks of a source at `path` are called: as its data set or a classes.txt says."""
+    return source.classes or published_names(source) or listed_names(path)
 
 
 def listed_names(path: str) -> list[str] | None:

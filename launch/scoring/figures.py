@@ -21,13 +21,12 @@ from nearfar.eval.pictures.sheets import mask_color, mask_group, mask_names, nei
 from nearfar.eval.pictures.token_colors import painted, patch_tokens, similarity, token_colors
 from nearfar.eval.results import Score
 from nearfar.eval.scores.scoring import PIXEL_SIDE, native_grid
-from nearfar.eval.scores.tasks import listed_names
+from nearfar.eval.scores.tasks import mask_class_names
 from nearfar.eval.segmentation import ProbeTraining, predict_masks
 from nearfar.launch.scoring.score import Subject, protocol_of
 from nearfar.ssl.backbones import Backbone
 from nearfar.ssl.data import open_source
 from nearfar.ssl.data.sources.base import Source, spread
-from nearfar.ssl.data.sources.dense import published_names
 from nearfar.ssl.data.transforms.eval_view import eval_view
 from nearfar.ssl.data.transforms.normalize import normalize_pixels
 from nearfar.ssl.errors import BadImage, UserError
@@ -140,8 +139,7 @@ def _masks(pictured: FigureInputs) -> Figure:
         (grids[0].x, grids[0].mask_list()), (grids[1].x, [mask.shape for mask in truth]), classes, training,
         device=subject.device,
     )  # fmt: skip
-    known = train.classes or published_names(train) or listed_names(score.train.path)
-    names, test = mask_names(classes, known), spread(val, SHOWN)
+    names, test = mask_names(classes, mask_class_names(train, score.train.path)), spread(val, SHOWN)
     groups = tuple(
         mask_group(test.read(int(i)), mask, found, names)
         for i, mask, found in zip(grids[1].index, truth, predicted, strict=True)

@@ -35,7 +35,7 @@ from nearfar.ssl.settings.finetune_settings import FinetuneRun
 from nearfar.ssl.settings.listing import all_settings
 from nearfar.ssl.settings.run import AnyRun, Run
 from nearfar.ssl.training import NO_OBSERVERS, Training
-from nearfar.ssl.wording import amount, counted, duration
+from nearfar.ssl.wording import byte_size, counted, duration
 
 FEWEST_STEPS, MOST_STEPS = 3, 12  # that are measured
 LONGEST = 15.0  # seconds after which no more than the fewest are
@@ -187,22 +187,22 @@ def _costs(run: AnyRun, learner: StudentTeacher, steps: int, compute: Compute, m
     count = f"{measured.steps} timed steps" if measured.steps else "a single step with its start-up"
     by = "" if ranks == 1 else f" by one of the {ranks} processes, alone and so with the machine to itself"
     place = "of GPU memory" if compute.device.type == "cuda" else "of memory"
-    each = "" if ranks == 1 else f" ({amount(measured.memory)} in each of {ranks} processes)"
+    each = "" if ranks == 1 else f" ({byte_size(measured.memory)} in each of {ranks} processes)"
     return [
         "",
         f"Estimates, from {count} on the first images{by}:",
         f"Time       about {duration(steps * measured.seconds)} for {steps:,} steps of {measured.seconds:.2f} s on "
         f"{compute.device.type} in {compute.rounding} ({100 * measured.waiting:.0f} % of it waiting for images), "
         "without scores and checkpoints",
-        f"Memory     about {amount(ranks * measured.memory)} {place}{each}, besides that of the data workers"
+        f"Memory     about {byte_size(ranks * measured.memory)} {place}{each}, besides that of the data workers"
         + (
-            f" and {amount(disk.checkpoint)} on the host for the copy from which checkpoints are written"
+            f" and {byte_size(disk.checkpoint)} on the host for the copy from which checkpoints are written"
             * run.train.save_in_background
         ),
-        f"Disk       about {amount(disk.most)}: {run.train.keep_last} checkpoints, and one being written, of "
-        f"{amount(disk.checkpoint)} each (student, teacher, and two moments of the optimizer, each a backbone of "
-        f"{amount(disk.backbone)} and a head of {amount(disk.head)}"
-        + (f"; the frozen anchor, {amount(disk.anchor)}" if disk.anchor else "")
+        f"Disk       about {byte_size(disk.most)}: {run.train.keep_last} checkpoints, and one being written, of "
+        f"{byte_size(disk.checkpoint)} each (student, teacher, and two moments of the optimizer, each a backbone of "
+        f"{byte_size(disk.backbone)} and a head of {byte_size(disk.head)}"
+        + (f"; the frozen anchor, {byte_size(disk.anchor)}" if disk.anchor else "")
         + "), and the exported weights",
         "",
         "Nothing was trained or written. Leave out --dry-run to begin.",

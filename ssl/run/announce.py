@@ -20,7 +20,7 @@ from nearfar.ssl.parallel.device import Compute
 from nearfar.ssl.settings.defaults import Derived, ResolvedRun, fork_command
 from nearfar.ssl.settings.finetune_settings import FinetuneRun, ResolvedFinetune
 from nearfar.ssl.settings.run import AnyRun, Run
-from nearfar.ssl.wording import amount, counted, duration
+from nearfar.ssl.wording import byte_size, counted, duration
 
 
 def start_lines(
@@ -175,11 +175,11 @@ def memory_line(run: ResolvedRun | ResolvedFinetune, need: MemoryNeed, free: int
     """What a step needs, before the first one."""
     images = run.train.batch_size // run.train.world_size // run.train.accumulate_steps
     each = "A step" if run.train.world_size == 1 else f"A step of each of {run.train.world_size} processes"
-    have = "" if free is None else f"; {amount(free)} are free"
+    have = "" if free is None else f"; {byte_size(free)} are free"
     line = (
-        f"{each} needs about {amount(need.total)} of memory: weights {amount(need.weights)}, gradients "
-        f"{amount(need.gradients)}, AdamW {amount(need.moments)}, activations {amount(need.activations)} for "
-        f"{images} images at a time, logits {amount(need.logits)}; besides libraries and data workers{have}."
+        f"{each} needs about {byte_size(need.total)} of memory: weights {byte_size(need.weights)}, gradients "
+        f"{byte_size(need.gradients)}, AdamW {byte_size(need.moments)}, activations {byte_size(need.activations)} for "
+        f"{images} images at a time, logits {byte_size(need.logits)}; besides libraries and data workers{have}."
     )
     if free is None or need.total <= free:
         return line
@@ -190,7 +190,7 @@ def no_room_for_copy(name: str, size: int, error: BaseException) -> str:
     """A checkpoint's copy for the background did not fit into memory; `name` and `size` (bytes) of what did not."""
     return (
         "There is not enough memory for the copy of weights and optimizer that a checkpoint is written from: it ended "
-        f"at {name}, {amount(size)} ({' '.join(str(error).split())[:120] or 'MemoryError'}). Checkpoints that were "
+        f"at {name}, {byte_size(size)} ({' '.join(str(error).split())[:120] or 'MemoryError'}). Checkpoints that were "
         "written are intact. Give the job more memory, or set train.save_in_background=false, which needs no copy and "
         "lets the training wait; then start the same command again."
     )
@@ -232,10 +232,10 @@ def disk_line(learner: StudentTeacher, keep: int, copied: bool) -> str:
     backbone, head, anchor, one, most = disk_sizes(learner, keep)
     with_anchor = ", and the frozen anchor" if anchor else ""
     return (
-        f"A checkpoint takes {amount(one)}: student, teacher and AdamW's two moments, each a backbone of "
-        f"{amount(backbone)} and a head of {amount(head)}{with_anchor}. With train.keep_last={keep}, one more "
-        f"while it is written, and the exported weights the run takes up to {amount(most)} of disk."
-        + (f" It is written from a copy, which takes {amount(one)} of the host's memory." if copied else "")
+        f"A checkpoint takes {byte_size(one)}: student, teacher and AdamW's two moments, each a backbone of "
+        f"{byte_size(backbone)} and a head of {byte_size(head)}{with_anchor}. With train.keep_last={keep}, one more "
+        f"while it is written, and the exported weights the run takes up to {byte_size(most)} of disk."
+        + (f" It is written from a copy, which takes {byte_size(one)} of the host's memory." if copied else "")
     )
 
 

@@ -30,6 +30,8 @@ class NoLog:
 
     def record(self, step: int, values: dict[str, Any]) -> None: ...
 
+    def warmed_up(self, step: int) -> None: ...
+
     def progress(self, step: int, numbers: str) -> None: ...
 
     def settings(self, values: dict[str, Any]) -> None: ...
@@ -116,6 +118,10 @@ class RunLog(NoLog):
         self._tracker = self._tracker or self._late_tracker()  # of a score that a finished run still lacked
         self._tracker.record(step, values)
 
+    def warmed_up(self, step: int) -> None:
+        """From here on steps are like those to come: the ones before also started workers and compiled."""
+        self._begun, self._start, self._warm = time.monotonic(), step, True
+
     def progress(self, step: int, numbers: str) -> None:
         """Move the bar to `step`; every few seconds write a line, and print it where there is no bar."""
         self._bar.update(self._task, completed=step, numbers=numbers)
@@ -124,8 +130,8 @@ class RunLog(NoLog):
             return
         self._last_line = now
         left = (now - self._begun) / max(1, step - self._start) * (self._steps - step)
-        if not self._warm:  # from here on: the first steps also start workers and compile
-            self._begun, self._start, self._warm = now, step, True
+        if not self._warm:
+            self.warmed_up(step)
         line = f"step {step}/{self._steps}  {numbers}  {_time_left(left)}"
         if self._console.is_terminal:
             self._write(line)

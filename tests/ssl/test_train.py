@@ -576,11 +576,11 @@ def estimates(
 
     frozen: steps before which the backbone is frozen, and takes 1 s; scored, saved: seconds by step.
     """
-    clock, said = Clock(), []
+    clock, said, warm = Clock(), [], list[int]()
     monkeypatch.setattr(train, "time", clock)
     loop: Any = SimpleNamespace(
         step=first, saver=SimpleNamespace(seconds=0.0), schedule=SimpleNamespace(steps=steps), backbone_frozen=False,
-        log=SimpleNamespace(say=lambda line: said.append((loop.step, line))),
+        log=SimpleNamespace(say=lambda line: said.append((loop.step, line)), warmed_up=lambda step: warm.append(step)),
     )  # fmt: skip
     meter = train.Meter(loop)
     while loop.step < steps:

@@ -1,6 +1,6 @@
 import pytest
 
-from nearfar.ssl.wording import amount, counted, duration, printable
+from nearfar.ssl.wording import byte_size, counted, duration, printable
 
 
 @pytest.mark.parametrize(
@@ -38,4 +38,4 @@ def test_a_duration_has_its_unit_and_about_two_figures(seconds: float, told: str
     [(400, "0.4 KB"), (999_999, "1000.0 KB"), (1e6, "1.0 MB"), (1.5e9, "1.5 GB")],
 )
 def test_bytes_are_counted_in_thousands(count: float, told: str) -> None:
-    assert amount(count) == told
+    assert byte_size(count) == told

@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 import yaml
 
+from nearfar.launch.slurm import job, queue, records, requeue
+
 
 @pytest.fixture
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
@@ -37,3 +39,20 @@ def sbatch(here: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureR
         (folder / name).chmod(0o755)
     monkeypatch.setenv("PATH", f"{folder}:/usr/bin:/bin")
     return log
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    with records.locked(tmp_path):
+        return tmp_path
+
+
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What was asked of SLURM; nothing waits for the end."""
+    said: list[str] = []
+    monkeypatch.setattr(queue, "requeue", lambda number, **_: said.append(f"requeue {number}"))
+    monkeypatch.setattr(queue, "preempted", lambda number: False)
+    for module in (job, requeue):
+        monkeypatch.setattr(module, "wait_for_the_end", lambda *_: said.append("waited"))
+    return said

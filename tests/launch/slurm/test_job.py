@@ -28,22 +28,6 @@ from nearfar.ssl.errors import PeerError, UserError
 from nearfar.ssl.run.run_folder import RunFolder
 
 
-@pytest.fixture
-def run(tmp_path: Path) -> Path:
-    with records.locked(tmp_path):
-        return tmp_path
-
-
-@pytest.fixture
-def asked(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """What was asked of SLURM; nothing waits for the end."""
-    said: list[str] = []
-    monkeypatch.setattr(queue, "requeue", lambda number, **_: said.append(f"requeue {number}"))
-    monkeypatch.setattr(queue, "preempted", lambda number: False)
-    monkeypatch.setattr(job, "wait_for_the_end", lambda *_: said.append("waited"))
-    return said
-
-
 def place(rank: int = 0, size: int = 1, number: str = "7") -> JobProcess:
     return JobProcess(number, rank, size, 0, "localhost", Path("result.pkl"))
 

@@ -12,12 +12,6 @@ from nearfar.launch.slurm.records import AttemptEnd, Ending, Job
 from nearfar.ssl.errors import UserError
 
 
-@pytest.fixture
-def run(tmp_path: Path) -> Path:
-    with records.locked(tmp_path):
-        return tmp_path
-
-
 def saved(run: Path, step: int) -> None:
     (run / "checkpoints" / f"step-{step:09d}").mkdir(parents=True)
 
