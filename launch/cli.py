@@ -31,7 +31,7 @@ from nearfar.launch.verbs.finetune import FINETUNE, add_predict
 from nearfar.launch.verbs.paths import require_paths
 from nearfar.launch.verbs.replay import add_replay
 from nearfar.launch.verbs.report import add_report
-from nearfar.launch.verbs.training import PRETRAIN
+from nearfar.launch.verbs.training_verb import PRETRAIN
 from nearfar.ssl.errors import EXIT_PEER, EXIT_USER, PeerError, UserError
 
 EXIT_BUG = 1

@@ -1,4 +1,4 @@
-"""One supervised run from the command line: the loop of `nearfar.ssl.finetune` with signals, scores and a report."""
+"""One supervised run from the command line: the loop of `nearfar.ssl.train` with signals, scores and a report."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ from nearfar.launch.local.stop_signals import ScoringStoppedError, StopFlag
 from nearfar.launch.pretrain import save_views
 from nearfar.ssl import checkpoint, config, train
 from nearfar.ssl.data import open_source
+from nearfar.ssl.data.labels import class_names, labels_as
 from nearfar.ssl.data.sources.base import Source
 from nearfar.ssl.data.sources.files import FolderSource
 from nearfar.ssl.errors import UserError
-from nearfar.ssl.finetune import class_names, finetune, labels_as
 from nearfar.ssl.learning.classifier import Classifier
 from nearfar.ssl.parallel import device
 from nearfar.ssl.parallel.distributed import Ranks
 from nearfar.ssl.settings.defaults import as_resolved
 from nearfar.ssl.settings.finetune_settings import FinetuneRun, ResolvedFinetune
-from nearfar.ssl.train import Outcome
+from nearfar.ssl.train import Outcome, finetune
 from nearfar.ssl.wording import printable
 
 
@@ -37,7 +37,7 @@ def finetune_rank(run: FinetuneRun, console: Console, world: Ranks) -> Outcome:
     writes its report. Signals are as in `nearfar.launch.pretrain.run_pretraining`.
 
     Raises:
-        UserError: as `nearfar.ssl.finetune.finetune`; data.val does not fit the classes.
+        UserError: as `nearfar.ssl.train.finetune`; data.val does not fit the classes.
     """
     config.require_images(run)
     with StopFlag() as stop:

@@ -12,7 +12,7 @@ from nearfar.eval.features import sharing
 from nearfar.eval.features.extraction import Features, Reading, compute_share, digest, extract
 from nearfar.eval.features.images import Decoding
 from nearfar.eval.knn import knn
-from nearfar.eval.scores.scoring import labels_of
+from nearfar.eval.scores.headline_scores import labels_of
 from nearfar.eval.scores.tasks import label_numbers
 from nearfar.launch.local.stop_signals import ScoringStoppedError
 from nearfar.ssl import checkpoint

@@ -18,10 +18,10 @@ from nearfar.launch.computing import compute_for
 from nearfar.launch.progress import progress, summed
 from nearfar.ssl import checkpoint
 from nearfar.ssl.data import open_source
+from nearfar.ssl.data.labels import labels_as
 from nearfar.ssl.data.sources.base import Source
 from nearfar.ssl.disk import files
 from nearfar.ssl.errors import UserError
-from nearfar.ssl.finetune import labels_as
 from nearfar.ssl.parallel import gpus
 from nearfar.ssl.wording import printable
 

@@ -15,7 +15,6 @@ from nearfar.ssl.data.loaders.base import Batch, Task
 from nearfar.ssl.data.sources.base import Source
 from nearfar.ssl.data.transforms.colors import color_views
 from nearfar.ssl.data.transforms.normalize import normalize
-from nearfar.ssl.learners import learner_of
 from nearfar.ssl.learning.dino import build_block_masks
 from nearfar.ssl.learning.learner import Learner
 from nearfar.ssl.learning.optim import adamw_of
@@ -24,9 +23,10 @@ from nearfar.ssl.learning.step import Stepper
 from nearfar.ssl.parallel import device
 from nearfar.ssl.parallel.distributed import ALONE
 from nearfar.ssl.run import announce, failed_step, resume
-from nearfar.ssl.set_up import loader_of, prepare_learner
 from nearfar.ssl.settings.defaults import ResolvedRun, as_resolved
-from nearfar.ssl.training import step_seed
+from nearfar.ssl.training.base import step_seed
+from nearfar.ssl.training.choose_learner import learner_of
+from nearfar.ssl.training.set_up import loader_of, prepare_learner
 
 
 def settings_of(saved: Checkpoint) -> ResolvedRun:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from nearfar.ssl.data.labels import class_names
 from nearfar.ssl.data.loaders.base import Batch
 from nearfar.ssl.data.sources.base import Source
 from nearfar.ssl.errors import UserError
@@ -16,13 +17,15 @@ from nearfar.ssl.learning.prefetch import Prefetch, side_stream
 from nearfar.ssl.learning.step import StepResult
 from nearfar.ssl.parallel import distributed
 from nearfar.ssl.parallel.distributed import ALONE, Ranks
-from nearfar.ssl.pretraining import Pretraining
 from nearfar.ssl.run import announce
 from nearfar.ssl.run.run_folder import RunFolder
 from nearfar.ssl.run.run_log import NoLog, RunLog
-from nearfar.ssl.set_up import set_up
+from nearfar.ssl.settings.finetune_settings import FinetuneRun
 from nearfar.ssl.settings.run import AnyRun, Run
-from nearfar.ssl.training import NO_OBSERVERS, Observers, Training
+from nearfar.ssl.training.base import NO_OBSERVERS, Observers, Training
+from nearfar.ssl.training.finetuning import Finetuning
+from nearfar.ssl.training.pretraining import Pretraining
+from nearfar.ssl.training.set_up import set_up
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -59,10 +62,29 @@ def pretrain(
         UserError: settings, data, folder, disk, memory or checkpoint are wrong, or the loss is no longer finite.
         PeerError: another rank ended.
     """
-    return carry_out(Pretraining, run, source, observers, should_stop, console, world)
+    return _train(Pretraining, run, source, observers, should_stop, console, world)
 
 
-def carry_out(
+def finetune(
+    run: FinetuneRun,
+    source: Source,
+    observers: Observers = NO_OBSERVERS,
+    should_stop: Callable[[], bool] = lambda: False,
+    console: Console | None = None,
+    world: Ranks = ALONE,
+) -> Outcome:
+    """Train a classifier on the labeled images of `source`, in the run's folder, from its last checkpoint to its end,
+    as one of the ranks of `world`. Continuing is bit-exact as in `pretrain`, whose loop this is.
+
+    Raises:
+        UserError: labels, settings, data, folder, disk, memory or checkpoint are wrong, or the loss is not finite.
+        PeerError: another rank ended.
+    """
+    class_names(source, run.data.path)
+    return _train(Finetuning, run, source, observers, should_stop, console, world)
+
+
+def _train(
     kind: type[Training[Any, Any]],
     run: AnyRun,
     source: Source,
@@ -71,7 +93,7 @@ def carry_out(
     console: Console | None = None,
     world: Ranks = ALONE,
 ) -> Outcome:
-    """As `pretrain`, for any `kind` of training."""
+    """As `pretrain`, for every `kind` of training."""
     from rich.console import Console
 
     console = console or Console(quiet=not world.first)

@@ -26,7 +26,7 @@ from nearfar.eval.linear import (
     standardize,
     stratified,
 )
-from nearfar.eval.scores.scoring import Protocol, TaskScore, labels_of, origin_of
+from nearfar.eval.scores.headline_scores import Protocol, TaskScore, labels_of, origin_of
 from nearfar.ssl.backbones.tokens import Backbone
 from nearfar.ssl.data.loaders.base import LoaderOptions
 from nearfar.ssl.data.loaders.pillow import PillowLoader

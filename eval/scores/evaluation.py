@@ -9,9 +9,8 @@ from nearfar.eval.features.extraction import DEFAULT_DECODING, Features, Reading
 from nearfar.eval.features.images import Decoding
 from nearfar.eval.features.pixels import pixel_features, pixel_grid
 from nearfar.eval.scores.augmented import augmented_score
-from nearfar.eval.scores.more_scores import fewshot_score, logistic_score, position_score, retrieval_score
-from nearfar.eval.scores.robustness_score import robustness_score
-from nearfar.eval.scores.scoring import (
+from nearfar.eval.scores.further_scores import fewshot_score, logistic_score, position_score, retrieval_score
+from nearfar.eval.scores.headline_scores import (
     PIXEL_SIDE,
     POSITION_IMAGES,
     Protocol,
@@ -21,6 +20,7 @@ from nearfar.eval.scores.scoring import (
     native_grid,
     segment_score,
 )
+from nearfar.eval.scores.robustness_score import robustness_score
 from nearfar.eval.scores.tasks import TASKS
 from nearfar.eval.scores.window_score import Frozen, window_score
 from nearfar.ssl.backbones.tokens import Backbone

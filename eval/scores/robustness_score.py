@@ -17,7 +17,7 @@ from nearfar.eval.features.extraction import Features, Reading, eval_mode, manif
 from nearfar.eval.features.images import Decoding, View, batches, default_workers
 from nearfar.eval.knn import knn
 from nearfar.eval.results import CLEAN
-from nearfar.eval.scores.scoring import HEADLINE_K, TaskScore, labels_of, origin_of, same_images
+from nearfar.eval.scores.headline_scores import HEADLINE_K, TaskScore, labels_of, origin_of, same_images
 from nearfar.ssl.backbones.tokens import Backbone
 from nearfar.ssl.data.sources.base import Source
 from nearfar.ssl.data.transforms.normalize import normalize_pixels

@@ -9,7 +9,7 @@ from torch import Tensor
 from nearfar.eval.features.extraction import DEFAULT_DECODING, Features, Reading, eval_mode, manifest_of, read
 from nearfar.eval.features.images import Decoding, default_workers, fitting_mask
 from nearfar.eval.features.pixels import pixel_map
-from nearfar.eval.scores.scoring import Protocol, TaskScore, native_grid
+from nearfar.eval.scores.headline_scores import Protocol, TaskScore, native_grid
 from nearfar.eval.scores.tasks import mask_classes, masks_of
 from nearfar.eval.segmentation import (
     ProbeTraining,

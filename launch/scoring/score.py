@@ -22,7 +22,7 @@ from nearfar.eval.pages.verdict import Verdict, verdict
 from nearfar.eval.results import SUBJECTS, TITLES, Score
 from nearfar.eval.run_files import flat, read_numbers, read_settings
 from nearfar.eval.scores.evaluation import evaluate, evaluate_pixels
-from nearfar.eval.scores.scoring import Protocol, TaskScore
+from nearfar.eval.scores.headline_scores import Protocol, TaskScore
 from nearfar.eval.scores.tasks import TASKS, Data, Plan, plan
 from nearfar.launch.scoring.score_tables import detail_tables, remarks, score_table
 from nearfar.ssl import checkpoint

@@ -13,8 +13,8 @@ from nearfar.eval import results
 from nearfar.eval.features.extraction import Features, Reading
 from nearfar.eval.features.store import FeatureStore
 from nearfar.eval.results import DataName, Score
-from nearfar.eval.scores.more_scores import fewshot_score, logistic_score, position_score, retrieval_score
-from nearfar.eval.scores.scoring import Protocol, TaskScore, knn_score, linear_score, segment_score
+from nearfar.eval.scores.further_scores import fewshot_score, logistic_score, position_score, retrieval_score
+from nearfar.eval.scores.headline_scores import Protocol, TaskScore, knn_score, linear_score, segment_score
 from nearfar.eval.scores.tasks import OF_ALL
 from nearfar.launch.scoring.score_tables import detail_tables, remarks, score_table
 from nearfar.ssl.errors import UserError

@@ -16,7 +16,7 @@ from nearfar.launch.verbs.adapt import ADAPT
 from nearfar.launch.verbs.command_line import Parser
 from nearfar.launch.verbs.distill import DISTILL
 from nearfar.launch.verbs.finetune import FINETUNE
-from nearfar.launch.verbs.training import PRETRAIN, TrainingVerb
+from nearfar.launch.verbs.training_verb import PRETRAIN, TrainingVerb
 from nearfar.ssl.errors import UserError
 from nearfar.ssl.settings.messages import nearest
 

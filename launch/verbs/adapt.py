@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nearfar.launch.recipes import find_recipe
-from nearfar.launch.verbs.training import RecipeAndSettings, TrainingVerb
+from nearfar.launch.verbs.training_verb import RecipeAndSettings, TrainingVerb
 from nearfar.ssl.errors import UserError
 
 if TYPE_CHECKING:

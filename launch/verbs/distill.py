@@ -6,7 +6,7 @@ import argparse
 from typing import Any
 
 from nearfar.launch.recipes import bundled, find_recipe
-from nearfar.launch.verbs.training import RecipeAndSettings, TrainingVerb
+from nearfar.launch.verbs.training_verb import RecipeAndSettings, TrainingVerb
 from nearfar.ssl.errors import UserError
 
 

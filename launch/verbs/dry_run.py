@@ -21,20 +21,20 @@ from nearfar.ssl.data import open_source
 from nearfar.ssl.data.loaders.base import Batch
 from nearfar.ssl.data.sources.base import Source, passed_over
 from nearfar.ssl.disk import checkpoint_names
-from nearfar.ssl.finetune import Finetuning
 from nearfar.ssl.learning.student_teacher import StudentTeacher
 from nearfar.ssl.parallel.device import Compute
 from nearfar.ssl.parallel.distributed import Ranks, available_cores
-from nearfar.ssl.pretraining import Pretraining
 from nearfar.ssl.run import announce
 from nearfar.ssl.run.announce import passed_over_line
 from nearfar.ssl.run.run_folder import RunFolder
-from nearfar.ssl.set_up import compile_learner, learner_on_device, loader_of
 from nearfar.ssl.settings.defaults import Derived
 from nearfar.ssl.settings.finetune_settings import FinetuneRun
 from nearfar.ssl.settings.listing import all_settings
 from nearfar.ssl.settings.run import AnyRun, Run
-from nearfar.ssl.training import NO_OBSERVERS, Training
+from nearfar.ssl.training.base import NO_OBSERVERS, Training
+from nearfar.ssl.training.finetuning import Finetuning
+from nearfar.ssl.training.pretraining import Pretraining
+from nearfar.ssl.training.set_up import compile_learner, learner_on_device, loader_of
 from nearfar.ssl.wording import byte_size, counted, duration
 
 FEWEST_STEPS, MOST_STEPS = 3, 12  # that are measured

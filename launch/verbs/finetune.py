@@ -11,7 +11,7 @@ from rich.console import Console
 
 from nearfar.launch.recipes import bundled, find_recipe
 from nearfar.launch.verbs.command_line import HelpWithSettings
-from nearfar.launch.verbs.training import RecipeAndSettings, TrainingVerb
+from nearfar.launch.verbs.training_verb import RecipeAndSettings, TrainingVerb
 
 if TYPE_CHECKING:
     from nearfar.ssl.settings.finetune_settings import FinetuneRun

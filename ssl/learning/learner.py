@@ -42,7 +42,7 @@ class HeadedBackbone(nn.Module):
 class Learner(StudentTeacher, ABC):
     """What a `Stepper` pretrains, whatever the loss: `teacher`, the student's moving average, is exported.
 
-    Which one a run has is decided in learners.py.
+    Which one a run has is decided in ssl/training/choose_learner.py.
     """
 
     remedy: str | None = None  # what to try where little was learned, if that is not what DINO needs

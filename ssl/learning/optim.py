@@ -11,7 +11,7 @@ from nearfar.ssl.backbones.token_model import decays
 from nearfar.ssl.errors import UserError
 from nearfar.ssl.parallel import distributed
 from nearfar.ssl.parallel.sharding import is_sharded, local
-from nearfar.ssl.settings.learning import OptimSettings
+from nearfar.ssl.settings.optimization import OptimSettings
 
 
 def parameter_groups(

@@ -26,7 +26,7 @@ from nearfar.ssl.run.announce import not_saved
 from nearfar.ssl.run.run_folder import RunFolder
 from nearfar.ssl.settings.defaults import ResolvedRun
 from nearfar.ssl.settings.finetune_settings import ResolvedFinetune
-from nearfar.ssl.settings.learning import TrainSettings
+from nearfar.ssl.settings.optimization import TrainSettings
 
 
 def latest(folder: RunFolder, world: Ranks, warnings: list[str]) -> Checkpoint | None:

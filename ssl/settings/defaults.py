@@ -9,9 +9,9 @@ from typing import Any, NamedTuple, TypeVar
 from pydantic import ValidationError
 
 from nearfar.ssl.errors import UserError
-from nearfar.ssl.settings.learning import LossSettings, OptimSettings, TrainSettings
 from nearfar.ssl.settings.listing import all_settings
 from nearfar.ssl.settings.messages import in_words
+from nearfar.ssl.settings.optimization import LossSettings, OptimSettings, TrainSettings
 from nearfar.ssl.settings.run import AnyRun, DataSettings, EvalSettings, HeadSettings, Run
 from nearfar.ssl.wording import counted
 

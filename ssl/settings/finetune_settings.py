@@ -23,7 +23,7 @@ from nearfar.ssl.settings.contradictions import (
     wrong_slices,
 )
 from nearfar.ssl.settings.defaults import Derived, ResolvedData, ResolvedTrain
-from nearfar.ssl.settings.learning import TrainSettings
+from nearfar.ssl.settings.optimization import TrainSettings
 from nearfar.ssl.settings.run import (
     AnyRun,
     BackboneSettings,

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from pydantic import Field, model_validator
 
 from nearfar.ssl.settings import loss_recipes
-from nearfar.ssl.settings.learning import DistillSettings, LossSettings, OptimSettings, TrainSettings
+from nearfar.ssl.settings.optimization import DistillSettings, LossSettings, OptimSettings, TrainSettings
 from nearfar.ssl.settings.section import MAY_CHANGE, Range, Section, ViewProbs
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from nearfar.launch import cli
 from nearfar.launch.verbs.forking import recipe_and_settings
-from nearfar.ssl import checkpoint, config, replay, train, training
+from nearfar.ssl import checkpoint, config, replay, train
 from nearfar.ssl.data.loaders.base import Batch
 from nearfar.ssl.data.sources.base import ArraySource
 from nearfar.ssl.disk.metrics import read_metrics
@@ -25,6 +25,7 @@ from nearfar.ssl.learning.learner import Learner
 from nearfar.ssl.run import failed_step
 from nearfar.ssl.settings.defaults import resolve
 from nearfar.ssl.settings.run import Run
+from nearfar.ssl.training import base
 
 Make = Callable[..., Run]
 
@@ -44,7 +45,7 @@ def poisoned(step: int, color_views: Callable[..., list[Tensor]]) -> Callable[..
 def stopped(run: Run, images: ArraySource, quiet: Console, patch: pytest.MonkeyPatch, step: int) -> str:
     """The message of a run that ends at a bad view."""
     with patch.context() as here:
-        here.setattr(training, "color_views", poisoned(step, training.color_views))
+        here.setattr(base, "color_views", poisoned(step, base.color_views))
         with pytest.raises(UserError) as caught:
             train.pretrain(run, images, console=quiet)
     return str(caught.value)

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from rich.console import Console
 from torch import Tensor, nn
 
-from nearfar.ssl import checkpoint, train, training
+from nearfar.ssl import checkpoint, train
 from nearfar.ssl.backbones import Backbone, Tokens
 from nearfar.ssl.data.loaders.base import Batch
 from nearfar.ssl.data.sources.base import ArraySource
@@ -29,6 +29,7 @@ from nearfar.ssl.learning import dino
 from nearfar.ssl.parallel import gpus
 from nearfar.ssl.settings.defaults import ResolvedRun, resolve
 from nearfar.ssl.settings.run import Run
+from nearfar.ssl.training import base
 
 Make = Callable[..., Run]
 SameBits = Callable[..., None]
@@ -173,7 +174,7 @@ def test_golden_steps(
         seen.append([view for group in groups for view in group])
         return groups
 
-    monkeypatch.setattr(training, "color_views", uncolored)
+    monkeypatch.setattr(base, "color_views", uncolored)
     monkeypatch.setattr(dino, "create", lambda name, **_: TwoLayers())
     start = {name: p.detach().clone() for name, p in dino.build_dino_learner(_resolved(run)).student.named_parameters()}
     outcome = train.pretrain(run, images, should_stop=lambda: len(seen) == 4, console=quiet)
@@ -304,10 +305,10 @@ def test_a_finished_run_does_nothing_again(tiny: Make, images: ArraySource, quie
 
 
 def test_the_seed_of_a_step_differs_from_step_to_step_and_from_run_to_run() -> None:
-    seeds = {training.step_seed(seed, step, rank) for seed in range(5) for step in range(50) for rank in range(3)}
+    seeds = {base.step_seed(seed, step, rank) for seed in range(5) for step in range(50) for rank in range(3)}
     assert len(seeds) == 750
-    assert 0 <= training.step_seed(2**40, 2**40, 2**20) < 2**63
-    torch.manual_seed(training.step_seed(2**20 - 1, 2**31 - 1, 2**12 - 1))
+    assert 0 <= base.step_seed(2**40, 2**40, 2**20) < 2**63
+    torch.manual_seed(base.step_seed(2**20 - 1, 2**31 - 1, 2**12 - 1))
 
 
 # What goes wrong
@@ -334,7 +335,7 @@ def test_the_weights_must_fit_beside_what_is_on_the_gpu(
 
 def poisoned(seen: list[Batch]) -> Callable[..., list[Tensor]]:
     """`color_views` with one NaN in the eighth batch, in a local view of its third image; lists the batches."""
-    color_views = training.color_views
+    color_views = base.color_views
 
     def color(batch: Batch, *rest: Any) -> list[Tensor]:
         groups = color_views(batch, *rest)
@@ -353,7 +354,7 @@ def test_a_loss_that_is_not_finite_stops_before_it_reaches_the_weights(
     train.pretrain(clean, images, console=quiet)
     seen: list[Batch] = []
     with monkeypatch.context() as patch:
-        patch.setattr(training, "color_views", poisoned(seen))
+        patch.setattr(base, "color_views", poisoned(seen))
         with pytest.raises(UserError) as caught:
             train.pretrain(run, images, console=quiet)
     message = str(caught.value)
@@ -398,7 +399,7 @@ def test_a_step_that_is_asked_about_late_is_still_the_one_that_is_named(
     train.pretrain(clean, images, console=quiet)
     seen: list[Batch] = []
     with monkeypatch.context() as patch:
-        patch.setattr(training, "color_views", poisoned(seen))
+        patch.setattr(base, "color_views", poisoned(seen))
         with pytest.raises(UserError, match="At step 7 the loss is nan") as caught:
             train.pretrain(run, images, console=quiet)
     assert len(seen) == 9 and all(images.name(int(index)) in str(caught.value) for index in seen[7].index[:4])
@@ -441,8 +442,8 @@ def test_a_run_that_blows_up_says_so_and_saves_no_weights_that_are_not_finite(
 def test_a_first_step_that_is_not_finite_claims_no_checkpoint(
     tiny: Make, images: ArraySource, quiet: Console, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    color_views = training.color_views
-    monkeypatch.setattr(training, "color_views", lambda *a: [group * float("nan") for group in color_views(*a)])
+    color_views = base.color_views
+    monkeypatch.setattr(base, "color_views", lambda *a: [group * float("nan") for group in color_views(*a)])
     with pytest.raises(UserError, match=r"There is no checkpoint in .* yet: the same command starts afresh"):
         train.pretrain(tiny(), images, console=quiet)
 
@@ -450,7 +451,7 @@ def test_a_first_step_that_is_not_finite_claims_no_checkpoint(
 def test_memory_that_does_not_suffice_is_a_sentence(
     tiny: Make, images: ArraySource, quiet: Console, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(training, "color_views", lambda *_: torch.empty(2**60))
+    monkeypatch.setattr(base, "color_views", lambda *_: torch.empty(2**60))
     with pytest.raises(UserError, match=r"not enough memory.*train\.batch_size"):
         train.pretrain(tiny(), images, console=quiet)
 
@@ -461,7 +462,7 @@ def test_other_runtime_errors_stay_what_they_are(
     def broken(*_: object) -> None:
         raise RuntimeError("a bug")
 
-    monkeypatch.setattr(training, "color_views", broken)
+    monkeypatch.setattr(base, "color_views", broken)
     with pytest.raises(RuntimeError, match="a bug"):
         train.pretrain(tiny(), images, console=quiet)
 

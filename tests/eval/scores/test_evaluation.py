@@ -17,9 +17,9 @@ from nearfar.eval.retrieval import retrieve
 from nearfar.eval.robustness import flipped
 from nearfar.eval.scores import evaluation
 from nearfar.eval.scores.evaluation import evaluate, evaluate_pixels
-from nearfar.eval.scores.more_scores import fewshot_score
+from nearfar.eval.scores.further_scores import fewshot_score
+from nearfar.eval.scores.headline_scores import Protocol
 from nearfar.eval.scores.robustness_score import perturbed_features
-from nearfar.eval.scores.scoring import Protocol
 from nearfar.ssl.backbones import create
 from nearfar.ssl.data.sources.base import ArraySource
 from nearfar.ssl.data.transforms.normalize import normalize_pixels

@@ -8,7 +8,7 @@ import torch
 
 from nearfar.eval.features.extraction import Reading
 from nearfar.eval.scores.evaluation import evaluate, evaluate_pixels
-from nearfar.eval.scores.scoring import Protocol
+from nearfar.eval.scores.headline_scores import Protocol
 from nearfar.ssl.backbones import create
 from nearfar.ssl.data.sources.base import ArraySource
 from nearfar.ssl.errors import UserError

@@ -17,7 +17,7 @@ from nearfar.eval import results
 from nearfar.eval.features.extraction import Reading
 from nearfar.eval.features.store import FeatureStore
 from nearfar.eval.knn import knn
-from nearfar.eval.scores.scoring import TaskScore
+from nearfar.eval.scores.headline_scores import TaskScore
 from nearfar.eval.scores.tasks import Data
 from nearfar.launch import cli
 from nearfar.launch.scoring import score as scores

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from nearfar.ssl import checkpoint, config, learners
+from nearfar.ssl import checkpoint, config
 from nearfar.ssl.backbones import Backbone, create
 from nearfar.ssl.data.sources.base import ArraySource
 from nearfar.ssl.errors import UserError
@@ -22,9 +22,10 @@ from nearfar.ssl.learning.losses import cosine_loss
 from nearfar.ssl.learning.optim import adamw
 from nearfar.ssl.learning.step import Stepper
 from nearfar.ssl.settings.defaults import resolve
-from nearfar.ssl.settings.learning import DistillSettings
+from nearfar.ssl.settings.optimization import DistillSettings
 from nearfar.ssl.settings.run import Run
 from nearfar.ssl.train import pretrain
+from nearfar.ssl.training import choose_learner
 
 Make = Callable[..., Run]
 VALUES = {"lr": 1e-3, "weight_decay": 0.04, "teacher_momentum": 0.9, "teacher_temp": 0.04}
@@ -66,7 +67,7 @@ def distilled(tiny: Make, teacher_file: Path) -> Make:
 
 
 def built(run: Run) -> Distiller:
-    learner = learners.learner_of(resolve(run, 40)[0])
+    learner = choose_learner.learner_of(resolve(run, 40)[0])
     assert isinstance(learner, Distiller)
     return learner
 
@@ -269,7 +270,7 @@ def test_a_run_is_not_continued_with_another_teacher_or_none(
 
 def refusal(**settings: Any) -> str:
     with pytest.raises(UserError) as caught:
-        learners.frozen_teacher(DistillSettings(**settings), 32)
+        choose_learner.frozen_teacher(DistillSettings(**settings), 32)
     text = str(caught.value)
     assert "\n" not in text and len(text) < 1200
     return text
@@ -298,7 +299,7 @@ def test_teachers_that_do_not_fit_the_views_are_named_with_a_size_that_does(tmp_
     assert "are smaller than them" in (text := refusal(teacher=str(large))) and "distill.teacher_size=64" in text
     assert "cannot be cut into them" in (text := refusal(teacher=str(ragged))) and "distill.teacher_size=30" in text
     assert "distill.teacher_size=32" in refusal(teacher=str(ragged), teacher_size=32)
-    found = learners.frozen_teacher(DistillSettings(teacher=str(ragged), teacher_size=40), 32)
+    found = choose_learner.frozen_teacher(DistillSettings(teacher=str(ragged), teacher_size=40), 32)
     assert found.zoom == 1.25 and found.tokens(torch.zeros(1, 3, 32, 32)).grid == (4, 4)
     assert found.tokens(torch.zeros(1, 3, 16, 16)).grid == (2, 2)
 
@@ -307,7 +308,7 @@ def test_a_public_file_is_a_teacher_with_the_name_of_its_network(tmp_path: Path)
     torch.manual_seed(3)
     public, theirs = tmp_path / "vit.pth", create("vit_tiny_patch16", img_size=224, depth=12)
     torch.save({"teacher": {f"backbone.{k}": v for k, v in theirs.model.state_dict().items()}}, public)
-    found = learners.frozen_teacher(DistillSettings(teacher="vit_tiny_patch16", teacher_weights=str(public)), 32)
+    found = choose_learner.frozen_teacher(DistillSettings(teacher="vit_tiny_patch16", teacher_weights=str(public)), 32)
     image = torch.randn(1, 3, 32, 32)
     assert torch.allclose(found.tokens(image).cls, theirs.eval()(image).cls, atol=1e-6)
 

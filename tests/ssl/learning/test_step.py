@@ -17,7 +17,6 @@ from torch.utils._pytree import tree_leaves
 from nearfar.ssl import checkpoint
 from nearfar.ssl.backbones import create
 from nearfar.ssl.errors import UserError
-from nearfar.ssl.learners import learner_of
 from nearfar.ssl.learning.dino import build_block_masks, build_dino_learner
 from nearfar.ssl.learning.learner import Learner
 from nearfar.ssl.learning.masks import Masks
@@ -25,6 +24,7 @@ from nearfar.ssl.learning.optim import adamw
 from nearfar.ssl.learning.step import Stepper
 from nearfar.ssl.settings.defaults import resolve
 from nearfar.ssl.settings.run import Run
+from nearfar.ssl.training.choose_learner import learner_of
 
 Make = Callable[..., Run]
 VALUES = {"lr": 1e-3, "weight_decay": 0.04, "teacher_momentum": 0.9, "teacher_temp": 0.04}

@@ -106,7 +106,7 @@ LEARNERS = """
     from nearfar.ssl.settings.defaults import resolve
     from nearfar.ssl.parallel.gradients import GradientMean
     from nearfar.ssl.learning.dino import build_block_masks
-    from nearfar.ssl.learners import learner_of
+    from nearfar.ssl.training.choose_learner import learner_of
 
     torch.set_num_threads(1)
     world = distributed.from_environment()

@@ -17,7 +17,7 @@ from nearfar.ssl.disk.metrics import read_metrics
 from nearfar.ssl.errors import UserError
 from nearfar.ssl.run import kept
 from nearfar.ssl.settings.run import Run
-from nearfar.ssl.training import Observers
+from nearfar.ssl.training.base import Observers
 
 Make = Callable[..., Run]
 

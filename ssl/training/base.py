@@ -1,6 +1,6 @@
 """A run that is set up, and what its loop calls: views, the next step, scores, checkpoints.
 
-What is learned is said in pretraining.py and finetune.py; how a run gets here, in set_up.py.
+What is learned is said in pretraining.py and finetuning.py; how a run gets here, in set_up.py.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ NO_OBSERVERS = Observers()
 @dataclass
 class Training(ABC, Generic[R, L]):
     """A run that is set up: all that its loop needs. What is learned, and how, is said by its subclasses:
-    `Pretraining` in pretraining.py, and `Finetuning` in finetune.py.
+    `Pretraining` in pretraining.py, and `Finetuning` in finetuning.py.
     """
 
     run: R

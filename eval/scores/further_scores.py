@@ -10,7 +10,7 @@ from nearfar.eval.features.extraction import Features
 from nearfar.eval.logistic import logistic_probe
 from nearfar.eval.position import position_probe
 from nearfar.eval.retrieval import retrieve
-from nearfar.eval.scores.scoring import Protocol, TaskScore, counted_classes, labels_of, origin_of
+from nearfar.eval.scores.headline_scores import Protocol, TaskScore, counted_classes, labels_of, origin_of
 from nearfar.ssl.errors import UserError
 
 HEADLINE_SHOTS = 5

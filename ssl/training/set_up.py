@@ -23,9 +23,9 @@ from nearfar.ssl.run import announce, fork, resume, tracking
 from nearfar.ssl.run.run_folder import START, RunFolder
 from nearfar.ssl.settings.defaults import Derived, ResolvedRun
 from nearfar.ssl.settings.finetune_settings import ResolvedFinetune
-from nearfar.ssl.settings.learning import TrainSettings
+from nearfar.ssl.settings.optimization import TrainSettings
 from nearfar.ssl.settings.run import AnyRun, Run
-from nearfar.ssl.training import Observers, Training
+from nearfar.ssl.training.base import Observers, Training
 
 T = TypeVar("T", bound=Training[Any, Any])
 

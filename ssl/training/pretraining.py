@@ -12,7 +12,6 @@ from nearfar.ssl.checkpoint import TEACHER
 from nearfar.ssl.data.loaders.base import Batch
 from nearfar.ssl.data.sources.base import Source
 from nearfar.ssl.disk.metrics import read_metrics
-from nearfar.ssl.learners import learner_of
 from nearfar.ssl.learning import memory
 from nearfar.ssl.learning.dino import build_block_masks
 from nearfar.ssl.learning.health import CollapseWatch, falling_score, features_lost, nothing_learned, patience
@@ -27,7 +26,8 @@ from nearfar.ssl.run import announce, failed_step, fork, resume
 from nearfar.ssl.run.run_folder import RunFolder
 from nearfar.ssl.settings.defaults import Derived, ResolvedRun, resolve
 from nearfar.ssl.settings.run import Run
-from nearfar.ssl.training import Training, Votes
+from nearfar.ssl.training.base import Training, Votes
+from nearfar.ssl.training.choose_learner import learner_of
 
 
 class Pretraining(Training[ResolvedRun, Learner]):

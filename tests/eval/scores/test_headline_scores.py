@@ -10,7 +10,7 @@ from nearfar.eval.features.extraction import Features, Reading, extract
 from nearfar.eval.knn import knn, leave_one_out
 from nearfar.eval.linear import linear_probe
 from nearfar.eval.scores.evaluation import evaluate, evaluate_pixels
-from nearfar.eval.scores.scoring import Protocol, knn_score, native_grid, segment_score
+from nearfar.eval.scores.headline_scores import Protocol, knn_score, native_grid, segment_score
 from nearfar.eval.segmentation import ProbeTraining, segment_probe
 from nearfar.ssl.backbones import create
 from nearfar.ssl.data.sources.base import ArraySource

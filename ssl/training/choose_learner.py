@@ -17,7 +17,7 @@ from nearfar.ssl.learning.dino import build_backbone, build_dino_learner
 from nearfar.ssl.learning.distill import Distiller, FrozenTeacher, Pooling, ProjectedStudent
 from nearfar.ssl.learning.learner import Learner
 from nearfar.ssl.settings.defaults import ResolvedRun
-from nearfar.ssl.settings.learning import DistillSettings
+from nearfar.ssl.settings.optimization import DistillSettings
 
 
 def learner_of(run: ResolvedRun, weights: bool = True) -> Learner:

@@ -19,11 +19,11 @@ from torch import Tensor
 
 from nearfar.launch.verbs.forking import recipe_and_settings
 from nearfar.ssl import checkpoint
+from nearfar.ssl.data.labels import class_names
 from nearfar.ssl.data.sources.base import ArraySource
 from nearfar.ssl.disk import checkpoint_names
 from nearfar.ssl.disk.metrics import read_metrics
 from nearfar.ssl.errors import UserError
-from nearfar.ssl.finetune import ClassifierStepper, class_names, finetune, labels_as
 from nearfar.ssl.learning.classifier import ClassifierLearner, build_classifier_learner, soft_cross_entropy
 from nearfar.ssl.learning.mixing import Mixing
 from nearfar.ssl.learning.optim import adamw
@@ -33,7 +33,9 @@ from nearfar.ssl.run import fork
 from nearfar.ssl.run.run_folder import RunFolder
 from nearfar.ssl.settings import finetune_settings
 from nearfar.ssl.settings.finetune_settings import FinetuneRun, resolve_finetune
-from nearfar.ssl.training import Observers
+from nearfar.ssl.train import finetune
+from nearfar.ssl.training.base import Observers
+from nearfar.ssl.training.finetuning import ClassifierStepper
 
 Make = Callable[..., FinetuneRun]
 TINY = [
@@ -192,9 +194,9 @@ SCRIPT = """
 import sys
 from pathlib import Path
 sys.path.insert(0, sys.argv[1])
-from tests.ssl.test_finetune import colored
+from tests.ssl.training.test_finetuning import colored
 from nearfar.ssl.settings import finetune_settings
-from nearfar.ssl.finetune import finetune
+from nearfar.ssl.train import finetune
 finetune(finetune_settings.load(None, sys.argv[2:]), colored(40))
 """
 
@@ -203,7 +205,7 @@ def test_killed_at_once_it_continues_to_the_bit(tiny: Make, tmp_path: Path, same
     settings = [*MIXED, "train.epochs=6", "optim.ema_decay=0.9", "train.save_every_steps=4"]
     whole, killed = tiny(*settings, folder="whole"), tiny(*settings, folder="killed")
     finetune(whole, colored(40), console=quiet)
-    root = Path(__file__).resolve().parents[2]
+    root = Path(__file__).resolve().parents[3]
     words = [*TINY, *settings, f"folder={tmp_path / 'killed'}"]
     process = subprocess.Popen([sys.executable, "-c", SCRIPT, str(root), *words], cwd=tmp_path)
     deadline = time.monotonic() + 120
@@ -349,17 +351,6 @@ def test_labels_that_teach_nothing(labels: Any, classes: Any, told: str, tiny: M
     with pytest.raises(UserError):
         finetune(tiny(), source, console=quiet)
     assert not tiny().path.exists()
-
-
-def test_labels_of_other_images_are_matched_by_name() -> None:
-    pixels = np.zeros((3, 8, 8, 3), np.uint8)
-    other = ArraySource(pixels, [0, 1, 0], classes=["blue", "red"])
-    assert labels_as(CLASSES, other, "val").tolist() == [2, 0, 2]
-    assert labels_as(CLASSES, ArraySource(pixels, [2, 1, 0]), "val").tolist() == [2, 1, 0]
-    with pytest.raises(UserError, match=r"1 classes of val are not among .*: pink. It knows red, green, blue"):
-        labels_as(CLASSES, ArraySource(pixels, [0, 1, 1], classes=["red", "pink"]), "val")
-    with pytest.raises(UserError, match="trained on: 3"):
-        labels_as(CLASSES, ArraySource(pixels, [0, 3, 1]), "val")
 
 
 @pytest.mark.parametrize(

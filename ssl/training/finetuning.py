@@ -1,20 +1,18 @@
-"""Supervised training in the loop of `train`: labeled images -> mixed views -> logits -> loss -> step -> checkpoint."""
+"""Training with labels, in the loop of `train`: labeled images -> mixed views -> logits -> loss -> checkpoint."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from nearfar.ssl import checkpoint
 from nearfar.ssl.checkpoint import CLASSIFIER
+from nearfar.ssl.data.labels import class_names
 from nearfar.ssl.data.loaders.base import Batch
 from nearfar.ssl.data.sources.base import Source
-from nearfar.ssl.errors import UserError
 from nearfar.ssl.learning import memory
 from nearfar.ssl.learning.classifier import ClassifierLearner, ClassifierOutputs, build_classifier_learner
 from nearfar.ssl.learning.masks import Masks
@@ -24,89 +22,11 @@ from nearfar.ssl.learning.schedule import warmup_cosine
 from nearfar.ssl.learning.step import Numbers, Stepper, StepResult
 from nearfar.ssl.parallel import distributed
 from nearfar.ssl.parallel.device import Compute
-from nearfar.ssl.parallel.distributed import ALONE, Ranks
 from nearfar.ssl.run import announce, resume
 from nearfar.ssl.run.run_folder import RunFolder
 from nearfar.ssl.settings.defaults import Derived
 from nearfar.ssl.settings.finetune_settings import FinetuneRun, ResolvedFinetune, resolve_finetune
-from nearfar.ssl.train import Outcome, carry_out
-from nearfar.ssl.training import NO_OBSERVERS, Observers, Training, Votes
-
-if TYPE_CHECKING:
-    from rich.console import Console
-
-
-def finetune(
-    run: FinetuneRun,
-    source: Source,
-    observers: Observers = NO_OBSERVERS,
-    should_stop: Callable[[], bool] = lambda: False,
-    console: Console | None = None,
-    world: Ranks = ALONE,
-) -> Outcome:
-    """Train a classifier on the labeled images of `source`, in the run's folder, from its last checkpoint to its end,
-    as one of the ranks of `world`. Continuing is bit-exact as in `train.pretrain`, whose loop this is.
-
-    Raises:
-        UserError: labels, settings, data, folder, disk, memory or checkpoint are wrong, or the loss is not finite.
-        PeerError: another rank ended.
-    """
-    class_names(source, run.data.path)
-    return carry_out(Finetuning, run, source, observers, should_stop, console, world)
-
-
-def class_names(source: Source, path: str) -> list[str]:
-    """The names of the classes, in the order of their numbers: those of the source, or the numbers themselves.
-
-    Raises:
-        UserError: no labels, fewer than two classes, or classes without an image.
-    """
-    if source.labels is None:
-        raise UserError(
-            f"The images of {path} have no labels, and a classifier needs them: class folders, a .txt list with a "
-            "label after a tab, or an .npz or a .beton that was made with labels."
-        )
-    found, low = np.unique(source.labels), int(source.labels.min(initial=0))
-    if low < 0:
-        raise UserError(f"The labels of {path} must be class numbers from 0 on, but {low} is among them.")
-    names = list(source.classes or [])
-    names += [str(number) for number in range(len(names), int(found.max(initial=-1)) + 1)]
-    if len(found) < 2:
-        only = (
-            f"all {len(source):,} images are of class {names[int(found[0])]}" if len(found) else "there are no images"
-        )
-        raise UserError(f"A classifier needs two classes or more, but in {path} {only}.")
-    if empty := sorted(set(range(len(names))) - set(found.tolist())):
-        some = ", ".join(names[number] for number in empty[:5]) + (" and others" if len(empty) > 5 else "")
-        raise UserError(
-            f"{len(empty)} of the {len(names)} classes of {path} have no image: {some}. Add images to them, or remove "
-            "them (class folders), or number the classes without gaps."
-        )
-    return names
-
-
-def labels_as(classes: list[str], source: Source, path: str) -> np.ndarray:
-    """The labels of other images (n,) as numbers of `classes`: by name where they have names, else as they are.
-
-    Raises:
-        UserError: no labels, or classes that are not among these.
-    """
-    if source.labels is None:
-        raise UserError(f"The images of {path} have no labels, so a classifier cannot be scored on them.")
-    present = np.unique(source.labels).tolist()
-    if source.classes is None:
-        unknown = [str(number) for number in present if not 0 <= number < len(classes)]
-        table = np.arange(len(classes))
-    else:
-        unknown = [source.classes[number] for number in present if source.classes[number] not in classes]
-        table = np.array([classes.index(name) if name in classes else -1 for name in source.classes])
-    if unknown:
-        some = ", ".join(unknown[:5]) + (" and others" if len(unknown) > 5 else "")
-        raise UserError(
-            f"{len(unknown)} classes of {path} are not among those that the classifier was trained on: {some}. It "
-            f"knows {', '.join(classes[:10])}{' and others' if len(classes) > 10 else ''}."
-        )
-    return np.asarray(table[source.labels])
+from nearfar.ssl.training.base import Training, Votes
 
 
 @dataclass(frozen=True)
