@@ -26,12 +26,12 @@ _MOST_CLUSTERS = 50
 
 @dataclass(frozen=True)
 class LookOptions:
-    """most: images that are looked at, evenly spread where there are more. clusters: None = as many as classes, or 10.
-    duplicate: cosine from which two images are near duplicates."""
+    """max_images: looked at, evenly spread where there are more. clusters: None = as many as classes, or 10.
+    duplicate_cosine: from which on two images are near duplicates."""
 
-    most: int = 5000
+    max_images: int = 5000
     clusters: int | None = None
-    duplicate: float = 0.98
+    duplicate_cosine: float = 0.98
     size: int | None = None
     device: str = "auto"
     workers: int | None = None
@@ -48,32 +48,32 @@ def look(path: str, weights: Path, out: Path, options: LookOptions, console: Con
         raise UserError(f"The page cannot be written to {out}: name a file in a folder that exists, such as look.html.")
     subject, source = Subject.of(weights), open_source(path)
     subject = subject.on(compute_for(subject.backbone, options.device))
-    seen = spread(source, options.most)
+    seen = spread(source, options.max_images)
     if len(seen) < len(source):
-        _say(f"Looking at {len(seen):,} of {len(source):,} images, evenly spread (--most).", console)
+        _say(f"Looking at {len(seen):,} of {len(source):,} images, evenly spread (--max-images).", console)
     with progress(len(seen), f"Reading {path}", console) as tell:
         decoding = Decoding(workers=options.workers, progress=summed(tell))
         features = extract(subject.backbone, seen, protocol_of(subject, size=options.size).pooled, decoding)
-    found = look_at(features.x, clusters=options.clusters or _classes(seen), duplicate=options.duplicate)
+    found = look_at(features.x, clusters=options.clusters or _classes(seen), duplicate=options.duplicate_cosine)
     step = "" if subject.step is None else f", step {subject.step:,}"
     network = f"{subject.backbone.arch['name']} ({weights}{step})"
     looked = LookInputs(path, seen, features.index, len(source), network, features.manifest["bad"])
-    write_page(out, look_page(looked, found, options.duplicate))
+    write_page(out, look_page(looked, found, options.duplicate_cosine))
     _say(
         f"{len(found.center)} clusters, {counted(found.duplicates, 'pair')} of near duplicates (cosine "
-        f"{options.duplicate:g} or more), {len(looked.bad):,} unreadable images: {out}",
+        f"{options.duplicate_cosine:g} or more), {len(looked.bad):,} unreadable images: {out}",
         console,
     )
     return out
 
 
 def _check(options: LookOptions) -> None:
-    if options.most < FEWEST:
-        raise UserError(f"A look at a data set needs at least {FEWEST} images, not --most {options.most}.")
+    if options.max_images < FEWEST:
+        raise UserError(f"A look at a data set needs at least {FEWEST} images, not --max-images {options.max_images}.")
     if options.clusters is not None and not 2 <= options.clusters <= _MOST_CLUSTERS:
         raise UserError(f"--clusters must be between 2 and {_MOST_CLUSTERS}, not {options.clusters}.")
-    if not 0 < options.duplicate <= 1:
-        raise UserError(f"--duplicate is a cosine above 0 and at most 1, not {options.duplicate}.")
+    if not 0 < options.duplicate_cosine <= 1:
+        raise UserError(f"--duplicate-cosine is a cosine above 0 and at most 1, not {options.duplicate_cosine}.")
 
 
 def _classes(source: Source) -> int:

@@ -44,7 +44,12 @@ def run_look(arguments: argparse.Namespace) -> None:
     from nearfar.launch.scoring.data_look import LookOptions, look
 
     options = LookOptions(
-        arguments.most, arguments.clusters, arguments.duplicate, arguments.size, arguments.device, arguments.workers
+        arguments.max_images,
+        arguments.clusters,
+        arguments.duplicate_cosine,
+        arguments.size,
+        arguments.device,
+        arguments.workers,
     )
     look(arguments.source, arguments.weights, arguments.out, options, Console())
 
@@ -89,11 +94,14 @@ def _add_look(verbs: argparse._SubParsersAction) -> None:
     )
     look.add_argument("--out", type=Path, default=Path("look.html"), help="page to write (default look.html)")
     look.add_argument(
-        "--most", type=int, default=5000, help="look at this many images, evenly spread, of more (default 5000)"
+        "--max-images", type=int, default=5000, help="look at this many images, evenly spread, of more (default 5000)"
     )
     look.add_argument("--clusters", type=int, help="number of clusters (default: that of the classes, else 10)")
     look.add_argument(
-        "--duplicate", type=float, default=0.98, help="cosine from which images are near duplicates (default 0.98)"
+        "--duplicate-cosine",
+        type=float,
+        default=0.98,
+        help="cosine from which images are near duplicates (default 0.98)",
     )
     look.add_argument("--size", type=int, help="side of the image in pixels (default: eval.size of the run)")
     look.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto", help="where to compute")

@@ -74,7 +74,7 @@ class Alts(HTMLParser):
 )
 def test_the_page_has_everything_in_it(tmp_path: Path, kind: str, network: str) -> None:
     file, source, out = weights(tmp_path, **NETWORKS[network]), data(tmp_path, kind), tmp_path / "look.html"
-    arguments = f"--weights {file} --out {out} --clusters 3 --duplicate 0.999999 --workers 0".split()
+    arguments = f"--weights {file} --out {out} --clusters 3 --duplicate-cosine 0.999999 --workers 0".split()
     assert cli.main(["data", "look", str(source), *arguments]) == 0
     page = out.read_text()
     assert re.findall(r"<h2>(.*?)</h2>", page)[:4] == ["Map", "Clusters", "Near duplicates", "Outliers"]
@@ -89,7 +89,7 @@ def test_the_page_has_everything_in_it(tmp_path: Path, kind: str, network: str) 
 
 def test_of_many_images_a_sample_is_looked_at_and_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file, source, out = weights(tmp_path, **NETWORKS["vit"]), data(tmp_path, "npz"), tmp_path / "look.html"
-    arguments = ["--weights", str(file), "--out", str(out), "--most", "8", "--workers", "0"]
+    arguments = ["--weights", str(file), "--out", str(out), "--max-images", "8", "--workers", "0"]
     assert cli.main(["data", "look", str(source), *arguments]) == 0
     assert "8 of 12 images, evenly spread" in " ".join(capsys.readouterr().out.split())
     assert "8 of 12 images, evenly spread" in out.read_text()
@@ -98,7 +98,8 @@ def test_of_many_images_a_sample_is_looked_at_and_said(tmp_path: Path, capsys: p
 @pytest.mark.parametrize(
     ("flags", "told"),
     [
-        (["--most", "2"], "at least 4"), (["--clusters", "1"], "between 2 and 50"), (["--duplicate", "0"], "cosine"),
+        (["--max-images", "2"], "at least 4"), (["--clusters", "1"], "between 2 and 50"),
+        (["--duplicate-cosine", "0"], "cosine"),
         (["--out", "nowhere/look.html"], "a folder that exists"),
     ],
 )  # fmt: skip
