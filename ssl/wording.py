@@ -1,5 +1,7 @@
 """Numbers and names in messages: counts, sizes, durations, and text as any terminal can take it. Imports nothing."""
 
+from collections.abc import Sequence
+
 
 def printable(text: str) -> str:
     """The text as any terminal and any UTF-8 file can take it: what is not printable becomes its backslash escape.
@@ -22,6 +24,11 @@ def _escaped(character: str) -> str:
 def counted(number: int, noun: str) -> str:
     """`1 step`, `1,200 steps`: a number with its noun, for messages."""
     return f"{number:,} {noun}" + "s" * (number != 1)
+
+
+def listed(words: Sequence[str]) -> str:
+    """`one`, `one and two`, `one, two and three`."""
+    return " and ".join(part for part in (", ".join(words[:-1]), words[-1]) if part)
 
 
 def byte_size(count: float) -> str:

@@ -25,6 +25,7 @@ _ONLINE_TASK = {"knn": "knn_top1"}
 _NOT_COMPARED = {"name", "folder"} | {s.key for s in all_settings() if s.free} - {"data.path", "data.val"}
 _AMBIGUOUS = {"name", "path", "val", "size"}
 _LEAST_SETTINGS = 24  # columns of a terminal in which settings can be read
+_MOST_SETTINGS = 8  # of unlike runs: more would fill the terminal, and the page has room
 
 
 DataPair = tuple[str, str]  # what was learned from and what was scored: `Score.data`
@@ -144,7 +145,8 @@ def _table(found: Comparison, columns: bool, outcome: bool = True) -> Table:
         for short in found.keys.values():
             shown.add_column(Text(short), justify="right", overflow="fold")
     elif found.keys:
-        shown.add_column("settings that differ", overflow="fold", ratio=1)
+        more = "" if len(found.keys) <= _MOST_SETTINGS else f", {_MOST_SETTINGS} of {len(found.keys)}: all on the page"
+        shown.add_column("settings that differ" + more, overflow="fold", ratio=1)
     for row in found.rows:
         cells = [Text(_printable(row.run.name))]
         cells += [Text(row.score(task), style="bold" if found.is_best(row, task) else "") for task in found.tasks]
@@ -152,8 +154,8 @@ def _table(found: Comparison, columns: bool, outcome: bool = True) -> Table:
         if columns:
             cells += [Text(_printable(row.settings.get(key, ""))) for key in found.keys]
         elif found.keys:
-            pairs = [f"{short}={row.settings[key]}" for key, short in found.keys.items() if key in row.settings]
-            cells.append(Text(_printable(" ".join(pairs))))
+            first = [(key, short) for key, short in found.keys.items() if key in row.settings][:_MOST_SETTINGS]
+            cells.append(Text(_printable(" ".join(f"{short}={row.settings[key]}" for key, short in first))))
         shown.add_row(*cells)
     return shown
 

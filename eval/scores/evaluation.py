@@ -23,7 +23,7 @@ from nearfar.eval.scores.headline_scores import (
 from nearfar.eval.scores.robustness_score import robustness_score
 from nearfar.eval.scores.tasks import TASKS
 from nearfar.eval.scores.window_score import Frozen, window_score
-from nearfar.ssl.backbones.tokens import Backbone
+from nearfar.ssl.backbones.tokens import Backbone, check_divides
 from nearfar.ssl.data.sources.base import Source, spread
 from nearfar.ssl.errors import UserError
 
@@ -188,6 +188,13 @@ def _segment_pixels(
     if protocol.window is not None:
         return window_score(Frozen.pixels(patch, device), data, protocol, classes, train)
     return segment_score(train, pixel_grid(data[1], size, patch), protocol, classes, device=device)
+
+
+def check_grid_size(protocol: Protocol, tasks: Iterable[str], patch: int) -> None:
+    """Raises UserError where one of the tasks reads grids of whole images, and patches do not divide their size."""
+    grids = {"retrieval"} if protocol.head == "locat" else {"segment", "retrieval"}
+    if protocol.grid_size and grids & set(tasks):
+        check_divides(*_sides(protocol.grid_size), patch)
 
 
 def _sides(size: Size) -> tuple[int, int]:

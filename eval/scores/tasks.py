@@ -14,12 +14,14 @@ from nearfar.ssl.data.sources.base import Source
 from nearfar.ssl.data.sources.dense import known_classes, published_names
 from nearfar.ssl.disk import digests
 from nearfar.ssl.errors import BadImage, UserError
+from nearfar.ssl.wording import listed
 
 OF_ALL = ("knn", "linear", "logistic", "fewshot", "segment")
 """What `nearfar eval all` scores: all that reads the features which k-NN, linear probe and segmentation need anyway.
 The other evaluators run the network again, and are asked for by name."""
 _NEED_MASKS = ("segment", "retrieval")
 _NEED_LABELS = ("knn", "linear", "logistic", "fewshot", "robustness")
+_OF_OTHER_IMAGES = ("linear", "logistic", "fewshot", "segment", "retrieval", "position")
 MASKS_EXPLAINED = (
     f"Masks are 8-bit PNGs of class numbers from 0, {IGNORE} = ignore, in a folder `masks` beside `images`, with the "
     "images' names."
@@ -70,7 +72,7 @@ def plan(train: Data, val: Data, wanted: Iterable[str] | None = None, classes: i
     left_out: dict[str, list[str]] = {}
     for task, reason in reasons.items():
         left_out.setdefault(reason, []).append(TITLES[task])
-    words = tuple(f"Left out: {_listed(tasks)}. {reason}" for reason, tasks in left_out.items())
+    words = tuple(f"Left out: {listed(tasks)}. {reason}" for reason, tasks in left_out.items())
     if not masked:
         return Plan(possible, None, words)
     return Plan(possible, classes, words, digests.fingerprint(digested)[:16])
@@ -81,10 +83,6 @@ def _digested(masks: Iterable[tuple[str, np.ndarray]], parts: list[str]) -> Iter
     for name, mask in masks:
         parts.append(digests.fingerprint([str(mask.shape), mask.tobytes()]))
         yield name, mask
-
-
-def _listed(words: Sequence[str]) -> str:
-    return " and ".join(part for part in (", ".join(words[:-1]), words[-1]) if part)
 
 
 def label_numbers(train: Sequence[str] | None, val: Sequence[str] | None) -> np.ndarray | None:
@@ -132,6 +130,18 @@ def mask_classes(masks: Iterable[tuple[str, np.ndarray]], classes: int | None = 
     return classes or found[-1] + 1
 
 
+def not_apart(task: str, train: DataName, val: DataName) -> str | None:
+    """Why a task cannot be scored on the images that it learns from; None when they are others, or it is k-NN, which
+    leaves each image out of its own neighbors."""
+    if task not in _OF_OTHER_IMAGES or train.fingerprint != val.fingerprint:
+        return None
+    both = train.path if train.path == val.path else f"{train.path} and {val.path}"
+    return (
+        f"{both} would be learned from and scored on: an image that has been learned says nothing about new ones. Name "
+        "other images with --val; k-NN alone needs none, as it leaves each image out of its own neighbors."
+    )
+
+
 def _missing(task: str, train: Data, val: Data) -> str | None:
     """Why a task cannot be scored on these; None when it can."""
     if task in _NEED_MASKS:
@@ -139,13 +149,13 @@ def _missing(task: str, train: Data, val: Data) -> str | None:
         explained = MASKS_EXPLAINED
         what = "masks"
     elif task not in _NEED_LABELS:
-        return None
+        return not_apart(task, train.name, val.name)
     else:
         without = [data.path for data in (train, val) if data.source.labels is None]
         explained = "Labels are class folders, or a list with a label after a tab."
         what = "labels"
     if not without:
-        return None
+        return not_apart(task, train.name, val.name)
     verb = "has" if len(set(without)) == 1 else "have"
     return f"{' and '.join(dict.fromkeys(without))} {verb} no {what}. {explained}"
 

@@ -21,7 +21,7 @@ from nearfar.eval.features.store import is_store
 from nearfar.eval.pages.verdict import Verdict, verdict
 from nearfar.eval.results import SUBJECTS, TITLES, Score
 from nearfar.eval.run_files import flat, read_numbers, read_settings
-from nearfar.eval.scores.evaluation import evaluate, evaluate_pixels
+from nearfar.eval.scores.evaluation import check_grid_size, evaluate, evaluate_pixels
 from nearfar.eval.scores.headline_scores import Protocol, TaskScore
 from nearfar.eval.scores.tasks import TASKS, Data, Plan, plan
 from nearfar.launch.scoring.score_tables import detail_tables, remarks, score_table
@@ -36,6 +36,7 @@ from nearfar.ssl.parallel.device import Compute
 from nearfar.ssl.run.run_folder import START
 from nearfar.ssl.settings.finetune_settings import FinetuneRun, recorded
 from nearfar.ssl.settings.run import Run
+from nearfar.ssl.wording import listed
 
 
 class Subject(NamedTuple):
@@ -222,6 +223,7 @@ def score(
     for line in planned.left_out:
         console.print(line, highlight=False, markup=False, soft_wrap=True)
     protocol = options.protocol or protocol_of(subject)
+    check_grid_size(protocol, planned.tasks, subject.backbone.patch_size)
     names = tuple(SUBJECTS) if options.baselines else ("trained",)
     if not (subject.folder / START).is_file():
         names = tuple(name for name in names if name != "start")
@@ -267,11 +269,11 @@ def _compute(work: list[SubjectScores], known: set[str], console: Console) -> li
             threads = torch.get_num_threads() // processes
             with ProcessPoolExecutor(processes, get_context("spawn"), torch.set_num_threads, (threads,)) as pool:
                 found = [future.result() for future in [pool.submit(each) for each in due]]
-    return [
-        f"{SUBJECTS[each.name]}, {TITLES[task]}: {why}"
-        for each, failed in zip(due, found, strict=True)
-        for task, why in failed.items()
-    ]
+    failures: dict[tuple[str, str], list[str]] = {}
+    for each, failed in zip(due, found, strict=True):
+        for task, why in failed.items():
+            failures.setdefault((task, why), []).append(SUBJECTS[each.name])
+    return [f"{listed(subjects)}, {TITLES[task]}: {why}" for (task, why), subjects in failures.items()]
 
 
 def _say_meaning(subject: Subject, found: list[Score], console: Console, flags: str) -> None:

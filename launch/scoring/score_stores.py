@@ -15,7 +15,7 @@ from nearfar.eval.features.store import FeatureStore
 from nearfar.eval.results import DataName, Score
 from nearfar.eval.scores.further_scores import fewshot_score, logistic_score, position_score, retrieval_score
 from nearfar.eval.scores.headline_scores import Protocol, TaskScore, knn_score, linear_score, segment_score
-from nearfar.eval.scores.tasks import OF_ALL
+from nearfar.eval.scores.tasks import OF_ALL, not_apart
 from nearfar.launch.scoring.score_tables import detail_tables, remarks, score_table
 from nearfar.ssl.errors import UserError
 
@@ -56,7 +56,7 @@ def score_features(
             f"cannot read; {', '.join(fitting[:-1])} and {fitting[-1]} can."
         )
     protocol = Protocol(Reading(224), **given)
-    train_name, val_name = (
+    names = train_name, val_name = tuple(
         DataName(str(folder), str(each.manifest.get("dataset")), len(each.x))
         for folder, each in zip((train, val), pair, strict=True)
     )
@@ -64,7 +64,7 @@ def score_features(
     found, failures = [], []
     for task in chosen:
         try:
-            one = _score(task, pair, protocol, classes, device)
+            one = _score(task, pair, names, protocol, classes, device)
         except UserError as error:
             failures.append(str(error))
             continue
@@ -90,9 +90,16 @@ def _held(features: Features) -> str:
 
 
 def _score(
-    task: str, pair: tuple[Features, Features], protocol: Protocol, classes: int | None, device: torch.device | str
+    task: str,
+    pair: tuple[Features, Features],
+    names: tuple[DataName, ...],
+    protocol: Protocol,
+    classes: int | None,
+    device: torch.device | str,
 ) -> TaskScore:
     train, val = pair
+    if same := not_apart(task, *names):
+        raise UserError(same)
     match task:
         case "knn":
             return knn_score(train, val, device=device)

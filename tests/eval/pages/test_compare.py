@@ -117,6 +117,17 @@ def test_a_terminal_of_80_columns_has_whole_words(tmp_path: Path) -> None:
     assert "workers" not in narrow  # changes no result
 
 
+def test_unlike_runs_do_not_fill_the_terminal(tmp_path: Path) -> None:
+    """A run of a recipe beside one of another differs in 27 settings, which were 60 lines of the narrowest column."""
+    views = {f"local_crops_size_{i}": i for i in range(27)}
+    make(tmp_path, "a", 1e-4, 2.5, {"knn": 40.0}, None, {"views": views})
+    make(tmp_path, "b", 1e-4, 2.5, {"knn": 41.0}, None, {"views": {key: 0 for key in views}})
+    said = shown(tmp_path, 80)
+    assert "8 of 26:" in said and "page" in said
+    assert said.count("local_crops_size_") == 16
+    assert "local_crops_size_26" in write_comparison(runs_in(tmp_path), tmp_path / "report.html").read_text()
+
+
 def test_scores_that_do_not_fit_beside_each_other_are_shown_below(tmp_path: Path) -> None:
     scores = {task: 30.0 + at for at, task in enumerate(TASKS)}
     for name, lr in (("first-run", 1e-4), ("second-run", 5e-4)):

@@ -16,15 +16,16 @@ MASKS = np.tile(np.array([0, 1, 2, 255], np.uint8), (4, 8, 2))
 LABELED = Data("labeled", ArraySource(IMAGES, labels=[0, 1, 0, 1]))
 MASKED = Data("masked", ArraySource(IMAGES, masks=MASKS))
 BOTH = Data("both", ArraySource(IMAGES, labels=[0, 1, 0, 1], masks=MASKS))
+OTHERS = Data("others", ArraySource(IMAGES + 1, labels=[0, 1, 0, 1], masks=MASKS))
 BARE = Data("bare", ArraySource(IMAGES))
 
 
 def test_all_means_what_the_images_allow() -> None:
-    assert plan(BOTH, BOTH)[:3] == (("knn", "linear", "logistic", "fewshot", "segment"), 3, ())
+    assert plan(BOTH, OTHERS)[:3] == (("knn", "linear", "logistic", "fewshot", "segment"), 3, ())
     labels = plan(LABELED, BOTH)
     assert labels.tasks == ("knn", "linear", "logistic", "fewshot") and labels.classes is None
     assert [line[:38] for line in labels.left_out] == ["Left out: mIoU. labeled has no masks. "]
-    masks = plan(MASKED, MASKED)
+    masks = plan(MASKED, OTHERS)
     assert masks.tasks == ("segment",) and masks.classes == 3
     assert masks.left_out[0].startswith(
         "Left out: k-NN top-1, linear top-1, logistic top-1 and few-shot top-1. masked has no labels. "
@@ -40,6 +41,20 @@ def test_what_was_asked_for_and_cannot_be_is_refused() -> None:
         plan(BARE, BARE)
     with pytest.raises(UserError, match="Unknown evaluation detect"):
         plan(BOTH, BOTH, ["detect"])
+
+
+def test_what_has_been_learned_is_not_scored() -> None:
+    """The linear probe of the very images that it learned from was scored, without a word."""
+    planned = plan(BOTH, BOTH)
+    assert planned.tasks == ("knn",)
+    assert planned.left_out[0].startswith(
+        "Left out: linear top-1, logistic top-1, few-shot top-1 and mIoU. both would be learned from and scored on"
+    )
+    again = Data("again", BOTH.source)
+    for task in ("linear", "segment", "retrieval", "position"):
+        with pytest.raises(UserError, match=r"both and again would be learned from and scored on.*--val"):
+            plan(BOTH, again, [task])
+    assert plan(BOTH, again, ["robustness"]).tasks == ("robustness",)
 
 
 def test_class_folders_must_be_the_same() -> None:
@@ -100,10 +115,11 @@ def test_a_list_of_classes_beside_the_images_is_believed(tmp_path: Path, listed:
         Image.fromarray(IMAGES[0]).save(tmp_path / "images" / f"{i}.png")
         Image.fromarray(np.array([[0, 1, i, 255]], np.uint8)).save(tmp_path / "masks" / f"{i}.png")
     data = Data(str(tmp_path / "images"), open_source(tmp_path / "images"))
-    assert plan(data, data).classes == 2
+    others = Data("others", ArraySource(IMAGES + 1, masks=MASKS % 2))
+    assert plan(data, others).classes == 2
     (tmp_path / "classes.txt").write_text("\n")  # says nothing: the masks do
-    assert plan(data, data).classes == 2
+    assert plan(data, others).classes == 2
     (tmp_path / "classes.txt").write_text(listed)
     Image.fromarray(np.array([[0, 2]], np.uint8)).save(tmp_path / "masks" / "1.png")
     with pytest.raises(UserError, match=r"1\.png has class 2, but there are 2 classes"):
-        plan(data, data)
+        plan(data, others)

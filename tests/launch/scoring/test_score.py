@@ -94,7 +94,7 @@ def test_other_masks_of_the_same_images_are_scored_again(tmp_path: Path, said: S
 
     def scored() -> int:
         data = Data(str(tmp_path / "images"), open_source(tmp_path / "images"))
-        score(subject(tmp_path), data, data, tasks=("segment",), console=Console(file=said, width=200))
+        score(subject(tmp_path), data, VAL, tasks=("segment",), console=Console(file=said, width=200))
         return len(results.read(tmp_path / "results.json"))
 
     assert [scored(), scored()] == [1, 1]
@@ -164,10 +164,21 @@ def test_a_score_is_kept_when_another_task_fails(
     assert held(tmp_path) == {("trained", task): 50.0 for task in kept}
 
 
+def test_a_reason_that_all_share_is_told_once(tmp_path: Path, said: StringIO) -> None:
+    """The size of the grids was refused three times, 22 seconds later: of the network, untrained, and of the pixels."""
+    one_class = Data("/data/one", ArraySource(TRAIN_SCENES.images, labels=np.zeros(60, int)))
+    options = ScoreOptions(baselines=True)
+    with pytest.raises(UserError) as told:
+        score(subject(tmp_path), one_class, VAL, tasks=("knn",), options=options, console=Console(file=said))
+    assert str(told.value).startswith("trained, untrained and raw pixels, k-NN top-1: ")
+    assert str(told.value).count("with one class only") == 1
+
+
 def test_where_no_task_has_a_score_only_the_reason_is_told(tmp_path: Path, said: StringIO) -> None:
     alone = Data("/data/one", ArraySource(TRAIN_SCENES.images, labels=np.zeros(60, int)))
+    others = Data("/data/others", ArraySource(VAL_SCENES.images, labels=np.zeros(len(VAL_SCENES), int)))
     with pytest.raises(UserError, match="with one class only") as told:
-        score(subject(tmp_path), alone, alone, tasks=("knn", "linear"), console=Console(file=said, width=200))
+        score(subject(tmp_path), alone, others, tasks=("knn", "linear"), console=Console(file=said, width=200))
     assert "other scores" not in str(told.value)
     assert "Frozen features" not in said.getvalue() and "Next:" not in said.getvalue()
 

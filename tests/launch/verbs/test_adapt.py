@@ -71,7 +71,7 @@ def test_heads_learn_alone_first_and_the_start_is_scored_and_watched(here: Path)
     assert (settings.views.global_crops_size, settings.backbone.embed_dim, settings.backbone.gaug) == (32, 24, True)
     assert cli.main(["eval", "knn", str(run), "--baselines"]) == 0
     scores = json.loads((run / "results.json").read_text())["scores"]
-    assert [each["subject"] for each in scores] == ["trained", "start", "untrained", "pixels"]
+    assert {each["subject"] for each in scores} == {"trained", "start", "untrained", "pixels"}  # as each is ready
     assert len({each["weights"] for each in scores}) == 4
     page = (run / "report.html").read_text()
     assert "Starting weights" in page and "runs/mine/teacher.safetensors" in page

@@ -126,6 +126,7 @@ def test_the_pooling_is_part_of_what_a_score_is_of(evaluated) -> None:
         ("knn", ("--pooling", "grid"), 'not "grid"'),
         ("segment", ("--pooling", "mean"), "--pooling is for `eval all`, `eval knn`, `eval linear`"),
         ("segment", ("--window", "7"), "multiple of 4"),
+        ("segment", ("--grid-size", "10", "16", "--baselines"), "cannot be cut into patches of 4x4: both sides must"),
         ("segment", ("--window", "8", "--stride", "9"), "between 1 and 8"),
     ],
 )
@@ -220,9 +221,7 @@ def test_masks_of_another_shape_are_named_and_left_out(evaluated, scenes: Path, 
     assert scores[0]["detail"]["test"] == 11
     for file in (scenes / "masks").iterdir():
         Image.fromarray(np.ones((SIDE, 6), np.uint8)).save(file)
-    code, said, _ = evaluated(
-        "segment", "--steps", "3", *flags, kind="images", val=scenes / "images", train=scenes / "images"
-    )
+    code, said, _ = evaluated("segment", "--steps", "3", *flags, kind="images", val=scenes / "images")
     assert code == 2 and ("all masks" in said or "could be read" in said)
 
 
@@ -276,6 +275,15 @@ def test_features_on_disk_are_scored_alike(
 def test_features_of_another_kind_are_refused(stores: Path, capsys, what: str, kind: str, words: str) -> None:
     assert cli.main(["eval", what, str(stores / f"{kind}-train"), "--val", str(stores / f"{kind}-val")]) == 2
     assert words in " ".join(capsys.readouterr().err.split())
+
+
+def test_features_of_the_same_images_are_for_nearest_neighbors_alone(stores: Path, tmp_path: Path, capsys) -> None:
+    out = tmp_path / "stored.json"
+    store = str(stores / "cls-train")
+    assert cli.main(["eval", "all", store, "--val", store, "--out", str(out)]) == 2
+    assert "would be learned from and scored on" in " ".join(capsys.readouterr().err.split())
+    (only,) = json.loads(out.read_text())["scores"]
+    assert only["task"] == "knn" and only["detail"]["leave_one_out"]
 
 
 @pytest.mark.parametrize("flags", [("--window", "8"), ("--head", "locat")])
