@@ -85,8 +85,9 @@ def test_traced_blocks_compute_the_same_values_and_gradients(network: tuple[str,
 
 @pytest.mark.parametrize("network", [NETWORKS[1], pytest.param(*NETWORKS[3].values, marks=pytest.mark.long, id="vim")])
 def test_compiled_blocks_compute_the_same_values_and_gradients(network: tuple[str, Any]) -> None:
+    """By the code generator itself, of views of one size: it takes a third of a minute for each."""
     backbone = create(network[0], **network[1]).train()
-    views = [torch.randn(4, 3, 32, 32), torch.randn(4, 3, 16, 16)]
+    views = [torch.randn(4, 3, 32, 32)]
     wanted = passes(backbone, views)
     compiled.compile_backbone(backbone, CPU)
     first, again = passes(backbone, views), passes(backbone, views)

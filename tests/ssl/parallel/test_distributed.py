@@ -210,6 +210,7 @@ def wait_for_lines(file: Path, lines: int, processes: list[subprocess.Popen[str]
 
 
 RANK = ("-m", "nearfar.launch.local.rank")
+PRETRAIN = (sys.executable, "-m", "nearfar.launch.cli", "pretrain")
 
 
 ALL_PARTS = ["loss.recipe=dinov3", "loss.gram_start_epoch=1", "optim.schedule=wsd"]
@@ -231,7 +232,9 @@ def test_stopped_on_one_rank_and_continued_ends_with_the_same_bits(
     together: Together,
     finish: Finish,
 ) -> None:
-    """SIGTERM reaches one rank only, and not the first; all save and leave; the last one standing is the same."""
+    """SIGTERM reaches one rank only, and not the first; all save and leave. `nearfar pretrain`, which starts the ranks
+    itself, continues, and the last checkpoint is that of ranks started by hand and never stopped.
+    """
     whole, parts = recipe(*settings, folder="whole"), recipe(*settings, folder="parts")
     finish(together(size, *RANK, str(whole)))
     processes = together(size, *RANK, str(parts))
@@ -240,7 +243,7 @@ def test_stopped_on_one_rank_and_continued_ends_with_the_same_bits(
     finish(processes)
     stopped = checkpoint.latest(config.load(parts).path / "checkpoints")
     assert stopped is not None and 5 <= stopped.state["step"] < 16 and stopped.state["world_size"] == size
-    finish(together(size, *RANK, str(parts)))
+    subprocess.run([*PRETRAIN, str(parts), f"train.world_size={size}"], check=True, capture_output=True, timeout=240)
     same(whole, parts)
 
 
@@ -329,19 +332,12 @@ def test_a_mistake_on_one_rank_is_told_by_the_first(
     assert "Rank 1 on" in said[0] and "cannot be used" in said[0] and "Traceback" not in said[0]
 
 
-def test_nearfar_pretrain_starts_the_other_ranks_itself(
-    recipe: Callable[..., Path], same: Callable[[Path, Path], None], together: Together, finish: Finish
+def test_ranks_that_nearfar_pretrain_starts_hear_this_machine_alone_and_a_killed_one_is_named(
+    recipe: Callable[..., Path],
 ) -> None:
-    """And the bits are those of the same ranks started by hand; a killed child is named."""
-    by_hand, by_itself = recipe(folder="hand"), recipe(folder="itself")
-    finish(together(2, *RANK, str(by_hand)))
-    command = [sys.executable, "-m", "nearfar.launch.cli", "pretrain"]
-    subprocess.run([*command, str(by_itself), "train.world_size=2"], check=True, capture_output=True, timeout=120)
-    same(by_hand, by_itself)
-
     endless = recipe("train.epochs=4000", folder="endless")
     process = subprocess.Popen(
-        [*command, str(endless), "train.world_size=2"], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+        [*PRETRAIN, str(endless), "train.world_size=2"], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
     )
     wait_for_lines(endless, 3, [process])
     (child,) = psutil.Process(process.pid).children()
@@ -362,10 +358,9 @@ def test_a_first_rank_that_is_killed_leaves_neither_ranks_nor_files(
 ) -> None:
     temporary = tmp_path / "temporary"
     temporary.mkdir()
-    command = [sys.executable, "-m", "nearfar.launch.cli", "pretrain", str(recipe("train.epochs=4000"))]
-    process = subprocess.Popen(
-        [*command, "train.world_size=2"], env=os.environ | {"TMPDIR": str(temporary)}, stdout=subprocess.DEVNULL
-    )
+    command = [*PRETRAIN, str(recipe("train.epochs=4000")), "train.world_size=2"]
+    environment = os.environ | {"TMPDIR": str(temporary)}
+    process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL)
     until = time.monotonic() + 300
     while not (children := psutil.Process(process.pid).children()):
         assert time.monotonic() < until and process.poll() is None
