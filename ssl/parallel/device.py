@@ -77,6 +77,8 @@ def has_fp16(device: torch.device) -> bool:
     """Does the hardware have fp16 matrix products?"""
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device) >= (5, 3)
+    if not hasattr(torch.cpu, "get_capabilities"):  # an older torch, which can be asked for AMX's alone
+        return bool(torch.cpu._is_amx_fp16_supported())
     capabilities = torch.cpu.get_capabilities()
     return bool(capabilities.get("avx512_fp16") or capabilities.get("amx_fp16"))
 

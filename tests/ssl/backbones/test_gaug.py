@@ -10,7 +10,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nearfar.ssl.backbones import GaugBias, attention
-from nearfar.ssl.backbones.attention import attend_in_windows, flex_windows, local_score_mod, window_bias
+from nearfar.ssl.backbones.attention import (
+    _BiasByProducts,
+    attend_in_windows,
+    flex_windows,
+    local_score_mod,
+    window_bias,
+)
 
 
 def naive(bias: GaugBias, q: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
@@ -118,6 +124,23 @@ def test_windowed_attention_equals_the_written_out_one(prefix: int) -> None:
     torch.testing.assert_close(out, wanted)
     up = torch.randn_like(out)
     for a, b in zip(*(torch.autograd.grad(y, leaves, up) for y in (out, wanted)), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_written_out_bias_has_the_gradients_of_its_products(dtype: torch.dtype) -> None:
+    """By autograd through the float32 products, whatever the type of the logits."""
+    rows, columns = (x.detach().float().requires_grad_() for x in tables((5, 2), 13)[3:])
+    bias = _BiasByProducts.apply(rows, columns, 13, dtype)
+    wanted = window_bias(rows, columns, 13)
+    assert torch.equal(bias, wanted.to(dtype))
+    up = torch.randn(bias.shape, generator=torch.Generator().manual_seed(1)).to(dtype)
+    got, right = (
+        torch.autograd.grad(bias, [rows, columns], up),
+        torch.autograd.grad(wanted, [rows, columns], up.float()),
+    )
+    for a, b in zip(got, right, strict=True):
+        assert a.dtype == torch.float32
         torch.testing.assert_close(a, b)
 
 

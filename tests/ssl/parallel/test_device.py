@@ -80,7 +80,7 @@ def test_auto_takes_no_fp16_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_cpu_has_fp16_when_it_multiplies_it(
     capabilities: dict[str, bool], answer: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities, raising=False)
     assert device.has_fp16(torch.device("cpu")) is answer
 
 
@@ -118,7 +118,8 @@ def test_a_cpu_has_bf16_when_it_multiplies_it(
 def test_a_torch_without_capabilities_is_asked_in_the_older_way(answer: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delattr(torch.cpu, "get_capabilities", raising=False)
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: answer)
-    assert device.has_bf16(torch.device("cpu")) is answer
+    monkeypatch.setattr(torch.cpu, "_is_amx_fp16_supported", lambda: answer, raising=False)
+    assert device.has_bf16(torch.device("cpu")) is device.has_fp16(torch.device("cpu")) is answer
 
 
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="the kernel calls the flags otherwise")
