@@ -18,6 +18,7 @@ from nearfar.eval.results import TITLES, Score
 from nearfar.eval.run_files import flat, read_numbers, read_settings
 from nearfar.ssl.errors import UserError
 from nearfar.ssl.settings.listing import all_settings
+from nearfar.ssl.wording import listed
 
 ONLINE = "* online, during training: fewer images, so not to be compared with the others"
 _ONLINE_TASK = {"knn": "knn_top1"}
@@ -63,6 +64,10 @@ class Comparison(NamedTuple):
     rows: list[Row]
     notes: list[str]
 
+    def comparable(self, task: str) -> bool:
+        """Are all scores of a task of the same images?"""
+        return len({row.data[task] for row in self.rows if task in row.data}) <= 1
+
     def best(self, task: str) -> float | None:
         """The best of a column as it is shown; online scores count only where there are no others."""
         found = [round(row.scores[task], 1) for row in self.rows if task in row.scores and task not in row.online]
@@ -70,7 +75,8 @@ class Comparison(NamedTuple):
         return max(found, default=None)
 
     def is_best(self, row: Row, task: str) -> bool:
-        return task in row.scores and len(self.rows) > 1 and round(row.scores[task], 1) == self.best(task)
+        several = len(self.rows) > 1 and self.comparable(task)
+        return several and task in row.scores and round(row.scores[task], 1) == self.best(task)
 
 
 def runs_in(folder: Path) -> list[Path]:
@@ -104,9 +110,10 @@ def compare(runs: Sequence[Path]) -> Comparison:
     tasks = [task for task in TITLES if any(task in row.scores for row in rows)]
     if any(row.online for row in rows):
         notes.append(ONLINE)
-    if apart := [TITLES[task] for task in tasks if len({row.data[task] for row in rows if task in row.data}) > 1]:
-        notes.append(f"Not all runs were scored on the same images: {' and '.join(apart)} cannot be compared.")
-    return Comparison(tasks, _short(keys), rows, notes)
+    found = Comparison(tasks, _short(keys), rows, notes)
+    if apart := [TITLES[task] for task in tasks if not found.comparable(task)]:
+        notes.append(f"Not all runs were scored on the same images: {listed(apart)} cannot be compared.")
+    return found
 
 
 def comparison_table(found: Comparison, console: Console) -> Group:

@@ -58,7 +58,7 @@ def _means(groups: Sequence[SeedGroup], tasks: Sequence[str]) -> str:
         )
     heads = "".join(f'<th scope="col">{html.escape(head)}</th>' for head in [*(TITLES[task] for task in tasks), "runs"])
     top_row = f"<thead><tr><th></th>{heads}</tr></thead>"
-    return f'<div class="scroll"><table>{top_row}<tbody>{"".join(rows)}</tbody></table></div>'
+    return f'<div class="scroll"><table class="runs">{top_row}<tbody>{"".join(rows)}</tbody></table></div>'
 
 
 def _every_run(found: Comparison, folder: Path) -> str:
@@ -72,7 +72,7 @@ def _every_run(found: Comparison, folder: Path) -> str:
         cells += [f"<td>{html.escape(text)}</td>" for text in row.outcome]
         cells += [f"<td>{html.escape(row.settings.get(key, ''))}</td>" for key in found.keys]
         lines.append("<tr>" + "".join(cells) + "</tr>")
-    return f'<div class="scroll"><table>{"".join(lines)}</table></div>'
+    return f'<div class="scroll"><table class="runs">{"".join(lines)}</table></div>'
 
 
 def _name(row: Row, folder: Path) -> str:

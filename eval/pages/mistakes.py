@@ -13,8 +13,11 @@ _MOST_CLASSES = 25  # a larger table cannot be read
 
 
 def confusion_section(table: Mapping[str, Mapping[str, Score]]) -> str:
-    """Of the k-NN of the trained features; says so where there is none."""
+    """Of the k-NN of the trained features; says so where there is none. Nothing where others alone were scored: the
+    images have no labels."""
     score = table.get("trained", {}).get("knn")
+    if score is None and table.get("trained"):
+        return ""
     detail = (score.detail or {}) if score else {}
     counts, worst = _counts(detail.get("confusion")), _worst(detail.get("most_confused"))
     parts = []

@@ -81,6 +81,8 @@ def _name(rows: Sequence[Row]) -> str:
 
 def is_best_group(group: SeedGroup, groups: Sequence[SeedGroup], task: str) -> bool:
     """Has a group the best mean of a column, as it is shown? Online scores count only where there are no others."""
+    if len({row.data[task] for each in groups for row in each.rows if task in row.data}) > 1:
+        return False  # of other images
     means = [each.scores[task] for each in groups if task in each.scores]
     counted = [mean for mean in means if not mean.online] or means
     own = group.scores.get(task)

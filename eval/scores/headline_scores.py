@@ -214,8 +214,13 @@ def native_grid(source: Source, patch: int) -> tuple[int, int]:
             width, height = source.read(i).size
         except BadImage:
             continue
-        return max(1, round(height / patch)) * patch, max(1, round(width / patch)) * patch
+        return whole_patches(height, patch), whole_patches(width, patch)
     raise UserError(f"None of the {len(source)} images could be read.")
+
+
+def whole_patches(side: int, patch: int) -> int:
+    """A side in pixels, rounded to whole patches."""
+    return max(1, round(side / patch)) * patch
 
 
 def labels_of(train: Features, test: Features) -> tuple[np.ndarray, np.ndarray]:

@@ -15,6 +15,7 @@ from rich.console import Console
 from nearfar.eval import results
 from nearfar.eval.pages.compare import ONLINE, compare, comparison_table, runs_in
 from nearfar.eval.pages.comparison_page import write_comparison
+from nearfar.eval.pages.seeds import by_seed, is_best_group
 from nearfar.eval.results import TASKS, DataName, Score
 from nearfar.ssl.errors import UserError
 
@@ -187,3 +188,8 @@ def test_scores_on_several_data_sets_are_all_there_and_like_is_shown_beside_like
     found = compare(runs_in(tmp_path))
     assert found.rows[2].scores == {"segment": 5.0}
     assert found.notes == ["Not all runs were scored on the same images: mIoU cannot be compared."]
+    assert [found.is_best(row, "segment") for row in found.rows] == [False] * 3
+    assert [found.is_best(row, "knn") for row in found.rows] == [True, False, False]
+    groups = by_seed(found)
+    assert not any(is_best_group(group, groups, "segment") for group in groups)
+    assert is_best_group(groups[0], groups, "knn")

@@ -174,6 +174,11 @@ def test_part_of_the_scores_is_enough(run: Path) -> None:
     assert rows["Trained \u2212 raw pixels"] == ["\u2013", "\u2013"]
 
 
+def test_images_without_labels_have_no_confusion(run: Path) -> None:
+    (run / "results.json").write_text(held(entry("trained", "segment", 9.0)))
+    assert "Confusion" not in re.findall(r"<h2>(.*?)</h2>", write_report(run).read_text())
+
+
 def test_robustness_and_position_are_sections_where_they_are_scored(run: Path) -> None:
     detail = {"table": {"clean": {"top1": 64.6, "drop": 0.0}, "patch shuffle": {"top1": 50.1, "drop": 14.5}}}
     more = [

@@ -77,6 +77,7 @@ def test_predicted_masks_appear_once_segmentation_is_scored(tmp_path: Path) -> N
     drawn = (run / "figures.json").stat().st_mtime_ns
     report_run(run)
     assert (run / "figures.json").stat().st_mtime_ns == drawn  # nothing is new
+    reading |= {"head": "locat", "size": [18, 14]}  # windows and crops of a size that patches do not divide
     results.add(run / "results.json", Score("trained", "segment", 9.5, "v", data, data, reading, 3, {"classes": 3}))
     assert "the score is 9.5 % mIoU" in report_run(run).read_text()
     (run / "figures.json").write_text('{"format": "nearfar figures 1", "figures": []}')  # of another version
