@@ -32,6 +32,16 @@ class DataLook(NamedTuple):
     outliers: NDArray[np.int64]
     lonely: NDArray[np.float64]
 
+    @property
+    def doubt(self) -> str:
+        """What to say of more pairs than a tenth of the images: a network that has learned little finds many."""
+        if self.duplicates <= len(self.place) / 10:
+            return ""
+        return (
+            "So many may say more about the network than about the images: a better trained one, or a larger "
+            "--duplicate-cosine, will tell."
+        )
+
 
 def look_at(
     x: NDArray[np.float32], *, clusters: int, duplicate: float, outliers: int = 12, pairs: int = 500, seed: int = 0

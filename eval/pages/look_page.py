@@ -156,8 +156,8 @@ def _duplicates(looked: LookInputs, look: DataLook, duplicate: float) -> Figure:
         groups.append(Group(((f"cosine {alike:.4f}", tuple(cells)),)))
     text = (
         f"{counted(look.duplicates, 'pair')} of images whose features have a cosine of {duplicate:g} or more, the most "
-        "alike first: copies, frames of one scene, or what the network cannot tell apart."
-    )
+        f"alike first: copies, frames of one scene, or what the network cannot tell apart. {look.doubt}"
+    ).rstrip()
     return Figure("duplicates", "Near duplicates", text, tuple(groups), size="medium")
 
 

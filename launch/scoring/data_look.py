@@ -64,6 +64,8 @@ def look(path: str, weights: Path, out: Path, options: LookOptions, console: Con
         f"{options.duplicate_cosine:g} or more), {len(looked.bad):,} unreadable images: {out}",
         console,
     )
+    if found.doubt:
+        _say(found.doubt, console)
     return out
 
 

@@ -87,6 +87,17 @@ def test_the_page_has_everything_in_it(tmp_path: Path, kind: str, network: str) 
     assert alts.images > 12 and alts.missing == 0
 
 
+def test_a_network_that_tells_nothing_apart_is_doubted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """340 near duplicates among 800 different pictures, of a network after 100 steps, without a word."""
+    file, source, out = weights(tmp_path, **NETWORKS["vit"]), data(tmp_path, "classes"), tmp_path / "look.html"
+    words = ["data", "look", str(source), "--weights", str(file), "--out", str(out), "--workers", "0"]
+    doubt = "So many may say more about the network than about the images"
+    for cosine, doubted in (("0.01", True), ("0.999999", False)):
+        assert cli.main([*words, "--duplicate-cosine", cosine]) == 0
+        said = " ".join(capsys.readouterr().out.split())
+        assert (doubt in said) is (doubt in out.read_text()) is doubted, said
+
+
 def test_of_many_images_a_sample_is_looked_at_and_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file, source, out = weights(tmp_path, **NETWORKS["vit"]), data(tmp_path, "npz"), tmp_path / "look.html"
     arguments = ["--weights", str(file), "--out", str(out), "--max-images", "8", "--workers", "0"]
