@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from nearfar.ssl import config
+from nearfar.ssl.backbones.attention import rounded_bias
 from nearfar.ssl.backbones.scan import scan_backward, scan_forward
 from nearfar.ssl.data.transforms.normalize import normalize
 from nearfar.ssl.learning.dino import build_dino_learner
@@ -146,6 +147,7 @@ def parts_told_apart(counter: LaunchCounter, learner: Learner, optimizer: torch.
             stack.enter_context(mock.patch.object(owner, name, counter.during(part, getattr(owner, name))))
         stack.enter_context(mock.patch("nearfar.ssl.backbones.vim.selective_scan", one_way_scan))
         stack.enter_context(mock.patch("nearfar.ssl.learning.optim.multiply_each", multiply_alike))  # as on a GPU
+        stack.enter_context(mock.patch("nearfar.ssl.backbones.attention.written_bias", rounded_bias))  # likewise
         stack.enter_context(counter)
         yield
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import copy
+import importlib.util
 import random
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import hypothesis
 import numpy as np
 import pytest
 import torch
@@ -43,8 +43,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
                 item.add_marker(pytest.mark.skip(reason="no CUDA device"))
 
 
-hypothesis.settings.register_profile("nearfar", derandomize=True)  # the same examples in every run, as all else here
-hypothesis.settings.load_profile("nearfar")
+if importlib.util.find_spec("hypothesis"):  # bench/gpu.py runs what needs no more than pytest
+    from hypothesis import settings
+
+    settings.register_profile("nearfar", derandomize=True)  # the same examples in every run, as all else here
+    settings.load_profile("nearfar")
 
 
 @pytest.fixture(autouse=True)

@@ -3,12 +3,14 @@
 Each operation equals torchvision.transforms.functional on float images, with one factor per sample, but the blur, which
 has the taps of Pillow's. Samples are grouped
 by what they need: an operation costs nothing where it is not in the plan. On a GPU, which would wait for that and for
-every launch, Triton's kernels do the same (triton_colors.py) where Triton is installed, as it is with torch for CUDA.
+every launch, Triton's kernels do the same (triton_colors.py) where Triton works: it comes with torch for CUDA, and
+needs a C compiler.
 """
 
-import importlib.util
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -19,6 +21,7 @@ from torch.nn import functional as F
 from nearfar.ssl.data.loaders.base import Batch
 from nearfar.ssl.data.views import ViewPlan
 
+log = logging.getLogger(__name__)
 _LUMA = (0.2989, 0.587, 0.114)  # ITU-R 601-2, the digits torchvision uses
 _CACHE = 2**21  # bytes of images worked on at a time on a CPU: some forty passes that should stay in its cache
 
@@ -62,7 +65,7 @@ def color_views(batch: Batch, device: torch.device) -> list[Tensor]:
     groups = [group.to(device, non_blocking=True) for group in batch.groups]
     if batch.colored:
         return [group / 255 for group in groups]
-    by_kernels = device.type == "cuda" and importlib.util.find_spec("triton") is not None
+    by_kernels = device.type == "cuda" and not kernels_missing(device)
     colored, first = [], 0
     for group in groups:
         plan = color_of(batch.plan, slice(first, first + len(group)))
@@ -90,6 +93,20 @@ def color_by_kernels(images: Tensor, plan: Color) -> Tensor:
     if images.is_cuda:
         packed = packed.pin_memory().to(images.device, non_blocking=True)
     return color_batch(images.contiguous(), packed, plan.solarize_threshold)
+
+
+@lru_cache(maxsize=8)
+def kernels_missing(device: torch.device) -> str:
+    """Why Triton's kernels cannot change colors on this GPU, "" if they can: tried once, with one small image."""
+    one = torch.ones(1)
+    plan = Color(one.bool(), one.expand(1, 4), torch.arange(4)[None], one.bool(), one, one.bool(), 128)
+    try:
+        color_by_kernels(torch.zeros(1, 3, 4, 4, dtype=torch.uint8, device=device), plan).sum().item()
+    except Exception as error:  # no Triton, no C compiler, a GPU that is too old: each its own exception
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        log.warning("colors are changed operation by operation, slower: Triton does not work here (%s)", reason)
+        return reason
+    return ""
 
 
 def color(images: Tensor, plan: Color) -> Tensor:

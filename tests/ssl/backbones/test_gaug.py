@@ -11,11 +11,11 @@ from hypothesis import strategies as st
 
 from nearfar.ssl.backbones import GaugBias, attention
 from nearfar.ssl.backbones.attention import (
-    _BiasByProducts,
     attend_in_windows,
     flex_windows,
     local_score_mod,
     window_bias,
+    written_bias,
 )
 
 
@@ -131,7 +131,7 @@ def test_windowed_attention_equals_the_written_out_one(prefix: int) -> None:
 def test_the_written_out_bias_has_the_gradients_of_its_products(dtype: torch.dtype) -> None:
     """By autograd through the float32 products, whatever the type of the logits."""
     rows, columns = (x.detach().float().requires_grad_() for x in tables((5, 2), 13)[3:])
-    bias = _BiasByProducts.apply(rows, columns, 13, dtype)
+    bias = written_bias(rows, columns, 13, dtype)
     wanted = window_bias(rows, columns, 13)
     assert torch.equal(bias, wanted.to(dtype))
     up = torch.randn(bias.shape, generator=torch.Generator().manual_seed(1)).to(dtype)

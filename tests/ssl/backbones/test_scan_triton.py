@@ -96,8 +96,6 @@ def test_equals_the_recurrence_in_the_interpreter() -> None:
     run(INTERPRETED, TRITON_INTERPRET="1")
 
 
-@pytest.mark.parametrize(
-    "capability", [pytest.param("80", marks=pytest.mark.long), "90", pytest.param("100", marks=pytest.mark.long)]
-)
+@pytest.mark.parametrize("capability", ["80", "90", "100"])
 def test_compiles_ahead_of_time(capability: str) -> None:
     run(COMPILED, capability, TRITON_INTERPRET="0", CUDA_VISIBLE_DEVICES="")

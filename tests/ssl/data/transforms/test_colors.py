@@ -218,3 +218,28 @@ def test_the_gpu_gives_the_same():
         group = Color(**{**group.__dict__, "solarize": torch.zeros(12) > 0})
         there = color(pictures().cuda(), group).cpu()
         torch.testing.assert_close(there, color(pictures(), group), rtol=1e-5, atol=1e-5)
+
+
+def test_where_triton_does_not_work_colors_are_changed_without_it(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """On a GPU without a C compiler the kernels ended the run at its first step; the scan and GAug did without."""
+    cpu = torch.device("cpu")
+    tried: list[tuple[int, ...]] = []
+
+    def kernels(images: torch.Tensor, plan: Color) -> torch.Tensor:
+        tried.append(images.shape)
+        return colors.color(images, plan)
+
+    monkeypatch.setattr(colors, "color_by_kernels", kernels)
+    colors.kernels_missing.cache_clear()
+    assert colors.kernels_missing(cpu) == "" and tried == [(1, 3, 4, 4)]
+
+    def broken(images: torch.Tensor, plan: Color) -> torch.Tensor:
+        raise RuntimeError("Failed to find C compiler")
+
+    monkeypatch.setattr(colors, "color_by_kernels", broken)
+    colors.kernels_missing.cache_clear()
+    assert colors.kernels_missing(cpu) == "RuntimeError: Failed to find C compiler"
+    assert colors.kernels_missing(cpu) and caplog.text.count("operation by operation, slower") == 1
+    colors.kernels_missing.cache_clear()
