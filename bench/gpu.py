@@ -102,10 +102,10 @@ def import_path(folder: Path) -> Path:
     The import name is a namespace in front of the folders: pyproject.toml says which.
     """
     mapping = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["package-dir"]
-    for name, place in mapping.items():
+    for name, target in mapping.items():
         link = folder / name.replace(".", "/")
         link.parent.mkdir(exist_ok=True)
-        link.symlink_to(ROOT / place, target_is_directory=True)
+        link.symlink_to(ROOT / target, target_is_directory=True)
     return folder
 
 
@@ -243,15 +243,15 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         path = [str(import_path(Path(folder))), os.environ.get("PYTHONPATH", "")]
         environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, path)), "PYTHONUNBUFFERED": "1"}
-        for place, section in enumerate(chosen):
+        for target, section in enumerate(chosen):
             left = ends - time.monotonic()
             if left < 5:
                 break
             print(f"{section.title} ...", flush=True)
-            share = left * section.seconds / sum(later.seconds for later in chosen[place:])
+            share = left * section.seconds / sum(later.seconds for later in chosen[target:])
             done.append((section, run(section, share, environment, out)))
             print(f"  {done[-1][1].outcome}, {done[-1][1].seconds:.0f} s", flush=True)
-            write(out, done, [later.name for later in chosen[place + 1 :]], missing)
+            write(out, done, [later.name for later in chosen[target + 1 :]], missing)
     print(f"\n{(out / 'gpu.md').read_text()}\nWritten to {out / 'gpu.md'} and {out / 'gpu.json'}.")
     return int(len(done) < len(chosen) or any(found.outcome != "done" for _, found in done))
 

@@ -1,6 +1,5 @@
 """Loaders side by side: views a second, and CPU seconds an image, of 2 global and 8 local views (DINO's).
 
-    python bench/loader.py                          # ../shared/data/imagenet_native80
     python bench/loader.py --data ~/pictures --threads 1 2 --seconds 10 --rounds 3
 
 Every measurement is a process of its own (so that peak memory is its own too); they take turns for some rounds and
@@ -215,9 +214,7 @@ def prepare(data: Path, folder: Path, count: int) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    root = Path(__file__).resolve().parents[1]
-    default = root.parent / "shared/data/imagenet_native80/images"
-    parser.add_argument("--data", type=Path, default=default, help="folder of images")
+    parser.add_argument("--data", type=Path, required=True, help="folder of images")
     parser.add_argument("--images", type=int, default=2000, help="number of images, those of --data repeated")
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--seconds", type=float, default=8, help="seconds of each measurement")
@@ -233,7 +230,7 @@ def main() -> None:
     best: dict[tuple[str, int], dict[str, float]] = {}
     with tempfile.TemporaryDirectory() as folder:
         prepare(arguments.data, Path(folder), arguments.images)
-        for turn in range(arguments.rounds):
+        for number in range(arguments.rounds):
             for method in arguments.methods:
                 for threads in arguments.threads:
                     command = [sys.executable, __file__, "--one", method, folder, str(threads)]
@@ -243,7 +240,7 @@ def main() -> None:
                     if done.returncode:
                         raise SystemExit(f"{method} failed: {done.stderr}")
                     found = json.loads(done.stdout.splitlines()[-1])
-                    print(f"round {turn}: {method}, {threads}: {found}, load {os.getloadavg()[0]:.1f}", flush=True)
+                    print(f"round {number}: {method}, {threads}: {found}, load {os.getloadavg()[0]:.1f}", flush=True)
                     old = best.setdefault((method, threads), found)
                     old["img_s"] = max(old["img_s"], found["img_s"])
                     old["cpu_ms"] = min(old["cpu_ms"], found["cpu_ms"])

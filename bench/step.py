@@ -65,10 +65,10 @@ class Measurement(NamedTuple):
     peak_memory: float  # bytes; nan where it was not measured
 
 
-def views_of(asked: StepOptions, place: torch.device) -> list[Tensor]:
+def views_of(asked: StepOptions, target: torch.device) -> list[Tensor]:
     generator = torch.Generator().manual_seed(0)
     sizes = ((2, asked.crops[0]), (asked.local_crops, asked.crops[1]))
-    return [torch.randn((v, asked.batch, 3, s, s), generator=generator).to(place) for v, s in sizes if v]
+    return [torch.randn((v, asked.batch, 3, s, s), generator=generator).to(target) for v, s in sizes if v]
 
 
 def settings_of(name: str, asked: StepOptions) -> list[str]:

@@ -64,7 +64,7 @@ def labeled_images(run: FinetuneRun, should_stop: Callable[[], bool] = lambda: F
     if not run.data.val:
         return source, None
     val = open_source(run.data.val)
-    return source, Scoring(val, labels_as(classes, val, run.data.val), should_stop)
+    return source, Scoring(val, run.data.val, labels_as(classes, val, run.data.val), should_stop)
 
 
 def refuse_empty_folders(source: Source, path: str) -> None:
@@ -86,6 +86,7 @@ class Scoring:
     """Top-1 and top-5 of the classifier on the validation images; None where a signal asks to stop first."""
 
     val: Source
+    path: str  # of the images, as the run names them
     labels: np.ndarray  # of its images, as numbers of the classifier's classes
     should_stop: Callable[[], bool] = lambda: False
     last: Predictions | None = field(default=None, init=False)
@@ -122,14 +123,13 @@ def record_score(outcome: Outcome, source: Source, scoring: Scoring) -> bool:
     if scoring.last is None:
         return False
     said = detail(scoring.last.probabilities, scoring.labels[scoring.last.rows], classifier.classes)
-    assert run.data.val is not None
     score = Score(
         subject="trained",
         task="finetune",
         percent=said["top1"],
         weights=digest(classifier),
         train=DataName(run.data.path, source.fingerprint, len(source)),
-        val=DataName(run.data.val, scoring.val.fingerprint, len(scoring.val)),
+        val=DataName(scoring.path, scoring.val.fingerprint, len(scoring.val)),
         reading={"size": run.eval.size, "resize": run.eval.resize},
         step=outcome.step,
         detail=said | {"bad": scoring.last.bad},

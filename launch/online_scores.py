@@ -46,7 +46,7 @@ class OnlineKNN:
         shared: bool = False,
         say: Callable[[str], object] = lambda _: None,
     ) -> None:
-        self.should_stop, self.shared, self._say, self._told = should_stop, shared, say, False
+        self.should_stop, self.shared, self._say, self._difference_said = should_stop, shared, say, False
         self.missing = _no_score(source, val)
         self.memory = Subset(source, np.arange(0, len(source), -(-len(source) // images)))
         self.val = Subset(val, np.arange(0, len(val), -(-len(val) // images)))
@@ -69,11 +69,11 @@ class OnlineKNN:
         """Has every rank the same images and weights, bit for bit? All must ask. Where not, the first scores alone."""
         mine = json.dumps([self.missing, self.memory.fingerprint, self.val.fingerprint, digest(backbone)])
         everyone = [json.loads(text) for text in distributed.gathered([mine])]
-        if (alike := all(each == everyone[0] for each in everyone)) or self._told:
+        if (alike := all(each == everyone[0] for each in everyone)) or self._difference_said:
             return alike
         what = "weights" if all(each[:3] == everyone[0][:3] for each in everyone) else "images"
         self._say(f"The ranks have different {what}, so the first one computes the online k-NN alone, of its own.")
-        self._told = True
+        self._difference_said = True
         return False
 
     def _score(self, backbone: Backbone, run: ResolvedRun, shared: bool) -> dict[str, float] | None:

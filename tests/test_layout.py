@@ -17,7 +17,7 @@ PACKAGES = {"nearfar.ssl": ROOT / "ssl", "nearfar.eval": ROOT / "eval", "nearfar
 
 # Ground floor first. A module imports from floors below its own, and from its own floor without going in a circle.
 FLOORS: list[set[str]] = [
-    {"errors", "wording"},
+    {"errors", "wording", "patches"},
     {"disk"},
     {"backbones"},
     {"settings", "config"},

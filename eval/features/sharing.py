@@ -48,12 +48,12 @@ class _Requests:
     def _ask(self) -> None:
         self.asked = self.left > 0
         if self.asked:
-            self._say(1)
+            self._send(1)
             self.left -= 1
 
-    def _say(self, word: int) -> None:
+    def _send(self, request: int) -> None:
         self._arrived()
-        message = torch.tensor([word])
+        message = torch.tensor([request])
         self._last = message, dist.isend(message, self.rank)
 
     def _arrived(self) -> None:
@@ -69,7 +69,7 @@ class _Requests:
         """Take what was asked for, and ask for nothing more."""
         if self.left:
             self.left = 0
-            self._say(0)
+            self._send(0)
         if self.asked:
             self.take()
         self._arrived()

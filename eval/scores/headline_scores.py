@@ -17,6 +17,7 @@ from nearfar.eval.scores.tasks import label_numbers, mask_classes
 from nearfar.eval.segmentation import ProbeTraining, segment_probe
 from nearfar.ssl.data.sources.base import Source
 from nearfar.ssl.errors import BadImage, UserError
+from nearfar.ssl.patches import whole_patches
 
 HEADLINE_K = 20  # fixed beforehand: choosing the best k by its score would look at the test set
 PIXEL_SIDE = 16
@@ -216,11 +217,6 @@ def native_grid(source: Source, patch: int) -> tuple[int, int]:
             continue
         return whole_patches(height, patch), whole_patches(width, patch)
     raise UserError(f"None of the {len(source)} images could be read.")
-
-
-def whole_patches(side: int, patch: int) -> int:
-    """A side in pixels, rounded to whole patches."""
-    return max(1, round(side / patch)) * patch
 
 
 def labels_of(train: Features, test: Features) -> tuple[np.ndarray, np.ndarray]:

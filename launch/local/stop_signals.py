@@ -22,7 +22,7 @@ class StopFlag:
 
     def __init__(self) -> None:
         self.received: signal.Signals | None = None  # the last one
-        self.heard: set[signal.Signals] = set()
+        self.signals: set[signal.Signals] = set()
         self._pid = os.getpid()
         self._previous: dict[int, object] = {}
 
@@ -32,7 +32,7 @@ class StopFlag:
     def __enter__(self) -> StopFlag:
         self._previous = {number: signal.signal(number, self._handle) for number in SIGNALS}
         if outer := self._outer(SIGNALS[0]):
-            self.received, self.heard = outer.received, set(outer.heard)
+            self.received, self.signals = outer.received, set(outer.signals)
         return self
 
     def __exit__(
@@ -47,7 +47,7 @@ class StopFlag:
         if number == signal.SIGINT and self.received == signal.SIGINT:
             raise KeyboardInterrupt
         self.received = signal.Signals(number)
-        self.heard.add(self.received)
+        self.signals.add(self.received)
         if outer := self._outer(number):
             outer._handle(number, frame)
 

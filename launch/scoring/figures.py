@@ -20,7 +20,7 @@ from nearfar.eval.pictures.figures import Cell, Figure, Group, encoded
 from nearfar.eval.pictures.sheets import mask_color, mask_group, mask_names, neighbor_groups, same_class
 from nearfar.eval.pictures.token_colors import painted, patch_tokens, similarity, token_colors
 from nearfar.eval.results import Score
-from nearfar.eval.scores.headline_scores import PIXEL_SIDE, native_grid, whole_patches
+from nearfar.eval.scores.headline_scores import PIXEL_SIDE, native_grid
 from nearfar.eval.scores.tasks import mask_class_names
 from nearfar.eval.segmentation import ProbeTraining, predict_masks
 from nearfar.launch.scoring.score import Subject, protocol_of
@@ -30,6 +30,7 @@ from nearfar.ssl.data.sources.base import Source, spread
 from nearfar.ssl.data.transforms.eval_view import eval_view
 from nearfar.ssl.data.transforms.normalize import normalize_pixels
 from nearfar.ssl.errors import BadImage, UserError
+from nearfar.ssl.patches import whole_patches
 
 SHOWN = 6  # images of each figure
 NEIGHBORS = 8

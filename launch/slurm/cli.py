@@ -136,7 +136,7 @@ def _runs(arguments: argparse.Namespace) -> tuple[Path, list[Run | FinetuneRun]]
     training: TrainingVerb = arguments.training
     if training is PRETRAIN:
         _refuse_misspelled_verb(arguments.recipe, known=bool(arguments.start_from))
-    recipe, settings = training.asked(arguments)
+    recipe, settings = training.recipe_and_settings(arguments)
     if not arguments.sweep:
         run = training.load(recipe, settings)
         return run.path, [run]

@@ -55,7 +55,7 @@ def cancel(runs: Sequence[Path], console: Console) -> None:
                 if entry.active and entry.name == known[number].name
             ]
             if active:
-                queue.cancel(job.job for job in active)
+                queue.scancel(job.job for job in active)
                 records.record_jobs(run, *(job.model_copy(update={"cancelled": True}) for job in active))
             ended += active
     if not ended:

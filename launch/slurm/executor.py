@@ -24,6 +24,7 @@ from submitit.slurm.slurm import SlurmExecutor, _make_sbatch_string
 
 from nearfar.launch.slurm import records
 from nearfar.launch.slurm.resources import Resources
+from nearfar.ssl.disk import checkpoint_names
 from nearfar.ssl.disk.metrics import read_metrics
 from nearfar.ssl.errors import UserError
 
@@ -125,7 +126,7 @@ def _before_srun(submission: Path, resources: Resources, kind: records.Kind) -> 
     return lines
 
 
-def submit(made: Executor, calls: Sequence[partial[None]]) -> list[str]:
+def submit_calls(made: Executor, calls: Sequence[partial[None]]) -> list[str]:
     """Submit one job, or an array of them; the ids.
 
     Raises:
@@ -174,8 +175,8 @@ def longest_pause(run: Path) -> float | None:
 def save_seconds(run: Path) -> float:
     """The longest that a checkpoint of the run took to write, in seconds; by its size where it was not timed."""
     longest = 0.0
-    for file in (run / "checkpoints").glob("step-*/manifest.json"):
-        manifest = json.loads(file.read_text())
+    for folder in checkpoint_names.finished(run / "checkpoints"):
+        manifest = json.loads((folder / "manifest.json").read_text())
         size = sum(written["bytes"] for written in manifest["files"].values())
         longest = max(longest, manifest.get("seconds", size / SAVE_SPEED))
     return longest

@@ -76,7 +76,7 @@ def _accounted(ids: list[str]) -> dict[str, QueueEntry]:
     return {job: entry for job, entry in found.items() if job in ids}
 
 
-def cancel(ids: Iterable[str]) -> None:
+def scancel(ids: Iterable[str]) -> None:
     """End jobs for good.
 
     Raises:

@@ -27,12 +27,12 @@ def leave_interrupted(run: Path, process: JobProcess, stop: StopFlag, step: int,
     until = time.monotonic() + 5
     while not stop() and process.size > 1 and time.monotonic() < until:  # another rank heard it first
         time.sleep(0.01)
-    heard = " and ".join(sorted(name.name for name in stop.heard)) or "a signal to another rank"
+    names = " and ".join(sorted(name.name for name in stop.signals)) or "a signal to another rank"
     if process.rank == 0:
-        records.end_attempt(run, process.end("train", f"saved at step {step} after {heard}"))
-    if process.result and stop.heard == {signal.SIGUSR2}:
+        records.end_attempt(run, process.end("train", f"saved at step {step} after {names}"))
+    if process.result and stop.signals == {signal.SIGUSR2}:
         _requeue_and_leave(run, process, stop, step, steps)
-    stopped = process.ending("stopped", f"stopped by {heard}").model_copy(update={"step": step, "steps": steps})
+    stopped = process.ending("stopped", f"stopped by {names}").model_copy(update={"step": step, "steps": steps})
     if process.result:
         if process.rank == 0 and _preempted(process.job):
             print(f"Saved at step {step} of {steps}; SLURM preempts job {process.job}: back to the queue.", flush=True)
@@ -49,7 +49,7 @@ def leave_interrupted(run: Path, process: JobProcess, stop: StopFlag, step: int,
 def _requeue_and_leave(run: Path, process: JobProcess, stop: StopFlag, step: int, steps: int) -> NoReturn:
     """The first rank requeues the job; the others stay until SLURM ends them, so that srun does not miss them."""
     if process.rank > 0:
-        wait_for_the_end(queue.REQUEUE_PATIENCE, lambda: signal.SIGTERM in stop.heard)
+        wait_for_the_end(queue.REQUEUE_PATIENCE, lambda: signal.SIGTERM in stop.signals)
         sys.exit(0)
     print(f"Saved at step {step} of {steps}; job {process.job} goes back to the queue.", flush=True)
     try:

@@ -158,7 +158,7 @@ def refuse_active(folders: Sequence[Path]) -> None:
 
 def _submit_training(folder: Path, submission: Submission) -> list[Job]:
     calls = [partial(job.train_job, str(_config(folder, run)), str(run.path)) for run in submission.runs]
-    numbers = executor.submit(_training(folder, submission), calls)
+    numbers = executor.submit_calls(_training(folder, submission), calls)
     return _record("train", submission.job_name, folder, submission, numbers)
 
 
@@ -171,7 +171,7 @@ def _submit_evaluation(folder: Path, submission: Submission, training: Sequence[
     tasks = list(submission.then)
     calls = [partial(job.evaluation_job, str(_config(folder, run)), str(run.path), tasks) for run in submission.runs]
     try:
-        numbers = executor.submit(made, calls)
+        numbers = executor.submit_calls(made, calls)
     except UserError as error:
         for run in submission.runs:
             records.write_ending(run.path, "eval", Ending(state="failed", job="none", why=str(error)))

@@ -29,7 +29,7 @@ def _add_subject(parser: Any) -> None:
     parser.add_argument("images", help="images to adapt to, without labels: as data.path")
 
 
-def _asked(arguments: argparse.Namespace) -> RecipeAndSettings:
+def _recipe_and_settings(arguments: argparse.Namespace) -> RecipeAndSettings:
     """The recipe `adapt`, with the network that the weights belong to."""
     if not Path(arguments.weights).exists() and "=" in arguments.weights:
         raise UserError(
@@ -47,7 +47,7 @@ ADAPT = TrainingVerb(
     "adapt",
     "continue training public weights, or those of a run, on your own images, keeping what they learned",
     _add_subject,
-    _asked,
+    _recipe_and_settings,
     description="Heads learn alone for an epoch, then the backbone follows at a low rate, held by an anchor to what it "
     "began with. It is `nearfar pretrain adapt` with the network that the weights belong to.",
 )

@@ -19,7 +19,7 @@ def _add_subject(parser: Any) -> None:
     parser.add_argument("--recipe", help=f"settings: a .yaml file, or one of {', '.join(bundled())} (default: none)")
 
 
-def _asked(arguments: argparse.Namespace) -> RecipeAndSettings:
+def _recipe_and_settings(arguments: argparse.Namespace) -> RecipeAndSettings:
     if "=" in arguments.teacher:
         raise UserError(f"The teacher comes first: nearfar distill TEACHER {arguments.teacher} ...")
     recipe = find_recipe(arguments.recipe) if arguments.recipe else None
@@ -31,5 +31,5 @@ DISTILL = TrainingVerb(
     "distill",
     "distill a frozen teacher into a backbone, on images without labels; continues like pretrain",
     _add_subject,
-    _asked,
+    _recipe_and_settings,
 )

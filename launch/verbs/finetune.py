@@ -39,7 +39,7 @@ def _add_subject(parser: Any) -> None:
     )
 
 
-def _asked(arguments: argparse.Namespace) -> RecipeAndSettings:
+def _recipe_and_settings(arguments: argparse.Namespace) -> RecipeAndSettings:
     settings = list(arguments.settings)
     if arguments.weights:
         from nearfar.launch.starting_weights import architecture_settings
@@ -58,7 +58,7 @@ FINETUNE = TrainingVerb(
     "finetune",
     "train a classifier on labeled images: from scratch, a run or public weights",
     _add_subject,
-    _asked,
+    _recipe_and_settings,
     _load,
     HelpWithFinetuneSettings,
 )

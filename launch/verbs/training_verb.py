@@ -35,7 +35,7 @@ class TrainingVerb:
     name: str
     help: str
     add_subject: Callable[[Any], None]  # its arguments, to a parser
-    asked: Callable[[argparse.Namespace], RecipeAndSettings]  # Raises UserError for what is not there
+    recipe_and_settings: Callable[[argparse.Namespace], RecipeAndSettings]  # Raises UserError for what is not there
     load: Callable[[Path | None, Sequence[str]], Run | FinetuneRun] = load_pretraining
     settings_help: type[HelpWithSettings] = HelpWithSettings
     description: str | None = None
@@ -57,7 +57,7 @@ class TrainingVerb:
         """Train the run that is asked for on this machine, or only tell what it would cost."""
         from nearfar.ssl import config
 
-        run = self.load(*self.asked(arguments))
+        run = self.load(*self.recipe_and_settings(arguments))
         config.require_images(run)  # here too: before torch is loaded
         require_settings_paths(run)
         if arguments.dry_run:

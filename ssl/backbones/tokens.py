@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nearfar.ssl.errors import UserError
+from nearfar.ssl.patches import whole_patches
 
 log = logging.getLogger(__name__)
 
@@ -108,7 +109,7 @@ def check_size(images: Tensor, patch_size: int) -> None:
 def check_divides(height: int, width: int, patch_size: int) -> None:
     """Raise UserError for sides in pixels that are not multiples of the patch size, with the nearest that are."""
     if height % patch_size or width % patch_size:
-        near = [max(patch_size, round(side / patch_size) * patch_size) for side in (height, width)]
+        near = [whole_patches(side, patch_size) for side in (height, width)]
         raise UserError(
             f"Images of {height}x{width} pixels (height x width) cannot be cut into patches of "
             f"{patch_size}x{patch_size}: both sides must be multiples of the patch size. Try {near[0]}x{near[1]}."

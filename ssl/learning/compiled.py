@@ -21,10 +21,10 @@ from nearfar.ssl.backbones.vit import Block as VitBlock
 from nearfar.ssl.backbones.vit import VisionTransformer
 from nearfar.ssl.errors import UserError
 
-Wanted = bool | Literal["auto"]
+CompileSetting = bool | Literal["auto"]
 
 
-def switch_on(backbones: Iterable[Backbone], wanted: Wanted, device: torch.device, warnings: list[str]) -> bool:
+def switch_on(backbones: Iterable[Backbone], wanted: CompileSetting, device: torch.device, warnings: list[str]) -> bool:
     """Compile what `backbones` do in training, as `train.compile` says. Are they compiled?
 
     auto: on CUDA, if there is a compiler; where there is none, `warnings` gets a line about it.

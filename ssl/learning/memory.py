@@ -123,7 +123,11 @@ def activations(
     groups = [torch.zeros((number, images, 3, side, side), device=device) for number, side in views]
     before = {name: buffer.clone() for name, buffer in network.named_buffers()}  # of batch norm
     try:
-        with torch.random.fork_rng([device] if device.type == "cuda" else []), _Kept(network) as kept, autocast():
+        with (
+            torch.random.fork_rng([device] if device.type == "cuda" else []),
+            _Saved(network) as kept,
+            autocast(),
+        ):
             (forward or network)(groups)
     finally:
         for name, buffer in network.named_buffers():
@@ -131,7 +135,7 @@ def activations(
     return kept.counted()
 
 
-class _Kept:
+class _Saved:
     """Within this context every storage that autograd saves is counted once, by the block that saved it."""
 
     def __init__(self, network: HeadedBackbone | Classifier) -> None:
@@ -142,7 +146,7 @@ class _Kept:
         self._passes = 0
         self._inputs = 0
 
-    def __enter__(self) -> _Kept:
+    def __enter__(self) -> _Saved:
         self._handles = [
             handle
             for block in self.blocks

@@ -78,16 +78,16 @@ def require_room(device: torch.device, needed: int, what: str) -> None:
         free, total = torch.cuda.mem_get_info(index)
     except RuntimeError as error:  # not even the driver's own part fits, or another process has it to itself
         why = " ".join(str(error).split())[:200]
-        raise UserError(f"GPU {index} cannot be used ({why}).{_told(_occupants(None))} {advice}") from error
+        raise UserError(f"GPU {index} cannot be used ({why}).{_in_words(_occupants(None))} {advice}") from error
     if free < needed:
         name = torch.cuda.get_device_name(index)
         raise UserError(
             f"GPU {index} ({name}) has {free / 1e9:.1f} of its {total / 1e9:.1f} GB free, and {what} take "
-            f"{needed / 1e9:.1f} GB.{_told(_occupants(identity(index)))} {advice}"
+            f"{needed / 1e9:.1f} GB.{_in_words(_occupants(identity(index)))} {advice}"
         )
 
 
-def _told(occupants: list[str]) -> str:
+def _in_words(occupants: list[str]) -> str:
     return f" Its memory is held by {', '.join(occupants)}." if occupants else ""
 
 

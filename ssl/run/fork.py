@@ -157,10 +157,10 @@ def begin(
         known = set(names.values())
         moments = {n: t for n, t in parts["optimizer"].items() if n.partition("/")[2] in known}
         checkpoint.load_optimizer(optimizer, names, moments)
-    return ForkStart(step, _said(saved, run, fresh, dropped))
+    return ForkStart(step, _differences(saved, run, fresh, dropped))
 
 
-def _said(saved: Checkpoint, run: ResolvedRun, fresh: list[str], dropped: list[str]) -> list[str]:
+def _differences(saved: Checkpoint, run: ResolvedRun, fresh: list[str], dropped: list[str]) -> list[str]:
     how = "at step 0 of its own schedule, with a fresh optimizer state"
     if not run.train.restart_schedule:
         how = f"at step {saved.state['step']}, with its optimizer state"

@@ -29,7 +29,7 @@ from nearfar.ssl.settings.finetune_settings import ResolvedFinetune
 from nearfar.ssl.settings.optimization import TrainSettings
 
 
-def latest(folder: RunFolder, world: Ranks, warnings: list[str]) -> Checkpoint | None:
+def to_continue_from(folder: RunFolder, world: Ranks, warnings: list[str]) -> Checkpoint | None:
     """The checkpoint to continue from: the first rank chooses it, and all read it."""
     saved = checkpoint.latest(folder.checkpoints, warnings.append) if world.first else None
     path = distributed.from_first(lambda: str(saved.path) if saved else None)
@@ -105,7 +105,7 @@ def write(
     checkpoint.save(folder.checkpoints, step, tensors, description | {"step": step}, train.keep_last, spared)
 
 
-def export(folder: RunFolder, step: int, backbone: Mapping[str, Tensor], description: dict[str, Any]) -> None:
+def export_teacher(folder: RunFolder, step: int, backbone: Mapping[str, Tensor], description: dict[str, Any]) -> None:
     """Write teacher.safetensors from the tensors of the teacher's backbone."""
     checkpoint.export_tensors(folder.path / TEACHER, backbone, description | {"step": step})
 

@@ -182,7 +182,7 @@ class RunFolder:
     def _begun(self) -> bool:
         """Are there weights that other settings would not fit? A start that failed leaves only its config."""
         exported = any((self.path / name).exists() for name in (TEACHER, CLASSIFIER))
-        return any(self.checkpoints.glob("step-*")) or exported
+        return bool(checkpoint_names.finished(self.checkpoints)) or exported
 
     def exported_step(self, name: str = TEACHER) -> int | None:
         """The step of the exported weights; None where there are none, or none that can be read."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Sequence
 
+from nearfar.ssl.patches import whole_patches
 from nearfar.ssl.settings.run import AnyRun, BackboneSettings, Run, ViewSettings
 from nearfar.ssl.settings.section import Section
 
@@ -74,9 +75,8 @@ def wrong_side(key: str, size: int, backbone: BackboneSettings) -> Iterator[str]
     """A side in pixels that is not made of whole patches, as far as the backbone's name tells their size."""
     patch = backbone.patch_size or patch_in(backbone.name)
     if patch and size % patch:
-        near = max(patch, round(size / patch) * patch)
         less = ", and smaller than one patch" if size < patch else ""
-        yield f"{key}={size} is not a multiple of the patch size {patch}{less} (nearest: {near})"
+        yield f"{key}={size} is not a multiple of the patch size {patch}{less} (nearest: {whole_patches(size, patch)})"
 
 
 def wrong_resize(resize: int | None, size: int) -> Iterator[str]:

@@ -84,12 +84,12 @@ _SYNONYMS = {
 }  # fmt: skip
 
 
-def meant(word: str, choices: Sequence[str]) -> str | None:
-    """The choice that `word` was probably meant to be, by another name or misspelled; None where none is."""
-    same = _SYNONYMS.get(word.lower(), word.partition(":")[0].lower())
+def meant(name: str, choices: Sequence[str]) -> str | None:
+    """The choice that `name` was probably meant to be, by another name or misspelled; None where none is."""
+    same = _SYNONYMS.get(name.lower(), name.partition(":")[0].lower())
     if same in choices:
         return same
-    return None if word.lower() in _SYNONYMS else nearest(word, choices)
+    return None if name.lower() in _SYNONYMS else nearest(name, choices)
 
 
 def _did_you_mean(value: Any, choices: Sequence[str]) -> str:
@@ -100,9 +100,9 @@ def _did_you_mean(value: Any, choices: Sequence[str]) -> str:
     return f"; did you mean {near}{chosen}?"
 
 
-def nearest(word: str, words: Sequence[str], cutoff: float = 0.6) -> str | None:
-    """The word of `words` that is most like `word`; None where none is."""
-    return next(iter(difflib.get_close_matches(word[:SHOWN], words, n=1, cutoff=cutoff)), None)
+def nearest(name: str, names: Sequence[str], cutoff: float = 0.6) -> str | None:
+    """The one of `names` that is most like `name`; None where none is."""
+    return next(iter(difflib.get_close_matches(name[:SHOWN], names, n=1, cutoff=cutoff)), None)
 
 
 # in place of those messages of pydantic that speak to programmers

@@ -16,6 +16,7 @@ from nearfar.ssl.errors import UserError
 from nearfar.ssl.learning.dino import build_backbone, build_dino_learner
 from nearfar.ssl.learning.distill import Distiller, FrozenTeacher, Pooling, ProjectedStudent
 from nearfar.ssl.learning.learner import Learner
+from nearfar.ssl.patches import whole_patches
 from nearfar.ssl.settings.defaults import ResolvedRun
 from nearfar.ssl.settings.optimization import DistillSettings
 
@@ -131,12 +132,11 @@ def _described(settings: DistillSettings) -> tuple[Backbone, Pooling]:
 def _check_size(backbone: Backbone, title: str, size: int, of_views: bool) -> None:
     """Can it see images of `size` pixels? One try tells, on the CPU."""
     patch, key = backbone.patch_size, "views.global_crops_size" if of_views else "distill.teacher_size"
-    near = max(patch, round(size / patch) * patch)
     if size % patch:
         less = "are smaller than" if size < patch else "cannot be cut into"
         raise UserError(
             f"The teacher {title} has patches of {patch} pixels, and the views it sees ({key}={size}) {less} them. "
-            f"Let it see them larger or smaller: distill.teacher_size={near}, say."
+            f"Let it see them larger or smaller: distill.teacher_size={whole_patches(size, patch)}, say."
         )
     try:
         with torch.no_grad():

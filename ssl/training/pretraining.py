@@ -41,7 +41,7 @@ class Pretraining(Training[ResolvedRun, Learner]):
         super().__post_init__()
         first = next((line for line in read_metrics(self.folder.metrics) if "feature_std" in line), None)
         self.block_masks = build_block_masks(self.run, self.learner.student.backbone.patch_size, self.world.rank)
-        self.told = ""
+        self.monitored = ""
         self.watch = CollapseWatch(self.schedule.steps // 10, patience(self.run.train.log_every_steps), start=first)
 
     @classmethod
@@ -76,7 +76,7 @@ class Pretraining(Training[ResolvedRun, Learner]):
     def export(cls, folder: RunFolder, step: int, tensors: dict[str, Tensor], description: dict[str, Any]) -> None:
         prefix = "learner/teacher.backbone."
         backbone = {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
-        resume.export(folder, step, backbone, description)
+        resume.export_teacher(folder, step, backbone, description)
 
     def started_step(self, views: list[Tensor], values: dict[str, float], votes: Votes) -> StepResult:
         if self.schedule.takes_anchor(self.step):
@@ -102,14 +102,14 @@ class Pretraining(Training[ResolvedRun, Learner]):
 
     def measured(self, outputs: Outputs) -> dict[str, float]:
         health = self.learner.health(outputs)
-        self.told = next(iter(health))  # the most telling one
+        self.monitored = next(iter(health))  # the most telling one
         return health | {name: float(part) for name, part in outputs.parts.items()}
 
     def warning(self, step: int, measured: dict[str, float]) -> str | None:
         return self.watch.update(step, measured)
 
     def progress(self, measured: dict[str, float]) -> str:
-        return f"{self.told} {measured[self.told]:.2f}"
+        return f"{self.monitored} {measured[self.monitored]:.2f}"
 
     def _score(self) -> bool:
         backbone = resume.whole_teacher(self.learner, self.world)

@@ -42,7 +42,7 @@ def set_up(kind: type[T], run: AnyRun, source: Source, observers: Observers, fol
     resolved, derived = _settings(kind, run, folder, len(source), world)
     torch.set_num_threads(resolved.train.threads)
     warnings: list[str] = []
-    saved = resume.latest(folder, world, warnings)
+    saved = resume.to_continue_from(folder, world, warnings)
     origin = fork.read(resolved.train.start_from) if saved is None and resolved.train.start_from else None
     learner, compute = learner_on_device(kind, resolved, source, weights=saved is None)
     loader = loader_of(resolved, source, world, compute.device)

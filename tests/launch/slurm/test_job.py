@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -179,9 +180,9 @@ def test_a_signal_before_training_is_not_forgotten_inside_it() -> None:
     with StopFlag() as outer:
         os.kill(os.getpid(), signal.SIGUSR2)
         with StopFlag() as inner:
-            assert inner() and inner.heard == {signal.SIGUSR2}
+            assert inner() and inner.signals == {signal.SIGUSR2}
             os.kill(os.getpid(), signal.SIGTERM)
-        assert outer.heard == {signal.SIGUSR2, signal.SIGTERM} == inner.heard
+        assert outer.signals == {signal.SIGUSR2, signal.SIGTERM} == inner.signals
 
 
 @pytest.mark.parametrize(
@@ -208,7 +209,7 @@ def test_the_alarm_rings_in_time_and_not_afterwards() -> None:
             until = time.monotonic() + 10
             while not stop() and time.monotonic() < until:
                 time.sleep(0.01)
-        assert stop.heard == {signal.SIGUSR2}
+        assert stop.signals == {signal.SIGUSR2}
     with StopFlag() as stop:
         with job._alarm(time.time() + 0.2):
             pass
@@ -217,19 +218,16 @@ def test_the_alarm_rings_in_time_and_not_afterwards() -> None:
 
 
 @pytest.fixture
-def mine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def mine(
+    tmp_path: Path, tiny_recipe: Callable[..., dict[str, dict[str, Any]]], monkeypatch: pytest.MonkeyPatch
+) -> Path:
     """mine.yaml and pictures/, and no SLURM."""
     monkeypatch.chdir(tmp_path)
     rng = np.random.default_rng(0)
     np.savez(tmp_path / "pictures.npz", images=rng.integers(0, 256, (40, 32, 32, 3), np.uint8), label=np.arange(40) % 2)
-    recipe = {
-        "data": {"path": "pictures.npz", "val": "pictures.npz", "workers": 0},
-        "views": {"global_crops_size": 32, "local_crops_size": 16, "local_crops_number": 2},
-        "backbone": {"name": "vit_tiny_patch8", "embed_dim": 24, "depth": 2, "num_heads": 2},
-        "head": {"prototypes": 20, "hidden_dim": 16, "bottleneck_dim": 8},
-        "train": {"epochs": 2, "batch_size": 8, "precision": "fp32", "threads": 1, "log_every_steps": 1},
-        "eval": {"knn_every_epochs": 0},
-    }
+    recipe = tiny_recipe(epochs=2)
+    recipe["data"] |= {"path": "pictures.npz", "val": "pictures.npz"}
+    recipe["eval"] = {"knn_every_epochs": 0}
     (tmp_path / "mine.yaml").write_text(yaml.safe_dump(recipe))
     return tmp_path
 

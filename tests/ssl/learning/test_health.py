@@ -104,7 +104,7 @@ def test_health_says_the_same_of_bf16(features: Tensor) -> None:
         ({"feature_std": 0.01}, ["same features", "optim.lr"]),
     ],
 )
-def test_each_collapse_is_told_with_its_mend(changed: dict[str, float], words: list[str]) -> None:
+def test_each_collapse_is_named_with_what_to_change(changed: dict[str, float], words: list[str]) -> None:
     assert collapse(HEALTHY) is None
     message = collapse({**HEALTHY, **changed})
     assert message is not None and all(word in message for word in words)
