@@ -92,7 +92,7 @@ def shades() -> ArraySource:
     return ArraySource((255 * waves[..., None] * color[:, None, None]).astype(np.uint8), labels=np.arange(40) % 4)
 
 
-SLOW = ("maxvit", "gcvit")  # with what the others have: windows, convolutions, stages
+SLOW = ("maxvit", "gcvit", "rope_locat", "swinv2_lgp_gaug", "mambaout", "reg")  # with what the others have
 
 
 @pytest.mark.parametrize("family", [pytest.param(f, marks=pytest.mark.long) if f in SLOW else f for f in FAMILIES])

@@ -62,7 +62,7 @@ check(1, 1, 1, 1, True, True)
 """
 
 COMPILED = """
-import re, sys, triton
+import re, triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from nearfar.ssl.backbones import scan_triton
@@ -78,9 +78,10 @@ for name, block in sizes.items():
     }
     places = {(kernel.arg_names.index(arg),): value for arg, value in constants.items()}
     source = ASTSource(fn=kernel, signature=types, constexprs=places)
-    built = triton.compile(source, target=GPUTarget("cuda", int(sys.argv[1]), 32), options={"num_warps": 4})
-    assert len(built.asm["cubin"]) > 1000
-    assert not re.search(r"\\b(atom|red)[.]", built.asm["ptx"])  # sums in a fixed order
+    for capability in (80, 90, 100):
+        built = triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": 4})
+        assert len(built.asm["cubin"]) > 1000
+        assert not re.search(r"\\b(atom|red)[.]", built.asm["ptx"])  # sums in a fixed order
 """
 
 
@@ -96,6 +97,5 @@ def test_equals_the_recurrence_in_the_interpreter() -> None:
     run(INTERPRETED, TRITON_INTERPRET="1")
 
 
-@pytest.mark.parametrize("capability", ["80", "90", "100"])
-def test_compiles_ahead_of_time(capability: str) -> None:
-    run(COMPILED, capability, TRITON_INTERPRET="0", CUDA_VISIBLE_DEVICES="")
+def test_compiles_ahead_of_time_for_three_generations() -> None:
+    run(COMPILED, TRITON_INTERPRET="0", CUDA_VISIBLE_DEVICES="")

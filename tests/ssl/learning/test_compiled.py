@@ -33,9 +33,11 @@ ALL = {**PLAIN, "lgp": True, "gaug": True, "prr": True}
 NETWORKS = [
     pytest.param(("vit_tiny_patch8", PLAIN), id="vit"),
     pytest.param(("vit_tiny_patch8", ALL), id="lgp, gaug and prr"),
-    pytest.param(("vit_tiny_patch8", {**PLAIN, "rope": True, "registers": 2}), id="rope and registers"),
+    pytest.param(
+        ("vit_tiny_patch8", {**PLAIN, "rope": True, "registers": 2}), id="rope and registers", marks=pytest.mark.long
+    ),
     pytest.param(("vim_tiny_patch8", SMALL), id="vim"),
-    pytest.param(("timm/vit_tiny_patch16_224", {**PLAIN, "gaug": True}), id="timm"),
+    pytest.param(("timm/vit_tiny_patch16_224", {**PLAIN, "gaug": True}), id="timm", marks=pytest.mark.long),
 ]
 
 

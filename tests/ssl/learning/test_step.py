@@ -117,7 +117,7 @@ def test_no_operation_of_a_step_has_to_be_waited_for(tiny: Make, settings: list[
 
 
 @pytest.mark.parametrize("settings", EVERY_KIND, ids=KINDS)
-@pytest.mark.parametrize("parts", [1, 2])
+@pytest.mark.parametrize("parts", [1, pytest.param(2, marks=pytest.mark.long)])
 def test_all_of_a_step_is_on_the_learners_device(
     tiny: Make, monkeypatch: pytest.MonkeyPatch, settings: list[str], parts: int
 ) -> None:

@@ -85,10 +85,15 @@ def three(tmp_path: Path) -> Iterator[Together]:
         process.communicate()
 
 
-@pytest.mark.parametrize("victim", [0, 1])
 @pytest.mark.parametrize(
-    ("mode", "how"),
-    [("reduce", "SIGKILL"), pytest.param("ring", "SIGKILL", marks=pytest.mark.long), ("reduce", "SIGSTOP")],
+    ("mode", "how", "victim"),
+    [
+        ("reduce", "SIGKILL", 0),
+        ("reduce", "SIGSTOP", 1),
+        *(pytest.param("ring", "SIGKILL", victim, marks=pytest.mark.long) for victim in (0, 1)),
+        pytest.param("reduce", "SIGKILL", 1, marks=pytest.mark.long),
+        pytest.param("reduce", "SIGSTOP", 0, marks=pytest.mark.long),
+    ],
 )
 def test_a_rank_that_dies_or_stands_still_is_named_and_ends_the_others(
     three: Together, mode: str, how: str, victim: int

@@ -122,7 +122,7 @@ SUCCESSORS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("parts", SUCCESSORS)
+@pytest.mark.parametrize("parts", [*list(SUCCESSORS)[:-1], pytest.param("vim, wsd", marks=pytest.mark.long)])
 def test_with_what_came_after_dino_a_continued_run_ends_with_the_same_bits(
     tiny: Make, data: ArraySource, quiet: Console, same_runs: Callable[[Path, Path, int], None], parts: str
 ) -> None:
