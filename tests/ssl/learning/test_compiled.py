@@ -26,6 +26,7 @@ from nearfar.ssl.settings.run import Run
 
 Make = Callable[..., Run]
 CPU = torch.device("cpu")
+LONG = pytest.mark.long
 VALUES = {"lr": 1e-3, "weight_decay": 0.04, "teacher_momentum": 0.9, "teacher_temp": 0.04}
 SMALL: dict[str, Any] = {"img_size": 32, "embed_dim": 24, "depth": 3, "drop_path": 0.2}
 PLAIN = {**SMALL, "num_heads": 2}
@@ -37,7 +38,7 @@ NETWORKS = [
         ("vit_tiny_patch8", {**PLAIN, "rope": True, "registers": 2}), id="rope and registers", marks=pytest.mark.long
     ),
     pytest.param(("vim_tiny_patch8", SMALL), id="vim"),
-    pytest.param(("timm/vit_tiny_patch16_224", {**PLAIN, "gaug": True}), id="timm", marks=pytest.mark.long),
+    pytest.param(("timm/vit_tiny_patch16_224", {**PLAIN, "gaug": True}), id="timm", marks=LONG),
 ]
 
 
