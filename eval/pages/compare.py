@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -64,10 +64,6 @@ class Comparison(NamedTuple):
     rows: list[Row]
     notes: list[str]
 
-    def comparable(self, task: str) -> bool:
-        """Are all scores of a task of the same images?"""
-        return len({row.data[task] for row in self.rows if task in row.data}) <= 1
-
     def best(self, task: str) -> float | None:
         """The best of a column as it is shown; online scores count only where there are no others."""
         found = [round(row.scores[task], 1) for row in self.rows if task in row.scores and task not in row.online]
@@ -75,8 +71,13 @@ class Comparison(NamedTuple):
         return max(found, default=None)
 
     def is_best(self, row: Row, task: str) -> bool:
-        several = len(self.rows) > 1 and self.comparable(task)
+        several = len(self.rows) > 1 and comparable(self.rows, task)
         return several and task in row.scores and round(row.scores[task], 1) == self.best(task)
+
+
+def comparable(rows: Iterable[Row], task: str) -> bool:
+    """Are all scores of a task of the same images?"""
+    return len({row.data[task] for row in rows if task in row.data}) <= 1
 
 
 def runs_in(folder: Path) -> list[Path]:
@@ -110,10 +111,9 @@ def compare(runs: Sequence[Path]) -> Comparison:
     tasks = [task for task in TITLES if any(task in row.scores for row in rows)]
     if any(row.online for row in rows):
         notes.append(ONLINE)
-    found = Comparison(tasks, _short(keys), rows, notes)
-    if apart := [TITLES[task] for task in tasks if not found.comparable(task)]:
+    if apart := [TITLES[task] for task in tasks if not comparable(rows, task)]:
         notes.append(f"Not all runs were scored on the same images: {listed(apart)} cannot be compared.")
-    return found
+    return Comparison(tasks, _short(keys), rows, notes)
 
 
 def comparison_table(found: Comparison, console: Console) -> Group:

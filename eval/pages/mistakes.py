@@ -9,14 +9,16 @@ from typing import Any
 from nearfar.eval.pages.page import folded, missing, section, soft
 from nearfar.eval.results import Score
 
+_OF_MASKS = {"segment", "retrieval"}
 _MOST_CLASSES = 25  # a larger table cannot be read
 
 
 def confusion_section(table: Mapping[str, Mapping[str, Score]]) -> str:
-    """Of the k-NN of the trained features; says so where there is none. Nothing where others alone were scored: the
-    images have no labels."""
-    score = table.get("trained", {}).get("knn")
-    if score is None and table.get("trained"):
+    """Of the k-NN of the trained features; says so where there is none. Nothing where masks alone were scored, whose
+    images may have no labels."""
+    scored = table.get("trained", {})
+    score = scored.get("knn")
+    if scored and set(scored) <= _OF_MASKS:
         return ""
     detail = (score.detail or {}) if score else {}
     counts, worst = _counts(detail.get("confusion")), _worst(detail.get("most_confused"))

@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from nearfar.eval.pages.compare import Comparison, Row
+from nearfar.eval.pages.compare import Comparison, Row, comparable
 from nearfar.eval.results import TITLES
 
 SEED = "train.seed"
@@ -81,8 +81,8 @@ def _name(rows: Sequence[Row]) -> str:
 
 def is_best_group(group: SeedGroup, groups: Sequence[SeedGroup], task: str) -> bool:
     """Has a group the best mean of a column, as it is shown? Online scores count only where there are no others."""
-    if len({row.data[task] for each in groups for row in each.rows if task in row.data}) > 1:
-        return False  # of other images
+    if not comparable((row for each in groups for row in each.rows), task):
+        return False
     means = [each.scores[task] for each in groups if task in each.scores]
     counted = [mean for mean in means if not mean.online] or means
     own = group.scores.get(task)

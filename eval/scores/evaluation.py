@@ -68,7 +68,7 @@ class _Reads:
         return self._pooled[reading]
 
     def grid(self, source: Source, size: Size, layer: str, decoding: Decoding) -> Features:
-        height, width = _sides(size)
+        height, width = sides(size)
         reading = Reading((height, width), layer=layer, pooling="grid", amp=self.protocol.pooled.amp)
         side = self.protocol.pooled.size
         crop = side * side if isinstance(side, int) else side[0] * side[1]
@@ -194,8 +194,9 @@ def check_grid_size(protocol: Protocol, tasks: Iterable[str], patch: int) -> Non
     """Raises UserError where one of the tasks reads grids of whole images, and patches do not divide their size."""
     grids = {"retrieval"} if protocol.head == "locat" else {"segment", "retrieval"}
     if protocol.grid_size and grids & set(tasks):
-        check_divides(*_sides(protocol.grid_size), patch)
+        check_divides(*sides(protocol.grid_size), patch)
 
 
-def _sides(size: Size) -> tuple[int, int]:
+def sides(size: Size) -> tuple[int, int]:
+    """Height and width of images of a size."""
     return (size, size) if isinstance(size, int) else size

@@ -20,6 +20,7 @@ from nearfar.eval.pictures.figures import Cell, Figure, Group, encoded
 from nearfar.eval.pictures.sheets import mask_color, mask_group, mask_names, neighbor_groups, same_class
 from nearfar.eval.pictures.token_colors import painted, patch_tokens, similarity, token_colors
 from nearfar.eval.results import Score
+from nearfar.eval.scores.evaluation import sides
 from nearfar.eval.scores.headline_scores import PIXEL_SIDE, native_grid
 from nearfar.eval.scores.tasks import mask_class_names
 from nearfar.eval.segmentation import ProbeTraining, predict_masks
@@ -126,7 +127,7 @@ def _masks(pictured: FigureInputs) -> Figure:
         raise UserError("The segmentation score does not say how many classes there are.")
     subject, said = pictured.subject, score.reading
     patch = subject.backbone.patch_size
-    height, width = _sides(said.get("size")) or native_grid(train, patch)
+    height, width = sides(said["size"]) if said.get("size") else native_grid(train, patch)
     size = whole_patches(height, patch), whole_patches(width, patch)  # crops and windows may be of any size
     reading = Reading(size, layer=str(said["layer"]), pooling="grid", amp=subject.amp)
     few = Decoding(batch_size=8)
@@ -153,13 +154,6 @@ def _masks(pictured: FigureInputs) -> Figure:
         f"Over all {score.val.images:,} test images of {score.val.path} the score is {score.percent:.1f} % mIoU."
     )
     return Figure("masks", title, text, groups, legend, "medium", of=score.key)
-
-
-def _sides(size: object) -> tuple[int, int] | None:
-    """Height and width as a score says them: one number, two, or None."""
-    if isinstance(size, int):
-        return size, size
-    return (int(size[0]), int(size[1])) if isinstance(size, (list, tuple)) else None
 
 
 def _attention(pictured: FigureInputs) -> Figure:

@@ -56,7 +56,7 @@ def score_features(
             f"cannot read; {', '.join(fitting[:-1])} and {fitting[-1]} can."
         )
     protocol = Protocol(Reading(224), **given)
-    names = train_name, val_name = tuple(
+    train_name, val_name = names = tuple(
         DataName(str(folder), str(each.manifest.get("dataset")), len(each.x))
         for folder, each in zip((train, val), pair, strict=True)
     )

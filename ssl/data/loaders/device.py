@@ -7,7 +7,7 @@ import torch
 
 from nearfar.ssl.data.loaders.base import Batch, Loader, LoaderOptions, Task
 from nearfar.ssl.data.sources.base import Source
-from nearfar.ssl.data.transforms.device_crops import on_device, render_on_device
+from nearfar.ssl.data.transforms.device_crops import copied_to_device, render_on_device
 from nearfar.ssl.data.views import plan_views
 from nearfar.ssl.errors import BadImage, UserError
 from nearfar.ssl.settings.run import ViewSettings
@@ -78,7 +78,7 @@ class DeviceLoader(Loader):
         plan = plan_views(self.views, self.options.seed, task.epoch, index, self._size[index])
         groups = []
         if taken.complete:
-            images = self._images[on_device(index, self.device)]
+            images = self._images[copied_to_device(index, self.device)]
             views = self.views
             groups = [render_on_device(images, plan.views(slice(views.global_crops)), views.global_crops_size)]
             if views.local_crops_number:

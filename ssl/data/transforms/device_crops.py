@@ -30,9 +30,9 @@ def render_on_device(images: Tensor, plan: ViewPlan, size: int) -> Tensor:
 
 def _render(images: Tensor, box: np.ndarray, flip: np.ndarray, size: int) -> Tensor:
     height, width = images.shape[-2:]
-    top, left, h, w = on_device(box.astype(np.int64), images.device).unbind(1)
+    top, left, h, w = copied_to_device(box.astype(np.int64), images.device).unbind(1)
     across = weights(left, w, size, width)  # (n, size, W)
-    mirrored = on_device(flip, images.device)
+    mirrored = copied_to_device(flip, images.device)
     across = torch.where(mirrored[:, None, None], across.flip(1), across)[:, None].transpose(2, 3)  # (n, 1, W, size)
     down = weights(top, h, size, height)[:, None]  # (n, 1, size, H)
     tall = (box[:, 2] - size > 2 * (box[:, 3] - size).clip(min=0)) & VERTICAL_MAY_BE_FIRST
@@ -40,7 +40,7 @@ def _render(images: Tensor, box: np.ndarray, flip: np.ndarray, size: int) -> Ten
     for vertical_first in (False, True):
         places = np.flatnonzero(tall == vertical_first)  # on the host, which waits for nothing
         if len(places):
-            which = on_device(places, images.device)
+            which = copied_to_device(places, images.device)
             x = images[which].float()
             if vertical_first:
                 x = _rounded(down[which] @ x) @ across[which]
@@ -50,7 +50,7 @@ def _render(images: Tensor, box: np.ndarray, flip: np.ndarray, size: int) -> Ten
     return out
 
 
-def on_device(array: np.ndarray, device: torch.device) -> Tensor:
+def copied_to_device(array: np.ndarray, device: torch.device) -> Tensor:
     """A copy on a device, which a GPU makes when it gets to it."""
     tensor = torch.from_numpy(array)
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)

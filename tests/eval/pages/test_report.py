@@ -177,6 +177,8 @@ def test_part_of_the_scores_is_enough(run: Path) -> None:
 def test_images_without_labels_have_no_confusion(run: Path) -> None:
     (run / "results.json").write_text(held(entry("trained", "segment", 9.0)))
     assert "Confusion" not in re.findall(r"<h2>(.*?)</h2>", write_report(run).read_text())
+    (run / "results.json").write_text(held(entry("trained", "segment", 9.0), entry("trained", "linear", 50.0)))
+    assert "The k-NN of the trained features is not scored yet" in write_report(run).read_text()
 
 
 def test_robustness_and_position_are_sections_where_they_are_scored(run: Path) -> None:
