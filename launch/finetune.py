@@ -64,6 +64,11 @@ def labeled_images(run: FinetuneRun, should_stop: Callable[[], bool] = lambda: F
     if not run.data.val:
         return source, None
     val = open_source(run.data.val)
+    if val.fingerprint == source.fingerprint:
+        raise UserError(
+            f"data.val={run.data.val} holds the very images that the classifier learns from: its score would say "
+            "nothing about others. Name other images, or leave data.val out."
+        )
     return source, Scoring(val, run.data.val, labels_as(classes, val, run.data.val), should_stop)
 
 

@@ -144,6 +144,7 @@ def test_from_a_run_takes_over_its_backbone(trained: Path) -> None:
         (["finetune", "RECIPE", "data.path=EMPTY"], "owl"),
         (["finetune", "RECIPE", "data.path=ONE"], "two classes or more"),
         (["finetune", "RECIPE", "data.path=TRAIN", "data.val=ONE"], "1 classes of"),
+        (["finetune", "RECIPE", "data.path=TRAIN", "data.val=TRAIN"], "the very images that the classifier learns"),
         (["finetune", "RECIPE", "data.path=TRAIN", "optim.lrr=3"], "did you mean optim.lr"),
         (["finetune", "RECIPE"], "data.path is not set"),
     ],

@@ -37,17 +37,18 @@ CLASSIFIER = {
 
 @pytest.fixture
 def labeled(here: Path) -> Path:
-    """classes.yaml, a recipe of `nearfar finetune`, and pictures/ with two classes of 20 images: 5 steps an epoch."""
+    """classes.yaml, a recipe of `nearfar finetune`, and pictures/ with two classes of 20 images: 5 steps an epoch.
+    others/ has as many to be scored on."""
     rng = np.random.default_rng(0)
-    for k in range(40):
-        file = here / "pictures" / ("cat", "dog")[k % 2] / f"{k}.png"
-        file.parent.mkdir(exist_ok=True)
+    for k in range(80):
+        file = here / ("pictures", "others")[k // 40] / ("cat", "dog")[k % 2] / f"{k}.png"
+        file.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(rng.integers(0, 256, (20, 20, 3), np.uint8)).save(file)
     (here / "classes.yaml").write_text(yaml.safe_dump(CLASSIFIER))
     return here
 
 
-WORDS = ["launch", "finetune", "classes.yaml", "data.path=pictures", "data.val=pictures", "--cpu"]
+WORDS = ["launch", "finetune", "classes.yaml", "data.path=pictures", "data.val=others", "--cpu"]
 
 
 def test_a_job_of_finetuning_trains_scores_and_reports(labeled: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -102,7 +103,7 @@ def a_submission(run: FinetuneRun, folder: Path) -> str:
 def test_an_interrupted_job_goes_on_to_the_same_bits(
     labeled: Path, same_runs: Callable[[Path, Path, int], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    data = ["data.path=pictures", "data.val=pictures", "train.world_size=1"]
+    data = ["data.path=pictures", "data.val=others", "train.world_size=1"]
     assert cli.main(["finetune", "classes.yaml", *data, "folder=whole"]) == 0
     run = finetune_settings.load(Path("classes.yaml"), [*data, "folder=parts"])
     settings = a_submission(run, labeled / "submission")
@@ -120,9 +121,7 @@ def test_an_interrupted_job_goes_on_to_the_same_bits(
 
 def test_a_job_that_is_stopped_before_its_score_is_not_done(labeled: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """All steps are there, and what a user waits for is not: the next attempt adds it."""
-    run = finetune_settings.load(
-        Path("classes.yaml"), ["data.path=pictures", "data.val=pictures", "train.world_size=1"]
-    )
+    run = finetune_settings.load(Path("classes.yaml"), ["data.path=pictures", "data.val=others", "train.world_size=1"])
     settings = a_submission(run, labeled / "submission")
     with monkeypatch.context() as patched:
         patched.setattr(finetune.Scoring, "__call__", lambda *_: None)
@@ -204,9 +203,7 @@ def test_usr2_before_the_score_leads_back_to_the_queue(labeled: Path, monkeypatc
     monkeypatch.setattr(queue, "seconds_left", lambda number: None)
     place = JobProcess("7", 0, 1, 0, "localhost", labeled / "result.pkl")
     monkeypatch.setattr(JobProcess, "this", staticmethod(lambda: place))
-    run = finetune_settings.load(
-        Path("classes.yaml"), ["data.path=pictures", "data.val=pictures", "train.world_size=1"]
-    )
+    run = finetune_settings.load(Path("classes.yaml"), ["data.path=pictures", "data.val=others", "train.world_size=1"])
     settings = a_submission(run, labeled / "submission")
 
     def stopped(*_: Any) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -70,7 +71,7 @@ def test_what_it_prints_may_be_typed_again(run: Run) -> None:
 
 
 CLASSES = [
-    "name=dry", "data.path=classes", "data.val=classes", "data.workers=0", "augment.size=16", "classifier.mixup=0.8",
+    "name=dry", "data.path=classes", "data.val=others", "data.workers=0", "augment.size=16", "classifier.mixup=0.8",
     "backbone.name=vit_tiny_patch8", "backbone.embed_dim=24", "backbone.depth=1", "backbone.num_heads=2",
     "train.epochs=3", "train.batch_size=4", "train.world_size=1", "train.threads=1", "train.device=cpu",
     "train.precision=fp32",
@@ -83,6 +84,10 @@ def labeled(run: Run, tmp_path: Path) -> Path:
         file = tmp_path / "classes" / ("cat", "dog", "owl")[k % 3] / f"{k}.png"
         file.parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "pictures" / f"{k}.png").rename(file)
+    for name in ("cat", "dog"):
+        (tmp_path / "others" / name).mkdir(parents=True)
+        first = min((tmp_path / "classes" / name).iterdir())
+        shutil.copy(first, tmp_path / "others" / name)
     return tmp_path
 
 
