@@ -142,15 +142,26 @@ def classes_recipe(tiny_recipe: Callable[..., dict[str, dict[str, Any]]]) -> str
     return yaml.safe_dump({name: tiny[name] for name in ("data", "backbone", "train")} | own)
 
 
-@pytest.fixture(scope="session")
-def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two classes of 20 images."""
-    folder, rng = tmp_path_factory.mktemp("data") / "pictures", np.random.default_rng(0)
+def two_classes(folder: Path, seed: int) -> Path:
+    """20 images of each of two classes."""
+    rng = np.random.default_rng(seed)
     for k in range(40):
         file = folder / ("cat", "dog")[k % 2] / f"{k}.png"
         file.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(rng.integers(0, 256, (32, 32, 3), np.uint8)).save(file)
     return folder
+
+
+@pytest.fixture(scope="session")
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What runs learn from."""
+    return two_classes(tmp_path_factory.mktemp("data") / "pictures", 0)
+
+
+@pytest.fixture(scope="session")
+def others(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What runs are scored on."""
+    return two_classes(tmp_path_factory.mktemp("data") / "others", 1)
 
 
 Launch = Callable[..., Launched]
@@ -177,7 +188,7 @@ def launch(
         def take(target: Path, real: Callable[[Path], None] = snapshot.copy_code) -> None:
             """The copy of the code is what a job runs: here is where it can be made slow, or wrong."""
             real(target)
-            name = {"pretrain": "learning/schedule.py", "finetune": "finetune.py"}[verb]
+            name = {"pretrain": "learning/schedule.py", "finetune": "training/finetuning.py"}[verb]
             file = target / "nearfar" / "ssl" / name
             file.write_text("\n".join([file.read_text(), *lines, ""]))
 

@@ -44,9 +44,9 @@ def test_two_by_two_ranks_agree_with_one_process(
 
 @pytest.mark.long
 def test_evaluation_waits_through_a_requeue(
-    cluster: Any, launch: Launch, pictures: Path, capsys: pytest.CaptureFixture[str]
+    cluster: Any, launch: Launch, others: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    run = launch(f"data.val={pictures}", "--then", "eval=knn,linear", name="scored", pace=0.1)
+    run = launch(f"data.val={others}", "--then", "eval=knn,linear", name="scored", pace=0.1)
     scoring = records.latest_job(run.run, "eval")
     assert scoring is not None
     run.reach(3)
@@ -71,17 +71,17 @@ def test_evaluation_waits_through_a_requeue(
 
 @pytest.mark.long
 def test_finetuning_is_requeued_and_scored_like_pretraining(
-    cluster: Any, launch: Launch, reference: Callable[..., Path], same: Callable[..., None], pictures: Path
+    cluster: Any, launch: Launch, reference: Callable[..., Path], same: Callable[..., None], others: Path
 ) -> None:
     """Two ranks, a SIGUSR2, an evaluation that waits: the bits and the score of the run that nobody disturbed."""
-    words = ("--nodes", "2", f"data.val={pictures}", "--then", "eval=knn")
+    words = ("--nodes", "2", f"data.val={others}", "--then", "eval=knn")
     run = launch(*words, name="classes", pace=0.1, verb="finetune")
     run.reach(3)
     (lost, _) = run.interrupted(lambda: subprocess.run(["scancel", "--signal=USR2", run.job], check=True))
     assert lost == 0 and run.status.job.verb == "finetune"
     run.finish()
     assert run.wait("scores", lambda status: status.evaluation == "finished").state == "finished"
-    undisturbed = reference(2, f"data.val={pictures}", verb="finetune")
+    undisturbed = reference(2, f"data.val={others}", verb="finetune")
     same(run.run, undisturbed)
 
     def score(folder: Path, task: str) -> float:
@@ -125,10 +125,10 @@ def test_cancel_ends_a_run_for_good_and_resubmit_continues_it(
 
 @pytest.mark.long
 def test_a_sweep_is_an_array_of_which_one_element_requeues_alone(
-    cluster: Any, launch: Launch, pictures: Path, capsys: pytest.CaptureFixture[str]
+    cluster: Any, launch: Launch, others: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     sweep = launch(
-        f"data.val={pictures}", "--sweep", "optim.lr=1e-3,2e-3", "--parallel", "2", "--then", "eval=knn",
+        f"data.val={others}", "--sweep", "optim.lr=1e-3,2e-3", "--parallel", "2", "--then", "eval=knn",
         name="sweep", pace=0.1,
     )  # fmt: skip
     one, two = (type(sweep)(run) for run in control.run_folders(sweep.run))
