@@ -1,12 +1,11 @@
-"""Perturbations of test images and of what a network makes of them, and the table of what each costs.
+"""Perturbations of test images and of what a network makes of them.
 
 Those of LGP (docs/methods.md section 1): patch shuffle, token shuffle, band shuffle. Image functions take and return
 batches (B, C, H, W) of any range; random numbers come from a generator on the CPU.
 """
 
 import math
-import statistics
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -14,7 +13,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nearfar.eval.results import CLEAN, signed
 from nearfar.ssl.backbones.lgp import LGPPatchEmbed, bands_permuted
 from nearfar.ssl.backbones.tokens import check_divides
 from nearfar.ssl.errors import UserError
@@ -96,52 +94,3 @@ def blurred(images: Tensor, sigma: float) -> Tensor:
 def _orders(images: int, tokens: int, generator: torch.Generator) -> Tensor:
     """(images, tokens): a random order for each image."""
     return torch.rand(images, tokens, generator=generator).argsort(dim=1)
-
-
-# The table --------------------------------------------------------------------------------------------------------
-
-
-def drops(scores: Mapping[str, Sequence[float]]) -> dict[str, dict[str, float | None]]:
-    """What each perturbation costs: {perturbation: {mean, std, drop, drop_std}} in points, "clean" first.
-
-    scores: accuracy in percent of every seed, the same seeds under each perturbation, and under "clean". A drop is
-    clean minus perturbed, seed by seed, so that its spread is not that of the seeds themselves; the deviations are
-    None with one seed. Raises UserError where "clean" or a seed is missing.
-    """
-    if CLEAN not in scores or not scores[CLEAN]:
-        raise UserError(f'A drop needs a score without perturbation, under the name "{CLEAN}".')
-    clean = scores[CLEAN]
-    table: dict[str, dict[str, float | None]] = {}
-    for name in (CLEAN, *(name for name in scores if name != CLEAN)):
-        found = scores[name]
-        if len(found) != len(clean):
-            raise UserError(f'"{name}" has {len(found)} seeds and "{CLEAN}" {len(clean)}; a drop needs the same seeds.')
-        if not all(math.isfinite(value) for value in found):
-            raise UserError(f'A score under "{name}" is not finite.')
-        lost = [a - b for a, b in zip(clean, found, strict=True)]
-        table[name] = {
-            "mean": statistics.mean(found),
-            "std": statistics.stdev(found) if len(found) > 1 else None,
-            "drop": statistics.mean(lost),
-            "drop_std": statistics.stdev(lost) if len(lost) > 1 else None,
-        }
-    return table
-
-
-def drop_table(networks: Mapping[str, Mapping[str, Sequence[float]]]) -> str:
-    """Markdown: a line for each network, a column for each perturbation, "accuracy (drop)" with the spread of seeds."""
-    tables = {name: drops(scores) for name, scores in networks.items()}
-    columns = list(dict.fromkeys(column for table in tables.values() for column in table))
-    lines = ["| network | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
-    for name, table in tables.items():
-        cells = [_cell(table[column], column == CLEAN) if column in table else "-" for column in columns]
-        lines.append(f"| {name} | " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n"
-
-
-def _cell(row: Mapping[str, float | None], clean: bool) -> str:
-    mean = f"{row['mean']:.2f}" + (f" ± {row['std']:.2f}" if row["std"] is not None else "")
-    if clean:
-        return mean
-    lost = signed(-(row["drop"] or 0.0), 2) + (f" ± {row['drop_std']:.2f}" if row["drop_std"] is not None else "")
-    return f"{mean} ({lost})"

@@ -34,8 +34,8 @@ Scores = dict[str, dict[DataPair, Score]]  # of each task, the newest last
 
 
 class Row(NamedTuple):
-    """One run: its scores in percent, those measured during training, last loss, steps, settings as text, and on which
-    images each task was scored."""
+    """One run: its scores in percent, those measured during training, last loss, steps, settings as text, and the
+    entries of results.json that the scores are from."""
 
     run: Path
     scores: dict[str, float]
@@ -43,7 +43,7 @@ class Row(NamedTuple):
     loss: float | None
     step: int | None
     settings: dict[str, str]
-    data: dict[str, DataPair]
+    entries: dict[str, Score]
 
     def score(self, task: str) -> str:
         if task not in self.scores:
@@ -77,7 +77,7 @@ class Comparison(NamedTuple):
 
 def comparable(rows: Iterable[Row], task: str) -> bool:
     """Are all scores of a task of the same images?"""
-    return len({row.data[task] for row in rows if task in row.data}) <= 1
+    return len({row.entries[task].data for row in rows if task in row.entries}) <= 1
 
 
 def runs_in(folder: Path) -> list[Path]:
@@ -224,7 +224,7 @@ def _row(run: Path, settings: dict[str, object], chosen: Mapping[str, Score], no
     scores |= {task: score.percent for task, score in chosen.items()}
     text = {key: _text(value) for key, value in settings.items() if value is not None}
     step = int(last["step"]) if last else None
-    return Row(run, scores, online, last.get("loss"), step, text, {task: each.data for task, each in chosen.items()})
+    return Row(run, scores, online, last.get("loss"), step, text, dict(chosen))
 
 
 def _text(value: object) -> str:

@@ -9,8 +9,9 @@ from pathlib import Path
 from urllib.parse import quote
 
 from nearfar.eval.pages.compare import Comparison, Row, compare
-from nearfar.eval.pages.page import page, section, soft, write_page
-from nearfar.eval.pages.seeds import SeedGroup, by_seed, is_best_group, repeated_seeds
+from nearfar.eval.pages.page import number_table, page, section, soft, write_page
+from nearfar.eval.pages.seed_tables import SeedTable, detail_tables, score_table
+from nearfar.eval.pages.seeds import by_seed, repeated_seeds
 from nearfar.eval.results import TITLES
 from nearfar.ssl.errors import UserError
 from nearfar.ssl.wording import counted
@@ -36,27 +37,25 @@ def write_comparison(runs: Sequence[Path], target: Path) -> Path:
         f'<p class="lede">{counted(len(found.rows), "run")}{merged}.</p></header>'
     ]
     if len(groups) < len(found.rows):
-        body.append(
-            section("Over seeds", soft("Percent: mean \u00b1 standard deviation.") + _means(groups, found.tasks))
-        )
+        table = score_table(found)
+        body.append(section(table.title, soft(table.note) + _means(table)))
     body.append(section("Every run", _every_run(found, target.parent)))
+    body += [
+        section(table.title, soft(table.note) + number_table(table.heads, table.rows))
+        for table in detail_tables(groups)
+    ]
     body += [soft(note) for note in [*found.notes, *repeated_seeds(groups)]]
     body.append(soft("For a paper: nearfar report RUN RUN ... --format markdown (or latex)."))
     return write_page(target, page(title, body))
 
 
-def _means(groups: Sequence[SeedGroup], tasks: Sequence[str]) -> str:
+def _means(table: SeedTable) -> str:
     rows = []
-    for group in groups:
-        cells = []
-        for task in tasks:
-            shown = group.scores[task].text() if task in group.scores else "\u2013"
-            mark = ' class="best"' if is_best_group(group, groups, task) else ""
-            cells.append(f"<td{mark}>{shown}</td>")
-        rows.append(
-            f'<tr><th scope="row">{html.escape(group.name)}</th>{"".join(cells)}<td>{len(group.rows)}</td></tr>'
-        )
-    heads = "".join(f'<th scope="col">{html.escape(head)}</th>' for head in [*(TITLES[task] for task in tasks), "runs"])
+    for at, (name, *cells) in enumerate(table.rows):
+        marks = [' class="best"' if (at, column) in table.best else "" for column in range(1, len(table.heads))]
+        marked = "".join(f"<td{mark}>{cell}</td>" for mark, cell in zip(marks, cells, strict=True))
+        rows.append(f'<tr><th scope="row">{html.escape(name)}</th>{marked}</tr>')
+    heads = "".join(f'<th scope="col">{html.escape(head)}</th>' for head in table.heads[1:])
     top_row = f"<thead><tr><th></th>{heads}</tr></thead>"
     return f'<div class="scroll"><table class="runs">{top_row}<tbody>{"".join(rows)}</tbody></table></div>'
 

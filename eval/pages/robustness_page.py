@@ -23,7 +23,9 @@ def robustness_section(table: Table) -> str:
 
     table: of `nearfar.eval.results.tables`.
     """
-    columns = {subject: rows for subject, scores in table.items() if (rows := _rows(scores.get("robustness")))}
+    columns = {
+        subject: rows for subject, scores in table.items() if (rows := top1_and_change(scores.get("robustness")))
+    }
     if not columns:
         return ""
     first, costs = next(iter(columns.items()))
@@ -48,7 +50,7 @@ def robustness_section(table: Table) -> str:
 
 def position_section(table: Table) -> str:
     """R2 of a linear map from a patch token to its row and column; nothing where it is not scored."""
-    found = {subject: sides for subject, scores in table.items() if (sides := _sides(scores.get("position")))}
+    found = {subject: sides for subject, scores in table.items() if (sides := row_and_column(scores.get("position")))}
     if not found:
         return ""
     told = (
@@ -66,8 +68,11 @@ def position_section(table: Table) -> str:
     return section("Position", soft(told) + number_table(["patch tokens", "row", "column"], rows))
 
 
-def _rows(score: Score | None) -> dict[str, tuple[float, float]]:
-    """{perturbation: (top-1, change)} of a results.json, "clean" first; what is no number is passed over."""
+def top1_and_change(score: Score | None) -> dict[str, tuple[float, float]]:
+    """{perturbation: (top-1, change from clean images)} in percent and points, "clean" first; {} where there is none.
+
+    What is no number in results.json is passed over.
+    """
     table = _mapping(_mapping(score.detail if score else None).get("table"))
     rows = {
         name: (float(row["top1"]), -float(row["drop"]))
@@ -77,7 +82,8 @@ def _rows(score: Score | None) -> dict[str, tuple[float, float]]:
     return {CLEAN: rows[CLEAN], **rows} if CLEAN in rows else {}
 
 
-def _sides(score: Score | None) -> tuple[float, float] | None:
+def row_and_column(score: Score | None) -> tuple[float, float] | None:
+    """R2 of a patch token's row and of its column; None where it is not scored."""
     detail = _mapping(score.detail if score else None)
     row, column = detail.get("row"), detail.get("column")
     return (float(row), float(column)) if _number(row) and _number(column) else None

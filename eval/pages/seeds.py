@@ -1,4 +1,4 @@
-"""Runs that differ only in their seed, as one row with mean and spread; and that table for a paper."""
+"""Runs that differ only in their seed as one group, its scores with mean and spread."""
 
 from __future__ import annotations
 
@@ -7,13 +7,8 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from nearfar.eval.pages.compare import Comparison, Row, comparable
-from nearfar.eval.results import TITLES
 
 SEED = "train.seed"
-_LATEX = {
-    "\\": r"\textbackslash{}", "&": r"\&", "%": r"\%", "$": r"\$", "#": r"\#", "_": r"\_", "{": r"\{", "}": r"\}",
-    "~": r"\textasciitilde{}", "^": r"\textasciicircum{}",
-}  # fmt: skip
 
 
 class Mean(NamedTuple):
@@ -23,9 +18,18 @@ class Mean(NamedTuple):
     deviation: float | None
     online: bool = False
 
-    def text(self, plus_minus: str = "\u00b1") -> str:
-        spread = "" if self.deviation is None else f" {plus_minus} {self.deviation:.1f}"
-        return f"{self.mean:.1f}{spread}{'*' * self.online}"
+    @classmethod
+    def of(cls, values: Sequence[float], online: bool = False) -> Mean:
+        """Raises statistics.StatisticsError without any value."""
+        return cls(statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None, online)
+
+    def text(self, digits: int = 1) -> str:
+        """`62.2 \u00b1 2.0`, with `*` behind what was measured online."""
+        return f"{self.mean:.{digits}f}{self.spread(digits)}{'*' * self.online}"
+
+    def spread(self, digits: int = 1) -> str:
+        """` \u00b1 2.0`, or nothing for one run."""
+        return "" if self.deviation is None else f" \u00b1 {self.deviation:.{digits}f}"
 
 
 class SeedGroup(NamedTuple):
@@ -63,8 +67,7 @@ def _means(rows: Sequence[Row], tasks: Sequence[str]) -> dict[str, Mean]:
         offline = [row.scores[task] for row in rows if task in row.scores and task not in row.online]
         values = offline or [row.scores[task] for row in rows if task in row.scores]
         if values:
-            deviation = statistics.stdev(values) if len(values) > 1 else None
-            means[task] = Mean(statistics.fmean(values), deviation, online=not offline)
+            means[task] = Mean.of(values, online=not offline)
     return means
 
 
@@ -87,45 +90,3 @@ def is_best_group(group: SeedGroup, groups: Sequence[SeedGroup], task: str) -> b
     counted = [mean for mean in means if not mean.online] or means
     own = group.scores.get(task)
     return own in counted and len(means) > 1 and round(own.mean, 1) == max(round(mean.mean, 1) for mean in counted)
-
-
-def _cells(group: SeedGroup, tasks: Sequence[str], plus_minus: str, missing: str) -> list[str]:
-    return [group.scores[task].text(plus_minus) if task in group.scores else missing for task in tasks]
-
-
-def markdown(found: Comparison) -> str:
-    """The comparison as a Markdown table, best means bold, with what it is made of below."""
-    groups, tasks = by_seed(found), found.tasks
-    lines = ["| | " + " | ".join([*(TITLES[task] for task in tasks), "runs"]) + " |", "|---" * (len(tasks) + 2) + "|"]
-    for group in groups:
-        cells = [
-            f"**{cell}**" if is_best_group(group, groups, task) else cell
-            for task, cell in zip(tasks, _cells(group, tasks, "\u00b1", "\u2013"), strict=True)
-        ]
-        name = group.name.replace("|", "\\|")
-        lines.append("| " + " | ".join([name, *cells, str(len(group.rows))]) + " |")
-    return "\n".join([*lines, "", _caption(found)])
-
-
-def latex(found: Comparison) -> str:
-    """The comparison as a LaTeX tabular (package booktabs), best means bold."""
-    groups, tasks = by_seed(found), found.tasks
-    heads = " & ".join(["", *(_escaped(TITLES[task]) for task in tasks), "runs"])
-    lines = [r"% \usepackage{booktabs}", rf"\begin{{tabular}}{{l{'c' * len(tasks)}r}}", r"\toprule", rf"{heads} \\"]
-    lines.append(r"\midrule")
-    for group in groups:
-        cells = []
-        for task, cell in zip(tasks, _cells(group, tasks, r"$\pm$", "--"), strict=True):
-            cells.append(rf"\textbf{{{cell}}}" if is_best_group(group, groups, task) else cell)
-        lines.append(" & ".join([_escaped(group.name), *cells, str(len(group.rows))]) + r" \\")
-    return "\n".join([*lines, r"\bottomrule", r"\end{tabular}", f"% {_caption(found)}"])
-
-
-def _caption(found: Comparison) -> str:
-    notes = " ".join(" ".join(note.split()) for note in [*found.notes, *repeated_seeds(by_seed(found))])
-    said = "Percent; mean and standard deviation over runs that differ only in their seed."
-    return f"{said} {notes}".strip()
-
-
-def _escaped(text: str) -> str:
-    return "".join(_LATEX.get(letter, letter) for letter in text)

@@ -118,9 +118,8 @@ def robustness_score(
     device = next(backbone.parameters()).device
     k = min(HEADLINE_K, len(train.x))
     top1 = {name: knn(train.x, y, x, truth, (k,), device=device)[k] for name, x in by_name.items()}
-    table = robustness.drops({name: [value] for name, value in top1.items()})
-    rows = {name: {"top1": row["mean"], "drop": row["drop"]} for name, row in table.items()}
-    detail: dict[str, Any] = {"k": k, "table": rows, "train": len(train.x), "test": len(truth)}
+    table = {name: {"top1": value, "drop": top1[CLEAN] - value} for name, value in top1.items()}
+    detail: dict[str, Any] = {"k": k, "table": table, "train": len(train.x), "test": len(truth)}
     if left_out:
         detail["left_out"] = left_out
     return TaskScore("robustness", top1[HEADLINE], {**detail, "features": origin_of(train, clean)})

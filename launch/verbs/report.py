@@ -16,7 +16,7 @@ def add_report(verbs: argparse._SubParsersAction) -> None:
     report = verbs.add_parser("report", help="write report.html: of a run, or a comparison of several")
     report.add_argument("run", type=Path, nargs="+", help="run folders, or folders of runs such as a sweep")
     report.add_argument(
-        "--format", choices=["markdown", "latex"], help="of several runs: print a table for a paper, and write no page"
+        "--format", choices=["markdown", "latex"], help="of several runs: print tables for a paper, and write no page"
     )
     report.add_argument(
         "--out",
@@ -53,8 +53,8 @@ def run_report(arguments: argparse.Namespace) -> None:
 def _compare(runs: list[Path], page: Path, text_format: str | None) -> None:
     from nearfar.eval.pages.compare import compare, comparison_table
     from nearfar.eval.pages.comparison_page import write_comparison
+    from nearfar.eval.pages.paper_tables import latex, markdown
     from nearfar.eval.pages.report import write_report
-    from nearfar.eval.pages.seeds import latex, markdown
 
     found, console = compare(runs), Console()
     if text_format:

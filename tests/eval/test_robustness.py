@@ -10,8 +10,6 @@ from nearfar.eval.robustness import (
     bands_shuffled,
     blurred,
     coarsened,
-    drop_table,
-    drops,
     flipped,
     shuffle_patches,
     tokens_shuffled,
@@ -104,36 +102,3 @@ def test_flips_and_sizes():
     assert float(coarsened(checkers, 4).std()) < 0.1 < float(checkers.std())
     ramp = torch.linspace(0, 1, 16).expand(1, 3, 16, 16)
     torch.testing.assert_close(coarsened(ramp, 2)[..., 4:12], ramp[..., 4:12], atol=0.01, rtol=0)
-
-
-def test_drops_are_paired_by_seed():
-    table = drops({"token shuffle": [69.0, 79.0], "clean": [70.0, 80.0]})
-    assert list(table) == ["clean", "token shuffle"]
-    assert table["token shuffle"] == {"mean": 74.0, "std": pytest.approx(50**0.5), "drop": 1.0, "drop_std": 0.0}
-    assert drops({"clean": [70.0]})["clean"] == {"mean": 70.0, "std": None, "drop": 0.0, "drop_std": None}
-
-
-def test_table_of_the_published_numbers():
-    table = drop_table(
-        {
-            "ViT-S": {"clean": [74.60], "tokens": [70.31]},
-            "+LGP": {"clean": [80.34], "tokens": [80.25], "bands": [80.32]},
-        }
-    )
-    assert table == (
-        "| network | clean | tokens | bands |\n|---|---|---|---|\n"
-        "| ViT-S | 74.60 | 70.31 (-4.29) | - |\n| +LGP | 80.34 | 80.25 (-0.09) | 80.32 (-0.02) |\n"
-    )
-
-
-@pytest.mark.parametrize(
-    ("scores", "words"),
-    [
-        ({"blur": [1.0]}, "without perturbation"),
-        ({"clean": [1.0], "blur": []}, "same seeds"),
-        ({"clean": [float("nan")]}, "finite"),
-    ],
-)
-def test_scores_that_make_no_table(scores, words):
-    with pytest.raises(UserError, match=words):
-        drops(scores)
