@@ -25,7 +25,7 @@ _CELLS, _CELL_SIDE = 16, 48  # of the map of pictures
 class LookInputs:
     """The images that were looked at. path: of the data set. source, index: the rows of the source with features.
     total: images of the data set, of which these are a sample where they are fewer. network: whose features they are.
-    bad: images that cannot be read, by name."""
+    bad: images that cannot be read, by name. descriptions: what to write instead of a class's name."""
 
     path: str
     source: Source
@@ -33,12 +33,13 @@ class LookInputs:
     total: int
     network: str
     bad: Mapping[str, str]
+    descriptions: Mapping[str, str]
 
     def name(self, at: int) -> str:
         return self.source.name(int(self.index[at]))
 
     def cell(self, at: int, what: str, note: str = "") -> Cell | None:
-        return sample(self.source, int(self.index[at]), what, note=note)
+        return sample(self.source, int(self.index[at]), what, note=note, descriptions=self.descriptions)
 
     @property
     def labels(self) -> NDArray[np.int64] | None:
@@ -46,7 +47,8 @@ class LookInputs:
 
     def class_name(self, number: int) -> str:
         names = self.source.classes
-        return names[number] if names is not None and 0 <= number < len(names) else str(number)
+        name = names[number] if names is not None and 0 <= number < len(names) else str(number)
+        return self.descriptions.get(name, name)
 
 
 def look_page(looked: LookInputs, look: DataLook, duplicate: float) -> str:

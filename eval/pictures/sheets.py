@@ -39,29 +39,40 @@ def label(source: Source, i: int) -> str:
     return str(source.classes[number]) if named and source.classes else str(number)
 
 
-def sample(source: Source, i: int, what: str = "image", mark: str = "", note: str = "") -> Cell | None:
-    """Image i with its class; None where it cannot be read."""
+def sample(
+    source: Source,
+    i: int,
+    what: str = "image",
+    mark: str = "",
+    note: str = "",
+    descriptions: Mapping[str, str] | None = None,
+) -> Cell | None:
+    """Image i with its class; None where it cannot be read. descriptions: what to write instead of a class's name."""
     try:
         picture = square(source, i)
     except BadImage:
         return None
     name = label(source, i)
+    name = (descriptions or {}).get(name, name)
     caption = ", ".join(part for part in (name, note) if part)
     return Cell(encoded(picture), f"{what} of class {name}" if name else what, caption, mark)
 
 
 def neighbor_groups(
-    queries: tuple[Source, Sequence[int]], memory: Source, lists: Mapping[str, NDArray[np.int64]]
+    queries: tuple[Source, Sequence[int]],
+    memory: Source,
+    lists: Mapping[str, NDArray[np.int64]],
+    descriptions: Mapping[str, str] | None = None,
 ) -> tuple[Group, ...]:
     """A query a group, with its nearest images by each kind of features; right is what has the query's class name.
 
     queries: a source, and the rows of it that are shown. lists: by the name of the features, rows of `memory` (q, k),
-    nearest first.
+    nearest first. descriptions: of classes, as for `sample`.
     """
     source, rows = queries
     groups = []
     for number, i in enumerate(rows):
-        if (lead := sample(source, i, "query")) is None:
+        if (lead := sample(source, i, "query", descriptions=descriptions)) is None:
             continue
         strips = []
         for kind, found in lists.items():
@@ -69,7 +80,7 @@ def neighbor_groups(
             for rank, j in enumerate(found[number].tolist(), 1):
                 truth, name = label(source, i), label(memory, j)
                 mark = "" if not truth or not name else "right" if truth == name else "wrong"
-                cell = sample(memory, j, f"neighbor {rank} by {kind}", mark)
+                cell = sample(memory, j, f"neighbor {rank} by {kind}", mark, descriptions=descriptions)
                 cells += [cell] if cell else []
             strips.append((kind, tuple(cells)))
         groups.append(Group(tuple(strips), lead))

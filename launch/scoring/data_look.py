@@ -17,6 +17,7 @@ from nearfar.launch.computing import compute_for
 from nearfar.launch.progress import progress, summed
 from nearfar.launch.scoring.score import Subject, protocol_of
 from nearfar.ssl.data import open_source
+from nearfar.ssl.data.labels import class_descriptions
 from nearfar.ssl.data.sources.base import Source, spread
 from nearfar.ssl.errors import UserError
 from nearfar.ssl.wording import counted, printable
@@ -57,7 +58,8 @@ def look(path: str, weights: Path, out: Path, options: LookOptions, console: Con
     found = look_at(features.x, clusters=options.clusters or _classes(seen), duplicate=options.duplicate_cosine)
     step = "" if subject.step is None else f", step {subject.step:,}"
     network = f"{subject.backbone.arch['name']} ({weights}{step})"
-    looked = LookInputs(path, seen, features.index, len(source), network, features.manifest["bad"])
+    bad, descriptions = features.manifest["bad"], class_descriptions(path)
+    looked = LookInputs(path, seen, features.index, len(source), network, bad, descriptions)
     write_page(out, look_page(looked, found, options.duplicate_cosine))
     _say(
         f"{len(found.center)} clusters, {counted(found.duplicates, 'pair')} of near duplicates (cosine "

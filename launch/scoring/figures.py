@@ -27,6 +27,7 @@ from nearfar.eval.segmentation import ProbeTraining, predict_masks
 from nearfar.launch.scoring.score import Subject, protocol_of
 from nearfar.ssl.backbones import Backbone
 from nearfar.ssl.data import open_source
+from nearfar.ssl.data.labels import class_descriptions
 from nearfar.ssl.data.sources.base import Source, spread
 from nearfar.ssl.data.transforms.eval_view import eval_view
 from nearfar.ssl.data.transforms.normalize import normalize_pixels
@@ -102,7 +103,8 @@ def _neighbors(pictured: FigureInputs) -> Figure:
     assert rows is not None  # both kinds read the same images
     share = {kind: same_class((val, rows.tolist()), memory, near) for kind, near in found.items()}
     chosen = _spread_rows(val, rows)
-    groups = neighbor_groups((val, rows[chosen].tolist()), memory, {kind: near[chosen] for kind, near in found.items()})
+    shown = {kind: near[chosen] for kind, near in found.items()}
+    groups = neighbor_groups((val, rows[chosen].tolist()), memory, shown, _descriptions(subject))
     text = (
         f"A query and the {NEIGHBORS} images nearest to it among {len(memory):,}, by trained features and by raw "
         f"pixels. Queries are evenly spread over the {'images' if itself else 'test images'}, not picked."
@@ -114,6 +116,12 @@ def _neighbors(pictured: FigureInputs) -> Figure:
             "raw pixels."
         )
     return Figure("neighbors", "Nearest neighbors", text, groups)
+
+
+def _descriptions(subject: Subject) -> dict[str, str]:
+    """Of the classes of a run's images; a .beton may hold the folders' names, and only the test images a list."""
+    paths = [path for path in (subject.run.data.path, subject.run.data.val) if path]
+    return {name: text for path in paths for name, text in class_descriptions(path).items()}
 
 
 def _masks(pictured: FigureInputs) -> Figure:

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 
 from nearfar.ssl.data.sources.base import Source
+from nearfar.ssl.disk import bounded_files
 from nearfar.ssl.errors import UserError
+from nearfar.ssl.wording import printable
+
+_MAX_BYTES = 2**22  # of a classes.txt; that of ImageNet-21k has 0.5 MiB
 
 
 def class_names(source: Source, path: str) -> list[str]:
@@ -60,3 +66,18 @@ def labels_as(classes: list[str], source: Source, path: str) -> np.ndarray:
             f"knows {', '.join(classes[:10])}{' and others' if len(classes) > 10 else ''}."
         )
     return np.asarray(table[source.labels])
+
+
+def class_descriptions(path: str) -> dict[str, str]:
+    """What people call the classes of a data set: {"n01440764": "tench"}, by the lines `CLASS DESCRIPTION` of a
+    classes.txt in the folder or beside it. Empty where there is none that can be read: classes go by their own names.
+    """
+    data = Path(path).expanduser()
+    for folder in (data, data.parent):
+        try:
+            lines = bounded_files.read_text(folder / "classes.txt", _MAX_BYTES).splitlines()
+        except (OSError, ValueError):
+            continue
+        parts = [line.split(maxsplit=1) for line in lines]
+        return {part[0]: printable(part[1].strip()) for part in parts if len(part) == 2}
+    return {}

@@ -35,6 +35,17 @@ def test_neighbors_are_right_by_the_name_of_their_class() -> None:
     assert same_class((queries, [0, 1]), memory, found) == 50.0
 
 
+def test_a_class_is_shown_by_its_description_and_told_apart_by_its_name() -> None:
+    queries, memory = source([0, 1], ["n1", "n2"]), source([0, 1, 1], ["n2", "n1"])
+    lists = {"trained": np.array([[1, 0], [1, 0]])}
+    plain = neighbor_groups((queries, [0, 1]), memory, lists)
+    groups = neighbor_groups((queries, [0, 1]), memory, lists, {"n1": "crane", "n2": "crane"})
+    assert {cell.caption for group in groups for cell in group.strips[0][1]} == {"crane"}
+    assert [group.lead.caption for group in groups if group.lead] == ["crane", "crane"]
+    marks = [[[cell.mark for cell in group.strips[0][1]] for group in each] for each in (plain, groups)]
+    assert marks[0] == marks[1] == [["right", "wrong"], ["wrong", "right"]]
+
+
 def test_without_labels_nothing_is_marked() -> None:
     plain = source(None)
     (group,) = neighbor_groups((plain, [0]), plain, {"trained": np.array([[1, 2]])})

@@ -87,6 +87,15 @@ def test_the_page_has_everything_in_it(tmp_path: Path, kind: str, network: str) 
     assert alts.images > 12 and alts.missing == 0
 
 
+def test_class_folders_go_by_their_descriptions(tmp_path: Path) -> None:
+    file, source, out = weights(tmp_path, **NETWORKS["vit"]), data(tmp_path, "classes"), tmp_path / "look.html"
+    (tmp_path / "classes.txt").write_text("red ripe tomato\n")
+    assert cli.main(["data", "look", str(source), "--weights", str(file), "--out", str(out), "--workers", "0"]) == 0
+    page = out.read_text()
+    assert "</i>ripe tomato</li>" in page and "</i>green</li>" in page and "of class ripe tomato" in page
+    assert "</i>red</li>" not in page
+
+
 def test_a_network_that_tells_nothing_apart_is_doubted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """340 near duplicates among 800 different pictures, of a network after 100 steps, without a word."""
     file, source, out = weights(tmp_path, **NETWORKS["vit"]), data(tmp_path, "classes"), tmp_path / "look.html"

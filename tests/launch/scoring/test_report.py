@@ -59,6 +59,17 @@ def test_a_run_of_the_users_own_has_its_pictures(tmp_path: Path) -> None:
     assert (run / "figures.json").stat().st_mtime_ns > drawn
 
 
+def test_neighbors_of_class_folders_go_by_their_descriptions(tmp_path: Path) -> None:
+    run = make_run(tmp_path, "mine", **VIT)
+    images = tmp_path / "images"
+    for name, folder in (("0.png", "n01440764"), ("1.png", "n02102040"), ("0a.png", "n02102040")):
+        (images / folder).mkdir(exist_ok=True)
+        (images / name).rename(images / folder / name)
+    (tmp_path / "classes.txt").write_text("n01440764 tench\n")
+    page = report_run(run).read_text()
+    assert 'alt="query of class tench"' in page and 'alt="query of class n02102040"' in page
+
+
 def test_predicted_masks_appear_once_segmentation_is_scored(tmp_path: Path) -> None:
     masks = np.zeros((6, 16, 16), np.uint8)
     masks[::2, 4:12, 4:12], masks[1::2, :8] = 1, 2
