@@ -70,8 +70,8 @@ def main() -> None:
     found = [measure(given, seed) for seed in range(given.seeds)]
     print(f"\n20-NN in percent, {given.seeds} seeds: mean (standard deviation)")
     for name in found[0]:
-        for place, what in enumerate(("old", "new")):
-            values = [scores[name][place] for scores in found]
+        for index, what in enumerate(("old", "new")):
+            values = [scores[name][index] for scores in found]
             spread = statistics.stdev(values) if len(values) > 1 else 0.0
             print(f"  {name:<8} {what} images: {statistics.mean(values):5.1f} ({spread:.1f})")
 

@@ -34,8 +34,8 @@ class MaterializedGaug(GaugBias):
     def attend(self, q: Tensor, k: Tensor, v: Tensor, grid: tuple[int, int], seen: Tensor | None = None) -> Tensor:
         height, width = grid
         prefix = q.shape[2] - height * width
-        place = torch.cartesian_prod(torch.arange(height), torch.arange(width)).to(q.device)
-        squared = (place[:, None] - place).square().float()  # (h*w, h*w, 2)
+        positions = torch.cartesian_prod(torch.arange(height), torch.arange(width)).to(q.device)
+        squared = (positions[:, None] - positions).square().float()  # (h*w, h*w, 2)
         with torch.autocast(q.device.type, enabled=False):
             patches = q[:, :, prefix:].float()
             variance = self.ceiling * torch.sigmoid(self.var(patches) - self.shift)

@@ -42,11 +42,13 @@ class Round(NamedTuple):
     lost: float  # by the steps meanwhile
 
 
-def measure(model: str, prototypes: int, batch: int, rounds: int, folder: Path, place: str) -> tuple[list[Round], int]:
+def measure(
+    model: str, prototypes: int, batch: int, rounds: int, folder: Path, device_name: str
+) -> tuple[list[Round], int]:
     """The rounds, and the bytes of a checkpoint."""
     settings = [f"backbone.name={model}", f"head.prototypes={prototypes}", "head.batch_norm=false"]
     run = resolve(config.load(None, settings), 100_000)[0]
-    compute = device.choose(place, "auto", 10**6)
+    compute = device.choose(device_name, "auto", 10**6)
     if compute.device.type == "cpu":
         device.keep_freed_memory()
     learner = build_dino_learner(run).to(compute.device)
@@ -113,13 +115,18 @@ def main() -> None:
     parser.add_argument("--every", type=float, default=5.0, help="minutes between two checkpoints")
     parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"])
     parser.add_argument("--folder", type=Path, help="a folder on the disk to measure; default: that of temporary files")
-    asked = parser.parse_args()
-    torch.set_num_threads(asked.threads)
-    with tempfile.TemporaryDirectory(dir=asked.folder) as folder:
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
         rounds, size = measure(
-            asked.model, asked.prototypes, asked.batch, asked.rounds, Path(folder) / "run", asked.device
+            arguments.model,
+            arguments.prototypes,
+            arguments.batch,
+            arguments.rounds,
+            Path(folder) / "run",
+            arguments.device,
         )
-    print(table(rounds, size, asked.every))
+    print(table(rounds, size, arguments.every))
 
 
 if __name__ == "__main__":

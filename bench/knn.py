@@ -58,7 +58,7 @@ def products(memory: np.ndarray, queries: np.ndarray, k: int) -> None:
 VARIANTS: dict[str, Any] = {"ours": ours, "faiss": flat_index, "products": products}
 
 
-def measure(variant: str, folder: Path, k: int, answer: Any) -> None:
+def measure(variant: str, folder: Path, k: int, queue: Any) -> None:
     """In a process of its own: seconds, peak MiB of anonymous memory beyond the libraries, neighbors."""
     memory = np.load(folder / "memory.npy", mmap_mode="r")
     queries = np.load(folder / "queries.npy")
@@ -78,7 +78,7 @@ def measure(variant: str, folder: Path, k: int, answer: Any) -> None:
     watcher.join()
     if found is not None:
         np.save(folder / f"{variant}.npy", found)
-    answer.put((spent, cpu, peak[0]))
+    queue.put((spent, cpu, peak[0]))
 
 
 def resident() -> float:
@@ -89,10 +89,10 @@ def resident() -> float:
 
 def run(variant: str, folder: Path, k: int) -> tuple[float, float, float]:
     context = multiprocessing.get_context("spawn")
-    answer = context.Queue()
-    process = context.Process(target=measure, args=(variant, folder, k, answer))
+    queue = context.Queue()
+    process = context.Process(target=measure, args=(variant, folder, k, queue))
     process.start()
-    found: tuple[float, float, float] = answer.get()
+    found: tuple[float, float, float] = queue.get()
     process.join()
     return found
 

@@ -65,12 +65,12 @@ def usage(kernel: Any, types: dict[str, str], fixed: dict[str, Any], capability:
     with tempfile.TemporaryDirectory() as folder:
         text = Path(folder) / "kernel.ptx"
         text.write_text(ptx)
-        said = subprocess.run(
+        report = subprocess.run(
             [assembler, "-v", f"--gpu-name={target[1]}", text, "-o", f"{folder}/cubin"],
             check=True, capture_output=True, text=True,
         ).stderr  # fmt: skip
     registers, stores, loads = (
-        int(match[1]) if (match := re.search(pattern, said)) else 0
+        int(match[1]) if (match := re.search(pattern, report)) else 0
         for pattern in (r"Used (\d+) registers", r"(\d+) bytes spill stores", r"(\d+) bytes spill loads")
     )
     return registers, stores + loads, int(built.metadata.shared)

@@ -96,7 +96,7 @@ def seconds(variant: str, inputs: list[Tensor], backward: bool) -> float:
     return time.perf_counter() - begun
 
 
-def measure_peak(variant: str, args: argparse.Namespace, answer: Any) -> None:
+def measure_peak(variant: str, args: argparse.Namespace, queue: Any) -> None:
     """In a process of its own: MiB that one pass adds, after a small one has loaded the libraries."""
     small = argparse.Namespace(**{**vars(args), "batch": 1, "length": 2, "width": 8})
     run(variant, leaves(small), True)
@@ -105,12 +105,12 @@ def measure_peak(variant: str, args: argparse.Namespace, answer: Any) -> None:
         allocated = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
         run(variant, inputs, True)
-        answer.put((torch.cuda.max_memory_allocated() - allocated) / 2**20)
+        queue.put((torch.cuda.max_memory_allocated() - allocated) / 2**20)
         return
     Path("/proc/self/clear_refs").write_text("5")  # Linux: the high-water mark starts again from here
     before = _resident("VmRSS")
     run(variant, inputs, True)
-    answer.put(_resident("VmHWM") - before)
+    queue.put(_resident("VmHWM") - before)
 
 
 def _resident(key: str) -> float:
@@ -121,10 +121,10 @@ def _resident(key: str) -> float:
 
 def peak(variant: str, args: argparse.Namespace) -> float:
     context = multiprocessing.get_context("spawn")
-    answer = context.Queue()
-    process = context.Process(target=measure_peak, args=(variant, args, answer))
+    queue = context.Queue()
+    process = context.Process(target=measure_peak, args=(variant, args, queue))
     process.start()
-    found = float(answer.get())
+    found = float(queue.get())
     process.join()
     return found
 

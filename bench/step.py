@@ -65,38 +65,38 @@ class Measurement(NamedTuple):
     peak_memory: float  # bytes; nan where it was not measured
 
 
-def views_of(asked: StepOptions, target: torch.device) -> list[Tensor]:
+def views_of(options: StepOptions, target: torch.device) -> list[Tensor]:
     generator = torch.Generator().manual_seed(0)
-    sizes = ((2, asked.crops[0]), (asked.local_crops, asked.crops[1]))
-    return [torch.randn((v, asked.batch, 3, s, s), generator=generator).to(target) for v, s in sizes if v]
+    sizes = ((2, options.crops[0]), (options.local_crops, options.crops[1]))
+    return [torch.randn((v, options.batch, 3, s, s), generator=generator).to(target) for v, s in sizes if v]
 
 
-def settings_of(name: str, asked: StepOptions) -> list[str]:
+def settings_of(name: str, options: StepOptions) -> list[str]:
     name = name.removesuffix(COMPILED)
-    model = asked.model.replace("vit_", "vim_") if name == "Vim" else asked.model
+    model = options.model.replace("vit_", "vim_") if name == "Vim" else options.model
     return [
-        f"backbone.name={model}", f"head.prototypes={asked.prototypes}", "head.batch_norm=false",
-        f"views.global_crops_size={asked.crops[0]}", f"views.local_crops_size={asked.crops[1]}",
-        f"views.local_crops_number={asked.local_crops}", f"train.batch_size={asked.batch * distributed.count()}",
+        f"backbone.name={model}", f"head.prototypes={options.prototypes}", "head.batch_norm=false",
+        f"views.global_crops_size={options.crops[0]}", f"views.local_crops_size={options.crops[1]}",
+        f"views.local_crops_number={options.local_crops}", f"train.batch_size={options.batch * distributed.count()}",
         *(f"backbone.{idea}=true" for idea in IDEAS.get(name, ())),
     ]  # fmt: skip
 
 
-def step_of(name: str, asked: StepOptions, compute: Compute) -> Callable[[], float]:
+def step_of(name: str, options: StepOptions, compute: Compute) -> Callable[[], float]:
     """A function that takes one step and returns its loss."""
-    views = views_of(asked, compute.device)
+    views = views_of(options, compute.device)
     if name == "dino":
         torch.manual_seed(0)
-        step, _ = dino_step(f"{asked.model}_224", asked.prototypes, compute.device, compute.autocast)
+        step, _ = dino_step(f"{options.model}_224", options.prototypes, compute.device, compute.autocast)
         flat = [view for group in views for view in group]
         return lambda: step(flat)
-    stepper = stepper_of(name, asked, compute)
+    stepper = stepper_of(name, options, compute)
     return lambda: stepper(views, VALUES, votes=lambda: (0.0, 0.0)).report.read().loss
 
 
-def stepper_of(name: str, asked: StepOptions, compute: Compute) -> Stepper:
+def stepper_of(name: str, options: StepOptions, compute: Compute) -> Stepper:
     """Ours, by the name it has in the table."""
-    run = resolve(config.load(None, settings_of(name, asked)), 100_000, world_size=distributed.count())[0]
+    run = resolve(config.load(None, settings_of(name, options)), 100_000, world_size=distributed.count())[0]
     learner = build_dino_learner(run).to(compute.device)
     if distributed.count() > 1:
         share_batch_norm(learner)
@@ -109,18 +109,18 @@ def stepper_of(name: str, asked: StepOptions, compute: Compute) -> Stepper:
     return Stepper(learner, adamw(learner.student), 3.0, compute.autocast)
 
 
-def choose_compute(asked: StepOptions) -> Compute:
-    torch.set_num_threads(asked.threads)
-    compute = device.choose(asked.device, asked.precision, 10**6)
+def choose_compute(options: StepOptions) -> Compute:
+    torch.set_num_threads(options.threads)
+    compute = device.choose(options.device, options.precision, 10**6)
     if compute.device.type == "cpu":
         device.keep_freed_memory()
     return compute
 
 
-def products(name: str, asked: StepOptions) -> float:
+def products(name: str, options: StepOptions) -> float:
     """GFLOP of the matrix products and convolutions in a step, counted on a CPU in float32 by attention written out."""
     compute = Compute(torch.device("cpu"), nullcontext, "float32")
-    one = asked._replace(batch=2, prototypes=64)
+    one = options._replace(batch=2, prototypes=64)
     counted = []
     name = name.removesuffix(COMPILED)
     plain = "LGP" if name in IDEAS else name
@@ -131,7 +131,7 @@ def products(name: str, asked: StepOptions) -> float:
         counted.append(counter.get_total_flops() / 1e9)
     once, wider, twice = counted
     image, prototype = (twice - once) / 2, (wider - once) / 64 / 2  # of an image; of a prototype and an image
-    return asked.batch * (image + prototype * (asked.prototypes - 64)) + once - 2 * image
+    return options.batch * (image + prototype * (options.prototypes - 64)) + once - 2 * image
 
 
 def peak_flops(compute: Compute) -> float:
@@ -147,12 +147,12 @@ def peak_flops(compute: Compute) -> float:
     return 2 * n**3 / best
 
 
-def peak_alone(name: str, asked: StepOptions, answers: Any) -> None:
+def peak_alone(name: str, options: StepOptions, queue: Any) -> None:
     """Peak resident memory of a process that takes two steps and nothing else."""
-    step = step_of(name, asked, choose_compute(asked))
+    step = step_of(name, options, choose_compute(options))
     for _ in range(2):
         step()
-    answers.put(resident())
+    queue.put(resident())
 
 
 def resident() -> int:
@@ -165,18 +165,18 @@ def resident() -> int:
     return 1024 * int(line.split()[1])
 
 
-def peak_memory(name: str, asked: StepOptions) -> float:
+def peak_memory(name: str, options: StepOptions) -> float:
     context = multiprocessing.get_context("spawn")
-    answers = context.Queue()
-    process = context.Process(target=peak_alone, args=(name, asked, answers))
+    queue = context.Queue()
+    process = context.Process(target=peak_alone, args=(name, options, queue))
     process.start()
-    found = float(answers.get(timeout=3600))
+    found = float(queue.get(timeout=3600))
     process.join()
     return found
 
 
 def measure(
-    names: list[str], asked: StepOptions, compute: Compute, rounds: int, steps: int, memory: bool
+    names: list[str], options: StepOptions, compute: Compute, rounds: int, steps: int, memory: bool
 ) -> list[Measurement]:
     """Steps that take turns: `steps` of each a round, after two that do not count."""
     cuda = compute.device.type == "cuda"
@@ -186,7 +186,7 @@ def measure(
         before = torch.cuda.memory_allocated() if cuda else 0
         if cuda:
             torch.cuda.reset_peak_memory_stats()
-        taking[name] = step_of(name, asked, compute)
+        taking[name] = step_of(name, options, compute)
         for _ in range(2):
             taking[name]()
         if cuda:
@@ -200,8 +200,8 @@ def measure(
             seconds[name].append((time.perf_counter() - begun) / steps)
     taking.clear()
     if memory and not cuda and distributed.count() == 1:
-        peaks = {name: peak_memory(name, asked) for name in names}
-    return [Measurement(name, seconds[name], products(name, asked), peaks[name]) for name in names]
+        peaks = {name: peak_memory(name, options) for name in names}
+    return [Measurement(name, seconds[name], products(name, options), peaks[name]) for name in names]
 
 
 def rows(found: list[Measurement], batch: int, peak: float) -> list[dict[str, Any]]:
@@ -264,31 +264,31 @@ def arguments() -> argparse.Namespace:
 
 
 def main() -> None:
-    options = arguments()
-    asked = StepOptions(
-        options.model, options.batch, tuple(options.crops), options.local_crops, options.prototypes, options.device,
-        options.precision, options.threads,
+    given = arguments()
+    options = StepOptions(
+        given.model, given.batch, tuple(given.crops), given.local_crops, given.prototypes, given.device,
+        given.precision, given.threads,
     )  # fmt: skip
     ranks = distributed.from_environment()
     with distributed.joined(ranks):
-        compute = choose_compute(asked)
+        compute = choose_compute(options)
         peak = peak_flops(compute)
-        steps = options.steps or (10 if compute.device.type == "cuda" else 1)
-        found = measure(options.only, asked, compute, options.rounds, steps, not options.no_memory)
+        steps = given.steps or (10 if compute.device.type == "cuda" else 1)
+        found = measure(given.only, options, compute, given.rounds, steps, not given.no_memory)
         if not ranks.first:
             return
-        table = rows(found, asked.batch * ranks.size, peak)
-        name = torch.cuda.get_device_name() if compute.device.type == "cuda" else f"CPU, {asked.threads} thread(s)"
+        table = rows(found, options.batch * ranks.size, peak)
+        name = torch.cuda.get_device_name() if compute.device.type == "cuda" else f"CPU, {options.threads} thread(s)"
         print(
-            f"{asked.model}, {asked.batch} images a rank, {ranks.size} rank(s), 2x{asked.crops[0]} + "
-            f"{asked.local_crops}x{asked.crops[1]}, K = {asked.prototypes:,}, {compute.precision}, {name}, torch "
-            f"{torch.__version__}; one large product reaches {peak / 1e9:.0f} GFLOP/s; {options.rounds} rounds of "
+            f"{options.model}, {options.batch} images a rank, {ranks.size} rank(s), 2x{options.crops[0]} + "
+            f"{options.local_crops}x{options.crops[1]}, K = {options.prototypes:,}, {compute.precision}, {name}, torch "
+            f"{torch.__version__}; one large product reaches {peak / 1e9:.0f} GFLOP/s; {given.rounds} rounds of "
             f"{steps} step(s)\n\n{markdown(table)}"
         )
-        if options.json:
-            about = asked._asdict() | {"ranks": ranks.size, "precision": compute.precision, "machine": name}
-            about |= {"torch": torch.__version__, "peak_flops": peak, "rounds": options.rounds, "steps": steps}
-            options.json.write_text(json.dumps(about | {"rows": table}, indent=1) + "\n")
+        if given.json:
+            about = options._asdict() | {"ranks": ranks.size, "precision": compute.precision, "machine": name}
+            about |= {"torch": torch.__version__, "peak_flops": peak, "rounds": given.rounds, "steps": steps}
+            given.json.write_text(json.dumps(about | {"rows": table}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

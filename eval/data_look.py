@@ -17,13 +17,13 @@ _NEAR = 10  # neighbors that decide how far out an image is
 class DataLook(NamedTuple):
     """Of features (n, D).
 
-    place: (n, 2) in [0, 1], the map. cluster: (n,). center: (clusters,), the image nearest to each cluster's mean.
+    position: (n, 2) in [0, 1], the map. cluster: (n,). center: (clusters,), the image nearest to each cluster's mean.
     pairs: (p, 2), near duplicates, and alike: (p,), their cosines, most alike first; duplicates: how many there are, of
     which these are the first. outliers: images, farthest first, and lonely: their mean cosine to their nearest
     neighbors.
     """
 
-    place: NDArray[np.float64]
+    position: NDArray[np.float64]
     cluster: NDArray[np.int64]
     center: NDArray[np.int64]
     pairs: NDArray[np.int64]
@@ -35,7 +35,7 @@ class DataLook(NamedTuple):
     @property
     def doubt(self) -> str:
         """What to say of more pairs than a tenth of the images: a network that has learned little finds many."""
-        if self.duplicates <= len(self.place) / 10:
+        if self.duplicates <= len(self.position) / 10:
             return ""
         return (
             "So many may say more about the network than about the images: a better trained one, or a larger "
@@ -107,9 +107,9 @@ def _map(unit: NDArray[np.float32], seed: int) -> NDArray[np.float64]:
 
     n = len(unit)
     few = PCA(min(50, n - 1, unit.shape[1]), random_state=seed).fit_transform(unit)
-    place = TSNE(2, perplexity=min(30.0, (n - 1) / 3), init="pca", random_state=seed).fit_transform(few)
-    low, high = place.min(0), place.max(0)
-    return np.asarray((place - low) / np.maximum(high - low, 1e-12), np.float64)
+    positions = TSNE(2, perplexity=min(30.0, (n - 1) / 3), init="pca", random_state=seed).fit_transform(few)
+    low, high = positions.min(0), positions.max(0)
+    return np.asarray((positions - low) / np.maximum(high - low, 1e-12), np.float64)
 
 
 def purity(cluster: NDArray[np.int64], labels: NDArray[np.int64]) -> float:
@@ -118,10 +118,10 @@ def purity(cluster: NDArray[np.int64], labels: NDArray[np.int64]) -> float:
     return 100.0 * float(sum(most)) / len(cluster)
 
 
-def thinned_grid(place: NDArray[np.float64], cells: int) -> NDArray[np.int64]:
+def thinned_grid(positions: NDArray[np.float64], cells: int) -> NDArray[np.int64]:
     """One image for each cell of a grid over the map that holds any: the one nearest to the middle of the cell."""
-    cell = np.minimum((place * cells).astype(int), cells - 1)
-    apart = ((place * cells - cell - 0.5) ** 2).sum(1)
+    cell = np.minimum((positions * cells).astype(int), cells - 1)
+    apart = ((positions * cells - cell - 0.5) ** 2).sum(1)
     order = np.argsort(apart, kind="stable")
     _, first = np.unique(cell[order] @ np.array([cells, 1]), return_index=True)
     return np.asarray(order[first], np.int64)

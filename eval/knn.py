@@ -78,19 +78,19 @@ def classify(
     if not temperature > 0:
         raise UserError(f"The temperature of the k-NN must be positive, not {temperature}.")
     n, ks = len(train_x) - (test_x is None), list(ks)
-    wanted = sorted({min(k, n) for k in ks})
-    if not wanted or wanted[0] < 1:
+    sizes = sorted({min(k, n) for k in ks})
+    if not sizes or sizes[0] < 1:
         raise UserError(f"k-NN needs at least one k, and every k at least 1; got {ks}.")
 
-    similarity, index = neighbors(train_x, queries, wanted[-1], device=device, leave_one_out=test_x is None)
-    found: dict[int, list[Tensor]] = {k: [] for k in wanted}
+    similarity, index = neighbors(train_x, queries, sizes[-1], device=device, leave_one_out=test_x is None)
+    found: dict[int, list[Tensor]] = {k: [] for k in sizes}
     for rows in torch.arange(len(similarity)).split(max(1, _VOTES // len(present))):
         # the nearest neighbor's weight is 1, so that a small temperature does not overflow; in float64 on the CPU
         weight = ((similarity[rows] - similarity[rows, :1]) / temperature).exp()
         voter = compact[index[rows]]
         votes = torch.zeros(len(rows), len(present), dtype=torch.float64)
         done = 0
-        for k in wanted:
+        for k in sizes:
             votes.scatter_add_(1, voter[:, done:k], weight[:, done:k])
             found[k].append(_ranked(votes, present))
             done = k
@@ -101,9 +101,9 @@ def _ranked(votes: Tensor, classes: Tensor) -> Tensor:
     """(m, C) votes -> the classes with the five largest (m, 5), equal votes by class, -1 where there is no vote."""
     ranked = torch.full((len(votes), 5), -1)
     votes = votes.clone()
-    for place in range(min(5, len(classes))):
+    for rank in range(min(5, len(classes))):
         best = votes.argmax(1, keepdim=True)  # the first of equal ones, unlike topk
-        ranked[:, place] = torch.where(votes.gather(1, best) > 0, classes[best], -1)[:, 0]
+        ranked[:, rank] = torch.where(votes.gather(1, best) > 0, classes[best], -1)[:, 0]
         votes.scatter_(1, best, -1.0)
     return ranked
 

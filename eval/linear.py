@@ -100,16 +100,16 @@ def linear_probe(  # noqa: PLR0913 - four arrays, and the protocol by name
     classes = max(check_classes(y, "training set of the linear probe"), int(truth.max()) + 1)
     if not lrs or not decays:
         raise UserError("The linear probe needs at least one learning rate and one weight decay.")
-    place = torch.device(device) if device is not None else _device(first_train)
+    target = torch.device(device) if device is not None else _device(first_train)
     common: dict[str, Any] = {"classes": classes, "epochs": epochs, "batch_size": batch_size, "seed": seed}
-    inputs, curve = _sweep(pairs, y, held, place, list(product(lrs, decays)), common)
+    inputs, curve = _sweep(pairs, y, held, target, list(product(lrs, decays)), common)
     best = best_setting(curve, int(held.sum()))
     if best is None:
         raise UserError(f"Linear probe: training diverged at every rate of {list(lrs)}; give smaller ones.")
 
     chosen, test = inputs[best["chosen"]], pairs[best["chosen"]][1]
     check_labeled(test, truth, "test set of the linear probe")
-    queries = StandardizedRows(test, place, chosen.mean, chosen.scale)
+    queries = StandardizedRows(test, target, chosen.mean, chosen.scale)
     heads = train_heads(chosen, y, torch.arange(len(y)), settings=[(best["lr"], best["decay"])], **common)
     scores = score_heads(heads, queries, truth, torch.arange(len(truth)), what="test set of the linear probe")
     if not named:
@@ -124,7 +124,7 @@ def _sweep(
     pairs: Mapping[str, tuple[Array, Array]],
     y: Tensor,
     held: Tensor,
-    place: torch.device,
+    target: torch.device,
     settings: Sequence[tuple[float, float]],
     common: dict[str, Any],
 ) -> tuple[dict[str, StandardizedRows], list[dict[str, Any]]]:
@@ -134,7 +134,7 @@ def _sweep(
     inputs, curve = {}, []
     for name, (features, _) in pairs.items():
         check_labeled(features, y, what)
-        inputs[name] = standardize(features, place, what)
+        inputs[name] = standardize(features, target, what)
         sweep = score_heads(train_heads(inputs[name], y, kept, settings=settings, **common), inputs[name], y, left)
         for (lr, decay), top1, loss in zip(settings, sweep["top1"], sweep["loss"], strict=True):
             curve.append({"chosen": name, "lr": lr, "decay": decay, "top1": top1, "loss": loss})

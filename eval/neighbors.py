@@ -36,11 +36,11 @@ def neighbors(
     n = len(memory) - leave_one_out
     if not 1 <= k <= n:
         raise UserError(f"The number of neighbors must be between 1 and {n}, the size of the memory, not {k}.")
-    device, wanted = torch.device(device), k + leave_one_out
+    device, needed = torch.device(device), k + leave_one_out
     found = [
         part
-        for rows in _blocks(len(queries), wanted)
-        for part in _search(memory, [queries[a:b] for a, b in rows], wanted, device, torch.float32)
+        for rows in _blocks(len(queries), needed)
+        for part in _search(memory, [queries[a:b] for a, b in rows], needed, device, torch.float32)
     ]
     similarity, index = torch.cat([value for value, _ in found]), torch.cat([index for _, index in found])
     if not leave_one_out:
@@ -159,10 +159,10 @@ class _Candidates:
         order = (query * self.n + index).argsort()  # by query, then by index: a stable sort keeps ties in this order
         query, index, value = query[order], index[order], value[order]
         count = torch.bincount(query, minlength=len(self.value))
-        place = self.width + torch.arange(len(query), device=query.device) - (count.cumsum(0) - count)[query]
+        slot = self.width + torch.arange(len(query), device=query.device) - (count.cumsum(0) - count)[query]
         longer = (0, int(count.max()) if len(count) else 0)
         values, indices = F.pad(self.value, longer, value=-torch.inf), F.pad(self.index, longer, value=self.n)
-        values[query, place], indices[query, place] = value, index
+        values[query, slot], indices[query, slot] = value, index
         values, order = values.sort(dim=1, descending=True, stable=True)
         self.value = values[:, : self.width].contiguous()
         self.index = indices.gather(1, order[:, : self.width])

@@ -77,8 +77,8 @@ def vote(similarity: Tensor, labels: Tensor, index: Tensor, temperature: float) 
     """Soft labels (m, classes) float32: `labels` (M, classes) of the neighbors `index` (m, k), weighted."""
     weight = (similarity / temperature).softmax(1).float()
     mixed = torch.zeros(len(index), labels.shape[1])
-    for place in range(index.shape[1]):  # one neighbor at a time: (m, k, classes) may be gigabytes
-        mixed += weight[:, place, None] * labels[index[:, place]]
+    for rank in range(index.shape[1]):  # one neighbor at a time: (m, k, classes) may be gigabytes
+        mixed += weight[:, rank, None] * labels[index[:, rank]]
     return mixed
 
 

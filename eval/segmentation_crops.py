@@ -105,8 +105,8 @@ class _Crops(Dataset[CropBatch]):
     def __getitem__(self, number: int) -> CropBatch:
         n, side = len(self.source), self.training.crop
         images, classes, bad = [], [], []
-        for place in range(number * self.batch_size, (number + 1) * self.batch_size):
-            epoch, at = divmod(place, n)
+        for position in range(number * self.batch_size, (number + 1) * self.batch_size):
+            epoch, at = divmod(position, n)
             i = int(epoch_order(self.training.seed, epoch, n)[at])
             try:
                 image = self.source.read(i)

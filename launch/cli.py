@@ -60,15 +60,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         except KeyboardInterrupt:
             return 130
         except Exception as error:
-            if told := failures.explain(error):
-                return _refuse(told)
+            if message := failures.explain(error):
+                return _refuse(message)
             print(failures.report_of(error), file=sys.stderr)
             return EXIT_BUG
     return 0
 
 
 def _refuse(paragraph: str, code: int = EXIT_USER) -> int:
-    failures.tell(paragraph)
+    failures.print_paragraph(paragraph)
     return code
 
 

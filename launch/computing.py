@@ -18,12 +18,12 @@ from nearfar.ssl.parallel.distributed import from_environment, joined
 PATIENCE = timedelta(days=2)
 
 
-def compute_for(backbone: Backbone, device: str, asked: str = "--device ") -> Compute:
+def compute_for(backbone: Backbone, device: str, setting: str = "--device ") -> Compute:
     """The device of `auto`, `cpu` or `cuda`, and whether frozen features are read in bf16 there, as training would.
 
-    asked: what the user wrote before the device's name, for messages. Raises UserError where there is none.
+    setting: what the user wrote before the device's name, for messages. Raises UserError where there is none.
     """
-    return choose(device, "auto", backbone.embed_dim, asked)
+    return choose(device, "auto", backbone.embed_dim, setting)
 
 
 def by_all_ranks(

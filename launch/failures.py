@@ -37,7 +37,7 @@ def report_of(error: BaseException) -> str:
     )
 
 
-def tell(text: str) -> None:
+def print_paragraph(text: str) -> None:
     """One paragraph on standard error, wrapped if that is a terminal."""
     width = shutil.get_terminal_size().columns if sys.stderr.isatty() else None
     print(paragraph(f"nearfar: {text}", width), file=sys.stderr)
@@ -70,17 +70,17 @@ def _of_the_system(error: OSError) -> str:
         errno.EISDIR: "This is a folder, and a file was expected",
         errno.ELOOP: "Symbolic links point at each other in a circle",
     }.get(error.errno or 0)
-    told = f"{name}: {reason}." if name else f"{reason[:1].upper()}{reason[1:]}."
-    return f"{told} {advice}." if advice else told
+    problem = f"{name}: {reason}." if name else f"{reason[:1].upper()}{reason[1:]}."
+    return f"{problem} {advice}." if advice else problem
 
 
 def _is_torch_out_of_memory(error: BaseException) -> bool:
     """torch raises a RuntimeError of its own on GPUs, and a plain one on CPUs; it is not imported to ask."""
     if not isinstance(error, RuntimeError):
         return False
-    words = str(error)
+    message = str(error)
     return type(error).__name__ == "OutOfMemoryError" or any(
-        part in words for part in ("can't allocate memory", "not enough memory", "out of memory", "Cannot allocate")
+        part in message for part in ("can't allocate memory", "not enough memory", "out of memory", "Cannot allocate")
     )
 
 

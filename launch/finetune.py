@@ -127,17 +127,17 @@ def record_score(outcome: Outcome, source: Source, scoring: Scoring) -> bool:
         scoring(classifier.to(compute.device), run)
     if scoring.last is None:
         return False
-    said = detail(scoring.last.probabilities, scoring.labels[scoring.last.rows], classifier.classes)
+    measured = detail(scoring.last.probabilities, scoring.labels[scoring.last.rows], classifier.classes)
     score = Score(
         subject="trained",
         task="finetune",
-        percent=said["top1"],
+        percent=measured["top1"],
         weights=digest(classifier),
         train=DataName(run.data.path, source.fingerprint, len(source)),
         val=DataName(scoring.path, scoring.val.fingerprint, len(scoring.val)),
         reading={"size": run.eval.size, "resize": run.eval.resize},
         step=outcome.step,
-        detail=said | {"bad": scoring.last.bad},
+        detail=measured | {"bad": scoring.last.bad},
     )
     results.add(outcome.folder / "results.json", score)
     return True

@@ -60,8 +60,8 @@ def predict_images(model: Path, images: str, target: Path, options: PredictOptio
         raise UserError(f"The answers cannot be written to {target}: {error.strerror or error}.") from None
     compute = compute_for(classifier.backbone, options.device)
     gpus.require_room(compute.device, sum(p.nbytes for p in classifier.parameters()), "the weights")
-    with progress(len(source), f"Classifying {images}", console) as tell:
-        decoding = Decoding(workers=options.workers, progress=summed(tell))
+    with progress(len(source), f"Classifying {images}", console) as report:
+        decoding = Decoding(workers=options.workers, progress=summed(report))
         found = predictions_of(classifier.to(compute.device), source, size, resize, decoding, bf16=compute.bf16)
     _write(target, source, classifier.classes, found, options.top)
     say = _sayer(console)
@@ -78,12 +78,12 @@ def _sizes(about: dict[str, Any], options: PredictOptions, model: Path) -> tuple
     """Side of the crop and shorter side before it: as given, else as the run was scored."""
     settings = about.get("run")
     known = settings.get("eval") if isinstance(settings, dict) else None
-    said = known if isinstance(known, dict) else {}
-    size, resize = options.size or said.get("size"), options.resize or said.get("resize")
+    sizes = known if isinstance(known, dict) else {}
+    size, resize = options.size or sizes.get("size"), options.resize or sizes.get("resize")
     if not isinstance(size, int) or not 4 <= size <= 4096:
         raise UserError(f"{model} does not say at which size it was trained: give --size.")
-    if options.size and not options.resize and isinstance(said.get("size"), int) and isinstance(resize, int):
-        resize = round(resize * size / said["size"])  # the same share of an image
+    if options.size and not options.resize and isinstance(sizes.get("size"), int) and isinstance(resize, int):
+        resize = round(resize * size / sizes["size"])  # the same share of an image
     if resize is not None and (not isinstance(resize, int) or resize < size):
         raise UserError(f"A crop of {size} pixels does not fit into images resized to {resize}: give --resize.")
     return size, resize

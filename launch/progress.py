@@ -16,15 +16,15 @@ def progress(total: int, what: str, console: Console) -> Iterator[Callable[[int]
     """A bar on a terminal, elsewhere a line for every tenth; yields a function that takes the number done."""
     what = printable(what)
     if not console.is_terminal:
-        said = 0
+        last = 0
 
-        def tell(done: int) -> None:
-            nonlocal said
-            if 10 * done // max(1, total) > said:
-                said = 10 * done // max(1, total)
+        def report(done: int) -> None:
+            nonlocal last
+            if 10 * done // max(1, total) > last:
+                last = 10 * done // max(1, total)
                 console.print(f"{what}: {done:,} of {total:,}", highlight=False, markup=False, soft_wrap=True)
 
-        yield tell
+        yield report
         return
     with Progress(
         TextColumn("{task.description}", markup=False),
@@ -37,13 +37,13 @@ def progress(total: int, what: str, console: Console) -> Iterator[Callable[[int]
         yield lambda done: bar.update(task, completed=done)
 
 
-def summed(tell: Callable[[int], None]) -> Callable[[int], None]:
-    """Adapt `tell`, which takes the number of images done, to work that reports the images of each batch."""
+def summed(report: Callable[[int], None]) -> Callable[[int], None]:
+    """Adapt `report`, which takes the number of images done, to work that reports the images of each batch."""
     done = 0
 
     def add(images: int) -> None:
         nonlocal done
         done += images
-        tell(done)
+        report(done)
 
     return add

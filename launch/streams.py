@@ -50,9 +50,9 @@ def reader_left(stream: TextIO) -> bool:
         return False
     if getattr(stream, "silenced", False):
         return True
-    asked = select.poll()
-    asked.register(number, 0)
-    return any(event & select.POLLERR for _, event in asked.poll(0))
+    poll = select.poll()
+    poll.register(number, 0)
+    return any(event & select.POLLERR for _, event in poll.poll(0))
 
 
 @contextmanager

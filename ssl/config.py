@@ -135,8 +135,8 @@ def refuse(problems: list[str]) -> None:
     if problems:
         count = f"{len(problems)} mistakes" if len(problems) > 1 else "A mistake"
         more = [f"and {len(problems) - MAX_REPORTED} more"] if len(problems) > MAX_REPORTED else []
-        told = "; ".join(problems[:MAX_REPORTED] + more)
-        raise UserError(f"{count} in the settings: {told}{'' if told.endswith('?') else '.'}")
+        message = "; ".join(problems[:MAX_REPORTED] + more)
+        raise UserError(f"{count} in the settings: {message}{'' if message.endswith('?') else '.'}")
 
 
 def to_yaml(run: AnyRun) -> str:

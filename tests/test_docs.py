@@ -150,7 +150,7 @@ def test_links_of_a_page_lead_somewhere(page: Path) -> None:
 def test_the_design_names_every_module() -> None:
     text = (ROOT / "docs" / "design.md").read_text()
     named = {path for name in re.findall(r"(?:ssl|eval|launch)/[\w./{},]+\.py", text) for path in expanded(name)}
-    modules = {names(file) for room in ("ssl", "eval", "launch") for file in (ROOT / room).rglob("*.py")}
+    modules = {names(file) for package in ("ssl", "eval", "launch") for file in (ROOT / package).rglob("*.py")}
     modules = {module for module in modules if not module.endswith("__init__.py")}
     assert modules <= named, f"add to docs/design.md: {', '.join(sorted(modules - named))}"
 
@@ -304,11 +304,11 @@ def test_papers_of_the_methods_page_are_in_the_citation_file() -> None:
     assert cited <= listed, f"missing in CITATION.cff: {sorted(cited - listed)}"
 
 
-@pytest.mark.parametrize("room", ["ssl", "eval", "launch"])
-def test_types_are_published(room: str) -> None:
+@pytest.mark.parametrize("package", ["ssl", "eval", "launch"])
+def test_types_are_published(package: str) -> None:
     tools = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
-    assert (ROOT / room / "py.typed").is_file()
-    assert "py.typed" in tools["package-data"][f"nearfar.{room}"]
+    assert (ROOT / package / "py.typed").is_file()
+    assert "py.typed" in tools["package-data"][f"nearfar.{package}"]
 
 
 def test_figures_are_small() -> None:

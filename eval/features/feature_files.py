@@ -90,8 +90,8 @@ def _write_columns(folder: Path, whole: Features, source: Source, manifest: dict
         x[start : start + _ROWS] = whole.x[start : start + _ROWS, columns]
     x.flush()
     kept = {key: value for key, value in whole.manifest.items() if key not in (*manifest, "arrays")}
-    told = {**manifest, **kept, "shape": list(shape)}
-    save_rest(folder, replace(whole, x=x, manifest=told), source)
+    merged = {**manifest, **kept, "shape": list(shape)}
+    save_rest(folder, replace(whole, x=x, manifest=merged), source)
 
 
 # Tables -----------------------------------------------------------------------------------------------------

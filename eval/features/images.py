@@ -84,8 +84,8 @@ def default_workers(device: torch.device, batches: int) -> int:
     """One for each core of this process, or for each fourth where the network itself computes on the cores; none for a
     single batch, since there is nothing to decode meanwhile."""
     cores = from_environment().cores or available_cores()
-    wanted = cores if device.type == "cuda" else max(1, cores // 4)
-    return max(0, min(wanted, _MOST_WORKERS, batches - 1))
+    preferred = cores if device.type == "cuda" else max(1, cores // 4)
+    return max(0, min(preferred, _MOST_WORKERS, batches - 1))
 
 
 def batches(
@@ -259,7 +259,7 @@ def _collate(items: list[DecodedBatch]) -> DecodedBatch:
         [i for item in items for i in item.index],
         [mask for item in items for mask in item.masks],
         [bad for item in items for bad in item.bad],
-        [words for item in items for words in item.rescaled],
+        [note for item in items for note in item.rescaled],
     )
 
 

@@ -41,13 +41,13 @@ class _Requests:
     """What the first rank asks of another one, which sends a batch for each request and meanwhile computes the next."""
 
     def __init__(self, rank: int, batches: int) -> None:
-        self.rank, self.left, self.asked = rank, batches, False
+        self.rank, self.left, self.requested = rank, batches, False
         self._last: tuple[Tensor, dist.Work | None] | None = None  # kept until it has arrived
         self._ask()
 
     def _ask(self) -> None:
-        self.asked = self.left > 0
-        if self.asked:
+        self.requested = self.left > 0
+        if self.requested:
             self._send(1)
             self.left -= 1
 
@@ -70,7 +70,7 @@ class _Requests:
         if self.left:
             self.left = 0
             self._send(0)
-        if self.asked:
+        if self.requested:
             self.take()
         self._arrived()
 
@@ -97,10 +97,10 @@ def in_order(own: Iterator[Computed], count: int) -> Generator[Computed]:
 def send(computed: Iterable[Computed]) -> None:
     """On another rank: its batches to the first, as long as that one asks for them."""
     before: tuple[list[Tensor], list[dist.Work]] = [], []
-    asked = torch.empty(1, dtype=torch.int64)
+    request = torch.empty(1, dtype=torch.int64)
     for batch, x in computed:
-        dist.recv(asked, 0)
-        if not asked:
+        dist.recv(request, 0)
+        if not request:
             break
         parts = _packed(batch, x)
         works = [dist.isend(part, 0) for part in parts]

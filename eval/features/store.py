@@ -127,8 +127,8 @@ def _misshapen(name: str, array: np.ndarray, shape: tuple[int, ...]) -> str | No
     if array.dtype.kind not in kinds:
         return f"entries of type {array.dtype}"
     if array.ndim not in dimensions or len(array) != shape[0] or (name == "features" and array.shape != shape):
-        wanted = shape if name == "features" else f"{shape[0]} rows"
-        return f"shape {array.shape}, but the manifest says {wanted}"
+        expected = shape if name == "features" else f"{shape[0]} rows"
+        return f"shape {array.shape}, but the manifest says {expected}"
     return None
 
 

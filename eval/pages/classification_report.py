@@ -63,9 +63,9 @@ def _summary(settings: Mapping[str, Any], score: Score | None) -> str:
     what += "s" * (known.get("train.epochs") != 1)
     if score is None:
         return f"{what}. It is not scored: give labeled images as data.val."
-    said = score.detail or {}
-    five = f", top-5 {said['top5']:.1f} %" if isinstance(said.get("top5"), int | float) else ""
-    names = said.get("classes")
+    about = score.detail or {}
+    five = f", top-5 {about['top5']:.1f} %" if isinstance(about.get("top5"), int | float) else ""
+    names = about.get("classes")
     chance = f" (chance: {100 / len(names):.1f} %)" if isinstance(names, list) and names else ""
     return (
         f"{what} on {score.train.images:,} images: {score.percent:.1f} % of {score.val.images:,} images of "
@@ -74,8 +74,8 @@ def _summary(settings: Mapping[str, Any], score: Score | None) -> str:
 
 
 def _classes(score: Score | None) -> str:
-    said = (score.detail or {}) if score else {}
-    names, per_class = said.get("classes"), said.get("per_class")
+    about = (score.detail or {}) if score else {}
+    names, per_class = about.get("classes"), about.get("per_class")
     if not isinstance(names, list) or not isinstance(per_class, list):
         return missing("There is no score on labeled images yet.")
     rows = [
@@ -83,9 +83,9 @@ def _classes(score: Score | None) -> str:
         for name, share in zip(names, per_class, strict=False)
         if share is None or isinstance(share, int | float)
     ]
-    matrix = confusion_matrix(said.get("confusion"), names)
-    told = soft("Rows are true classes, columns answers, in percent of the row.") + matrix if matrix else ""
-    return told + folded("Accuracy of each class", text_table(rows))
+    matrix = confusion_matrix(about.get("confusion"), names)
+    confusion = soft("Rows are true classes, columns answers, in percent of the row.") + matrix if matrix else ""
+    return confusion + folded("Accuracy of each class", text_table(rows))
 
 
 def _frozen(scores: Sequence[Score]) -> Iterator[str]:

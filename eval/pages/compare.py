@@ -120,15 +120,15 @@ def comparison_table(found: Comparison, console: Console) -> Group:
     """A comparison for a terminal: scores first; settings in columns of their own where these fit, else in one, and
     where the scores do not fit, in several tables below each other."""
     wide = _table(found, columns=True)
-    room = console.options.update(width=10_000)
-    if Measurement.get(console, room, wide).maximum <= console.width:
+    unbounded = console.options.update(width=10_000)
+    if Measurement.get(console, unbounded, wide).maximum <= console.width:
         return Group(wide)
     tables, tasks = [], list(found.tasks)
     scores_in = console.width - (_LEAST_SETTINGS if found.keys else 0)
 
     def fits(count: int) -> bool:
         part = _table(found._replace(tasks=tasks[:count], keys={}), columns=False)
-        return Measurement.get(console, room, part).minimum <= scores_in
+        return Measurement.get(console, unbounded, part).minimum <= scores_in
 
     while tasks:
         count = next((count for count in range(len(tasks), 1, -1) if fits(count)), 1)

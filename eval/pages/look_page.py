@@ -89,7 +89,7 @@ def _map(looked: LookInputs, look: DataLook) -> str:
     dots = "".join(
         f'<circle cx="{8 + 584 * x:.1f}" cy="{8 + 584 * y:.1f}" r="{_radius(len(numbers))}" '
         f'fill="{color[int(number)]}"><title>{html.escape(name(int(number)))}</title></circle>'
-        for (x, y), number in zip(look.place.tolist(), numbers.tolist(), strict=True)
+        for (x, y), number in zip(look.position.tolist(), numbers.tolist(), strict=True)
     )
     legend = "".join(
         f'<li><i style="background:{color[int(number)]}"></i>{html.escape(name(int(number)))}</li>'
@@ -114,8 +114,8 @@ def _radius(count: int) -> float:
 
 def _picture_map(looked: LookInputs, look: DataLook) -> str:
     side, pictures = _CELLS * _CELL_SIDE, []
-    for at in thinned_grid(look.place, _CELLS).tolist():
-        x, y = np.minimum((look.place[at] * _CELLS).astype(int), _CELLS - 1) * _CELL_SIDE
+    for at in thinned_grid(look.position, _CELLS).tolist():
+        x, y = np.minimum((look.position[at] * _CELLS).astype(int), _CELLS - 1) * _CELL_SIDE
         try:
             content = encoded(square(looked.source, int(looked.index[at]), _CELL_SIDE - 2))
         except BadImage:
@@ -130,7 +130,7 @@ def _clusters(looked: LookInputs, look: DataLook) -> Figure:
     labels, strips = looked.labels, []
     for number, center in enumerate(look.center.tolist()[:_SHOWN_CLUSTERS]):
         inside = np.flatnonzero(look.cluster == number)
-        apart = np.linalg.norm(look.place[inside] - look.place[center], axis=1)
+        apart = np.linalg.norm(look.position[inside] - look.position[center], axis=1)
         chosen = [center, *(at for at in inside[np.argsort(apart, kind="stable")].tolist() if at != center)]
         spread = [chosen[at] for at in np.linspace(0, len(chosen) - 1, min(_SAMPLES, len(chosen))).astype(int)]
         cells = [cell for at in spread if (cell := looked.cell(at, f"image of cluster {number + 1}"))]

@@ -13,8 +13,8 @@ from nearfar.eval.results import Score
 from nearfar.eval.run_files import flat
 
 
-def views_section(file: Path, told: str) -> str:
-    """The picture of the first batch. told: what is on it."""
+def views_section(file: Path, caption: str) -> str:
+    """The picture of the first batch. caption: what is on it."""
     try:
         content = file.read_bytes()
         figures.kind_of(content)
@@ -24,7 +24,7 @@ def views_section(file: Path, told: str) -> str:
         return section("Views", missing(f"{file.name} cannot be read: {error.strerror}."))
     except ValueError:
         return section("Views", missing(f"{file.name} is not a PNG."))
-    return section("Views", soft(told) + image(content, "the views of training images"))
+    return section("Views", soft(caption) + image(content, "the views of training images"))
 
 
 def settings_section(settings: Mapping[str, Any]) -> str:

@@ -33,19 +33,19 @@ def robustness_section(table: Table) -> str:
     clean = costs[CLEAN][0]
     worst = min((name for name in costs if name != CLEAN), key=lambda name: costs[name][1], default=CLEAN)
     noise = chance_difference([clean, clean], [score.val.images] * 2)
-    told = (
+    text = (
         "Top-1 of k-NN under each perturbation of the test images, with the change from clean ones in points; the "
         "neighbors are clean training images, so nothing has learned from perturbed ones. "
     )
     if costs[worst][1] < 0:
-        told += (
+        text += (
             f"The largest loss of the {SUBJECTS[first]} features: {worst}, {signed(costs[worst][1])} points of "
             f"{clean:.1f} %. Changes up to {noise:.1f} points are within the noise of {score.val.images:,} images. "
         )
     names = dict.fromkeys(name for rows in columns.values() for name in rows)
     cells = [[name, *(_cell(rows.get(name), name) for rows in columns.values())] for name in names]
     shown = number_table(["test images", *(SUBJECTS[subject] for subject in columns)], cells)
-    return section("Robustness", soft(told + _ORDER) + shown + _left_out(score))
+    return section("Robustness", soft(text + _ORDER) + shown + _left_out(score))
 
 
 def position_section(table: Table) -> str:
@@ -53,7 +53,7 @@ def position_section(table: Table) -> str:
     found = {subject: sides for subject, scores in table.items() if (sides := row_and_column(scores.get("position")))}
     if not found:
         return ""
-    told = (
+    text = (
         "R2 of a linear map from a patch token to its row and its column, on test images: 1 = the place can be read "
         "off the token, 0 = no better than guessing the middle. Photographs have a sky and a ground, so even raw "
         "pixels tell something of their row; what training adds is the difference from the other lines."
@@ -63,9 +63,9 @@ def position_section(table: Table) -> str:
         gaps = [
             f"{signed(mine - sum(s) / 2, 2)} from {SUBJECTS[name]}" for name, s in found.items() if name != "trained"
         ]
-        told += f" Here, in the mean of both: {', '.join(gaps)}."
+        text += f" Here, in the mean of both: {', '.join(gaps)}."
     rows = [[SUBJECTS[name], *(f"{side:.3f}" for side in sides)] for name, sides in found.items()]
-    return section("Position", soft(told) + number_table(["patch tokens", "row", "column"], rows))
+    return section("Position", soft(text) + number_table(["patch tokens", "row", "column"], rows))
 
 
 def top1_and_change(score: Score | None) -> dict[str, tuple[float, float]]:

@@ -48,10 +48,10 @@ def verdict(
     last: dict[str, float] = {}
     for line in metrics:
         last |= line
-    said = f"{TITLES[task]} {score.percent:.1f} %"
+    own = f"{TITLES[task]} {score.percent:.1f} %"
     against = {"start": "the starting weights", "untrained": "untrained", "pixels": "raw pixels"}
     compared = ", ".join(f"{against[subject]} {other.percent:.1f} %" for subject, other in others.items())
-    facts = f"{said} ({compared})" if compared else said
+    facts = f"{own} ({compared})" if compared else own
     facts += _health(last)
     besides = _other_tasks(table, task)
     advice = _advice(last, settings, score.step)
@@ -93,21 +93,21 @@ def _shortfall(score: Score, margins: Mapping[str, _Margin]) -> str:
     better = {name: margin.points for name, margin in margins.items() if margin.better}
     worse = [name for name, margin in margins.items() if margin.worse]
     tied = {name: margin for name, margin in margins.items() if not margin.better and not margin.worse}
-    told = []
+    findings = []
     if better:
-        told.append(
+        findings.append(
             "better than " + " and than ".join(f"{name} by {points:.1f} points" for name, points in better.items())
         )
     if worse:
-        told.append("worse than " + " and than ".join(worse))
+        findings.append("worse than " + " and than ".join(worse))
     if tied:
         differences = ", ".join(signed(margin.points) for margin in tied.values())
         most = max(margin.chance for margin in tied.values())
         why = f"within the noise of {score.val.images:,} images, where up to {most:.1f} points may be chance"
         why = f"less than {most:.1f} points" if score.task == "segment" else why
-        told.append(f"neither better nor worse than {' and than '.join(tied)} ({differences}: {why})")
+        findings.append(f"neither better nor worse than {' and than '.join(tied)} ({differences}: {why})")
     how = "has paid off in part" if better and not worse else "has not paid off yet"
-    return f"Training {how}: the features are {', and '.join(told)}"
+    return f"Training {how}: the features are {', and '.join(findings)}"
 
 
 def _more_images(score: Score, margins: Mapping[str, _Margin]) -> str:
@@ -122,7 +122,7 @@ def _more_images(score: Score, margins: Mapping[str, _Margin]) -> str:
 
 def _other_tasks(table: Mapping[str, Mapping[str, Score]], decided: str) -> str:
     """The other scores of the trained features beside those of the baselines."""
-    told = []
+    summaries = []
     for task, score in table["trained"].items():
         beside = [
             f"{name} {table[subject][task].percent:.1f} %"
@@ -130,8 +130,8 @@ def _other_tasks(table: Mapping[str, Mapping[str, Score]], decided: str) -> str:
             if task in table.get(subject, {})
         ]
         if task != decided:
-            told.append(f"{TITLES[task]} {score.percent:.1f} %" + (f" ({', '.join(beside)})" if beside else ""))
-    return f"Besides, {', '.join(told)}." if told else ""
+            summaries.append(f"{TITLES[task]} {score.percent:.1f} %" + (f" ({', '.join(beside)})" if beside else ""))
+    return f"Besides, {', '.join(summaries)}." if summaries else ""
 
 
 def _health(last: Mapping[str, float]) -> str:

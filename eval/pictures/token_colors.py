@@ -99,11 +99,11 @@ def painted(colors: NDArray[Any], shown: NDArray[np.bool_], size: tuple[int, int
     return Image.fromarray(pixels, "RGBA").resize(size, Image.Resampling.NEAREST)
 
 
-def similarity(tokens: NDArray[np.floating[Any]], place: tuple[int, int]) -> NDArray[np.float64]:
-    """Cosine of every patch of one image (h, w, D) to the patch at `place` (row, column): (h, w).
+def similarity(tokens: NDArray[np.floating[Any]], position: tuple[int, int]) -> NDArray[np.float64]:
+    """Cosine of every patch of one image (h, w, D) to the patch at `position` (row, column): (h, w).
 
     The mean token of the image is taken away first: what all patches share says nothing about places.
     """
     centered = tokens.astype(np.float64) - tokens.mean((0, 1), dtype=np.float64)
     unit = centered / np.maximum(np.linalg.norm(centered, axis=-1, keepdims=True), 1e-12)
-    return np.asarray(unit @ unit[place])
+    return np.asarray(unit @ unit[position])

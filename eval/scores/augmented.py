@@ -61,8 +61,11 @@ def augmented_score(
     what = "training set of the linear probe"
     device = next(backbone.parameters()).device
     y, truth = labels_of(*pair)
-    labels, answers = check_labeled(pair[0].x, y, what), check_labeled(pair[1].x, truth, "test set of the linear probe")
-    classes = max(check_classes(labels, what, pair[0].manifest.get("classes")), int(answers.max()) + 1)
+    labels, test_labels = (
+        check_labeled(pair[0].x, y, what),
+        check_labeled(pair[1].x, truth, "test set of the linear probe"),
+    )
+    classes = max(check_classes(labels, what, pair[0].manifest.get("classes")), int(test_labels.max()) + 1)
     held = stratified(labels, 0.1, protocol.seed)
     clean = standardize(pair[0].x, device, what)
     kept = Subset(source, pair[0].index[~held.numpy()])
@@ -88,10 +91,10 @@ def augmented_score(
         raise UserError(f"Linear probe: training diverged at every rate of {list(LEARNING_RATES)}.")
     queries = StandardizedRows(pair[1].x, device, clean.mean, clean.scale)
     number = rows.index(best)
-    found = score_heads(heads, queries, answers, torch.arange(len(answers)), "test set of the linear probe")
+    found = score_heads(heads, queries, test_labels, torch.arange(len(test_labels)), "test set of the linear probe")
     detail: dict[str, Any] = {key: values[number] for key, values in found.items() if key.startswith("top")}
     detail |= {"lr": best["lr"], "decay": best["decay"], "holdout": rows, "epochs": protocol.epochs, "classes": classes}
-    detail |= {"augment": {"scale": list(SCALE), "flip": 0.5}, "train": len(kept), "test": len(answers)}
+    detail |= {"augment": {"scale": list(SCALE), "flip": 0.5}, "train": len(kept), "test": len(test_labels)}
     return TaskScore("linear", detail["top1"], {**detail, "features": origin_of(*pair)})
 
 

@@ -149,11 +149,11 @@ def _mistakes(predicted: Tensor, truth: Tensor, names: list[str] | None) -> dict
     classes = 1 + int(torch.maximum(predicted.max(), truth.max()))
     table = confusion(predicted, truth, classes)
     wrong = table - torch.diag(table.diag())
-    count, place = wrong.flatten().topk(min(10, wrong.numel()))
+    count, index = wrong.flatten().topk(min(10, wrong.numel()))
     known = names if names is not None and len(names) >= classes else list(map(str, range(classes)))
     most = [
         {"class": known[at // classes], "taken_for": known[at % classes], "images": images}
-        for images, at in zip(count.tolist(), place.tolist(), strict=True)
+        for images, at in zip(count.tolist(), index.tolist(), strict=True)
         if images
     ]
     found: dict[str, Any] = {"per_class": per_class(predicted, truth, classes), "most_confused": most}

@@ -49,18 +49,18 @@ class Plan(NamedTuple):
     masks: str | None = None
 
 
-def plan(train: Data, val: Data, wanted: Iterable[str] | None = None, classes: int | None = None) -> Plan:
-    """What can be scored on these data sets; wanted: None for all of `OF_ALL` that they allow.
+def plan(train: Data, val: Data, requested: Iterable[str] | None = None, classes: int | None = None) -> Plan:
+    """What can be scored on these data sets; requested: None for all of `OF_ALL` that they allow.
 
     classes: of the masks, where the user says so. Raises UserError for unknown tasks, where nothing can be scored, for
     a wanted task that cannot, and for masks with impossible classes.
     """
-    chosen = OF_ALL if wanted is None else tuple(wanted)
+    chosen = OF_ALL if requested is None else tuple(requested)
     if unknown := set(chosen) - set(TASKS):
         raise UserError(f"Unknown evaluation {', '.join(sorted(unknown))}: use {', '.join(TASKS)}.")
     reasons = {task: reason for task in chosen if (reason := _missing(task, train, val))}
     possible = tuple(task for task in TASKS if task in chosen and task not in reasons)
-    if not possible or (reasons and wanted is not None and not set(HEADLINES) <= set(chosen)):
+    if not possible or (reasons and requested is not None and not set(HEADLINES) <= set(chosen)):
         raise UserError(" ".join(dict.fromkeys(reasons.values())))
     masked = any(task in _NEED_MASKS for task in possible)
     digested: list[str] = []
@@ -72,10 +72,10 @@ def plan(train: Data, val: Data, wanted: Iterable[str] | None = None, classes: i
     left_out: dict[str, list[str]] = {}
     for task, reason in reasons.items():
         left_out.setdefault(reason, []).append(TITLES[task])
-    words = tuple(f"Left out: {listed(tasks)}. {reason}" for reason, tasks in left_out.items())
+    notes = tuple(f"Left out: {listed(tasks)}. {reason}" for reason, tasks in left_out.items())
     if not masked:
-        return Plan(possible, None, words)
-    return Plan(possible, classes, words, digests.fingerprint(digested)[:16])
+        return Plan(possible, None, notes)
+    return Plan(possible, classes, notes, digests.fingerprint(digested)[:16])
 
 
 def _digested(masks: Iterable[tuple[str, np.ndarray]], parts: list[str]) -> Iterator[tuple[str, np.ndarray]]:

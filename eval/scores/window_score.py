@@ -152,13 +152,13 @@ def _confusion(
     for i in range(len(test)):
         try:
             image = test.read(i)
-            mask, words = fitting_mask(test, i, (image.height, image.width))
+            mask, note = fitting_mask(test, i, (image.height, image.width))
         except BadImage as error:
             bad[error.name] = error.why
             continue
         if mask is None:
             raise UserError(f"The image {test.name(i)} has no mask: give every image one, or leave it out.")
-        rescaled += [words] if words else []
+        rescaled += [note] if note else []
         pixels = normalize_pixels(torch.from_numpy(np.array(image)).permute(2, 0, 1)).to(device)
         predicted = predicted_classes(pixels, logits_of, windows)
         table += pixel_confusion(resized_mask(predicted, (mask.shape[0], mask.shape[1])), mask, classes)

@@ -209,5 +209,5 @@ def _settings(exported: ExportedBackbone) -> Iterator[str]:
     versions = exported.about.get("versions")
     if isinstance(versions, dict):
         yield ""
-        told = ", ".join(f"{one_line(str(key), 20)} {one_line(str(value), 30)}" for key, value in versions.items())
-        yield f"Trained with {told}."
+        listed = ", ".join(f"{one_line(str(key), 20)} {one_line(str(value), 30)}" for key, value in versions.items())
+        yield f"Trained with {listed}."

@@ -122,10 +122,10 @@ def _check_huggingface(exported: ExportedBackbone, folder: Path) -> FolderExport
     import transformers
 
     try:
-        model, told = transformers.AutoModel.from_pretrained(folder, output_loading_info=True)
+        model, loading = transformers.AutoModel.from_pretrained(folder, output_loading_info=True)
     except (RuntimeError, ValueError, TypeError, OSError) as error:
         raise UserError(f"transformers does not load what was written: {' '.join(str(error).split())[:300]}") from error
-    misfits = {str(key) for kind in ("missing_keys", "unexpected_keys", "mismatched_keys") for key in told[kind]}
+    misfits = {str(key) for kind in ("missing_keys", "unexpected_keys", "mismatched_keys") for key in loading[kind]}
     if wrong := sorted(misfits):
         raise UserError(f"transformers does not know the tensors {', '.join(wrong[:5])}, so nothing was written.")
     with torch.no_grad():

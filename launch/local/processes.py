@@ -25,7 +25,7 @@ from nearfar.ssl.settings.run import AnyRun
 
 R = TypeVar("R", bound=AnyRun)
 T = TypeVar("T")
-HEARD_WITHIN = 5.0  # seconds in which the main thread must have noticed that another rank died
+NOTICED_WITHIN = 5.0  # seconds in which the main thread must have noticed that another rank died
 
 
 def ranks_here(run: AnyRun) -> Derived:
@@ -111,11 +111,11 @@ def _watch(others: dict[int, subprocess.Popen[bytes]], ended: threading.Event) -
         for rank, process in others.items():
             if process.poll() in (None, 0, EXIT_PEER):
                 continue
-            if ended.wait(HEARD_WITHIN):
+            if ended.wait(NOTICED_WITHIN):
                 return
-            told = f"Lost rank {rank} of this machine: rank {rank} {_how(process)}. Checkpoints saved are intact."
-            if not distributed.lost(told):  # the ranks have not met yet, or nothing watches them
-                print(f"nearfar: {told}", file=sys.stderr, flush=True)
+            message = f"Lost rank {rank} of this machine: rank {rank} {_how(process)}. Checkpoints saved are intact."
+            if not distributed.lost(message):  # the ranks have not met yet, or nothing watches them
+                print(f"nearfar: {message}", file=sys.stderr, flush=True)
                 # The others notice within a second. A mistake of the user's was told by the rank that met it.
                 os._exit(EXIT_USER if process.returncode == EXIT_USER else EXIT_PEER)
             return
@@ -139,9 +139,9 @@ def _start(run: AnyRun, environment: dict[str, Any]) -> subprocess.Popen[bytes]:
 def _only_loopback() -> Iterator[None]:
     """Within it gloo and NCCL listen at no other interface than the machine's own; ranks started now inherit it."""
     names = [name for _, name in socket.if_nameindex() if name in ("lo", "lo0")]
-    wanted = {f"{library}_SOCKET_IFNAME": name for library in ("GLOO", "NCCL") for name in names}
-    before = {key: os.environ.get(key) for key in wanted}
-    os.environ.update(wanted)
+    variables = {f"{library}_SOCKET_IFNAME": name for library in ("GLOO", "NCCL") for name in names}
+    before = {key: os.environ.get(key) for key in variables}
+    os.environ.update(variables)
     try:
         yield
     finally:

@@ -52,8 +52,8 @@ def look(path: str, weights: Path, out: Path, options: LookOptions, console: Con
     seen = spread(source, options.max_images)
     if len(seen) < len(source):
         _say(f"Looking at {len(seen):,} of {len(source):,} images, evenly spread (--max-images).", console)
-    with progress(len(seen), f"Reading {path}", console) as tell:
-        decoding = Decoding(workers=options.workers, progress=summed(tell))
+    with progress(len(seen), f"Reading {path}", console) as report:
+        decoding = Decoding(workers=options.workers, progress=summed(report))
         features = extract(subject.backbone, seen, protocol_of(subject, size=options.size).pooled, decoding)
     found = look_at(features.x, clusters=options.clusters or _classes(seen), duplicate=options.duplicate_cosine)
     step = "" if subject.step is None else f", step {subject.step:,}"

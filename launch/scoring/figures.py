@@ -94,12 +94,12 @@ def _neighbors(pictured: FigureInputs) -> Figure:
     }
     for kind, features in kinds.items():
         known = features(memory)
-        asked = known if itself else features(val)
+        queries = known if itself else features(val)
         k = min(NEIGHBORS, len(known.x) - itself)
         if k < 1:
             raise UserError("There are too few images to have neighbors.")
-        _, near = neighbors(known.x, asked.x, k, leave_one_out=itself)
-        found[kind], rows = known.index[near.numpy()], asked.index
+        _, near = neighbors(known.x, queries.x, k, leave_one_out=itself)
+        found[kind], rows = known.index[near.numpy()], queries.index
     assert rows is not None  # both kinds read the same images
     share = {kind: same_class((val, rows.tolist()), memory, near) for kind, near in found.items()}
     chosen = _spread_rows(val, rows)
@@ -133,17 +133,23 @@ def _masks(pictured: FigureInputs) -> Figure:
     classes = (score.detail or {}).get("classes")
     if not isinstance(classes, int):
         raise UserError("The segmentation score does not say how many classes there are.")
-    subject, said = pictured.subject, score.reading
+    subject, reading_of_score = pictured.subject, score.reading
     patch = subject.backbone.patch_size
-    height, width = sides(said["size"]) if said.get("size") else native_grid(train, patch)
+    height, width = sides(reading_of_score["size"]) if reading_of_score.get("size") else native_grid(train, patch)
     size = whole_patches(height, patch), whole_patches(width, patch)  # crops and windows may be of any size
-    reading = Reading(size, layer=str(said["layer"]), pooling="grid", amp=subject.amp)
+    reading = Reading(size, layer=str(reading_of_score["layer"]), pooling="grid", amp=subject.amp)
     few = Decoding(batch_size=8)
     grids = [
         extract(subject.backbone, spread(source, n), reading, few) for source, n in ((train, MASKED), (val, SHOWN))
     ]
-    locat = said.get("head") == "locat"  # here on whole images, without crops: its head, with that head's own steps
-    training = ProbeTraining("mlp") if locat else ProbeTraining(str(said.get("head", "linear")), said.get("steps"))
+    locat = (
+        reading_of_score.get("head") == "locat"
+    )  # here on whole images, without crops: its head, with that head's own steps
+    training = (
+        ProbeTraining("mlp")
+        if locat
+        else ProbeTraining(str(reading_of_score.get("head", "linear")), reading_of_score.get("steps"))
+    )
     truth = grids[1].mask_list()
     predicted = predict_masks(
         (grids[0].x, grids[0].mask_list()), (grids[1].x, [mask.shape for mask in truth]), classes, training,
@@ -255,11 +261,11 @@ def _token_group(
     picture = _picture(view).resize((side, side), Image.Resampling.BICUBIC)
     rows, columns = np.nonzero(shown if shown.any() else np.ones_like(shown))
     nearest = np.argmin((rows - rows.mean()) ** 2 + (columns - columns.mean()) ** 2)
-    place = int(rows[nearest]), int(columns[nearest])
-    alike = similarity(tokens, place)
+    position = int(rows[nearest]), int(columns[nearest])
+    alike = similarity(tokens, position)
     heat = heat_map(alike.clip(0), (side, side))
     step = side / len(tokens)
-    marked = Image.fromarray(_cross(np.array(heat), ((place[0] + 0.5) * step, (place[1] + 0.5) * step)))
+    marked = Image.fromarray(_cross(np.array(heat), ((position[0] + 0.5) * step, (position[1] + 0.5) * step)))
     return Group(
         (
             (
@@ -298,7 +304,7 @@ def readable_views(source: Source, size: int, most: int) -> torch.Tensor:
 
     Raises UserError where none of them can be read.
     """
-    views, told, n = dict[int, torch.Tensor](), "", len(source)
+    views, reason, n = dict[int, torch.Tensor](), "", len(source)
     for i in np.linspace(0, n - 1, min(most, n)).astype(int).tolist():
         for j in range(i, min(i + 10, n)):  # a damaged image: the next one
             if j in views:
@@ -306,11 +312,11 @@ def readable_views(source: Source, size: int, most: int) -> torch.Tensor:
             try:
                 views[j] = torch.as_tensor(eval_view(source.read(j), size, size))
             except BadImage as error:
-                told = f" {error}"
+                reason = f" {error}"
                 continue
             break
     if not views:
-        raise UserError(f"No image of the run could be read.{told}")
+        raise UserError(f"No image of the run could be read.{reason}")
     return torch.stack(list(views.values()))
 
 

@@ -79,15 +79,15 @@ def _placed(details: Mapping[str, dict[str, Any]]) -> tuple[str, dict[str, dict[
 
 def remarks(found: Iterable[Score]) -> Iterable[str]:
     """Images that are not in the scores, and masks of another size: a line for each data set."""
-    said: dict[str, None] = {}
+    notes: dict[str, None] = {}
     for score in found:
         origin = (score.detail or {}).get("features", {})
         for split, data in (("train", score.train), ("test", score.val)):
             if (bad := origin.get("unreadable", {}).get(split)) and bad["count"]:
-                said[f"{bad['count']} of {data.images} images in {data.path} are left out: {bad['first']}"] = None
+                notes[f"{bad['count']} of {data.images} images in {data.path} are left out: {bad['first']}"] = None
             if resized := (origin.get("rescaled_masks") or {}).get(split):
-                said[
+                notes[
                     f"{resized['count']} masks of {data.path} are not of their image's size and were scored at their "
                     f"own, the first: {resized['first']}"
                 ] = None
-    return said
+    return notes

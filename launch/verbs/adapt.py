@@ -80,9 +80,9 @@ def settings_for(weights: str, guess: bool = True) -> list[str]:
 
 def _of_run(run: Any) -> list[str]:
     """Sizes and pooling of the run that a file comes from."""
-    wanted = {"views": ("global_crops_size", "local_crops_size"), "head": ("pooling",), "eval": ("size", "resize")}
+    sections = {"views": ("global_crops_size", "local_crops_size"), "head": ("pooling",), "eval": ("size", "resize")}
     found = []
-    for section, keys in wanted.items():
+    for section, keys in sections.items():
         values = run.get(section) if isinstance(run, dict) else None
         for key in keys:
             if isinstance(values, dict) and values.get(key) is not None:

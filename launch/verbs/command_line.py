@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from nearfar.launch.failures import tell
+from nearfar.launch.failures import print_paragraph
 from nearfar.launch.recipes import bundled
 from nearfar.ssl.errors import EXIT_USER
 from nearfar.ssl.settings.messages import meant, nearest
@@ -73,7 +73,7 @@ def refuse_leftover(words: Sequence[str], left: Sequence[str]) -> NoReturn:
     from nearfar.ssl.settings.listing import KEYS
     from nearfar.ssl.settings.messages import nearest_setting
 
-    told = []
+    problems = []
     for flag in (word for word in left if word.startswith("-")):
         name, sign, value = flag.lstrip("-").partition("=")
         key = nearest_setting(name.replace("-", "_"), KEYS)
@@ -81,13 +81,13 @@ def refuse_leftover(words: Sequence[str], left: Sequence[str]) -> NoReturn:
             after = words[words.index(flag) + 1 :][:1]
             value = after[0] if after and not after[0].startswith("-") and "=" not in after[0] else "VALUE"
         hint = f"; the setting is written {key}={value}" if key else ""
-        told.append(f"{flag.partition('=')[0]} is no flag of `nearfar {words[0]}`{hint}")
-    told = told or [f"'{' '.join(left)}' is not expected by `nearfar {words[0]}`"]
-    _end(f"{'. '.join(told)}. See `nearfar {words[0]} --help`")
+        problems.append(f"{flag.partition('=')[0]} is no flag of `nearfar {words[0]}`{hint}")
+    problems = problems or [f"'{' '.join(left)}' is not expected by `nearfar {words[0]}`"]
+    _end(f"{'. '.join(problems)}. See `nearfar {words[0]} --help`")
 
 
 def _end(message: str) -> NoReturn:
-    tell(message if message.endswith("?") else f"{message}.")
+    print_paragraph(message if message.endswith("?") else f"{message}.")
     raise SystemExit(EXIT_USER)
 
 

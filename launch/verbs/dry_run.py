@@ -127,14 +127,14 @@ def measure(training: Training[Any, Any]) -> Measured:
     training.loader.seek(0, 0)
     took: list[float] = []
     waits: list[float] = []
-    begun = asked = time.monotonic()
+    begun = requested = time.monotonic()
     with closing(cast("Generator[Batch]", iter(training.loader))) as batches:
         for batch in batches:
-            waits.append(time.monotonic() - asked)
+            waits.append(time.monotonic() - requested)
             training.started_step(training.views(batch), values, tuple).report.read()  # one not finite costs as much
-            took.append(time.monotonic() - asked)
-            asked = time.monotonic()
-            if len(took) > MOST_STEPS or (len(took) > FEWEST_STEPS and asked - begun - took[0] > LONGEST):
+            took.append(time.monotonic() - requested)
+            requested = time.monotonic()
+            if len(took) > MOST_STEPS or (len(took) > FEWEST_STEPS and requested - begun - took[0] > LONGEST):
                 break
     training.step = begins
     timed = took[1:] or took  # the first also starts workers and allocates
@@ -186,7 +186,7 @@ def _costs(run: AnyRun, learner: StudentTeacher, steps: int, compute: Compute, m
     disk = announce.disk_sizes(learner, run.train.keep_last)
     count = f"{measured.steps} timed steps" if measured.steps else "a single step with its start-up"
     by = "" if ranks == 1 else f" by one of the {ranks} processes, alone and so with the machine to itself"
-    place = "of GPU memory" if compute.device.type == "cuda" else "of memory"
+    memory = "of GPU memory" if compute.device.type == "cuda" else "of memory"
     each = "" if ranks == 1 else f" ({byte_size(measured.memory)} in each of {ranks} processes)"
     return [
         "",
@@ -194,7 +194,7 @@ def _costs(run: AnyRun, learner: StudentTeacher, steps: int, compute: Compute, m
         f"Time       about {duration(steps * measured.seconds)} for {steps:,} steps of {measured.seconds:.2f} s on "
         f"{compute.device.type} in {compute.rounding} ({100 * measured.waiting:.0f} % of it waiting for images), "
         "without scores and checkpoints",
-        f"Memory     about {byte_size(ranks * measured.memory)} {place}{each}, besides that of the data workers"
+        f"Memory     about {byte_size(ranks * measured.memory)} {memory}{each}, besides that of the data workers"
         + (
             f" and {byte_size(disk.checkpoint)} on the host for the copy from which checkpoints are written"
             * run.train.save_in_background

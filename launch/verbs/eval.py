@@ -177,8 +177,8 @@ def protocol_flags(arguments: argparse.Namespace) -> dict[str, Any]:
         given["linear_poolings"] = tuple(arguments.pooling.split(",")) if arguments.pooling else None
     else:
         given["pooling"] = arguments.pooling
-        place = {"segment": "grid_layer", "retrieval": "dense_layer", "position": "dense_layer"}
-        given[place.get(arguments.what, "layer")] = arguments.layer
+        fields = {"segment": "grid_layer", "retrieval": "dense_layer", "position": "dense_layer"}
+        given[fields.get(arguments.what, "layer")] = arguments.layer
     given["grid_size"] = tuple(arguments.grid_size) if arguments.grid_size else None
     return given
 

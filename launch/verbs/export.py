@@ -58,10 +58,10 @@ def run_export(arguments: argparse.Namespace) -> None:
     require_free(out)
     exported = to_export(arguments.model, arguments.checkpoint, arguments.license)
     try:
-        said = _write(exported, kind, out, tuple(arguments.size) if arguments.size else None)
+        outcome = _write(exported, kind, out, tuple(arguments.size) if arguments.size else None)
     except OSError as error:
         raise UserError(f"{out} could not be written: {error.strerror or error}.") from error
-    print(f"{out}: {exported.arch['name']} of step {exported.about.get('step')}{said}")
+    print(f"{out}: {exported.arch['name']} of step {exported.about.get('step')}{outcome}")
 
 
 def _write(exported: ExportedBackbone, kind: str, out: Path, size: tuple[int, int] | None) -> str:

@@ -51,8 +51,8 @@ def run_features(arguments: argparse.Namespace) -> None:
     def write(decoding: Decoding) -> None:
         placed = subject.on(compute)
         reading = protocol_of(placed, **given).pooled
-        with progress(len(source), f"Reading {arguments.data}", Console()) as tell:
-            decoding = replace(decoding, progress=summed(tell))
+        with progress(len(source), f"Reading {arguments.data}", Console()) as report:
+            decoding = replace(decoding, progress=summed(report))
             if len(layers) < 2:
                 stores = {arguments.out: FeatureStore.write(arguments.out, placed.backbone, source, reading, decoding)}
             else:

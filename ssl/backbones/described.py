@@ -96,11 +96,11 @@ def check_described(arch: Any, where: str) -> dict[str, Any]:
         raise UserError(f"{where} does not say which architecture it holds. Export the backbone again.")
     wrong = []
     for key, value in arch.items():
-        valid, words = KEYS.get(key, (None, ""))
+        valid, requirement = KEYS.get(key, (None, ""))
         if valid is None:
             wrong.append(f"{one_line(str(key), 40)!r} is not part of an architecture")
         elif not valid(value):
-            wrong.append(f"{key} is {one_line(repr(value)[:200], 60)}, and should be {words}")
+            wrong.append(f"{key} is {one_line(repr(value)[:200], 60)}, and should be {requirement}")
     named = re.search(r"_patch(\d{1,9})", str(arch["name"])[:120])
     if not wrong and not arch["name"].startswith("timm/") and named and int(named[1]) > NAMED_PATCH:
         wrong.append(f"a patch size of {named[1]} pixels is more than {NAMED_PATCH}")

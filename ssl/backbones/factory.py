@@ -165,7 +165,7 @@ def _create_vim(
     return Adapter(model, {"name": name, **arch, "drop_path": drop_path, "num_heads": model.num_heads})
 
 
-TIMM_WORDS = {"layer_scale": "init_values"}  # settings of ours that timm calls otherwise
+TIMM_NAMES = {"layer_scale": "init_values"}  # settings of ours that timm calls otherwise
 
 
 def _refuse_for_timm(name: str, switches: dict[str, Any]) -> None:
@@ -186,7 +186,7 @@ def _create_timm(
     pretrained: bool,
 ) -> Backbone:
     settings = {key: value for key, value in sizes.items() if value is not None}
-    required: dict[str, Any] = {TIMM_WORDS.get(key, key): v for key, v in settings.items() if key != "mask_token"}
+    required: dict[str, Any] = {TIMM_NAMES.get(key, key): v for key, v in settings.items() if key != "mask_token"}
     # What lets a network run at any size; one that does so anyway does not have these.
     optional: dict[str, Any] = {"img_size": img_size, "dynamic_img_size": True, "strict_img_size": False}
     (required if drop_path else optional)["drop_path_rate"] = drop_path
@@ -218,10 +218,10 @@ def _timm_model(name: str, required: dict[str, Any], optional: dict[str, Any], p
                 raise
             for key in refused:
                 if optional.pop(key, None) is None:
-                    ours = {theirs: own for own, theirs in TIMM_WORDS.items()} | {"drop_path_rate": "drop_path"}
-                    word = ours.get(key, key)
-                    hint = " (where loss.recipe sets it: backbone.layer_scale=null)" if word == "layer_scale" else ""
-                    raise UserError(f"{name} cannot take {word}; leave it out{hint}.") from None
+                    ours = {theirs: own for own, theirs in TIMM_NAMES.items()} | {"drop_path_rate": "drop_path"}
+                    setting = ours.get(key, key)
+                    hint = " (where loss.recipe sets it: backbone.layer_scale=null)" if setting == "layer_scale" else ""
+                    raise UserError(f"{name} cannot take {setting}; leave it out{hint}.") from None
         except (OSError, RuntimeError, ValueError, AssertionError) as error:
             reason = " ".join(str(error).split())[:200]
             if pretrained:

@@ -12,12 +12,12 @@ from urllib.parse import urlparse
 
 
 @contextmanager
-def cache_only_when_offline(wanted: bool) -> Iterator[None]:
+def cache_only_when_offline(enabled: bool) -> Iterator[None]:
     """Within it the Hugging Face client uses only its cache if its host cannot be resolved; its retries are silent.
 
-    wanted: False does nothing.
+    enabled: False does nothing.
     """
-    if not wanted:
+    if not enabled:
         yield
         return
     from huggingface_hub import constants

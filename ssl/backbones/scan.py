@@ -78,21 +78,21 @@ def prefix_scan(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tenso
 
 
 @torch.compiler.assume_constant_result
-def choose_scan(wanted: Scan, device: str) -> Literal["torch", "triton", "mamba"]:
+def choose_scan(requested: Scan, device: str) -> Literal["torch", "triton", "mamba"]:
     """The scan that runs on tensors of a device type ("cpu", "cuda", ...).
 
     "auto" is Triton on CUDA, where a tiny scan has to run first (the log says if it does not), and otherwise torch.
 
     Raises UserError for "triton" and "mamba" where they cannot run.
     """
-    if wanted == "torch" or (wanted == "auto" and device != "cuda"):
+    if requested == "torch" or (requested == "auto" and device != "cuda"):
         return "torch"
     if device != "cuda":
         raise UserError(
-            f"scan={wanted} is made of CUDA kernels and cannot run on the device {device!r}. Set backbone.scan=torch "
-            "(or auto), or train on a CUDA device."
+            f"scan={requested} is made of CUDA kernels and cannot run on the device {device!r}. Set "
+            "backbone.scan=torch (or auto), or train on a CUDA device."
         )
-    if wanted == "mamba":
+    if requested == "mamba":
         if reason := _mamba_missing():
             raise UserError(
                 f"scan=mamba needs the package mamba-ssm with its CUDA kernel, and a tiny scan does not run here "
@@ -101,7 +101,7 @@ def choose_scan(wanted: Scan, device: str) -> Literal["torch", "triton", "mamba"
             )
         return "mamba"
     if reason := _triton_missing():
-        if wanted == "auto":
+        if requested == "auto":
             return "torch"
         raise UserError(
             f"scan=triton needs Triton, which CUDA builds of torch bring, and a tiny scan does not run here ({reason})."

@@ -116,8 +116,8 @@ class TokenModel(nn.Module):
     ) -> list[int]:
         """timm's interface: drop the blocks after the last of `indices`, and the head; returns `indices` from 0."""
         depth = len(self.blocks)
-        wanted = range(depth - indices, depth) if isinstance(indices, int) else indices
-        keep = [index % depth for index in wanted]
+        selected = range(depth - indices, depth) if isinstance(indices, int) else indices
+        keep = [index % depth for index in selected]
         self.blocks = self.blocks[: max(keep) + 1]
         if prune_norm:
             self.norm = nn.Identity()
@@ -267,7 +267,7 @@ def register(name: str, build: Callable[..., TokenModel]) -> None:
         for timms_own in ("pretrained_cfg", "pretrained_cfg_overlay", "cache_dir"):
             kwargs.pop(timms_own, None)
         features_only = kwargs.pop("features_only", False)
-        wanted = {key: kwargs.pop(key) for key in ("out_indices", "output_fmt", "norm") if key in kwargs}
+        feature_options = {key: kwargs.pop(key) for key in ("out_indices", "output_fmt", "norm") if key in kwargs}
         model = build(**kwargs)
         model.pretrained_cfg = model.default_cfg = {  # type: ignore[assignment]
             "architecture": name,
@@ -281,9 +281,9 @@ def register(name: str, build: Callable[..., TokenModel]) -> None:
             "classifier": "head",
         }
         if features_only:
-            return FeatureMaps(model, **{"out_indices": 3, **wanted})
-        if wanted:
-            raise UserError(f"{name} takes {', '.join(wanted)} together with features_only only.")
+            return FeatureMaps(model, **{"out_indices": 3, **feature_options})
+        if feature_options:
+            raise UserError(f"{name} takes {', '.join(feature_options)} together with features_only only.")
         return model
 
     entrypoint.__name__ = entrypoint.__qualname__ = name

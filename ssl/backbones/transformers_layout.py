@@ -64,7 +64,7 @@ def in_dinos_names(state: State) -> State:
 
 def _joined(name: str, parts: State) -> State:
     """Query, key and value as one tensor of this name; as they are where they do not fit each other."""
-    ordered = [parts[key] for word in ("query", "key", "value") for key in parts if f".{word}." in key]
+    ordered = [parts[key] for role in ("query", "key", "value") for key in parts if f".{role}." in key]
     if len(ordered) < len(parts) or len({part.shape[1:] for part in ordered}) > 1 or not ordered[0].ndim:
         return parts
     return {name: torch.cat(ordered)}

@@ -121,8 +121,10 @@ def read_state(path: Path) -> State:
                 found = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a file can hold anything, and the readers raise whatever it leads them to
         text = " ".join(str(error).split())
-        said, _, _ = text.rpartition("WeightsUnpickler error: ")[2].partition(" Check the documentation of torch.load")
-        reason = one_line(said, 200).rstrip(".") or type(error).__name__
+        message, _, _ = text.rpartition("WeightsUnpickler error: ")[2].partition(
+            " Check the documentation of torch.load"
+        )
+        reason = one_line(message, 200).rstrip(".") or type(error).__name__
         if type(error).__name__ == "UnpicklingError" and re.search(r"Unsupported (global|class)|allowed global", text):
             raise UserError(
                 f"{path} holds more than tensors, and reading it could run code, so it was not read ({reason}). Save "

@@ -24,7 +24,9 @@ from nearfar.ssl.errors import UserError
 CompileSetting = bool | Literal["auto"]
 
 
-def switch_on(backbones: Iterable[Backbone], wanted: CompileSetting, device: torch.device, warnings: list[str]) -> bool:
+def switch_on(
+    backbones: Iterable[Backbone], setting: CompileSetting, device: torch.device, warnings: list[str]
+) -> bool:
     """Compile what `backbones` do in training, as `train.compile` says. Are they compiled?
 
     auto: on CUDA, if there is a compiler; where there is none, `warnings` gets a line about it.
@@ -32,10 +34,10 @@ def switch_on(backbones: Iterable[Backbone], wanted: CompileSetting, device: tor
     Raises:
         UserError: asked for, and there is no compiler.
     """
-    if wanted is False or (wanted == "auto" and device.type != "cuda"):
+    if setting is False or (setting == "auto" and device.type != "cuda"):
         return False
     if reason := compiler_missing(device):
-        if wanted == "auto":
+        if setting == "auto":
             warnings.append(f"Nothing is compiled (train.compile=auto), so steps are slower: {reason}.")
             return False
         raise UserError(

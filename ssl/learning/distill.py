@@ -91,13 +91,13 @@ class ProjectedStudent(HeadedBackbone):
 
     def forward(self, groups: list[Tensor]) -> list[ProjectedFeatures]:
         """Groups of equally sized views [(V, B, 3, s, s), ...] -> what it says of each group."""
-        said = []
+        outputs = []
         for group in groups:
             tokens = self.backbone(group.flatten(0, 1))
             features = tokens.pooled(self.pooling)
             patches = self.head.patches(tokens.patches).mT.unflatten(2, tokens.grid)
-            said.append(ProjectedFeatures(features, self.head.summary(features), patches))
-        return said
+            outputs.append(ProjectedFeatures(features, self.head.summary(features), patches))
+        return outputs
 
 
 class Distiller(Learner):
@@ -151,10 +151,10 @@ class Distiller(Learner):
 
         The other arguments are those of other learners.
         """
-        said: list[ProjectedFeatures] = self.student(groups)
+        outputs: list[ProjectedFeatures] = self.student(groups)
         views = sum(len(group) for group in groups)
         summary, patches = [], []
-        for group, ours in zip(groups, said, strict=True):
+        for group, ours in zip(groups, outputs, strict=True):
             theirs = self.source.tokens(group.flatten(0, 1))
             share = len(group) / views
             whole = theirs.pooled(self.source.pooling)
@@ -162,7 +162,7 @@ class Distiller(Learner):
             patches.append(share * patch_cosine_loss(ours.patches, theirs.map()))
         parts = {"summary_loss": torch.stack(summary).sum(), "patch_loss": torch.stack(patches).sum()}
         loss = parts["summary_loss"] + self.patch_weight * parts["patch_loss"]
-        features = said[0].features.detach().unflatten(0, groups[0].shape[:2])
+        features = outputs[0].features.detach().unflatten(0, groups[0].shape[:2])
         return Outputs(loss, (features,), {name: part.detach() for name, part in parts.items()})
 
     def health(self, outputs: Outputs) -> dict[str, float]:

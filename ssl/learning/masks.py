@@ -56,13 +56,13 @@ class BlockMasks:
     def hidden(self, step: int) -> NDArray[np.bool_]:
         """(images, views, N): which patches are hidden in a step."""
         first = self.rank * self.images * self.views
-        place = np.arange(first, first + self.images * self.views, dtype=np.uint64)
+        number = np.arange(first, first + self.images * self.views, dtype=np.uint64)
         patches = self.grid[0] * self.grid[1]
-        counts = hidden_counts(place, self._start(step), patches, self.share, self.ratios)
+        counts = hidden_counts(number, self._start(step), patches, self.share, self.ratios)
         words = -(-(4 * TRIES + patches) // 4)
-        counter = np.empty((4, len(place), words), np.uint64)
-        counter[0], counter[1], counter[2], counter[3] = np.arange(words), _BLOCKS, place[:, None], step
-        drawn = uniform(np.moveaxis(philox(counter, key_of(self.seed)), 0, -1)).reshape(len(place), -1)
+        counter = np.empty((4, len(number), words), np.uint64)
+        counter[0], counter[1], counter[2], counter[3] = np.arange(words), _BLOCKS, number[:, None], step
+        drawn = uniform(np.moveaxis(philox(counter, key_of(self.seed)), 0, -1)).reshape(len(number), -1)
         tries, order = drawn[:, : 4 * TRIES].reshape(-1, TRIES, 4), drawn[:, 4 * TRIES : 4 * TRIES + patches]
         return draw_block_masks(counts, self.grid, tries, order).reshape(self.images, self.views, patches)
 
@@ -74,15 +74,15 @@ class BlockMasks:
 
 
 def hidden_counts(
-    place: NDArray[np.uint64], start: float, patches: int, share: float, ratios: tuple[float, float]
+    number: NDArray[np.uint64], start: float, patches: int, share: float, ratios: tuple[float, float]
 ) -> NDArray[np.int64]:
-    """How many patches of each view are hidden; `place` numbers the views of the whole batch, `start` is of the step.
+    """How many patches of each view are hidden; `number` counts the views of the whole batch, `start` is of the step.
 
-    A view's x = start + place * golden ratio (modulo 1) is uniform, and those of neighbors are spread evenly: it is
+    A view's x = start + number * golden ratio (modulo 1) is uniform, and those of neighbors are spread evenly: it is
     masked when x < share, at a ratio that rises with x. DINOv2 spreads ratios evenly over the batch of each GPU, which
     would make them depend on the number of GPUs.
     """
-    x = (start + place * GOLDEN) % 1.0
+    x = (start + number * GOLDEN) % 1.0
     low, high = ratios
     counts = np.floor(patches * (low + (high - low) * np.minimum(1.0, x / share)) + 1e-6).astype(np.int64)
     return np.where(x < share, np.clip(counts, 1, patches), 0)
@@ -91,10 +91,10 @@ def hidden_counts(
 @lru_cache(maxsize=8)
 def most_hidden(views: int, patches: int, share: float, ratios: tuple[float, float]) -> int:
     """The largest sum of `hidden_counts` over so many neighboring views, whatever the step."""
-    place, most = np.arange(views, dtype=np.uint64), 0
+    number, most = np.arange(views, dtype=np.uint64), 0
     for last in range(views):  # the sum rises with `start`, and falls where the x of some view passes `share`
         start = (share - 1e-9 - last * GOLDEN) % 1.0
-        most = max(most, int(hidden_counts(place, start, patches, share, ratios).sum()))
+        most = max(most, int(hidden_counts(number, start, patches, share, ratios).sum()))
     return min(most + 1, views * patches)
 
 

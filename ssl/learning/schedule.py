@@ -92,8 +92,8 @@ def warmup_stable_decay(peak: float, end: float, step: int, steps: int, warmup: 
     return peak if left >= decay else end + (peak - end) * left / decay
 
 
-def linear(start: float, end: float, place: int, count: int) -> float:
+def linear(start: float, end: float, position: int, count: int) -> float:
     """Linear over `count` places from `start` to `end`, which the last of them has; a single one is at `start`."""
-    if place >= count or place == count - 1 > 0:
+    if position >= count or position == count - 1 > 0:
         return end
-    return start + (end - start) * (place / max(1, count - 1))
+    return start + (end - start) * (position / max(1, count - 1))

@@ -137,8 +137,8 @@ class Stepper:
         learner.after_step(values["teacher_momentum"], unchanged)
         if scaling is not None:
             scaling.update(skipped, self.not_finite)
-        said = (means[0], grad_norm, self.not_finite, skipped, self._zero if scaling is None else scaling.scale)
-        numbers = torch.cat([torch.stack([each.to(means.dtype) for each in said]), means[1:]])
+        scalars = (means[0], grad_norm, self.not_finite, skipped, self._zero if scaling is None else scaling.scale)
+        numbers = torch.cat([torch.stack([each.to(means.dtype) for each in scalars]), means[1:]])
         return StepResult(Report(numbers), outputs)
 
     def forward(self, views: list[Tensor], values: dict[str, float], masks: Masks | None) -> Any:

@@ -39,16 +39,16 @@ class Compute(NamedTuple):
         return f"{self.precision}, compiled" if self.compiled else self.precision
 
 
-def choose(device: str, precision: str, width: int, asked: str = "train.device=") -> Compute:
+def choose(device: str, precision: str, width: int, setting: str = "train.device=") -> Compute:
     """Resolve `train.device` and `train.precision` on this machine, for a backbone of `width`.
 
-    asked: the option by which the user chose a device, as messages repeat it.
+    setting: the option by which the user chose a device, as messages repeat it.
 
     Raises:
         UserError: an explicit choice that the hardware does not support.
     """
     if device == "cuda" and not torch.cuda.is_available():
-        raise UserError(gpus.none_visible(asked))
+        raise UserError(gpus.none_visible(setting))
     chosen = torch.device("cuda" if device != "cpu" and torch.cuda.is_available() else "cpu")
     supported = has_bf16(chosen)
     if precision == "bf16" and not supported:

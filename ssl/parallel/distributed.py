@@ -184,8 +184,8 @@ def _store(ranks: Ranks) -> dist.Store:
 
 
 def _broken_connection(error: RuntimeError) -> bool:
-    words = str(error).lower()
-    return isinstance(error, dist.DistError) or any(word in words for word in ("gloo", "nccl", "connection closed"))
+    message = str(error).lower()
+    return isinstance(error, dist.DistError) or any(name in message for name in ("gloo", "nccl", "connection closed"))
 
 
 def _publish_failure(store: dist.Store, message: str) -> None:

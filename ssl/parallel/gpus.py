@@ -17,10 +17,10 @@ from nearfar.ssl.errors import UserError
 HIDING = "CUDA_VISIBLE_DEVICES"
 
 
-def visible(device: str, asked: str = "train.device=") -> int:
+def visible(device: str, setting: str = "train.device=") -> int:
     """GPUs that `device` (auto, cpu or cuda) may use here; those that CUDA_VISIBLE_DEVICES hides do not count.
 
-    asked: the option by which the user chose a device, as the message repeats it.
+    setting: the option by which the user chose a device, as the message repeats it.
 
     Raises:
         UserError: cuda, and there is none.
@@ -30,11 +30,11 @@ def visible(device: str, asked: str = "train.device=") -> int:
     if torch.cuda.is_available():
         return torch.cuda.device_count()
     if device == "cuda":
-        raise UserError(none_visible(asked))
+        raise UserError(none_visible(setting))
     return 0
 
 
-def none_visible(asked: str, env: Mapping[str, str] = os.environ) -> str:
+def none_visible(setting: str, env: Mapping[str, str] = os.environ) -> str:
     """Why torch sees no GPU, as far as that can be told, and what would help."""
     if torch.version.cuda is None and torch.version.hip is None:
         why = (
@@ -51,7 +51,7 @@ def none_visible(asked: str, env: Mapping[str, str] = os.environ) -> str:
             f"this torch ({torch.__version__}) was built for {built}. See that `nvidia-smi` lists a GPU, with a driver "
             f"for that version or newer{named}; inside a container or a job, that it was given one"
         )
-    return f"{asked}cuda, but torch sees no CUDA device here: {why}. Or use {asked}cpu or auto, which take the CPU."
+    return f"{setting}cuda, but torch sees no CUDA device here: {why}. Or use {setting}cpu or auto, which take the CPU."
 
 
 def identity(index: int) -> str:

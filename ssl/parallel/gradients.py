@@ -101,12 +101,12 @@ def _unpack(flat: Tensor, gradients: list[Tensor]) -> None:
 def in_buckets(parameters: list[nn.Parameter], limit: int) -> list[list[nn.Parameter]]:
     """The parameters from the last to the first, in groups of at most `limit` bytes, or of a single larger one."""
     buckets: list[list[nn.Parameter]] = []
-    room = 0
+    free = 0
     for parameter in reversed(parameters):
         size = parameter.numel() * parameter.element_size()
-        if not buckets or size > room:
+        if not buckets or size > free:
             buckets.append([])
-            room = limit
+            free = limit
         buckets[-1].append(parameter)
-        room -= size
+        free -= size
     return buckets

@@ -144,8 +144,8 @@ NO_MEMORY = ("can't allocate memory", "CUDA error: out of memory", "CUBLAS_STATU
 def out_of_memory(error: BaseException, run: AnyRun, ranks: int = 1) -> str | None:
     """What to try when an error of torch or Python says that memory ran out; None for any other error."""
     text = " ".join(str(error).split())
-    told = any(words in text for words in NO_MEMORY)
-    if not told and not isinstance(error, MemoryError | torch.OutOfMemoryError):
+    recognized = any(phrase in text for phrase in NO_MEMORY)
+    if not recognized and not isinstance(error, MemoryError | torch.OutOfMemoryError):
         return None
     return (
         f"There is not enough memory ({text[:200] or 'MemoryError'}). {less_memory(run, ranks)} "

@@ -37,10 +37,10 @@ _ANY_VALUE = {"backbone.drop_path", "backbone.weights", "backbone.pretrained", "
 
 
 class ForkStart(NamedTuple):
-    """step: at which the fork begins. said: what the user should know."""
+    """step: at which the fork begins. notes: what the user should know."""
 
     step: int
-    said: list[str]
+    notes: list[str]
 
 
 def located(run: Run) -> tuple[Run, list[Derived]]:

@@ -74,8 +74,8 @@ def as_resolved(kind: type[R], run: AnyRun) -> R:
         return kind.model_validate(run.model_dump())
     except ValidationError as error:
         mistakes = in_words(error, [setting.key for setting in all_settings(kind)])
-        told = "; ".join(mistake.message for mistake in mistakes)
-        raise UserError(f"The settings of {run.name} are incomplete: {told}.") from None
+        listed = "; ".join(mistake.message for mistake in mistakes)
+        raise UserError(f"The settings of {run.name} are incomplete: {listed}.") from None
 
 
 def resolve(
@@ -188,8 +188,8 @@ def _cannot_be_longer(saved: Run, done: float) -> str:
 
 def fork_command(run: Run, *settings: str) -> str:
     """The command that goes on from the newest checkpoint of a run in a folder of its own, with other settings."""
-    place = [] if run.folder == Run().folder else [f"folder={run.folder}"]
-    return shlex.join(["nearfar", "pretrain", "--from", str(run.path), f"name={run.name}-fork", *place, *settings])
+    location = [] if run.folder == Run().folder else [f"folder={run.folder}"]
+    return shlex.join(["nearfar", "pretrain", "--from", str(run.path), f"name={run.name}-fork", *location, *settings])
 
 
 def inherit(run: R, saved: R) -> R:
@@ -229,15 +229,15 @@ def world_size(run: AnyRun, saved: AnyRun | None, cores: int, gpus: int) -> Deri
     Raises:
         UserError: more ranks are set than there are GPUs.
     """
-    key, asked, begun = "train.world_size", run.train.world_size, saved and saved.train.world_size
-    if asked:
-        if gpus and asked > gpus:
+    key, requested, begun = "train.world_size", run.train.world_size, saved and saved.train.world_size
+    if requested:
+        if gpus and requested > gpus:
             raise UserError(
-                f"train.world_size={asked}, but {_gpus(gpus)} visible here, and each process needs one of its own. "
+                f"train.world_size={requested}, but {_gpus(gpus)} visible here, and each process needs one of its own. "
                 f"Leave train.world_size out or say {gpus}, see that CUDA_VISIBLE_DEVICES hides none, or train on the "
                 "CPU with train.device=cpu."
             )
-        return Derived(key, asked, "as set")
+        return Derived(key, requested, "as set")
     if begun and (not gpus or begun <= gpus):
         return Derived(key, begun, "as the run was begun" + (_unused(gpus - begun) if gpus else ""))
     if not gpus:

@@ -39,7 +39,7 @@ def test_products_grow_with_images_and_prototypes(bench: Any) -> None:
     """The last layer by hand: a prototype costs each image three products of 256 for each of the student's 3 views
     (forward, and the gradients of both factors), and one for each of the teacher's 2.
     """
-    asked = bench.StepOptions("vit_tiny_patch16", 4, (32, 16), 1, 64, "cpu", "fp32", 1)
-    few, many = (bench.products("plain", asked._replace(prototypes=k)) for k in (64, 1064))
+    options = bench.StepOptions("vit_tiny_patch16", 4, (32, 16), 1, 64, "cpu", "fp32", 1)
+    few, many = (bench.products("plain", options._replace(prototypes=k)) for k in (64, 1064))
     assert many - few == pytest.approx(1000 * 4 * 2 * 256 * (3 * 3 + 2) / 1e9)
-    assert bench.products("plain", asked._replace(batch=8)) == pytest.approx(2 * few, rel=0.05)
+    assert bench.products("plain", options._replace(batch=8)) == pytest.approx(2 * few, rel=0.05)

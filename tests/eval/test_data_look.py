@@ -29,8 +29,8 @@ def test_what_was_put_there_is_found(x: np.ndarray) -> None:
     truth = np.repeat([0, 1, 2, 3], [20, 15, 10, 1])
     assert np.array_equal(found.cluster, truth)  # the largest is the first
     assert np.array_equal(truth[found.center], [0, 1, 2, 3])
-    assert found.place.min() == 0 and found.place.max() == 1 and found.place.shape == (46, 2)
-    assert np.array_equal(look_at(x, clusters=4, duplicate=0.999).place, found.place)
+    assert found.position.min() == 0 and found.position.max() == 1 and found.position.shape == (46, 2)
+    assert np.array_equal(look_at(x, clusters=4, duplicate=0.999).position, found.position)
 
 
 def test_pairs_are_those_of_all_cosines(x: np.ndarray) -> None:
@@ -49,10 +49,10 @@ def test_what_cannot_be_looked_at_is_said(x: np.ndarray) -> None:
         look_at(np.ones((10, 4), np.float32), clusters=2, duplicate=0.9)
     with pytest.raises(UserError, match="not finite"):
         look_at(np.full((10, 4), np.nan, np.float32), clusters=2, duplicate=0.9)
-    assert len(look_at(x[:4], clusters=10, duplicate=0.9).place) == 4
+    assert len(look_at(x[:4], clusters=10, duplicate=0.9).position) == 4
 
 
 def test_purity_and_the_grid_of_pictures() -> None:
     assert purity(np.array([0, 0, 0, 1]), np.array([2, 2, 5, 1])) == 75.0
-    place = np.array([[0.1, 0.1], [0.26, 0.24], [0.9, 1.0]])
-    assert sorted(thinned_grid(place, 2).tolist()) == [1, 2]  # the second is nearer to the middle of its cell
+    positions = np.array([[0.1, 0.1], [0.26, 0.24], [0.9, 1.0]])
+    assert sorted(thinned_grid(positions, 2).tolist()) == [1, 2]  # the second is nearer to the middle of its cell

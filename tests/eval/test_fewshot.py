@@ -31,13 +31,13 @@ def test_every_image_of_a_class_is_drawn_equally_often():
 def test_scores_are_scikit_learns_on_the_same_draws(digits):
     a, ya, b, yb = digits
     result = few_shot(*digits, shots=(5,), draws=3, seed=2)[5]
-    want = []
+    expected = []
     for number in range(3):
         rows = draw_per_class(torch.from_numpy(ya), 5, torch.Generator().manual_seed(2000 + number)).numpy()
         scale = StandardScaler().fit(a[rows])
         judge = LogisticRegression(C=1.0, max_iter=2000).fit(scale.transform(a[rows]), ya[rows])
-        want.append(100 * judge.score(scale.transform(b), yb))
-    assert result["draws"] == pytest.approx(want, abs=0.3)
+        expected.append(100 * judge.score(scale.transform(b), yb))
+    assert result["draws"] == pytest.approx(expected, abs=0.3)
     assert result["mean"] == pytest.approx(np.mean(result["draws"]))
     assert result["std"] == pytest.approx(np.std(result["draws"], ddof=1))
     assert result["labels"] == 50

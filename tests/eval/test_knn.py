@@ -114,7 +114,7 @@ def test_takes_tensors_and_half_precision():
 
 
 @pytest.mark.parametrize(
-    ("change", "words"),
+    ("change", "message"),
     [
         (lambda a, ya, b, yb: (a[:0], ya[:0], b, yb), "empty"),
         (lambda a, ya, b, yb: (a, ya[:-1], b, yb), "shape"),
@@ -126,8 +126,8 @@ def test_takes_tensors_and_half_precision():
         (lambda a, ya, b, yb: (a, ya, np.where(b == b[2], np.inf, b), yb), "1 of 10"),
     ],
 )
-def test_unusable_arrays_are_named(change, words):
-    with pytest.raises(UserError, match=words):
+def test_unusable_arrays_are_named(change, message):
+    with pytest.raises(UserError, match=message):
         knn(*change(*blobs(20, 10, 4, 3, 4)), ks=(1,))
 
 

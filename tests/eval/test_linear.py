@@ -110,9 +110,9 @@ def test_steps_agree_with_numpy_in_float64(batch_size):
     batches = [
         rows.numpy() for _ in range(epochs) for rows in torch.randperm(20, generator=generator).split(batch_size)
     ]
-    want = sgd_in_numpy(x, y, 3, [(lr * batch_size / 256, decay) for lr, decay in settings], batches)
+    expected = sgd_in_numpy(x, y, 3, [(lr * batch_size / 256, decay) for lr, decay in settings], batches)
     weight, bias = heads.weight.detach().numpy(), heads.bias.detach().numpy()
-    for i, (w, b) in enumerate(want):
+    for i, (w, b) in enumerate(expected):
         np.testing.assert_allclose(weight[i], w, atol=1e-6)
         np.testing.assert_allclose(bias[i], b, atol=1e-6)
 
@@ -203,8 +203,8 @@ def test_standardized_whatever_the_chunks(monkeypatch):
     x = np.random.default_rng(0).normal(size=(500, 6)) * [1, 1e-2, 1e3, 1, 0, 1] + [0, 0, 0, 1e4, 3, 0]
     monkeypatch.setattr(module, "_ROWS", 37)
     got = standardize(x, torch.device("cpu"), "x").read(torch.arange(500)).numpy()
-    want = (x - x.mean(0)) / np.where(x.std(0) > 0, x.std(0), 1)
-    np.testing.assert_allclose(got, want, atol=2e-3)  # float32 at 1e4
+    expected = (x - x.mean(0)) / np.where(x.std(0) > 0, x.std(0), 1)
+    np.testing.assert_allclose(got, expected, atol=2e-3)  # float32 at 1e4
     assert not got[:, 4].any()
 
 

@@ -47,9 +47,9 @@ def test_same_as_sorting_everything_whatever_the_tiles(n, m, dim, k, seed, tile,
         patch.setattr(module, "_TILE", tile)
         patch.setattr(module, "_QUERIES", chunk)
         similarity, index = neighbors(memory, queries, k)
-    want = oracle(memory, queries, k)
-    np.testing.assert_array_equal(index, want[1])
-    np.testing.assert_array_equal(similarity, want[0])
+    expected = oracle(memory, queries, k)
+    np.testing.assert_array_equal(index, expected[1])
+    np.testing.assert_array_equal(similarity, expected[0])
 
 
 def test_many_tiles_of_two_thousand_rows(monkeypatch):
@@ -57,9 +57,9 @@ def test_many_tiles_of_two_thousand_rows(monkeypatch):
     memory, queries = crowd(2000, 24, 1, copies=0.05), crowd(40, 24, 2, copies=0)
     similarity, index = neighbors(memory, queries, 10)
     a, b = (unit(torch.from_numpy(x), torch.float64) for x in (memory, queries))
-    want, order = (b @ a.T).sort(dim=1, descending=True, stable=True)  # such products are exact in any order
+    expected, order = (b @ a.T).sort(dim=1, descending=True, stable=True)  # such products are exact in any order
     assert torch.equal(index, order[:, :10])
-    assert torch.equal(similarity, want[:, :10])
+    assert torch.equal(similarity, expected[:, :10])
 
 
 @pytest.mark.parametrize("noise", [0.0, 1e-7, 1e-3])
@@ -69,9 +69,9 @@ def test_a_collapsed_network_gets_exact_neighbors_too(noise, monkeypatch):
     rng = np.random.default_rng(0)
     memory = 1 + noise * rng.normal(size=(700, 16))
     similarity, index = neighbors(memory, memory[:3], 5)
-    want = oracle(memory, memory[:3], 5)
-    np.testing.assert_array_equal(index, want[1])
-    np.testing.assert_array_equal(similarity, want[0])
+    expected = oracle(memory, memory[:3], 5)
+    np.testing.assert_array_equal(index, expected[1])
+    np.testing.assert_array_equal(similarity, expected[0])
 
 
 def test_similarities_that_rise_with_the_index(monkeypatch):
@@ -101,8 +101,8 @@ def test_a_memory_mapped_store_is_never_copied_as_a_whole(tmp_path, dtype):
         patch.setattr(module, "_TILE", 32)
         found = neighbors(store.view(Watched), memory[:4], 3)
     assert 0 < largest < 150
-    want = oracle(memory, memory[:4], 3)
-    np.testing.assert_array_equal(found[1], want[1])
+    expected = oracle(memory, memory[:4], 3)
+    np.testing.assert_array_equal(found[1], expected[1])
 
 
 def test_leave_one_out_skips_only_the_query_itself():

@@ -22,10 +22,10 @@ def test_agrees_with_least_squares_of_scikit_learn(monkeypatch):
     a, b = grids(30, 1), grids(11, 2)
     result = position_probe(a, b, ridge=0)
     rows, columns = np.meshgrid(np.linspace(-1, 1, 5), np.linspace(-1, 1, 7), indexing="ij")
-    for name, place in (("row", rows), ("column", columns)):
-        judge = LinearRegression().fit(a.reshape(-1, 9), np.tile(place.ravel(), 30))
-        want = judge.score(b.reshape(-1, 9), np.tile(place.ravel(), 11))
-        assert result[name] == pytest.approx(want, abs=1e-5)
+    for name, position in (("row", rows), ("column", columns)):
+        judge = LinearRegression().fit(a.reshape(-1, 9), np.tile(position.ravel(), 30))
+        expected = judge.score(b.reshape(-1, 9), np.tile(position.ravel(), 11))
+        assert result[name] == pytest.approx(expected, abs=1e-5)
     assert result["r2"] == pytest.approx((result["row"] + result["column"]) / 2)
     assert (result["train"], result["test"]) == (30 * 35, 11 * 35)
 

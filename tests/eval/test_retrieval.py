@@ -77,8 +77,8 @@ def test_class_counts_add_up_to_the_pixels(size):
     mask = np.random.default_rng(0).integers(0, CLASSES, size).astype(np.uint8)
     mask[0, :2] = 255
     counts = class_counts(mask, (4, 5), CLASSES)
-    want = np.bincount(mask[mask != 255], minlength=CLASSES)
-    np.testing.assert_allclose(counts.sum((0, 1)).numpy(), want, atol=1e-9)
+    expected = np.bincount(mask[mask != 255], minlength=CLASSES)
+    np.testing.assert_allclose(counts.sum((0, 1)).numpy(), expected, atol=1e-9)
     if size == (16, 20):
         block = mask[4:8, 8:12]
         assert counts[1, 2].tolist() == np.bincount(block[block != 255], minlength=256)[:CLASSES].tolist()
@@ -109,7 +109,7 @@ def test_same_seed_same_answer_and_another_draw_with_another():
 
 
 @pytest.mark.parametrize(
-    ("change", "words"),
+    ("change", "message"),
     [
         (lambda a, ma, b, mb: (a, ma[:1], b, mb), "as many masks"),
         (lambda a, ma, b, mb: (a, ma + 5, b, mb), "only 5 classes"),
@@ -119,10 +119,10 @@ def test_same_seed_same_answer_and_another_draw_with_another():
         (lambda a, ma, b, mb: (a * np.nan, ma, b, mb), "not finite"),
     ],
 )
-def test_unusable_input_is_explained(change, words):
+def test_unusable_input_is_explained(change, message):
     grid, masks = scenes(2, 1)
     masks[masks == 255] = 0
-    with pytest.raises(UserError, match=words):
+    with pytest.raises(UserError, match=message):
         retrieve(*change(grid, masks, *scenes(2, 2)), classes=CLASSES, k=3)
 
 

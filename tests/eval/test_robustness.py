@@ -87,8 +87,8 @@ def test_token_shuffle_needs_one_patch_embedding():
 @pytest.mark.parametrize("sigma", [0.5, 2.0])
 def test_blur_is_scipys(sigma):
     images = torch.rand(2, 3, 17, 23, generator=seeded(), dtype=torch.float64)
-    want = gaussian_filter(images.numpy(), (0, 0, sigma, sigma), mode="nearest", radius=int(np.ceil(3 * sigma)))
-    np.testing.assert_allclose(blurred(images, sigma).numpy(), want, atol=1e-6)
+    expected = gaussian_filter(images.numpy(), (0, 0, sigma, sigma), mode="nearest", radius=int(np.ceil(3 * sigma)))
+    np.testing.assert_allclose(blurred(images, sigma).numpy(), expected, atol=1e-6)
     with pytest.raises(UserError, match="positive"):
         blurred(images, 0)
 

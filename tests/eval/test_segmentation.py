@@ -28,8 +28,8 @@ def test_scores_are_set_intersections_over_unions(truth, predicted):
     iou = []
     for k in range(4):
         is_true = {p for p in pixels if truth[p] == k}
-        is_said = {p for p in pixels if predicted[p] == k}
-        iou.append(100 * len(is_true & is_said) / len(is_true | is_said) if is_true | is_said else None)
+        is_predicted = {p for p in pixels if predicted[p] == k}
+        iou.append(100 * len(is_true & is_predicted) / len(is_true | is_predicted) if is_true | is_predicted else None)
     got = iou_scores(table)
     assert got["per_class"] == pytest.approx(iou)
     assert got["miou"] == pytest.approx(np.mean([v for v in iou if v is not None]))
@@ -38,8 +38,8 @@ def test_scores_are_set_intersections_over_unions(truth, predicted):
 
 def test_one_matrix_over_the_set_is_not_the_mean_over_images():
     truth = np.array([[0, 0, 0, 0]]), np.array([[0, 1, 1, 1]])
-    said = np.array([[0, 0, 0, 1]]), np.array([[0, 1, 1, 1]])
-    table = sum(pixel_confusion(s, t, 2) for s, t in zip(said, truth, strict=True))
+    predicted = np.array([[0, 0, 0, 1]]), np.array([[0, 1, 1, 1]])
+    table = sum(pixel_confusion(s, t, 2) for s, t in zip(predicted, truth, strict=True))
     assert iou_scores(table)["per_class"] == pytest.approx([100 * 4 / 5, 100 * 3 / 4])
 
 

@@ -14,9 +14,9 @@ CLASSES = 3
 def logits_of(images):
     """A function that sees its whole window: patches of 4, what they hold, where they lie, and the window's mean."""
     pooled = F.avg_pool2d(images.double(), 4)
-    place = torch.linspace(0, 1, pooled.shape[3], dtype=torch.float64)
+    position = torch.linspace(0, 1, pooled.shape[3], dtype=torch.float64)
     scores = torch.stack(
-        [pooled[:, 0] * 3, pooled[:, 1] + place, pooled[:, 2] * pooled.mean((1, 2, 3))[:, None, None]], 1
+        [pooled[:, 0] * 3, pooled[:, 1] + position, pooled[:, 2] * pooled.mean((1, 2, 3))[:, None, None]], 1
     )
     return F.interpolate(scores, images.shape[-2:], mode="bilinear")
 
@@ -82,7 +82,7 @@ def test_logits_are_held_for_one_row_of_windows():
     assert max(held) <= 8 and sum(held) == 400
 
 
-@pytest.mark.parametrize(("side", "stride", "words"), [(10, None, "multiple of 4"), (8, 9, "between 1 and 8")])
-def test_windows_that_cannot_cover_an_image_are_refused(side, stride, words):
-    with pytest.raises(UserError, match=words):
+@pytest.mark.parametrize(("side", "stride", "message"), [(10, None, "multiple of 4"), (8, 9, "between 1 and 8")])
+def test_windows_that_cannot_cover_an_image_are_refused(side, stride, message):
+    with pytest.raises(UserError, match=message):
         Windows.of(side, stride, 4)

@@ -50,9 +50,9 @@ def refused(capsys: pytest.CaptureFixture[str]) -> Refused:
     def run(*argv: str) -> str:
         capsys.readouterr()
         assert cli.main(argv) == 2
-        told = capsys.readouterr().err
-        assert told.startswith("nearfar: ") and told.count("\n") == 1 and "Traceback" not in told
-        return told
+        message = capsys.readouterr().err
+        assert message.startswith("nearfar: ") and message.count("\n") == 1 and "Traceback" not in message
+        return message
 
     return run
 
@@ -64,14 +64,14 @@ PRETRAIN = ("pretrain", "mine.yaml", "data.path=pictures")
 
 
 def test_settings_are_checked_before_anything_is_touched(here: Path, refused: Refused) -> None:
-    told = refused(*PRETRAIN, "train.epoch=3", "views.global_crops_size=33", "optim.lr=-1")
+    message = refused(*PRETRAIN, "train.epoch=3", "views.global_crops_size=33", "optim.lr=-1")
     for part in ("3 mistakes", "did you mean train.epochs?", "not a multiple of the patch size 8", "optim.lr=-1"):
-        assert part in told
+        assert part in message
     assert not (here / "runs").exists()
 
 
 @pytest.mark.parametrize(
-    ("path", "words"),
+    ("path", "parts"),
     [
         ("nowhere", ["nowhere"]),
         ("empty", ["empty"]),
@@ -80,13 +80,13 @@ def test_settings_are_checked_before_anything_is_touched(here: Path, refused: Re
         ("", ["data.path is not set"]),
     ],
 )
-def test_data_that_is_none(here: Path, refused: Refused, path: str, words: list[str]) -> None:
+def test_data_that_is_none(here: Path, refused: Refused, path: str, parts: list[str]) -> None:
     (here / "empty").mkdir()
     (here / "texts").mkdir()
     (here / "texts" / "a.txt").write_text("a")
     (here / "pictures.npz").write_bytes(b"no zip file")
-    told = refused("pretrain", "mine.yaml", *([f"data.path={path}"] if path else []))
-    assert all(word in told for word in words)
+    message = refused("pretrain", "mine.yaml", *([f"data.path={path}"] if path else []))
+    assert all(word in message for word in parts)
     assert not (here / "runs").exists()
 
 
@@ -95,8 +95,8 @@ def test_validation_data_that_is_none(here: Path, refused: Refused) -> None:
 
 
 def test_recipes_that_are_none(here: Path, refused: Refused) -> None:
-    told = refused("pretrain", "cifar100")
-    assert "There is no recipe cifar100" in told and "demo" in told
+    message = refused("pretrain", "cifar100")
+    assert "There is no recipe cifar100" in message and "demo" in message
     assert "'statsu', and it is no recipe; did you mean status?" in refused("launch", "statsu", "runs/mine")
     assert "There is no recipe missing.yaml" in refused("pretrain", "missing.yaml")
     assert "the recipe comes before the settings" in refused("pretrain", "train.epochs=3")
@@ -108,8 +108,8 @@ def test_recipes_that_are_none(here: Path, refused: Refused) -> None:
 def test_a_backbone_that_is_none_may_be_corrected(here: Path, refused: Refused) -> None:
     assert "Did you mean" in refused(*PRETRAIN, "backbone.name=vit_tinny_patch8")
     assert "timm/resnet18 cannot take embed_dim" in refused(*PRETRAIN, "backbone.name=timm/resnet18")
-    told = refused(*PRETRAIN, "train.batch_size=64")
-    assert "40 images cannot fill one batch of 64" in told
+    message = refused(*PRETRAIN, "train.batch_size=64")
+    assert "40 images cannot fill one batch of 64" in message
     assert cli.main([*PRETRAIN, "train.epochs=1"]) == 0
 
 
@@ -152,8 +152,8 @@ def test_no_space_left_is_told_with_the_checkpoint_before_intact(here: Path, cap
         checkpoint.save_file = fails_later  # type: ignore[assignment]
         os._exit(cli.main([*PRETRAIN, "train.save_every_steps=5"]))
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 2
-    told = capfd.readouterr().err
-    assert "No space left on device" in told and "step-000000010 is intact" in told
+    message = capfd.readouterr().err
+    assert "No space left on device" in message and "step-000000010 is intact" in message
     assert cli.main(list(PRETRAIN)) == 0
     assert "Continuing from step 10 of 25." in Path("runs/mine/run.log").read_text()
 
@@ -184,13 +184,13 @@ def test_help_lists_every_setting_with_default_and_meaning(
     monkeypatch.setenv("COLUMNS", "150")
     with pytest.raises(SystemExit) as caught:
         cli.main(["pretrain", "--help"])
-    told = capsys.readouterr().out
+    output = capsys.readouterr().out
     assert caught.value.code == 0
     for setting in all_settings():
         default = f"  {setting.typed}" if setting.default is None else f"={setting.typed}"
-        assert f"  {setting.key}{default}\n" in told
-        assert setting.description in " ".join(told.split())
-    assert "demo" in told
+        assert f"  {setting.key}{default}\n" in output
+        assert setting.description in " ".join(output.split())
+    assert "demo" in output
 
 
 @pytest.mark.parametrize("verb", ["", "demo", "pretrain", "features", "eval", "export", "report"])
@@ -228,16 +228,16 @@ def test_a_run_with_its_pictures_scores_and_export(
     assert Image.open(run / "views.png").size[0] > 64
     scored = [line for line in read_metrics(run / "metrics.jsonl") if "knn_top1" in line]
     assert [line["step"] for line in scored] == [10, 20, 25] and all(0 <= line["knn_top1"] <= 100 for line in scored)
-    told = capsys.readouterr().out
-    assert "derived optim.lr = " in told and "25/25" in told
+    output = capsys.readouterr().out
+    assert "derived optim.lr = " in output and "25/25" in output
 
     assert cli.main(["export", "runs/mine", "out.safetensors"]) == 0
     same_bits(checkpoint.load(here / "out.safetensors").state_dict(), checkpoint.load(run).state_dict())
 
     before = (run / "metrics.jsonl").read_bytes()
     assert cli.main([*PRETRAIN, "data.val=pictures", "eval.knn_every_epochs=2"]) == 0
-    told = capsys.readouterr().out
-    assert "already finished" in told and "Next: `nearfar eval all" in told.splitlines()[-1]
+    output = capsys.readouterr().out
+    assert "already finished" in output and "Next: `nearfar eval all" in output.splitlines()[-1]
     assert (run / "metrics.jsonl").read_bytes() == before
 
 

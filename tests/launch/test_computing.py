@@ -50,8 +50,8 @@ def test_a_device_that_is_not_there_is_a_paragraph_and_exit_code_2(
 ) -> None:
     rest = ["knn", str(run)] if verb == "eval" else [str(run), str(tmp_path / "images"), str(tmp_path / "store")]
     assert cli.main([verb, *rest, "--device", "cuda"]) == 2
-    said = " ".join(capsys.readouterr().err.split())
-    assert "--device cuda, but torch sees no CUDA device here: " in said and "Or use --device cpu or auto" in said
+    message = " ".join(capsys.readouterr().err.split())
+    assert "--device cuda, but torch sees no CUDA device here: " in message and "Or use --device cpu or auto" in message
     assert not (tmp_path / "store").exists()
 
 

@@ -93,8 +93,8 @@ def test_a_network_of_our_own_says_who_loads_its_folder(
 ) -> None:
     run, out = make_run(tmp_path, **IDEAS), tmp_path / "out"
     assert cli.main(["export", str(run), "--to", kind, str(out)]) == 0
-    said = " ".join(capsys.readouterr().out.split())
-    assert "has LGP and GAug and PRR" in said and "alone cannot load it: the folder is loaded by nearfar" in said
+    output = " ".join(capsys.readouterr().out.split())
+    assert "has LGP and GAug and PRR" in output and "alone cannot load it: the folder is loaded by nearfar" in output
     assert 'load("PATH_OF_THIS_FOLDER/model.safetensors")' in (out / "README.md").read_text()
     images = torch.randn(1, 3, 32, 32)
     loaded = checkpoint.load(out / "model.safetensors")
@@ -156,9 +156,9 @@ def test_nearfar_starts_from_the_folder_for_transformers(tmp_path: Path, switche
     """Its settings are found, and its weights are those that were exported."""
     run, out = make_run(tmp_path, **switches), tmp_path / "for-transformers"
     assert cli.main(["export", str(run), str(out), "--to", "huggingface"]) == 0
-    wanted = {"backbone.embed_dim=48", "backbone.depth=2", "backbone.pos_size=32", f"backbone.weights={out}"}
+    expected = {"backbone.embed_dim=48", "backbone.depth=2", "backbone.pos_size=32", f"backbone.weights={out}"}
     found = set(settings_for(str(out)))
-    assert wanted <= found and ("backbone.layer_scale=1e-5" in found) == bool(switches)
+    assert expected <= found and ("backbone.layer_scale=1e-5" in found) == bool(switches)
     again = create("vit_tiny_patch8", **{**SMALL, **switches})
     load_weights(again, out)
     tokens, images = checkpoint.load(run), torch.randn(1, 3, 32, 32)
@@ -190,15 +190,15 @@ def test_preprocessing_is_that_of_the_evaluation(tmp_path: Path) -> None:
     """What the folder says, done with Pillow, gives the pixels that the evaluation sees."""
     exported = to_export()
     folders.write_huggingface(exported, tmp_path / "out")
-    said = json.loads((tmp_path / "out" / "preprocessor_config.json").read_text())
+    preprocessor = json.loads((tmp_path / "out" / "preprocessor_config.json").read_text())
     pixels = np.random.default_rng(0).integers(0, 255, (80, 60, 3), np.uint8)
-    image, short = Image.fromarray(pixels), said["size"]["shortest_edge"]
-    resized = image.resize((short, round(80 * short / 60)), Image.Resampling(said["resample"]))
-    side = said["crop_size"]["height"]
+    image, short = Image.fromarray(pixels), preprocessor["size"]["shortest_edge"]
+    resized = image.resize((short, round(80 * short / 60)), Image.Resampling(preprocessor["resample"]))
+    side = preprocessor["crop_size"]["height"]
     top, left = round((resized.height - side) / 2), round((resized.width - side) / 2)
     expected = np.asarray(resized.crop((left, top, left + side, top + side))).transpose(2, 0, 1)
     assert np.array_equal(np.asarray(eval_view(image, side, short)), expected)
-    assert (said["image_mean"], said["image_std"]) == (list(MEAN), list(STD))
+    assert (preprocessor["image_mean"], preprocessor["image_std"]) == (list(MEAN), list(STD))
 
 
 # --- the card --------------------------------------------------------------------------------------------------
@@ -222,7 +222,7 @@ def test_the_card_has_the_scores_of_exactly_these_weights(tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize(
-    ("run", "said", "tags"),
+    ("run", "message", "tags"),
     [
         ({"loss": {}}, "pretrained without labels by nearfar (DINO)", ["self-supervised-learning", "dino"]),
         (
@@ -235,13 +235,13 @@ def test_the_card_has_the_scores_of_exactly_these_weights(tmp_path: Path) -> Non
     ],
 )
 def test_the_card_says_how_the_weights_were_trained(
-    tmp_path: Path, run: dict[str, Any], said: str, tags: list[str]
+    tmp_path: Path, run: dict[str, Any], message: str, tags: list[str]
 ) -> None:
     exported = to_export()
     about = {"run": run, "lineage": [{"from": "/home/me/runs/first", "step": 7}]}
     exported = ExportedBackbone(exported.backbone, about, tmp_path / "results.json")
     card = model_card(exported, "timm")
-    assert said in card and "It began with the weights of runs/first." in card and "/home/me" not in card
+    assert message in card and "It began with the weights of runs/first." in card and "/home/me" not in card
     assert yaml.safe_load(card.split("---")[1])["tags"] == ["nearfar", *tags]
 
 
@@ -356,7 +356,7 @@ def test_a_checkpoint_of_a_step_is_exported(tmp_path: Path, capsys: pytest.Captu
 
 
 @pytest.mark.parametrize(
-    ("to", "name", "said"),
+    ("to", "name", "message"),
     [
         ("timm", "full", "full is a folder with something in it, and an export never overwrites anything"),
         ("onnx", "old.onnx", "old.onnx is a file, and an export never overwrites anything"),
@@ -365,7 +365,7 @@ def test_a_checkpoint_of_a_step_is_exported(tmp_path: Path, capsys: pytest.Captu
     ],
 )
 def test_a_wrong_target_is_named_and_left_alone(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], to: str, name: str, said: str
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], to: str, name: str, message: str
 ) -> None:
     run = make_run(tmp_path)
     (tmp_path / "full").mkdir()
@@ -373,7 +373,7 @@ def test_a_wrong_target_is_named_and_left_alone(
     (tmp_path / "old.onnx").write_text("mine")
     before = sorted(tmp_path.rglob("*"))
     assert cli.main(["export", str(run), "--to", to, str(tmp_path / name)]) == 2
-    assert re.search(said, " ".join(capsys.readouterr().err.split()))
+    assert re.search(message, " ".join(capsys.readouterr().err.split()))
     assert sorted(tmp_path.rglob("*")) == before
 
 

@@ -12,7 +12,7 @@ from nearfar.launch.failures import explain, paragraph, report_of
 
 
 @pytest.mark.parametrize(
-    ("number", "told"),
+    ("number", "expected"),
     [
         (errno.ENOSPC, "No space left on the disk at /some/file. Checkpoints saved before are intact"),
         (errno.EROFS, "/some/file: Read-only file system. This file system can only be read"),
@@ -22,9 +22,9 @@ from nearfar.launch.failures import explain, paragraph, report_of
         (errno.EIO, "/some/file: Input/output error."),
     ],
 )
-def test_an_error_of_the_system_is_told_with_its_path_and_what_to_do(number: int, told: str) -> None:
+def test_an_error_of_the_system_is_told_with_its_path_and_what_to_do(number: int, expected: str) -> None:
     message = explain(OSError(number, os.strerror(number), "/some/file"))
-    assert message is not None and message.startswith(told) and "\n" not in message
+    assert message is not None and message.startswith(expected) and "\n" not in message
 
 
 def test_a_path_of_any_length_or_kind_is_shown_short() -> None:
@@ -63,9 +63,9 @@ def test_a_bug_is_told_with_its_traceback() -> None:
     try:
         raise KeyError("weights")
     except KeyError as error:
-        told = report_of(error)
-    assert "Traceback" in told and "test_failures.py" in told and "KeyError: 'weights'" in told
-    assert "This is a bug in nearfar, not a mistake of yours" in told
+        report = report_of(error)
+    assert "Traceback" in report and "test_failures.py" in report and "KeyError: 'weights'" in report
+    assert "This is a bug in nearfar, not a mistake of yours" in report
 
 
 def test_a_paragraph_shows_control_characters_and_wraps_between_words() -> None:

@@ -32,12 +32,12 @@ data: {workers: 0}
 def write_images(folder: Path, count: int, seed: int, classes: dict[str, int] = COLORS) -> Path:
     rng = np.random.default_rng(seed)
     for name, channel in classes.items():
-        place = folder / name
-        place.mkdir(parents=True)
+        target = folder / name
+        target.mkdir(parents=True)
         for i in range(count):
             pixels = rng.integers(0, 120, (20, 20, 3))
             pixels[..., channel] += 100
-            Image.fromarray(pixels.astype(np.uint8)).save(place / f"{i}.png")
+            Image.fromarray(pixels.astype(np.uint8)).save(target / f"{i}.png")
     return folder
 
 
@@ -87,7 +87,7 @@ def test_its_features_are_scored_beside_those_of_its_network_untrained(trained: 
     assert len({score["weights"] for score in scores.values()}) == 3
 
 
-def answers(file: Path) -> list[dict[str, str]]:
+def predictions_in(file: Path) -> list[dict[str, str]]:
     with file.open(newline="") as lines:
         return list(csv.DictReader(lines))
 
@@ -99,14 +99,14 @@ def test_predict_writes_the_answers_and_leaves_out_what_it_cannot_read(
     (images / "red" / "broken.png").write_bytes(b"no picture")
     out = tmp_path / "out.csv"
     assert main(["predict", str(trained / "runs" / "tiny"), str(images), "--csv", str(out), "--top", "3"]) == 0
-    told = capsys.readouterr().out
-    rows = answers(out)
-    assert "12 images, 1 unreadable ones left out" in told and "red/broken.png" in told
+    output = capsys.readouterr().out
+    rows = predictions_in(out)
+    assert "12 images, 1 unreadable ones left out" in output and "red/broken.png" in output
     assert len(rows) == 36 and [row["rank"] for row in rows[:3]] == ["1", "2", "3"]
     assert sum(float(row["probability"]) for row in rows[:3]) == pytest.approx(1, abs=1e-5)
     first = [row for row in rows if row["rank"] == "1"]
     right = 100 * np.mean([row["file"].split("/")[0] == row["class"] for row in first])
-    assert f"top1 {right:.2f} %" in told and right > 60
+    assert f"top1 {right:.2f} %" in output and right > 60
 
 
 def test_predict_on_a_flat_folder_tells_no_accuracy(
@@ -115,12 +115,12 @@ def test_predict_on_a_flat_folder_tells_no_accuracy(
     flat, out = trained / "val" / "blue", tmp_path / "flat.csv"
     file = trained / "runs" / "tiny" / checkpoint.CLASSIFIER
     assert main(["predict", str(file), str(flat), "--csv", str(out)]) == 0
-    assert len(answers(out)) == 12 and "Accuracy on" not in capsys.readouterr().out
+    assert len(predictions_in(out)) == 12 and "Accuracy on" not in capsys.readouterr().out
 
 
 def test_features_are_read_from_a_classifier(trained: Path, tmp_path: Path) -> None:
-    words = ["features", str(trained / "runs" / "tiny"), str(trained / "val"), str(tmp_path / "store")]
-    assert main([*words, "--device", "cpu"]) == 0
+    arguments = ["features", str(trained / "runs" / "tiny"), str(trained / "val"), str(tmp_path / "store")]
+    assert main([*arguments, "--device", "cpu"]) == 0
     assert np.load(tmp_path / "store" / "features.npy").shape == (36, 24)
 
 
@@ -134,7 +134,7 @@ def test_from_a_run_takes_over_its_backbone(trained: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("words", "told"),
+    ("arguments", "message"),
     [
         (["predict", "BARE", "VAL", "--csv", "OUT"], "holds a backbone without a classifier"),
         (["predict", "RUN", "VAL", "--csv", "OUT", "--top", "4"], "--top 4 is not possible"),
@@ -150,7 +150,7 @@ def test_from_a_run_takes_over_its_backbone(trained: Path) -> None:
     ],
 )
 def test_a_mistake_is_one_paragraph(
-    words: list[str], told: str, trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    arguments: list[str], message: str, trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     places = {
         "RUN": trained / "runs" / "tiny", "VAL": trained / "val", "TRAIN": trained / "train", "OUT": tmp_path / "o.csv",
@@ -164,12 +164,12 @@ def test_a_mistake_is_one_paragraph(
     run = config.load(None, ["name=x", "data.path=x"])
     checkpoint.export(places["BARE"], whole.backbone, {"step": 1, "run": run.model_dump(mode="json")})
     for name, place in sorted(places.items(), key=lambda item: -len(item[0])):
-        words = [word.replace(name, str(place)) for word in words]
-    if words[0] != "predict":
-        words = [*words, f"folder={tmp_path / 'runs'}"]
-    assert main(words) == 2
+        arguments = [argument.replace(name, str(place)) for argument in arguments]
+    if arguments[0] != "predict":
+        arguments = [*arguments, f"folder={tmp_path / 'runs'}"]
+    assert main(arguments) == 2
     error = " ".join(capsys.readouterr().err.split())
-    assert told in error and "Traceback" not in error
+    assert message in error and "Traceback" not in error
 
 
 def test_bundled_recipes_are_valid() -> None:

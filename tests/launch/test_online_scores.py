@@ -72,9 +72,9 @@ def test_a_stop_ends_the_online_score(tmp_path: Path) -> None:
     images = ArraySource(np.zeros((300, 16, 16, 3), np.uint8), labels=np.arange(300) % 3)
     backbone = create("vit_tiny_patch4", img_size=16, embed_dim=12, depth=1, num_heads=2)
     run = make(tmp_path, "eval.size=16", "eval.resize=16", "data.workers=0")
-    asked = []
-    stopping = OnlineKNN(images, images, 300, lambda: bool(asked.append(1)) or len(asked) == 2)
-    assert stopping(backbone, run) is None and len(asked) == 2
+    calls = []
+    stopping = OnlineKNN(images, images, 300, lambda: bool(calls.append(1)) or len(calls) == 2)
+    assert stopping(backbone, run) is None and len(calls) == 2
     assert OnlineKNN(images, images, 300)(backbone, run) == {"knn_top1": pytest.approx(100 / 3, abs=70)}
 
 
@@ -105,7 +105,7 @@ torch.set_num_threads(1)
 images = ArraySource(np.random.default_rng(0).integers(0, 256, (600, 16, 16, 3), np.uint8), labels=np.arange(600) % 3)
 run = config.load(None, ["name=r", f"folder={folder}", "train.device=cpu", "train.precision=fp32", "eval.size=16",
                          "eval.resize=16", "data.workers=0"])
-seen, said = [], []
+seen, messages = [], []
 read = images.read
 images.read = lambda i: seen.append(i) or read(i)
 
@@ -117,16 +117,16 @@ def backbone(seed):
 
 def scored(network, stop=lambda: False, val=images):
     seen.clear()
-    score = OnlineKNN(images, val, 600, stop, world.size > 1, said.append)
+    score = OnlineKNN(images, val, 600, stop, world.size > 1, messages.append)
     found = score(network, run) if world.first else score.assist(network, run)
     return found, len(seen)
 
 
 with distributed.joined(world):
-    asked = iter(range(10**6))
-    found = [scored(backbone(0)), scored(backbone(0), lambda: next(asked) == 3), scored(backbone(world.rank))]
+    polls = iter(range(10**6))
+    found = [scored(backbone(0)), scored(backbone(0), lambda: next(polls) == 3), scored(backbone(world.rank))]
     mine = ArraySource(images.images, None if world.rank else images.labels)
-    found += [scored(backbone(0), val=mine), said]
+    found += [scored(backbone(0), val=mine), messages]
 Path(folder, f"{world.size}-{world.rank}").write_text(json.dumps(found))
 """
 

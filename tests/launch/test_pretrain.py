@@ -39,7 +39,7 @@ def test_processes_follow_the_cores_and_the_batch(
 
 
 @pytest.mark.parametrize(
-    ("settings", "size", "told"),
+    ("settings", "size", "message"),
     [
         (["train.device=auto"], 2, "one for each of 2 GPUs"),
         (["train.device=cuda"], 2, "one for each of 2 GPUs"),
@@ -48,7 +48,7 @@ def test_processes_follow_the_cores_and_the_batch(
     ],
 )
 def test_pretrain_starts_a_process_for_each_visible_gpu(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, settings: list[str], size: int, told: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, settings: list[str], size: int, message: str
 ) -> None:
     started: list[dict[str, object]] = []
 
@@ -68,11 +68,11 @@ def test_pretrain_starts_a_process_for_each_visible_gpu(
     monkeypatch.setattr(processes, "available_cores", lambda: 4)
     monkeypatch.setattr(processes, "_start", Child)
     monkeypatch.setattr(pretrain, "pretrain_rank", lambda run, console, world: worlds.append(world))
-    said = StringIO()
-    pretrain.run_pretraining(make(tmp_path, *settings), Console(file=said, width=200))
+    output = StringIO()
+    pretrain.run_pretraining(make(tmp_path, *settings), Console(file=output, width=200))
     assert [(world.rank, world.size, world.cores) for world in worlds] == [(0, size, 4 // size if size > 1 else 0)]
     assert [(each["LOCAL_RANK"], each["WORLD_SIZE"]) for each in started] == [(r, size) for r in range(1, size)]
-    assert told in said.getvalue() and ("derived" in said.getvalue()) == bool(told)
+    assert message in output.getvalue() and ("derived" in output.getvalue()) == bool(message)
 
 
 def test_more_processes_than_gpus_or_none_at_all_are_told_before_anything_is_read(
@@ -90,7 +90,7 @@ def test_more_processes_than_gpus_or_none_at_all_are_told_before_anything_is_rea
 
 def test_a_dead_process_is_reported_where_the_first_one_would_wait_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
     lost: list[str] = []
-    monkeypatch.setattr(processes, "HEARD_WITHIN", 0.01)
+    monkeypatch.setattr(processes, "NOTICED_WITHIN", 0.01)
     monkeypatch.setattr(distributed, "lost", lambda message: lost.append(message) or True)
     fine = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
     dead = subprocess.Popen([sys.executable, "-c", "import os; os.kill(os.getpid(), 9)"])
@@ -146,13 +146,13 @@ def test_under_torchrun_no_further_process_is_started(
 
 
 def test_derived_ranks_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    said, worlds = StringIO(), []
+    output, worlds = StringIO(), []
     monkeypatch.setattr(processes, "available_cores", lambda: 1)
     monkeypatch.setattr(pretrain, "pretrain_rank", lambda run, console, world: worlds.append(world))
-    pretrain.run_pretraining(make(tmp_path), Console(file=said, width=200))
-    assert "derived train.world_size = 1  (1 core," in said.getvalue()
-    pretrain.run_pretraining(make(tmp_path, "train.world_size=1"), Console(file=said, width=200))
-    assert said.getvalue().count("derived") == 1 and len(worlds) == 2
+    pretrain.run_pretraining(make(tmp_path), Console(file=output, width=200))
+    assert "derived train.world_size = 1  (1 core," in output.getvalue()
+    pretrain.run_pretraining(make(tmp_path, "train.world_size=1"), Console(file=output, width=200))
+    assert output.getvalue().count("derived") == 1 and len(worlds) == 2
 
 
 def test_a_rank_ends_when_its_starter_is_gone() -> None:
@@ -170,6 +170,6 @@ def test_a_rank_ends_when_its_starter_is_gone() -> None:
 def test_a_rank_whose_starter_died_before_it_ran_ends_without_importing_torch() -> None:
     code = "import sys; from nearfar.launch.local.rank import main; sys.stdin.read(); main(['-', '1'])"
     with subprocess.Popen([sys.executable, "-X", "importtime", "-c", code], stdin=-1, stderr=-1, text=True) as process:
-        _, said = process.communicate(timeout=60)
-    assert process.returncode == EXIT_PEER and "nearfar.launch.local.rank" in said
-    assert "| torch\n" not in said
+        _, output = process.communicate(timeout=60)
+    assert process.returncode == EXIT_PEER and "nearfar.launch.local.rank" in output
+    assert "| torch\n" not in output

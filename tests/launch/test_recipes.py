@@ -56,15 +56,15 @@ def test_what_is_no_recipe_is_told_with_what_was_meant(tmp_path: Path) -> None:
         find_recipe(str(tmp_path / "my.yml"))
     with pytest.raises(UserError, match=r"Did you mean .*my\.yaml\?"):
         find_recipe(str(tmp_path / "my"))
-    with pytest.raises(UserError, match="is a folder, and a recipe is a file") as told:
+    with pytest.raises(UserError, match="is a folder, and a recipe is a file") as caught:
         find_recipe(str(tmp_path))
-    assert "Did you mean" not in str(told.value)
+    assert "Did you mean" not in str(caught.value)
     with pytest.raises(UserError, match="Did you mean imagenette"):
         find_recipe("imagenete")
 
 
 @pytest.mark.parametrize(
-    ("words", "told"),
+    ("arguments", "message"),
     [
         (["pretrain", "finetune_cifar10"], "write nearfar finetune finetune_cifar10 ..."),
         (["finetune", "cifar10"], "write nearfar pretrain cifar10 ..."),
@@ -75,8 +75,8 @@ def test_what_is_no_recipe_is_told_with_what_was_meant(tmp_path: Path) -> None:
     ],
 )
 def test_a_recipe_of_the_other_kind_is_told_with_its_command(
-    words: list[str],
-    told: str,
+    arguments: list[str],
+    message: str,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
@@ -86,7 +86,7 @@ def test_a_recipe_of_the_other_kind_is_told_with_its_command(
     written = {"classes": "classifier", "views": "views", "both": "augment: {}\nviews"}
     for name, section in written.items():
         (tmp_path / f"{name}.yaml").write_text(f"{section}: {{}}\ntrain: {{epochs: 3}}\n")
-    assert main([*words, "data.path=pictures"]) == 2
+    assert main([*arguments, "data.path=pictures"]) == 2
     error = capsys.readouterr().err
-    assert told.lower() in error.lower() and error.startswith("nearfar: ") and error.count("\n") == 1
+    assert message.lower() in error.lower() and error.startswith("nearfar: ") and error.count("\n") == 1
     assert not (tmp_path / "runs").exists()

@@ -29,8 +29,8 @@ def test_a_program_goes_on_when_the_reader_of_its_output_has_left() -> None:
     child.stdout.close()
     child.stdin.write("\n")
     child.stdin.close()
-    told = child.stderr.read()
-    assert child.wait(60) == 0 and told == "survived\n"
+    output = child.stderr.read()
+    assert child.wait(60) == 0 and output == "survived\n"
 
 
 def test_characters_that_the_terminal_lacks_are_shown_and_not_raised() -> None:

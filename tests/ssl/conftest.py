@@ -81,9 +81,9 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
             a, b, c = rng.uniform(0.02, 0.2, 3)
             planes.append(127 + 70 * np.sin(a * x + b * y) + 50 * np.sign(np.sin(c * x - a * y)))
         pixels = np.stack(planes, -1) + rng.normal(0, 8, (height, width, 1))
-        place = folder / f"class{i % 3}" / f"{i:03}.jpg"
-        place.parent.mkdir(exist_ok=True)
-        Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(place, quality=90)
+        target = folder / f"class{i % 3}" / f"{i:03}.jpg"
+        target.parent.mkdir(exist_ok=True)
+        Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(target, quality=90)
     return folder
 
 
@@ -129,12 +129,12 @@ def finish() -> Callable[..., list[str]]:
     """
 
     def wait(processes: list[subprocess.Popen[str]], timeout: float = 240) -> list[str]:
-        said = [process.communicate(timeout=timeout) for process in processes]
+        outputs = [process.communicate(timeout=timeout) for process in processes]
         if any(process.returncode for process in processes):
-            ends = zip(processes, said, strict=True)
+            ends = zip(processes, outputs, strict=True)
             pytest.fail(
                 "\n".join(f"exit {process.returncode}:\n{out}\n{error}" for process, (out, error) in ends), False
             )
-        return ["".join(line for line in out.splitlines(True) if not line.startswith("[Gloo]")) for out, _ in said]
+        return ["".join(line for line in out.splitlines(True) if not line.startswith("[Gloo]")) for out, _ in outputs]
 
     return wait

@@ -163,11 +163,11 @@ def test_a_process_killed_while_writing_leaves_the_earlier_ones(folder: Path, sa
 
 def test_no_space_left_in_the_middle_of_a_file(folder: Path, same_bits: SameBits) -> None:
     """A real limit of the system on the size of a file, met while the tensors are written."""
-    told = folder.parent / "told"
+    written = folder.parent / "messages"
     child = os.fork()
     if child == 0:
         resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
-        words = []
+        messages = []
         for write in (
             lambda: checkpoint.save(folder, 9, {"a": torch.zeros(100_000)}, {}),
             lambda: checkpoint.export(folder.parent / "teacher.safetensors", create("vit_tiny_patch16", depth=1), {}),
@@ -175,14 +175,14 @@ def test_no_space_left_in_the_middle_of_a_file(folder: Path, same_bits: SameBits
             try:
                 write()
             except UserError as error:
-                words.append(str(error))
-        told.write_text("\n".join(words))
+                messages.append(str(error))
+        written.write_text("\n".join(messages))
         os._exit(0)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
-    first, second = told.read_text().splitlines()
+    first, second = written.read_text().splitlines()
     assert "step 9 could not be written" in first and "step-000000007 is intact" in first
     assert "teacher.safetensors could not be written" in second and "start the same command again" in second
-    assert names(folder.parent) == ["c", "told"]
+    assert names(folder.parent) == ["c", "messages"]
     assert names(folder) == ["step-000000005", "step-000000007"]
     same_bits(checkpoint.read(folder / "step-000000007").tensors, tensors(7))
 
@@ -225,18 +225,18 @@ DAMAGE: dict[str, tuple[Callable[[Path], None], str]] = {
 
 @pytest.mark.parametrize("kind", DAMAGE)
 def test_any_damage_falls_back_to_the_one_before_and_says_so(folder: Path, kind: str, same_bits: SameBits) -> None:
-    damage, words = DAMAGE[kind]
+    damage, reason = DAMAGE[kind]
     damage(folder / "step-000000007")
-    told: list[str] = []
-    found = checkpoint.latest(folder, told.append)
+    messages: list[str] = []
+    found = checkpoint.latest(folder, messages.append)
     assert found is not None and found.state["step"] == 5
     same_bits(found.tensors, tensors(5))
-    (message,) = told
-    assert words in message and "step-000000007" in message and "continuing from step-000000005" in message
+    (message,) = messages
+    assert reason in message and "step-000000007" in message and "continuing from step-000000005" in message
     assert names(folder) == ["step-000000005", "step-000000007.damaged"]
     checkpoint.save(folder, 7, tensors(7), STATE)  # the run gets there again
-    again = checkpoint.latest(folder, told.append)
-    assert again is not None and len(told) == 1
+    again = checkpoint.latest(folder, messages.append)
+    assert again is not None and len(messages) == 1
     same_bits(again.tensors, tensors(7))
 
 
@@ -258,9 +258,9 @@ def test_several_damaged_ones_are_all_set_aside(folder: Path) -> None:
     checkpoint.save(folder, 9, tensors(9), STATE, keep=3)
     cut(folder / "step-000000009" / "state.json")
     flip(folder / "step-000000007" / "tensors.safetensors")
-    told: list[str] = []
-    found = checkpoint.latest(folder, told.append)
-    assert found is not None and found.path.name == "step-000000005" and len(told) == 2
+    messages: list[str] = []
+    found = checkpoint.latest(folder, messages.append)
+    assert found is not None and found.path.name == "step-000000005" and len(messages) == 2
 
 
 def test_all_damaged_is_a_mistake_that_names_each_and_destroys_none(folder: Path) -> None:
@@ -422,9 +422,9 @@ def test_no_flipped_byte_of_an_exported_header_is_a_traceback(exported: tuple[Pa
     metadata = whole.index(b"__metadata__")
     broken = tmp_path / "broken.safetensors"
     refused = 0
-    for place in [*range(8), *range(metadata, metadata + 600, 3), *range(8, 8 + header, 211)]:
+    for offset in [*range(8), *range(metadata, metadata + 600, 3), *range(8, 8 + header, 211)]:
         for flip in (0x01, 0x80):
-            broken.write_bytes(whole[:place] + bytes([whole[place] ^ flip]) + whole[place + 1 :])
+            broken.write_bytes(whole[:offset] + bytes([whole[offset] ^ flip]) + whole[offset + 1 :])
             try:
                 checkpoint.load(broken)
             except UserError:

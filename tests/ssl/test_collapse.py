@@ -38,8 +38,8 @@ def test_healthy_runs_raise_no_alarm(tiny: Make, tiles: ArraySource, quiet: Cons
 
 def test_a_teacher_that_is_too_warm_gives_the_flat_answer(tiny: Make, tiles: ArraySource, quiet: Console) -> None:
     warm = tiny("loss.teacher_temp=5", "loss.warmup_teacher_temp=5", "train.epochs=10")
-    (told,) = alarms(warm, tiles, quiet)
-    assert "uniform output" in told
+    (message,) = alarms(warm, tiles, quiet)
+    assert "uniform output" in message
 
 
 def test_a_teacher_without_centering_gives_one_answer(
@@ -49,8 +49,8 @@ def test_a_teacher_without_centering_gives_one_answer(
     uncentered = tiny(
         "loss.teacher_temp=0.02", "head.batch_norm=false", "optim.teacher_momentum=0.5", "train.epochs=10"
     )
-    told = alarms(uncentered, tiles, quiet)
-    assert "one answer" in told[0]
+    messages = alarms(uncentered, tiles, quiet)
+    assert "one answer" in messages[0]
 
 
 def test_a_rate_that_is_far_too_high_gives_one_answer(tiny: Make, tiles: ArraySource, quiet: Console) -> None:

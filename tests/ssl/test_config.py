@@ -60,7 +60,7 @@ def test_an_empty_recipe_and_an_empty_section_are_fine(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("content", "told"),
+    ("content", "expected"),
     [
         (b"- a\n- b\n", "must hold sections"),
         (b"just words", "must hold sections"),
@@ -69,11 +69,11 @@ def test_an_empty_recipe_and_an_empty_section_are_fine(tmp_path: Path) -> None:
         (b"text with \x00 in it", "not valid YAML"),
     ],
 )
-def test_a_file_that_is_no_recipe_is_told_as_such(tmp_path: Path, content: bytes, told: str) -> None:
+def test_a_file_that_is_no_recipe_is_told_as_such(tmp_path: Path, content: bytes, expected: str) -> None:
     file = tmp_path / "mine.yaml"
     file.write_bytes(content)
     message = mistakes(recipe=file)
-    assert told in message and str(file) in message
+    assert expected in message and str(file) in message
 
 
 def test_a_missing_recipe_and_a_folder(tmp_path: Path) -> None:
@@ -86,8 +86,8 @@ def test_a_missing_recipe_and_a_folder(tmp_path: Path) -> None:
 
 def test_all_mistakes_are_told_at_once(tmp_path: Path) -> None:
     recipe = write(tmp_path, "trian: {epochs: 3}\ntrain: {epochs: -1, seed: one}\nviews: {global_crops_size: 225}\n")
-    told = mistakes("optim.lrr=1", "optim.min_lr=-1", "nonsense", "optim.warmup_epochs=200", recipe=recipe)
-    assert told.startswith("8 mistakes in the settings: ")
+    message = mistakes("optim.lrr=1", "optim.min_lr=-1", "nonsense", "optim.warmup_epochs=200", recipe=recipe)
+    assert message.startswith("8 mistakes in the settings: ")
     for part in (
         "trian is unknown (did you mean train?)",
         "train.epochs=-1",
@@ -98,7 +98,7 @@ def test_all_mistakes_are_told_at_once(tmp_path: Path) -> None:
         "'nonsense' is not a setting",
         "optim.warmup_epochs=200 is longer than the run",
     ):
-        assert part in told
+        assert part in message
 
 
 @pytest.mark.parametrize(
@@ -127,8 +127,8 @@ def test_a_name_like_nothing_points_to_the_help() -> None:
 
 
 def test_keys_that_are_no_text(tmp_path: Path) -> None:
-    told = mistakes(recipe=write(tmp_path, "5: 2\ntrain: {3: 4}\nyes: no\n"))
-    assert "5 is unknown" in told and "train.3 is unknown" in told and "True is unknown" in told
+    message = mistakes(recipe=write(tmp_path, "5: 2\ntrain: {3: 4}\nyes: no\n"))
+    assert "5 is unknown" in message and "train.3 is unknown" in message and "True is unknown" in message
 
 
 @pytest.mark.parametrize(
@@ -156,13 +156,13 @@ def test_keys_that_are_no_text(tmp_path: Path) -> None:
     ],
 )
 def test_bad_types_and_ranges(setting: str) -> None:
-    told = mistakes(setting)
-    assert told.startswith("A mistake in the settings: ") and "is not possible" in told
-    assert setting.partition("=")[0] in told
+    message = mistakes(setting)
+    assert message.startswith("A mistake in the settings: ") and "is not possible" in message
+    assert setting.partition("=")[0] in message
 
 
 @pytest.mark.parametrize(
-    ("settings", "told"),
+    ("settings", "expected"),
     [
         (
             ["views.global_crops_size=100"],
@@ -191,9 +191,9 @@ def test_bad_types_and_ranges(setting: str) -> None:
         (["name=.."], "must be a plain folder name"),
     ],
 )
-def test_impossible_combinations(settings: list[str], told: str) -> None:
+def test_impossible_combinations(settings: list[str], expected: str) -> None:
     message = mistakes(*settings)
-    assert message.startswith("A mistake in the settings: ") and told in message and "?." not in message
+    assert message.startswith("A mistake in the settings: ") and expected in message and "?." not in message
 
 
 def test_what_does_not_apply_is_no_mistake() -> None:
@@ -233,7 +233,7 @@ def test_a_date_in_a_recipe_is_text(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("setting", "told"),
+    ("setting", "expected"),
     [
         ("train.epochs=many", "train.epochs='many' is not possible: it should be a whole number"),
         ("train.epochs=0", "train.epochs=0 is not possible: it should be 1 or more"),
@@ -257,14 +257,14 @@ def test_a_date_in_a_recipe_is_text(tmp_path: Path) -> None:
         ("data.path=/" + "n" * 300, "data.path has a part of more than 255 bytes"),
     ],
 )
-def test_a_mistake_is_told_once_in_plain_words(setting: str, told: str) -> None:
+def test_a_mistake_is_told_once_in_plain_words(setting: str, expected: str) -> None:
     message = mistakes(setting)
-    assert message.startswith("A mistake in the settings: ") and told in message and "?." not in message
+    assert message.startswith("A mistake in the settings: ") and expected in message and "?." not in message
 
 
 def test_a_long_list_of_mistakes_and_a_long_value_are_cut() -> None:
-    told = mistakes(*(f"x{i}=1" for i in range(200)))
-    assert told.startswith("200 mistakes") and "and 180 more" in told and len(told) < 5000
+    message = mistakes(*(f"x{i}=1" for i in range(200)))
+    assert message.startswith("200 mistakes") and "and 180 more" in message and len(message) < 5000
     assert len(mistakes("train.epochs=" + "9" * 100_000)) < 500
     assert len(mistakes("y" * 100_000 + "=1")) < 500
 
@@ -316,12 +316,12 @@ def test_a_short_run_has_shorter_warm_ups_and_a_faster_teacher() -> None:
 
 def test_nothing_is_left_open_and_every_derived_value_is_told_with_its_reason() -> None:
     before = config.load(None)
-    run, told = resolve(before, 50_000)
+    run, derived = resolve(before, 50_000)
     open_before = {s.key for s in all_settings() if s.default is None}
     open_after = {s.key for s in all_settings() if defaults.value_of(run, s.key) is None}
     assert open_after == NEVER_DERIVED
-    assert {d.key for d in told} == open_before - open_after
-    assert all(d.reason and defaults.value_of(run, d.key) == d.value for d in told)
+    assert {d.key for d in derived} == open_before - open_after
+    assert all(d.reason and defaults.value_of(run, d.key) == d.value for d in derived)
     assert resolve(run, 50_000) == (run, [])
 
 
@@ -343,8 +343,8 @@ def test_explicit_values_win() -> None:
         "eval.resize=64",
         "eval.knn_every_epochs=0",
     ]
-    run, told = resolve(config.load(None, given), 2_000)
-    assert told == []
+    run, derived = resolve(config.load(None, given), 2_000)
+    assert derived == []
     assert run.model_dump() == config.load(None, given).model_dump()
 
 

@@ -27,11 +27,11 @@ Make = Callable[..., Run]
 
 OURS = ["backbone.name=vit_tiny_patch8", "backbone.embed_dim=24", "backbone.depth=2", "backbone.num_heads=2"]
 PLAIN = ["backbone.lgp=false", "backbone.gaug=false", "backbone.prr=false"]
-NAMES_SAY = ["backbone.embed_dim=null", "backbone.depth=null", "backbone.num_heads=null", "backbone.drop_path=0"]
+AS_THE_NAME_SAYS = ["backbone.embed_dim=null", "backbone.depth=null", "backbone.num_heads=null", "backbone.drop_path=0"]
 
 
 def timms(name: str, *more: str) -> list[str]:
-    return [*PLAIN, *NAMES_SAY, f"backbone.name=timm/{name}", *more]
+    return [*PLAIN, *AS_THE_NAME_SAYS, f"backbone.name=timm/{name}", *more]
 
 
 FAMILIES: dict[str, list[str]] = {
@@ -87,8 +87,8 @@ def shades() -> ArraySource:
     """40 images that differ in color and direction, so that there is something to learn within seconds."""
     rng = np.random.default_rng(0)
     y, x = np.mgrid[:64, :64] / 64
-    turn, color = rng.uniform(0, 2 * np.pi, 40), rng.uniform(0.2, 1, (40, 3))
-    waves = 0.5 + 0.5 * np.sin(8 * (np.cos(turn)[:, None, None] * x + np.sin(turn)[:, None, None] * y))
+    angle, color = rng.uniform(0, 2 * np.pi, 40), rng.uniform(0.2, 1, (40, 3))
+    waves = 0.5 + 0.5 * np.sin(8 * (np.cos(angle)[:, None, None] * x + np.sin(angle)[:, None, None] * y))
     return ArraySource((255 * waves[..., None] * color[:, None, None]).astype(np.uint8), labels=np.arange(40) % 4)
 
 

@@ -26,13 +26,13 @@ def test_lists_of_tensors_are_computed_in_place() -> None:
 
 def test_a_fused_update_of_sgd_takes_a_flag_that_keeps_everything_as_it_is() -> None:
     """ssl/learning/student_teacher.py: the teacher's update, gated on the device by whether the step was finite."""
-    for bad, wanted in ((0.0, 2.0), (1.0, 3.0)):
+    for bad, expected in ((0.0, 2.0), (1.0, 3.0)):
         weights = [torch.tensor([3.0])]
         torch._fused_sgd_(
             weights, [torch.tensor([1.0])], [], weight_decay=0.0, momentum=0.0, lr=1.0, dampening=0.0, nesterov=False,
             maximize=False, is_first_step=False, found_inf=torch.tensor(bad),
         )  # fmt: skip
-        assert float(weights[0]) == wanted
+        assert float(weights[0]) == expected
 
 
 def test_the_workers_of_a_loader_are_its_processes() -> None:

@@ -133,8 +133,8 @@ def test_the_block_whose_output_overflows_is_named(learner: Learner, who: str) -
     network = getattr(learner, who)
     with torch.no_grad():
         dict(network.named_parameters())["backbone.model.blocks.1.mlp.fc1.weight"].fill_(3e38)
-    (told,) = first(learner)
-    assert told.startswith(f"the output of {who}.backbone.blocks.1.mlp.fc1, whose input is finite (at most ")
+    (block,) = first(learner)
+    assert block.startswith(f"the output of {who}.backbone.blocks.1.mlp.fc1, whose input is finite (at most ")
 
 
 def test_the_head_the_loss_and_a_gradient_are_told_apart(learner: Learner) -> None:

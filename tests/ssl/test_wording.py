@@ -25,17 +25,17 @@ def test_a_number_agrees_with_its_noun() -> None:
 
 
 @pytest.mark.parametrize(
-    ("seconds", "told"),
+    ("seconds", "message"),
     [(0.2, "0 seconds"), (1, "1 second"), (99.4, "99 seconds"), (99.6, "1.7 minutes"), (594, "9.9 minutes"),
      (596, "10 minutes"), (5400, "90 minutes"), (6000, "1.7 hours"), (170_000, "47.2 hours"), (216_000, "2.5 days")],
 )  # fmt: skip
-def test_a_duration_has_its_unit_and_about_two_figures(seconds: float, told: str) -> None:
-    assert duration(seconds) == told
+def test_a_duration_has_its_unit_and_about_two_figures(seconds: float, message: str) -> None:
+    assert duration(seconds) == message
 
 
 @pytest.mark.parametrize(
-    ("count", "told"),
+    ("count", "message"),
     [(400, "0.4 KB"), (999_999, "1000.0 KB"), (1e6, "1.0 MB"), (1.5e9, "1.5 GB")],
 )
-def test_bytes_are_counted_in_thousands(count: float, told: str) -> None:
-    assert byte_size(count) == told
+def test_bytes_are_counted_in_thousands(count: float, message: str) -> None:
+    assert byte_size(count) == message

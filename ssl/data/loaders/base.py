@@ -144,14 +144,14 @@ class Loader(ABC):
                 begin = (s * options.world_size + options.rank) * options.batch_size
                 yield Task(epoch, s, order[begin : begin + options.batch_size])
 
-    def take(self, wanted: NDArray[np.int64], use: Callable[[int, int], None]) -> BatchSamples:
+    def take(self, requested: NDArray[np.int64], use: Callable[[int, int], None]) -> BatchSamples:
         """Call `use(k, i)` for sample i as the k-th of the batch; if it raises BadImage, for the next sample instead.
 
-        That is the first of the samples wanted, wanted + 1, ... (cyclic) that can be used.
+        That is the first of the samples requested, requested + 1, ... (cyclic) that can be used.
         """
-        n, index, bad = len(self.source), wanted.copy(), dict[str, str]()
+        n, index, bad = len(self.source), requested.copy(), dict[str, str]()
         too_many = max(self._always_allowed, int(self.options.max_bad_fraction * n) + 1)
-        for k, first in enumerate(wanted.tolist()):
+        for k, first in enumerate(requested.tolist()):
             for i in ((first + ahead) % n for ahead in range(n)):
                 try:
                     use(k, i)

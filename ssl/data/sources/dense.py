@@ -118,14 +118,14 @@ def dense_source(path: Path) -> MaskedSource | None:
     if not os.path.isdir(path):
         return None
     _refuse_whole(path)
-    place = path.absolute()
-    if place.parent.name == "images" and os.path.isdir(annotations := place.parents[1] / "annotations" / place.name):
+    folder = path.absolute()
+    if folder.parent.name == "images" and os.path.isdir(annotations := folder.parents[1] / "annotations" / folder.name):
         return _folder(path, annotations, ADE20K)
-    if place.name in _COCO_SPLITS:
-        for above in place.parents[:2]:
+    if folder.name in _COCO_SPLITS:
+        for above in folder.parents[:2]:
             for name in _COCO_MASKS:
-                if os.path.isdir(above / name / place.name):
-                    return _folder(path, above / name / place.name, COCO_STUFF)
+                if os.path.isdir(above / name / folder.name):
+                    return _folder(path, above / name / folder.name, COCO_STUFF)
     return None
 
 

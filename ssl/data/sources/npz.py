@@ -113,7 +113,7 @@ def _check_named(path: Path, keys: list[str]) -> None:
 
 def _check_memory(path: Path) -> None:
     """Raises UserError where the arrays, by their headers, would be too large for a file of this size."""
-    wanted = 0
+    total = 0
     with zipfile.ZipFile(path) as file:
         for member in file.infolist():
             name = member.filename.removesuffix(".npy")
@@ -127,9 +127,9 @@ def _check_memory(path: Path) -> None:
                 size = math.prod(shape) * dtype.itemsize
                 if size > member.file_size:
                     raise UserError(f"{path} is damaged: `{name}` should have {size:,} bytes, more than it holds.")
-                wanted += size
-    if wanted > max(_SMALL, _MAX_RATIO * path.stat().st_size):
+                total += size
+    if total > max(_SMALL, _MAX_RATIO * path.stat().st_size):
         raise UserError(
-            f"{path} has {path.stat().st_size:,} bytes and would take {wanted:,} in memory, more than "
+            f"{path} has {path.stat().st_size:,} bytes and would take {total:,} in memory, more than "
             f"{_MAX_RATIO} for each: this is not a file of images. If it is, save it without compression (np.savez)."
         )

@@ -210,8 +210,8 @@ def blur_taps(sigma: Tensor, radius: int) -> Tensor:
     """
     whole, part = (value[:, None] for value in _extended_box(sigma))
     side = blur_reach(sigma) // 3
-    place = torch.arange(-side, side + 1, device=sigma.device).abs()
-    box = (place <= whole).double() + part * (place == whole + 1)
+    distance = torch.arange(-side, side + 1, device=sigma.device).abs()
+    box = (distance <= whole).double() + part * (distance == whole + 1)
     once = F.pad(box, (2 * side, 2 * side))  # (N, 6 side + 1), the middle at 3 side
     for _ in range(2):
         shifted = F.pad(once, (side, side)).unfold(1, 2 * side + 1, 1)

@@ -151,14 +151,14 @@ def bicubic_weights(n: int, size: int, first: NDArray, taps: NDArray, weights: N
 @njit(nogil=True)
 def _sum_rows(
     source: NDArray, start: int, stride: int, last: int, row: int, count: int, w: NDArray, length: int,
-    sums: NDArray, out: NDArray, place: int,
+    sums: NDArray, out: NDArray, offset: int,
 ) -> None:  # fmt: skip
-    """out[place:][:length] = the sum over k < count of w[k] * source[start + (row + k) * stride:][:length], as 8 bits.
+    """out[offset:][:length] = the sum over k < count of w[k] * source[start + (row + k) * stride:][:length], as 8 bits.
 
     Four rows at a time; where there are fewer left, the last one (number `last`) comes again, with a weight of 0.
     Indices are unsigned: signed ones could count from the end, and asking would keep the loops from being vectors.
     """
-    n, d, k = _U(length), _U(place), 0
+    n, d, k = _U(length), _U(offset), 0
     while count - k > 4:
         o0, o1 = _U(start + (row + k) * stride), _U(start + (row + k + 1) * stride)
         o2, o3 = _U(start + (row + k + 2) * stride), _U(start + (row + k + 3) * stride)
@@ -183,8 +183,8 @@ def _sum_rows(
 
 
 @njit(nogil=True)
-def _horizontal_first(s: tuple, height: int, box: NDArray, flip: bool, size: int, out: NDArray, place: int) -> None:
-    """One view into out[place:], planar (3, size, size); `once` is 3 x (size of x, h of y), `transposed` a channel."""
+def _horizontal_first(s: tuple, height: int, box: NDArray, flip: bool, size: int, out: NDArray, offset: int) -> None:
+    """One view into out[offset:], planar (3, size, size); `once` is 3 x (size of x, h of y), `transposed` a channel."""
     top, left, h, w = box[0], box[1], box[2], box[3]
     tall, long, side = (height + 7) // 8 * 8, (h + 7) // 8 * 8, (size + 7) // 8 * 8
     _, columns_, once_, transposed_, first, taps, weights, exact, sums, _ = s
@@ -203,12 +203,12 @@ def _horizontal_first(s: tuple, height: int, box: NDArray, flip: bool, size: int
         for i in range(size):
             _sum_rows(
                 transposed, 0, side, h - 1, first[i], taps[i],
-                weights[i * stride :], size, sums, out, place + (c * size + i) * size,
+                weights[i * stride :], size, sums, out, offset + (c * size + i) * size,
             )  # fmt: skip
 
 
 @njit(nogil=True)
-def _vertical_first(s: tuple, width: int, box: NDArray, flip: bool, size: int, out: NDArray, place: int) -> None:
+def _vertical_first(s: tuple, width: int, box: NDArray, flip: bool, size: int, out: NDArray, offset: int) -> None:
     """As `_horizontal_first`, where the first pass is over the rows of the image as it is: `once` is (size, w, 3)."""
     top, left, h, w = box[0], box[1], box[2], box[3]
     wide, long, side = (3 * width + 7) // 8 * 8, (3 * w + 7) // 8 * 8, (size + 7) // 8 * 8
@@ -233,7 +233,7 @@ def _vertical_first(s: tuple, width: int, box: NDArray, flip: bool, size: int, o
         transpose_bytes(once_, size, side // 8, last)
         plane = last.view(np.uint8)
         for y in range(size):
-            o, d = _U(y * side), _U(place + (c * size + y) * size)
+            o, d = _U(y * side), _U(offset + (c * size + y) * size)
             for j in range(_U(size)):
                 out[d + j] = plane[o + j]
 
@@ -254,23 +254,23 @@ def compiled_and_cached(function: Callable[..., None]) -> Callable[..., None]:
 # read by another that had compiled the rest, and numba's tables of types do not survive that.
 @compiled_and_cached
 def make_views(
-    s: tuple, height: int, width: int, box: NDArray, flip: NDArray, size: NDArray, place: NDArray, out: NDArray,
+    s: tuple, height: int, width: int, box: NDArray, flip: NDArray, size: NDArray, offset: NDArray, out: NDArray,
     colored: bool, jitter: NDArray, factors: NDArray, order: NDArray, gray: NDArray, sigma: NDArray,
     solarize: NDArray, threshold: int,
 ) -> None:  # fmt: skip
-    """All V views of the image in `pixels` of tuple(Scratch), each from index `place` on in the flat `out`.
+    """All V views of the image in `pixels` of tuple(Scratch), each from index `offset` on in the flat `out`.
 
-    box (V, 4) as in ViewPlan, size (V,) the side of each view, place (V,); with `colored`, color follows at once,
+    box (V, 4) as in ViewPlan, size (V,) the side of each view, offset (V,); with `colored`, color follows at once,
     by the other fields of the plan.
     """
     transpose_bytes(s[0], height, (3 * width + 7) // 8, s[1])
     for v in range(len(flip)):
         if VERTICAL_MAY_BE_FIRST and box[v, 2] - size[v] > 2 * max(box[v, 3] - size[v], 0):
-            _vertical_first(s, width, box[v], flip[v], size[v], out, place[v])
+            _vertical_first(s, width, box[v], flip[v], size[v], out, offset[v])
         else:
-            _horizontal_first(s, height, box[v], flip[v], size[v], out, place[v])
+            _horizontal_first(s, height, box[v], flip[v], size[v], out, offset[v])
         if colored and (jitter[v] or gray[v] or sigma[v] > 0 or solarize[v]):
             color_view(
-                out[place[v] : place[v] + 3 * size[v] * size[v]], size[v], s[9],
+                out[offset[v] : offset[v] + 3 * size[v] * size[v]], size[v], s[9],
                 jitter[v], factors[v], order[v], gray[v], sigma[v], solarize[v], threshold,
             )  # fmt: skip

@@ -63,9 +63,9 @@ def _clamp(x):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _hue_channel(hue, chroma, value, low, sixths, place):  # type: ignore[no-untyped-def]
+def _hue_channel(hue, chroma, value, low, sixths, offset):  # type: ignore[no-untyped-def]
     """As `colors.shift_hue`, which explains the formula."""
-    turned = sixths + place + 5.0
+    turned = sixths + offset + 5.0
     shift = turned - 6.0 * tl.floor(turned / 6.0) - 5.0
     distance = tl.abs(hue + chroma * shift)
     return tl.minimum(tl.maximum(value + chroma - tl.abs(distance - 3.0 * chroma), low), value)
@@ -76,9 +76,9 @@ def _adjust_kernel(images, packed, mean, sums, out, pixels, columns, SUMMING: tl
     """One block of one sample: its gray sum before the contrast (SUMMING), or its adjusted colors."""
     sample = tl.program_id(0).to(tl.int64)
     block = tl.program_id(1)
-    place = block * BLOCK + tl.arange(0, BLOCK)
-    inside = place < pixels
-    base = images + 3 * sample * pixels + place
+    index = block * BLOCK + tl.arange(0, BLOCK)
+    inside = index < pixels
+    base = images + 3 * sample * pixels + index
     red = tl.load(base, inside, 0).to(tl.float32) / 255.0
     green = tl.load(base + pixels, inside, 0).to(tl.float32) / 255.0
     blue = tl.load(base + 2 * pixels, inside, 0).to(tl.float32) / 255.0
@@ -116,7 +116,7 @@ def _adjust_kernel(images, packed, mean, sums, out, pixels, columns, SUMMING: tl
             red = _luma(red, green, blue)
             green = red
             blue = red
-        to = out + 3 * sample * pixels + place
+        to = out + 3 * sample * pixels + index
         tl.store(to, red, inside)
         tl.store(to + pixels, green, inside)
         tl.store(to + 2 * pixels, blue, inside)
@@ -128,14 +128,14 @@ def _blur_kernel(  # type: ignore[no-untyped-def]
 ):
     """One block of one channel, blurred along a row (ACROSS) or a column, with reflected borders; then solarized."""
     channel = tl.program_id(0).to(tl.int64)
-    place = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    inside = place < height * width
+    offset = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = offset < height * width
     plane = channel * height * width
     row = packed + channel // 3 * columns
-    middle = tl.load(x + plane + place, inside, 0.0)
+    middle = tl.load(x + plane + offset, inside, 0.0)
     if tl.load(row + _SIGMA) > 0:
-        line = place // width
-        column = place - line * width
+        line = offset // width
+        column = offset - line * width
         blurred = middle * tl.load(row + _TAPS)
         for tap in tl.static_range(1, RADIUS + 1):
             if ACROSS:
@@ -150,4 +150,4 @@ def _blur_kernel(  # type: ignore[no-untyped-def]
     if not ACROSS:
         if tl.load(row + _SOLARIZE) > 0:
             middle = tl.where(middle >= threshold, 1.0 - middle, middle)
-    tl.store(out + plane + place, middle, inside)
+    tl.store(out + plane + offset, middle, inside)

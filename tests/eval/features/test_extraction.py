@@ -94,9 +94,9 @@ def test_unreadable_images_go_with_label_and_mask_and_are_named(source):
 
 @pytest.mark.parametrize("batch_size", [1, 3, 64])
 def test_batches_and_workers_change_nothing(source, batch_size):
-    want = extract(Averages(), source, Reading(16), Decoding(7))
+    expected = extract(Averages(), source, Reading(16), Decoding(7))
     got = extract(Averages(), source, Reading(16), Decoding(batch_size, workers=2 if batch_size == 3 else 0))
-    np.testing.assert_allclose(got.x, want.x, atol=1e-6)
+    np.testing.assert_allclose(got.x, expected.x, atol=1e-6)
     assert got.index.tolist() == GOOD
 
 
@@ -145,7 +145,7 @@ def test_our_network_gives_its_own_outputs(images):
 
 
 @pytest.mark.parametrize(
-    ("settings", "words"),
+    ("settings", "message"),
     [
         ({"size": 16, "layer": "block-4"}, "blocks-N"),
         ({"size": 16, "pooling": "max"}, "cls, mean"),
@@ -154,8 +154,8 @@ def test_our_network_gives_its_own_outputs(images):
         ({"size": 16, "resize": 8}, "does not fit"),
     ],
 )
-def test_impossible_readings_are_explained(source, settings, words):
-    with pytest.raises(UserError, match=words):
+def test_impossible_readings_are_explained(source, settings, message):
+    with pytest.raises(UserError, match=message):
         extract(Averages(), source, Reading(**settings))
 
 
@@ -342,17 +342,17 @@ def test_turned_mask_is_an_unreadable_image(images):
 
 def test_thumbnails_are_box_means(source, images):
     x = pixel_features(source, side=2)
-    want = images[GOOD].reshape(5, 2, 8, 2, 12, 3).mean((2, 4)) / 255
-    want = ((want - MEAN) / STD).reshape(5, -1)
-    np.testing.assert_allclose(x.x, want, atol=1 / 255 / 0.22)  # Pillow rounds to 8 bits in each direction
+    expected = images[GOOD].reshape(5, 2, 8, 2, 12, 3).mean((2, 4)) / 255
+    expected = ((expected - MEAN) / STD).reshape(5, -1)
+    np.testing.assert_allclose(x.x, expected, atol=1 / 255 / 0.22)  # Pillow rounds to 8 bits in each direction
     assert x.labels.tolist() == [i % 3 for i in GOOD]
 
 
 def test_pixel_grid_holds_each_patch(source, images):
     grid = pixel_grid(source, (16, 24), 8)
     assert grid.x.shape == (5, 2, 3, 8 * 8 * 3)
-    want = (images[2, 8:16, 16:24] / 255 - MEAN) / STD
-    np.testing.assert_allclose(grid.x[1, 1, 2], want.reshape(-1), atol=1e-5)
+    expected = (images[2, 8:16, 16:24] / 255 - MEAN) / STD
+    np.testing.assert_allclose(grid.x[1, 1, 2], expected.reshape(-1), atol=1e-5)
     assert [mask[0, 0] for mask in grid.mask_list()] == GOOD
 
 
@@ -396,11 +396,11 @@ def test_all_that_is_computed_is_on_the_backbones_device(images, name):
     reading = Reading(16, layer="blocks-2", pooling="cls+mean")
     manifest = manifest_of(model, ArraySource(images), reading)
     pixels = torch.from_numpy(images[:, :16, :16]).permute(0, 3, 1, 2)
-    want = Forward(model, manifest).on_device(pixels)
+    expected = Forward(model, manifest).on_device(pixels)
     forward = Forward(model.to("meta"), manifest)
     with Log() as log:
         x = forward.on_device(pixels.to(forward.device))
-    assert (x.device.type, x.dtype, x.shape) == ("meta", torch.float32, want.shape)
+    assert (x.device.type, x.dtype, x.shape) == ("meta", torch.float32, expected.shape)
     assert not WAITS & set(log.names)
 
 

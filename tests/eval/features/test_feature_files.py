@@ -89,12 +89,12 @@ def test_what_is_no_set_of_layers_is_left_alone(tmp_path: Path, source: Source, 
     (tmp_path / "out" / "thesis.txt").write_text("mine")
     with pytest.raises(UserError, match="holds something else than the features of several layers"):
         write_layers(tmp_path / "out", backbone, source, READING, LAYERS, DECODING)
-    for layers, pooling, said in [
+    for layers, pooling, message in [
         (["final", "final"], "cls", "name each once"),
         (["final", "last"], "cls", 'Unknown layer "last"'),
         (["final", "blocks-2"], "grid", "write grids one by one"),
     ]:
-        with pytest.raises(UserError, match=said):
+        with pytest.raises(UserError, match=message):
             write_layers(tmp_path / "new", backbone, source, replace(READING, pooling=pooling), layers, DECODING)
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["thesis.txt"]
 

@@ -60,9 +60,9 @@ def by_pillow(source, view, monkeypatch):
         return all_of(source, view)
 
 
-def assert_same(got, want):
-    assert len(got) == len(want)
-    for a, b in zip(got, want, strict=True):
+def assert_same(got, expected):
+    assert len(got) == len(expected)
+    for a, b in zip(got, expected, strict=True):
         assert (a.images is None) == (b.images is None)
         if a.images is not None:
             assert torch.equal(a.images, b.images)
@@ -75,10 +75,10 @@ def assert_same(got, want):
 def test_a_folder_of_jpegs_is_read_compiled_with_pillows_pixels(folder, view, workers, monkeypatch):
     source = FolderSource(folder)
     assert decodes_compiled(source)
-    want = by_pillow(source, view, monkeypatch)
+    expected = by_pillow(source, view, monkeypatch)
     monkeypatch.setattr(images, "DataLoader", None)
     got = all_of(source, view, workers)
-    assert_same(got, want)
+    assert_same(got, expected)
     assert {name for batch in got for name, _ in batch.bad} >= {"g-empty.jpg"}
 
 
@@ -100,9 +100,9 @@ def test_a_beton_is_read_compiled_with_pillows_pixels(folder, tmp_path, workers,
     data[begin + size // 2] ^= 255  # one image is damaged
     (tmp_path / "b.beton").write_bytes(data)
     source = BetonSource(tmp_path / "b.beton")
-    want = by_pillow(source, CROP, monkeypatch)
-    assert_same(all_of(source, CROP, workers), want)
-    assert len([bad for batch in want for bad in batch.bad]) == 1
+    expected = by_pillow(source, CROP, monkeypatch)
+    assert_same(all_of(source, CROP, workers), expected)
+    assert len([bad for batch in expected for bad in batch.bad]) == 1
 
 
 @pytest.mark.parametrize("workers", [0, 2])

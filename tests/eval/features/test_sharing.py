@@ -99,8 +99,8 @@ def run(folder: Path, ranks: int, case: str = "") -> None:
         )
         for rank in range(ranks)
     ]
-    said = [process.communicate(timeout=120)[1] for process in processes]
-    assert [process.returncode for process in processes] == [0] * ranks, said
+    outputs = [process.communicate(timeout=120)[1] for process in processes]
+    assert [process.returncode for process in processes] == [0] * ranks, outputs
 
 
 def test_ranks_share_an_extraction_and_change_nothing_also_after_some_that_were_left_early(tmp_path):
@@ -111,10 +111,10 @@ def test_ranks_share_an_extraction_and_change_nothing_also_after_some_that_were_
     try:
         for number, reading in enumerate(READINGS):
             got = FeatureStore.open(tmp_path / f"store{number}")
-            want = extract(network(), Some(), reading, Decoding(3, 0))
+            expected = extract(network(), Some(), reading, Decoding(3, 0))
             for name in ("x", "index", "labels", "masks", "mask_size"):
-                np.testing.assert_array_equal(getattr(got, name), getattr(want, name))
-            assert {k: v for k, v in got.manifest.items() if k != "arrays"} == want.manifest
+                np.testing.assert_array_equal(getattr(got, name), getattr(expected, name))
+            assert {k: v for k, v in got.manifest.items() if k != "arrays"} == expected.manifest
     finally:
         torch.set_num_threads(before)
     seen = [json.loads((tmp_path / f"seen{rank}").read_text()) for rank in range(ranks)]

@@ -111,10 +111,10 @@ def test_a_terminal_of_80_columns_has_whole_words(tmp_path: Path) -> None:
     make(tmp_path, "longer-name", 5e-4, 2.25, {"knn": 41.0}, None, more)
     narrow, wide = shown(tmp_path, 80), shown(tmp_path, 200)
     assert max(map(len, narrow.splitlines())) <= 80
-    for word in ("longer-name", "lr=0.0005", "global_crops_size=64", "prototypes=128", "koleo_weight=0.1", "40.0"):
-        assert word in narrow
-    for word in ("global_crops_size", "prototypes", "0.0005"):
-        assert word in wide
+    for text in ("longer-name", "lr=0.0005", "global_crops_size=64", "prototypes=128", "koleo_weight=0.1", "40.0"):
+        assert text in narrow
+    for text in ("global_crops_size", "prototypes", "0.0005"):
+        assert text in wide
     assert "workers" not in narrow  # changes no result
 
 
@@ -123,9 +123,9 @@ def test_unlike_runs_do_not_fill_the_terminal(tmp_path: Path) -> None:
     views = {f"local_crops_size_{i}": i for i in range(27)}
     make(tmp_path, "a", 1e-4, 2.5, {"knn": 40.0}, None, {"views": views})
     make(tmp_path, "b", 1e-4, 2.5, {"knn": 41.0}, None, {"views": {key: 0 for key in views}})
-    said = shown(tmp_path, 80)
-    assert "8 of 26:" in said and "page" in said
-    assert said.count("local_crops_size_") == 16
+    output = shown(tmp_path, 80)
+    assert "8 of 26:" in output and "page" in output
+    assert output.count("local_crops_size_") == 16
     assert "local_crops_size_26" in write_comparison(runs_in(tmp_path), tmp_path / "report.html").read_text()
 
 

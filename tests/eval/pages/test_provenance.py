@@ -10,7 +10,7 @@ from nearfar.eval.pages.provenance import lineage_section
 
 
 @pytest.mark.parametrize(
-    ("settings", "told"),
+    ("settings", "message"),
     [
         ({"backbone": {"name": "vit_tiny_patch16"}}, "random weights of the seed"),
         ({"backbone": {"name": "vit_tiny_patch16", "weights": "runs/a&b"}}, "runs/a&amp;b"),
@@ -18,5 +18,5 @@ from nearfar.eval.pages.provenance import lineage_section
         ({"backbone": {"name": "vit_tiny_patch16"}, "train": {"start_from": "runs/x@12"}}, "runs/x@12"),
     ],
 )
-def test_it_says_what_the_training_started_from(settings: dict[str, Any], told: str) -> None:
-    assert told in lineage_section(settings, [], {})
+def test_it_says_what_the_training_started_from(settings: dict[str, Any], message: str) -> None:
+    assert message in lineage_section(settings, [], {})

@@ -220,9 +220,11 @@ def test_scores_on_other_images_stand_in_a_table_of_their_own(run: Path) -> None
 def test_what_the_scores_mean_stands_at_the_top(run: Path) -> None:
     page = write_report(run).read_text()
     top = page[: page.index("<h2>")]
-    told = "Training has not paid off yet: the features are better than untrained by 34.0 points, and worse than raw "
-    told += "pixels"
-    assert f'<p class="verdict bad"><b>{told}: ' in top
+    verdict = (
+        "Training has not paid off yet: the features are better than untrained by 34.0 points, and worse than raw "
+    )
+    verdict += "pixels"
+    assert f'<p class="verdict bad"><b>{verdict}: ' in top
     assert "k-NN top-1 64.6 % (untrained 30.6 %, raw pixels 90.1 %)" in top
 
 

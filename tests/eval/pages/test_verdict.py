@@ -27,8 +27,8 @@ def test_the_run_of_the_issue_is_told_what_is_wrong_and_what_to_try() -> None:
     """k-NN 25.3, untrained 24.7, pixels 41.6, RankMe 6.5 and feature std .43: nobody said a word."""
     got = verdict(table(trained=25.3, untrained=24.7, pixels=41.6), SICK, {"train.epochs": 10})
     assert got is not None and not got.good
-    for words in ("worse than raw pixels, and neither", "than untrained", "25.3 %", "24.7 %", "41.6 %", "6.5", "0.43"):
-        assert words in got.finding
+    for part in ("worse than raw pixels, and neither", "than untrained", "25.3 %", "24.7 %", "41.6 %", "6.5", "0.43"):
+        assert part in got.finding
     assert "train.epochs=60" in got.advice and "loss.koleo_weight=0.1" in got.advice
 
 

@@ -71,8 +71,8 @@ def test_retrieval_and_position_read_patches_of_the_final_layer(setting):
     model, train, test = setting
     reading = Reading((16, 16), pooling="grid")
     a, b = (extract(model, source, reading) for source in (train, test))
-    want = retrieve(a.x, a.mask_list(), b.x, b.mask_list(), classes=4, memory=200)
-    assert scored(setting, "retrieval").percent == want["miou"]
+    expected = retrieve(a.x, a.mask_list(), b.x, b.mask_list(), classes=4, memory=200)
+    assert scored(setting, "retrieval").percent == expected["miou"]
     score = scored(setting, "position")
     assert score.percent == 100 * position_probe(a.x, b.x)["r2"] and score.detail["grid"] == [4, 4]
 

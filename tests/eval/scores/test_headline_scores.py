@@ -33,8 +33,8 @@ def test_scores_are_those_of_the_evaluators_on_the_features(setting):
     a, b = (extract(model, source, Reading(16, layer="blocks-2")) for source in (train, test))
     assert got["linear"].percent == linear_probe(a.x, a.labels, b.x, b.labels, epochs=5)["top1"]
     a, b = (extract(model, source, Reading(16, layer="last-block", pooling="grid")) for source in (train, test))
-    want = segment_probe((a.x, a.mask_list()), (b.x, b.mask_list()), 4, ProbeTraining(steps=20))
-    assert got["segment"].percent == want["miou"]
+    expected = segment_probe((a.x, a.mask_list()), (b.x, b.mask_list()), 4, ProbeTraining(steps=20))
+    assert got["segment"].percent == expected["miou"]
     assert got["knn"].detail["features"]["prr"] is True
     assert got["segment"].detail["features"]["prr"] is False
     assert got["segment"].detail["features"]["norm"] is False

@@ -75,15 +75,15 @@ def test_classes_are_counted_unless_they_are_told() -> None:
 
 
 @pytest.mark.parametrize(
-    ("values", "classes", "words"),
+    ("values", "classes", "message"),
     [
         ((1, 2, 200), None, r"second\.png has class 200.*--classes 201"),
         ((1, 11), 11, r"second\.png has class 11, but there are 11 classes \(0 to 10; 255 = ignore\)"),
         ((0, 255), None, r"of class 0, or 255 = ignore"),
     ],
 )
-def test_impossible_classes_name_the_mask(values: tuple[int, ...], classes: int | None, words: str) -> None:
-    with pytest.raises(UserError, match=words):
+def test_impossible_classes_name_the_mask(values: tuple[int, ...], classes: int | None, message: str) -> None:
+    with pytest.raises(UserError, match=message):
         mask_classes(masks(*values), classes)
 
 

@@ -86,8 +86,8 @@ def test_masks_of_another_size_are_scored_at_their_own_and_said(model):
     known = blocks(3, 1)
     train = blocks(12, 0)
     score = scored(model, (train, Half(known.images, masks=known.masks)), steps=150, window=16)
-    told = score.detail["features"]["rescaled_masks"]["test"]
-    assert told["count"] == 3 and told["first"] == "image 0: 16 x 24, its mask 8 x 12"
+    resized = score.detail["features"]["rescaled_masks"]["test"]
+    assert resized["count"] == 3 and resized["first"] == "image 0: 16 x 24, its mask 8 x 12"
     assert score.percent > 50
 
 

@@ -99,12 +99,12 @@ def test_class_folders_go_by_their_descriptions(tmp_path: Path) -> None:
 def test_a_network_that_tells_nothing_apart_is_doubted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """340 near duplicates among 800 different pictures, of a network after 100 steps, without a word."""
     file, source, out = weights(tmp_path, **NETWORKS["vit"]), data(tmp_path, "classes"), tmp_path / "look.html"
-    words = ["data", "look", str(source), "--weights", str(file), "--out", str(out), "--workers", "0"]
+    arguments = ["data", "look", str(source), "--weights", str(file), "--out", str(out), "--workers", "0"]
     doubt = "So many may say more about the network than about the images"
     for cosine, doubted in (("0.01", True), ("0.999999", False)):
-        assert cli.main([*words, "--duplicate-cosine", cosine]) == 0
-        said = " ".join(capsys.readouterr().out.split())
-        assert (doubt in said) is (doubt in out.read_text()) is doubted, said
+        assert cli.main([*arguments, "--duplicate-cosine", cosine]) == 0
+        output = " ".join(capsys.readouterr().out.split())
+        assert (doubt in output) is (doubt in out.read_text()) is doubted, output
 
 
 def test_of_many_images_a_sample_is_looked_at_and_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -116,7 +116,7 @@ def test_of_many_images_a_sample_is_looked_at_and_said(tmp_path: Path, capsys: p
 
 
 @pytest.mark.parametrize(
-    ("flags", "told"),
+    ("flags", "message"),
     [
         (["--max-images", "2"], "at least 4"), (["--clusters", "1"], "between 2 and 50"),
         (["--duplicate-cosine", "0"], "cosine"),
@@ -124,7 +124,7 @@ def test_of_many_images_a_sample_is_looked_at_and_said(tmp_path: Path, capsys: p
     ],
 )  # fmt: skip
 def test_what_makes_no_sense_is_refused(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], flags: list[str], told: str
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], flags: list[str], message: str
 ) -> None:
     assert cli.main(["data", "look", str(tmp_path), "--weights", str(tmp_path), *flags]) == 2
-    assert told in " ".join(capsys.readouterr().err.split())
+    assert message in " ".join(capsys.readouterr().err.split())

@@ -135,8 +135,8 @@ def test_what_kept_the_scores_from_a_run_is_told_and_not_what_kept_its_page(
     for name in ("results.json", "report.html", "figures.json"):  # also in the way of root
         (run / name).mkdir()
     assert cli.main(["eval", "knn", str(run), "--train", str(labeled), "--val", str(labeled)]) == 2
-    told = capsys.readouterr().err
-    assert "results.json" in told and "report.html" not in told
+    message = capsys.readouterr().err
+    assert "results.json" in message and "report.html" not in message
 
 
 def test_figures_of_another_version_or_damaged_are_drawn_again(tmp_path: Path) -> None:

@@ -20,9 +20,9 @@ def test_no_change_has_no_sign_of_a_loss() -> None:
     table = {key: {"top1": top1, "drop": drop} for key, (top1, drop) in rows.items()}
     score = Score("trained", "robustness", 40.0, "w", name, name, {}, 1, {"table": table})
     console = Console(width=100)
-    with console.capture() as said:
+    with console.capture() as captured:
         for each in detail_tables([score]):
             console.print(each)
-    text = said.get()
+    text = captured.get()
     assert "-0.0" not in text and text.count("40.0 (+0.0)") == 2
     assert "30.0 (-10.0)" in text and "42.5 (+2.5)" in text

@@ -47,9 +47,9 @@ SMALL = (
 def refused(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
     capsys.readouterr()
     assert cli.main(argv) == 2
-    told = capsys.readouterr().err
-    assert told.startswith("nearfar: ") and told.count("\n") == 1
-    return told
+    message = capsys.readouterr().err
+    assert message.startswith("nearfar: ") and message.count("\n") == 1
+    return message
 
 
 def test_heads_learn_alone_first_and_the_start_is_scored_and_watched(here: Path) -> None:
@@ -109,8 +109,8 @@ def test_the_network_of_a_file_is_told_from_its_tensors(tmp_path: Path, name: st
     file = tmp_path / "public.pth"
     torch.save({"teacher": state | {"module.head.mlp.0.weight": torch.ones(3, 3)}}, file)
     found = config.load(None, [*settings_for(str(file)), "data.path=x"]).backbone
-    wanted = {key: value for key, value in found.model_dump().items() if value is not None}
-    again = create(img_size=224, **{k: v for k, v in wanted.items() if k not in ("drop_path", "pretrained")})
+    expected = {key: value for key, value in found.model_dump().items() if value is not None}
+    again = create(img_size=224, **{k: v for k, v in expected.items() if k not in ("drop_path", "pretrained")})
     loaded = again.state_dict()
     assert all(torch.equal(loaded[key], x) for key, x in made.state_dict().items())
 
@@ -127,8 +127,8 @@ def test_weights_with_patches_larger_than_what_they_are_to_see(here: Path, capsy
         ("ours.safetensors", "views.local_crops_size=8", "of the patch size 16, and smaller than one patch"),
         ("ours.safetensors", "eval.size=12", "eval.size=12 is smaller than one patch of the backbone (16 pixels)"),
     ]
-    for file, setting, words in cases:
-        assert words in refused(capsys, "adapt", file, "new", *SMALL, *views, setting)
+    for file, setting, message in cases:
+        assert message in refused(capsys, "adapt", file, "new", *SMALL, *views, setting)
     large = {"patch_embed.proj.weight": torch.ones(192, 3, 512, 512), "pos_embed": torch.ones(1, 2, 192)}
     found = vit_of(large | {"blocks.0.norm1.weight": torch.ones(192), "blocks.0.mlp.fc1.weight": torch.ones(1)}, here)
     assert {"views.global_crops_size=512", "views.local_crops_size=512"} <= set(found)
@@ -140,12 +140,12 @@ def test_what_cannot_be_is_one_paragraph(here: Path, capsys: pytest.CaptureFixtu
     torch.save({"stem.conv.weight": torch.ones(2, 2)}, "other.pth")
     assert "add backbone.name=" in refused(capsys, "adapt", "other.pth", "new", *SMALL)
     assert "another architecture" in refused(capsys, "adapt", "runs/mine", "new", *SMALL, "backbone.embed_dim=48")
-    told = refused(capsys, "adapt", "runs/mine", "new", *SMALL, "views.local_crops_size=4")
-    assert "views.local_crops_size=4 is not a multiple of the patch size 8" in told
-    told = refused(capsys, "adapt", "runs/mine", "new", *SMALL, "loss.gram_weight=1", "loss.gram_teacher=runs/mine")
-    assert "loss.anchor_weight" in told and "contradict" in told
-    told = refused(capsys, "pretrain", "adapt", "data.path=new", *SMALL)
-    assert "none are named" in told and "nearfar adapt WEIGHTS IMAGES" in told
+    message = refused(capsys, "adapt", "runs/mine", "new", *SMALL, "views.local_crops_size=4")
+    assert "views.local_crops_size=4 is not a multiple of the patch size 8" in message
+    message = refused(capsys, "adapt", "runs/mine", "new", *SMALL, "loss.gram_weight=1", "loss.gram_teacher=runs/mine")
+    assert "loss.anchor_weight" in message and "contradict" in message
+    message = refused(capsys, "pretrain", "adapt", "data.path=new", *SMALL)
+    assert "none are named" in message and "nearfar adapt WEIGHTS IMAGES" in message
     assert "optim.freeze_backbone_epochs=3" in refused(
         capsys, "adapt", "runs/mine", "new", *SMALL, "optim.freeze_backbone_epochs=3"
     )

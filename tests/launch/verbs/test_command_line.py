@@ -68,9 +68,9 @@ def test_help_and_mistakes_load_none_of_the_slow_packages(argv: list[str]) -> No
         "print('LOADED', *sorted({name.split('.')[0] for name in sys.modules}))"
     )
     done = subprocess.run([sys.executable, "-c", code, *argv], capture_output=True, text=True, timeout=120, check=True)
-    loaded, words = set(done.stdout.rpartition("LOADED")[2].split()), " ".join(done.stderr.split())
+    loaded, output = set(done.stdout.rpartition("LOADED")[2].split()), " ".join(done.stderr.split())
     if "nowhere" in " ".join(argv):
-        assert re.search("nowhere.* does not exist|There is (nothing at|no run folder|no teacher) .*nowhere", words)
+        assert re.search("nowhere.* does not exist|There is (nothing at|no run folder|no teacher) .*nowhere", output)
     assert "argparse" in loaded and not loaded & LIGHT
     assert "Traceback" not in done.stderr
 
@@ -100,22 +100,22 @@ def test_paths_of_a_command_line_are_looked_at(tmp_path: Path, words: list[str],
 
 
 @pytest.mark.parametrize(
-    ("asked", "turns"), [({}, cli.SPINS), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "active"}, None)]
+    ("given", "turns"), [({}, cli.SPINS), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "active"}, None)]
 )
 def test_waiting_threads_leave_their_core_to_others_unless_the_user_says_how_they_wait(
-    asked: dict[str, str], turns: str | None
+    given: dict[str, str], turns: str | None
 ) -> None:
     code = (
         "import os\nfrom nearfar.launch.cli import main\ntry: main(['--version'])\nexcept SystemExit: pass\n"
         "print(os.environ.get('GOMP_SPINCOUNT'))"
     )
     kept = {name: value for name, value in os.environ.items() if name not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")}
-    done = subprocess.run([sys.executable, "-c", code], env=kept | asked, capture_output=True, text=True, check=True)
+    done = subprocess.run([sys.executable, "-c", code], env=kept | given, capture_output=True, text=True, check=True)
     assert done.stdout.split()[-1] == str(turns)
 
 
 @pytest.mark.parametrize(
-    ("argv", "told"),
+    ("argv", "message"),
     [
         (["pretrian"], "There is no verb 'pretrian'; did you mean pretrain?"),
         (["evl", "all"], "did you mean eval?"),
@@ -143,12 +143,12 @@ def test_waiting_threads_leave_their_core_to_others_unless_the_user_says_how_the
     ],
 )
 def test_a_wrong_word_is_answered_with_the_right_one(
-    argv: list[str], told: str, capsys: pytest.CaptureFixture[str]
+    argv: list[str], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit) as caught:
         cli.main(argv)
-    said = capsys.readouterr()
-    assert caught.value.code == 2 and told in said.err and said.out == ""
+    output = capsys.readouterr()
+    assert caught.value.code == 2 and message in output.err and output.out == ""
 
 
 @pytest.mark.parametrize(
@@ -165,15 +165,15 @@ def test_settings_may_stand_on_either_side_of_a_flag(argv: list[str]) -> None:
 
 
 def test_the_verbs_are_those_of_the_parser() -> None:
-    told = cli.build_parser().format_help()
-    assert re.findall(r"^    (\w+) ", told, re.MULTILINE) == list(cli.VERBS)
+    help_text = cli.build_parser().format_help()
+    assert re.findall(r"^    (\w+) ", help_text, re.MULTILINE) == list(cli.VERBS)
 
 
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as caught:
         cli.main(["--version"])
-    told = capsys.readouterr().out
-    assert caught.value.code == 0 and told.startswith(f"nearfar {version('nearfar')} (torch {version('torch')}, ")
+    output = capsys.readouterr().out
+    assert caught.value.code == 0 and output.startswith(f"nearfar {version('nearfar')} (torch {version('torch')}, ")
 
 
 @pytest.mark.parametrize("width", [40, 80, 150])

@@ -15,9 +15,9 @@ pytestmark = pytest.mark.skipif(not libjpeg.available(), reason="FFCV is not ins
 def folder(tmp_path):
     rng = np.random.default_rng(0)
     for i in range(12):
-        place = tmp_path / "in" / f"class{i % 2}" / f"{i:02}.jpg"
-        place.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(rng.integers(0, 256, (60 + i, 90, 3), np.uint8)).save(place)
+        target = tmp_path / "in" / f"class{i % 2}" / f"{i:02}.jpg"
+        target.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(rng.integers(0, 256, (60 + i, 90, 3), np.uint8)).save(target)
     return tmp_path / "in"
 
 
@@ -77,9 +77,9 @@ def test_a_recipe_given_to_info_is_told_from_a_beton_and_kept(tmp_path, capsys):
     for text in ("train: {epochs: 3}\n", "train: {epochs: 3}\n" * 9):
         (tmp_path / "my.yaml").write_text(text)
         assert main(["data", "info", str(tmp_path / "my.yaml")]) == 2
-        told = " ".join(capsys.readouterr().err.split())
-        assert "my.yaml is not a .beton" in told
-        assert "SRC my.yaml" not in told and "rite it again" not in told
+        message = " ".join(capsys.readouterr().err.split())
+        assert "my.yaml is not a .beton" in message
+        assert "SRC my.yaml" not in message and "rite it again" not in message
 
 
 def test_sizes_are_judged_as_pretraining_judges_them(folder, tmp_path, capsys):
@@ -104,9 +104,9 @@ def test_files_passed_over_for_their_type_are_told(folder, tmp_path, capsys):
         (folder / "class1" / name).write_bytes(b"x")
     for command in (["check", str(folder)], ["beton", str(folder), str(tmp_path / "out.beton")]):
         assert main(["data", *command]) == 0
-        told = capsys.readouterr().out
-        assert "skipped because of their type  2 .avif (class1/a.avif), 2 without an ending (class1/" in told
-        assert "1 .jp2 (class1/b.jp2)" in told and "\x1b" not in told
+        output = capsys.readouterr().out
+        assert "skipped because of their type  2 .avif (class1/a.avif), 2 without an ending (class1/" in output
+        assert "1 .jp2 (class1/b.jp2)" in output and "\x1b" not in output
 
 
 def test_names_reach_the_terminal_escaped(folder, tmp_path, capsys):

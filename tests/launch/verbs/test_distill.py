@@ -77,10 +77,10 @@ def test_mistakes_are_one_paragraph_and_exit_code_2(
         (teacher, "backbone.patch_size=32", "views.global_crops_size=16 is not a multiple of the patch size 32"),
         (teacher, "loss.koleo_weight=0.1", "contradict"),
     ]
-    for given, setting, words in cases:
+    for given, setting, expected in cases:
         assert distill(given, images, setting) == 2
-        told = capsys.readouterr().err.strip()
-        assert words in " ".join(told.split()) and "Traceback" not in told and "\n\n" not in told
+        message = capsys.readouterr().err.strip()
+        assert expected in " ".join(message.split()) and "Traceback" not in message and "\n\n" not in message
         assert not list((images.parent / "runs").glob("*/checkpoints"))
 
 

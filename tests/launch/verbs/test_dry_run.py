@@ -40,7 +40,7 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
     return config.load(None, SETTINGS)
 
 
-def told(run: Run | FinetuneRun) -> str:
+def output_of(run: Run | FinetuneRun) -> str:
     out = io.StringIO()
     dry_run(run, Console(file=out, width=200))
     return out.getvalue()
@@ -48,7 +48,7 @@ def told(run: Run | FinetuneRun) -> str:
 
 def test_it_tells_settings_with_reasons_sizes_and_estimates_and_writes_nothing(run: Run, tmp_path: Path) -> None:
     before = sorted(path.name for path in tmp_path.rglob("*"))
-    text = told(run)
+    text = output_of(run)
     assert sorted(path.name for path in tmp_path.rglob("*")) == before
     resolved, derived = resolve(run, 21, 1)
     for key, value, why in derived:
@@ -65,7 +65,7 @@ def test_it_tells_settings_with_reasons_sizes_and_estimates_and_writes_nothing(r
 
 
 def test_what_it_prints_may_be_typed_again(run: Run) -> None:
-    lines = told(run).partition("Backbone ")[0].splitlines()[1:]
+    lines = output_of(run).partition("Backbone ")[0].splitlines()[1:]
     typed = [line.strip().partition("  (")[0] for line in lines if "=" in line]
     assert resolve(config.load(None, typed), 21, 1)[1] == []
 
@@ -94,7 +94,7 @@ def labeled(run: Run, tmp_path: Path) -> Path:
 def test_of_finetuning_it_tells_the_same_and_writes_nothing(labeled: Path) -> None:
     before = sorted(labeled.rglob("*"))
     run = finetune_settings.load(None, CLASSES)
-    text = told(run)
+    text = output_of(run)
     assert sorted(labeled.rglob("*")) == before
     resolved, derived = finetune_settings.resolve_finetune(run, 21)
     for key, value, why in derived:
@@ -107,19 +107,19 @@ def test_of_finetuning_it_tells_the_same_and_writes_nothing(labeled: Path) -> No
     assert f"Head       {head / 1e6:.2f} M parameters, linear, 3 classes: cat, dog, owl" in text
     assert "15: 3 epochs of 5 steps with 4 images each, on 1 process" in text and "Score      none" not in text
     assert " timed steps on the first images:\nTime  " in text and "Nothing was trained or written" in text
-    assert "Score      none" in told(finetune_settings.load(None, [*CLASSES, "data.val="]))
+    assert "Score      none" in output_of(finetune_settings.load(None, [*CLASSES, "data.val="]))
 
 
 def test_of_finetuning_it_refuses_what_the_run_would(labeled: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (labeled / "mine.yaml").touch()
     (labeled / "flat").mkdir()
     (labeled / "classes" / "cat" / "0.png").rename(labeled / "flat" / "0.png")
-    for wrong, words in (("data.path=flat", "have no labels"), ("data.val=flat", "have no labels")):
+    for wrong, message in (("data.path=flat", "have no labels"), ("data.val=flat", "have no labels")):
         assert cli.main(["finetune", "mine.yaml", *CLASSES, wrong, "--dry-run"]) == 2
-        assert words in " ".join(capsys.readouterr().err.split())
+        assert message in " ".join(capsys.readouterr().err.split())
     assert not (labeled / "runs").exists()
 
 
 def test_it_refuses_what_pretrain_would(run: Run) -> None:
     with pytest.raises(UserError, match=r"data\.path is not set"):
-        told(run.model_copy(update={"data": DataSettings()}))
+        output_of(run.model_copy(update={"data": DataSettings()}))

@@ -39,7 +39,7 @@ def draw(root: Path, count: int, seed: int, labels: tuple[int, ...] = (0, 1, 2))
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Exported weights, images to learn from and to score."""
     folder = tmp_path_factory.mktemp("eval")
     draw(folder / "train", 30, 0)
@@ -56,18 +56,18 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def evaluated(
-    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    shared: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> Callable[..., tuple[int, str, list[dict]]]:
     """Runs `nearfar eval WHAT`: exit code, all that was said, and the scores."""
 
     def run(what: str, *flags: str, kind: str = "classes", train: Path | None = None, val: Path | None = None):
         out = tmp_path / "results.json"
-        paths = ["--train", str(train or place / "train" / kind), "--val", str(val or place / "val" / kind)]
-        model = str(place / "weights.safetensors")
+        paths = ["--train", str(train or shared / "train" / kind), "--val", str(val or shared / "val" / kind)]
+        model = str(shared / "weights.safetensors")
         code = cli.main(["eval", what, model, *paths, "--out", str(out), "--workers", "0", *flags])
-        said = capsys.readouterr()
+        output = capsys.readouterr()
         scores = json.loads(out.read_text())["scores"] if out.exists() else []
-        return code, " ".join((said.out + said.err).split()), scores
+        return code, " ".join((output.out + output.err).split()), scores
 
     return run
 
@@ -86,20 +86,20 @@ def evaluated(
     ],
 )
 def test_every_evaluator_has_a_name(evaluated, what: str, flags: tuple[str, ...], kind: str) -> None:
-    code, said, scores = evaluated(what, *flags, kind=kind)
-    assert code == 0, said
+    code, output, scores = evaluated(what, *flags, kind=kind)
+    assert code == 0, output
     subjects = {"trained"} | ({"untrained", "pixels"} if "--baselines" in flags else set())
     subjects -= {"pixels"} if what == "robustness" else set()
     assert {(score["subject"], score["task"]) for score in scores} == {(subject, what) for subject in subjects}
-    assert TITLES[what].split()[0] in said
-    words = {"fewshot": "1 % of labels", "robustness": "patch shuffle", "position": "column"}
-    assert words.get(what, "") in said
+    assert TITLES[what].split()[0] in output
+    rows = {"fewshot": "1 % of labels", "robustness": "patch shuffle", "position": "column"}
+    assert rows.get(what, "") in output
 
 
 def test_all_is_what_reads_the_same_features(evaluated) -> None:
-    code, said, scores = evaluated("all", "--epochs", "2")
+    code, output, scores = evaluated("all", "--epochs", "2")
     assert code == 0 and {score["task"] for score in scores} == {"knn", "linear", "logistic", "fewshot"}
-    assert "Left out: mIoU." in said
+    assert "Left out: mIoU." in output
     assert scores[1]["detail"]["epochs"] == 2
 
 
@@ -114,7 +114,7 @@ def test_the_pooling_is_part_of_what_a_score_is_of(evaluated) -> None:
 
 
 @pytest.mark.parametrize(
-    ("what", "flags", "words"),
+    ("what", "flags", "message"),
     [
         ("knn", ("--window", "8"), "--window is for `eval segment`; `eval knn` does not read it"),
         ("segment", ("--augment",), "--augment is for `eval linear`"),
@@ -130,9 +130,9 @@ def test_the_pooling_is_part_of_what_a_score_is_of(evaluated) -> None:
         ("segment", ("--window", "8", "--stride", "9"), "between 1 and 8"),
     ],
 )
-def test_flags_that_mean_nothing_here_are_refused(evaluated, what: str, flags: tuple[str, ...], words: str) -> None:
-    code, said, scores = evaluated(what, *flags, kind="images" if what == "segment" else "classes")
-    assert code == 2 and words in said and not scores
+def test_flags_that_mean_nothing_here_are_refused(evaluated, what: str, flags: tuple[str, ...], message: str) -> None:
+    code, output, scores = evaluated(what, *flags, kind="images" if what == "segment" else "classes")
+    assert code == 2 and message in output and not scores
 
 
 # --- bad input -------------------------------------------------------------------------------------------------
@@ -140,43 +140,43 @@ def test_flags_that_mean_nothing_here_are_refused(evaluated, what: str, flags: t
 
 @pytest.mark.parametrize("what", ["knn", "linear", "logistic", "fewshot", "robustness"])
 def test_missing_labels(evaluated, what: str) -> None:
-    code, said, _ = evaluated(what, kind="images")
-    assert code == 2 and "have no labels. Labels are class folders" in said
+    code, output, _ = evaluated(what, kind="images")
+    assert code == 2 and "have no labels. Labels are class folders" in output
 
 
 @pytest.mark.parametrize("what", ["segment", "retrieval"])
 def test_missing_masks(evaluated, what: str) -> None:
-    code, said, _ = evaluated(what, kind="classes")
-    assert code == 2 and "have no masks. Masks are 8-bit PNGs" in said
+    code, output, _ = evaluated(what, kind="classes")
+    assert code == 2 and "have no masks. Masks are 8-bit PNGs" in output
 
 
-def listed(place: Path, file: Path, numbers: dict[str, int]) -> Path:
-    """A list of the images of `place` with other class numbers."""
-    images = sorted((place / "classes").rglob("*.png"))
+def listed(shared: Path, file: Path, numbers: dict[str, int]) -> Path:
+    """A list of the images of `shared` with other class numbers."""
+    images = sorted((shared / "classes").rglob("*.png"))
     file.write_text("".join(f"{image}\t{numbers[image.parent.name]}\n" for image in images))
     return file
 
 
 @pytest.mark.parametrize("what", ["linear", "logistic", "fewshot"])
-def test_labels_with_gaps(evaluated, place: Path, tmp_path: Path, what: str) -> None:
+def test_labels_with_gaps(evaluated, shared: Path, tmp_path: Path, what: str) -> None:
     gaps = {"0": 0, "1": 1, "2": 3}
-    train, val = (listed(place / side, tmp_path / f"{side}.txt", gaps) for side in ("train", "val"))
-    code, said, _ = evaluated(what, train=train, val=val)
-    assert code == 2 and "have gaps: 1 of the classes 0 to 3" in said and "class 2" in said
+    train, val = (listed(shared / side, tmp_path / f"{side}.txt", gaps) for side in ("train", "val"))
+    code, output, _ = evaluated(what, train=train, val=val)
+    assert code == 2 and "have gaps: 1 of the classes 0 to 3" in output and "class 2" in output
 
 
 @pytest.mark.parametrize("what", ["linear", "logistic", "fewshot"])
-def test_one_class_only(evaluated, place: Path, tmp_path: Path, what: str) -> None:
+def test_one_class_only(evaluated, shared: Path, tmp_path: Path, what: str) -> None:
     same = {"0": 0, "1": 0, "2": 0}
-    train, val = (listed(place / side, tmp_path / f"{side}.txt", same) for side in ("train", "val"))
-    code, said, _ = evaluated(what, train=train, val=val)
-    assert code == 2 and "with one class only, any answer is right" in said
+    train, val = (listed(shared / side, tmp_path / f"{side}.txt", same) for side in ("train", "val"))
+    code, output, _ = evaluated(what, train=train, val=val)
+    assert code == 2 and "with one class only, any answer is right" in output
 
 
 def test_fewer_images_than_k(evaluated, tmp_path: Path) -> None:
     draw(tmp_path / "few", 6, 3)
-    code, said, scores = evaluated("knn", train=tmp_path / "few" / "classes")
-    assert code == 0, said
+    code, output, scores = evaluated("knn", train=tmp_path / "few" / "classes")
+    assert code == 0, output
     assert scores[0]["detail"]["k"] == 6 and "at most 6" in scores[0]["detail"]["capped"]
     code, _, scores = evaluated("robustness", train=tmp_path / "few" / "classes")
     assert code == 0 and scores[-1]["detail"]["k"] == 6
@@ -185,18 +185,18 @@ def test_fewer_images_than_k(evaluated, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "what", ["knn", "linear", "logistic", "fewshot", "robustness", "segment", "retrieval", "position"]
 )
-def test_features_that_are_not_finite(evaluated, place: Path, tmp_path: Path, monkeypatch, what: str) -> None:
+def test_features_that_are_not_finite(evaluated, shared: Path, tmp_path: Path, monkeypatch, what: str) -> None:
     diverged = create("vit_tiny_patch4", img_size=SIDE, embed_dim=24, depth=2, num_heads=2)
     for parameter in diverged.parameters():
         parameter.data.fill_(float("nan"))
     monkeypatch.setattr(checkpoint, "load", lambda file: diverged)
     flags = ("--window", "8", "--head", "locat", "--steps", "2") if what == "segment" else ()
-    code, said, scores = evaluated(what, *flags, kind="images" if what in ("segment", "retrieval") else "classes")
-    assert code == 2 and "not finite" in said and "diverged" in said and not scores
+    code, output, scores = evaluated(what, *flags, kind="images" if what in ("segment", "retrieval") else "classes")
+    assert code == 2 and "not finite" in output and "diverged" in output and not scores
 
 
 @pytest.fixture
-def scenes(place: Path, tmp_path: Path) -> Path:
+def scenes(shared: Path, tmp_path: Path) -> Path:
     """A copy of the images and masks to score, to be spoiled."""
     draw(tmp_path / "spoiled", 12, 1)
     return tmp_path / "spoiled"
@@ -207,42 +207,42 @@ def scenes(place: Path, tmp_path: Path) -> Path:
 def test_masks_with_unknown_values(evaluated, scenes: Path, what: str, flags: tuple[str, ...]) -> None:
     flags = flags if what == "segment" else ()
     Image.fromarray(np.full((SIDE, SIDE), 200, np.uint8)).save(scenes / "masks" / "004.png")
-    code, said, scores = evaluated(what, *flags, kind="images", val=scenes / "images")
-    assert code == 2 and "The mask of 004.png has class 200" in said and not scores
-    code, said, _ = evaluated(what, *flags, "--classes", "4", kind="images", val=scenes / "images")
-    assert code == 2 and "004.png has class 200, but there are 4 classes" in said
+    code, output, scores = evaluated(what, *flags, kind="images", val=scenes / "images")
+    assert code == 2 and "The mask of 004.png has class 200" in output and not scores
+    code, output, _ = evaluated(what, *flags, "--classes", "4", kind="images", val=scenes / "images")
+    assert code == 2 and "004.png has class 200, but there are 4 classes" in output
 
 
 @pytest.mark.parametrize("flags", [(), ("--window", "8")])
 def test_masks_of_another_shape_are_named_and_left_out(evaluated, scenes: Path, flags: tuple[str, ...]) -> None:
     Image.fromarray(np.ones((SIDE, 6), np.uint8)).save(scenes / "masks" / "004.png")
-    code, said, scores = evaluated("segment", "--steps", "2", *flags, kind="images", val=scenes / "images")
-    assert code == 0 and "1 of 12 images" in said and "004.png: its mask of 6 x 16 does not fit" in said
+    code, output, scores = evaluated("segment", "--steps", "2", *flags, kind="images", val=scenes / "images")
+    assert code == 0 and "1 of 12 images" in output and "004.png: its mask of 6 x 16 does not fit" in output
     assert scores[0]["detail"]["test"] == 11
     for file in (scenes / "masks").iterdir():
         Image.fromarray(np.ones((SIDE, 6), np.uint8)).save(file)
-    code, said, _ = evaluated("segment", "--steps", "3", *flags, kind="images", val=scenes / "images")
-    assert code == 2 and ("all masks" in said or "could be read" in said)
+    code, output, _ = evaluated("segment", "--steps", "3", *flags, kind="images", val=scenes / "images")
+    assert code == 2 and ("all masks" in output or "could be read" in output)
 
 
 def test_a_mask_in_colors_is_refused(evaluated, scenes: Path) -> None:
     Image.fromarray(np.zeros((SIDE, SIDE, 3), np.uint8)).save(scenes / "masks" / "004.png")
-    code, said, _ = evaluated("segment", kind="images", val=scenes / "images")
-    assert code == 2 and "004.png has mode RGB; 8-bit class numbers are needed" in said
+    code, output, _ = evaluated("segment", kind="images", val=scenes / "images")
+    assert code == 2 and "004.png has mode RGB; 8-bit class numbers are needed" in output
 
 
 # --- feature stores --------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
-def stores(place: Path) -> Path:
-    model = str(place / "weights.safetensors")
+def stores(shared: Path) -> Path:
+    model = str(shared / "weights.safetensors")
     for side in ("train", "val"):
         for pooling, kind, flags in (("cls", "classes", []), ("grid", "images", ["--size", "16"])):
-            images, out = str(place / side / kind), str(place / f"{pooling}-{side}")
-            words = ["features", model, images, out, "--pooling", pooling, "--workers", "0", *flags]
-            assert cli.main(words) == 0
-    return place
+            images, out = str(shared / side / kind), str(shared / f"{pooling}-{side}")
+            arguments = ["features", model, images, out, "--pooling", pooling, "--workers", "0", *flags]
+            assert cli.main(arguments) == 0
+    return shared
 
 
 @pytest.mark.parametrize(
@@ -256,25 +256,25 @@ def test_features_on_disk_are_scored_alike(
     assert cli.main(["eval", what, *pair, "--out", str(out)]) == 0
     capsys.readouterr()
     flags = () if what in ("retrieval", "position") else ("--size", "16")
-    _, said, scores = evaluated(what, *flags, kind="images" if what == "retrieval" else "classes")
+    _, output, scores = evaluated(what, *flags, kind="images" if what == "retrieval" else "classes")
     (stored,) = json.loads(out.read_text())["scores"]
     if kind == "cls":
-        assert stored["percent"] == scores[0]["percent"], said
+        assert stored["percent"] == scores[0]["percent"], output
     else:  # batches of another size add up in another order
         assert stored["percent"] == pytest.approx(scores[0]["percent"], abs=0.5)
 
 
 @pytest.mark.parametrize(
-    ("what", "kind", "words"),
+    ("what", "kind", "message"),
     [
         ("robustness", "cls", "robustness cannot read"),
         ("position", "cls", "position cannot read"),
         ("fewshot", "grid", "fewshot cannot read"),
     ],
 )
-def test_features_of_another_kind_are_refused(stores: Path, capsys, what: str, kind: str, words: str) -> None:
+def test_features_of_another_kind_are_refused(stores: Path, capsys, what: str, kind: str, message: str) -> None:
     assert cli.main(["eval", what, str(stores / f"{kind}-train"), "--val", str(stores / f"{kind}-val")]) == 2
-    assert words in " ".join(capsys.readouterr().err.split())
+    assert message in " ".join(capsys.readouterr().err.split())
 
 
 def test_features_of_the_same_images_are_for_nearest_neighbors_alone(stores: Path, tmp_path: Path, capsys) -> None:
@@ -288,8 +288,8 @@ def test_features_of_the_same_images_are_for_nearest_neighbors_alone(stores: Pat
 
 @pytest.mark.parametrize("flags", [("--window", "8"), ("--head", "locat")])
 def test_what_needs_images_is_refused_of_features(stores: Path, capsys, flags: tuple[str, ...]) -> None:
-    words = ["eval", "segment", str(stores / "grid-train"), "--val", str(stores / "grid-val"), *flags]
-    assert cli.main(words) == 2
+    arguments = ["eval", "segment", str(stores / "grid-train"), "--val", str(stores / "grid-val"), *flags]
+    assert cli.main(arguments) == 2
     assert "needs the images: name the weights" in " ".join(capsys.readouterr().err.split())
 
 

@@ -39,7 +39,7 @@ GOOD: dict[str, Any] = {"name": "vit_tiny_patch8", "img_size": 32, "embed_dim": 
 
 
 @pytest.mark.parametrize(
-    ("change", "told"),
+    ("change", "message"),
     [
         ({"pretrained": True}, "'pretrained' is not part"),
         ({"weights": "elsewhere.pth"}, "'weights' is not part"),
@@ -61,8 +61,8 @@ GOOD: dict[str, Any] = {"name": "vit_tiny_patch8", "img_size": 32, "embed_dim": 
         ({"wavelet": "h" * 10**6}, "wavelet is 'hhh"),
     ],
 )
-def test_other_keys_types_and_bounds_are_told(change: dict[str, Any], told: str) -> None:
-    with pytest.raises(UserError, match=told) as caught:
+def test_other_keys_types_and_bounds_are_told(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message) as caught:
         check_described({**GOOD, **change}, "crafted.safetensors")
     assert len(str(caught.value)) < 600 and "\x1b" not in str(caught.value)
 

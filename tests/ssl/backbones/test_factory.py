@@ -181,7 +181,7 @@ def test_attention_of_timms_vit_equals_ours() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "options", "told"),
+    ("name", "options", "message"),
     [
         ("vit_smal_patch16", {}, "Did you mean .*vit_small_patch16"),
         ("resnet18", {}, "Did you mean timm/resnet18"),
@@ -204,8 +204,8 @@ def test_attention_of_timms_vit_equals_ours() -> None:
         ("vit_tiny_patch16", {"embed_dim": 100}, "100 is not divisible by num_heads=3"),
     ],
 )
-def test_mistakes_are_told(name: str, options: dict[str, Any], told: str) -> None:
-    with pytest.raises(UserError, match=told):
+def test_mistakes_are_told(name: str, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
         create(name, **options)
 
 

@@ -57,7 +57,7 @@ def test_arch_says_what_it_is_and_not_how_it_is_computed() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "options", "told"),
+    ("name", "options", "message"),
     [
         ("vim_tiny_patch16", {"gaug": True}, "cannot take gaug: it has no attention"),
         ("vim_tiny_patch16", {"registers": 2}, "cannot take registers"),
@@ -70,8 +70,8 @@ def test_arch_says_what_it_is_and_not_how_it_is_computed() -> None:
         ("timm/resnet18", {"scan": "mamba"}, "scan=mamba is a setting of Vision Mamba"),
     ],
 )
-def test_mistakes_are_told(name: str, options: dict[str, Any], told: str) -> None:
-    with pytest.raises(UserError, match=told):
+def test_mistakes_are_told(name: str, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
         create(name, **options)
 
 

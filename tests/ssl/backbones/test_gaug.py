@@ -120,10 +120,10 @@ def written_out(
 @pytest.mark.parametrize("prefix", [0, 3])
 def test_windowed_attention_equals_the_written_out_one(prefix: int) -> None:
     leaves = tables((3, 4), prefix + 12)
-    out, wanted = attend_in_windows(*leaves), written_out(*leaves)
-    torch.testing.assert_close(out, wanted)
+    out, expected = attend_in_windows(*leaves), written_out(*leaves)
+    torch.testing.assert_close(out, expected)
     up = torch.randn_like(out)
-    for a, b in zip(*(torch.autograd.grad(y, leaves, up) for y in (out, wanted)), strict=True):
+    for a, b in zip(*(torch.autograd.grad(y, leaves, up) for y in (out, expected)), strict=True):
         torch.testing.assert_close(a, b)
 
 
@@ -132,12 +132,12 @@ def test_the_written_out_bias_has_the_gradients_of_its_products(dtype: torch.dty
     """By autograd through the float32 products, whatever the type of the logits."""
     rows, columns = (x.detach().float().requires_grad_() for x in tables((5, 2), 13)[3:])
     bias = written_bias(rows, columns, 13, dtype)
-    wanted = window_bias(rows, columns, 13)
-    assert torch.equal(bias, wanted.to(dtype))
+    expected = window_bias(rows, columns, 13)
+    assert torch.equal(bias, expected.to(dtype))
     up = torch.randn(bias.shape, generator=torch.Generator().manual_seed(1)).to(dtype)
     got, right = (
         torch.autograd.grad(bias, [rows, columns], up),
-        torch.autograd.grad(wanted, [rows, columns], up.float()),
+        torch.autograd.grad(expected, [rows, columns], up.float()),
     )
     for a, b in zip(got, right, strict=True):
         assert a.dtype == torch.float32
@@ -153,10 +153,10 @@ def test_the_gpus_score_is_the_bias_with_its_gradients(prefix: int) -> None:
     places = [torch.arange(n) for n in (2, 3, prefix + 12, prefix + 12)]
     grid = torch.meshgrid(*places, indexing="ij")
     found = add(torch.zeros(2, 3, prefix + 12, prefix + 12, dtype=torch.float64), *grid)
-    wanted = window_bias(rows, columns, prefix + 12)
-    torch.testing.assert_close(found, wanted)
+    expected = window_bias(rows, columns, prefix + 12)
+    torch.testing.assert_close(found, expected)
     up = torch.randn_like(found)
-    for a, b in zip(*(torch.autograd.grad(y, [rows, columns], up) for y in (found, wanted)), strict=True):
+    for a, b in zip(*(torch.autograd.grad(y, [rows, columns], up) for y in (found, expected)), strict=True):
         torch.testing.assert_close(a, b)
 
 
@@ -179,10 +179,10 @@ def test_flex_attention_has_the_explicit_paths_values_and_gradients(
 ) -> None:
     """Of q, k, v and both tables, by the real score, on a grid that is not square: all in float64."""
     leaves = tables((3, 4), prefix + 12, width)
-    found, wanted = flex_windows(flex_with_gradients, *leaves), written_out(*leaves)
-    torch.testing.assert_close(found, wanted, rtol=1e-9, atol=1e-10)
-    up = torch.randn_like(wanted)
-    gradients = zip(*(torch.autograd.grad(y, leaves, up) for y in (found, wanted)), strict=True)
+    found, expected = flex_windows(flex_with_gradients, *leaves), written_out(*leaves)
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-10)
+    up = torch.randn_like(expected)
+    gradients = zip(*(torch.autograd.grad(y, leaves, up) for y in (found, expected)), strict=True)
     for name, (ours, theirs) in zip(("q", "k", "v", "rows", "columns"), gradients, strict=True):
         assert float(theirs.abs().max()) > 1e-3, name
         torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-10, msg=lambda text, name=name: f"{name}: {text}")

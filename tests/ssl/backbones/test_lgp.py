@@ -34,12 +34,12 @@ def test_fold_equals_the_explicit_packet_with_gradients(patch: int, size: tuple[
     embed = LGPPatchEmbed(patch, 12)
     assert embed.folds
     images = torch.randn(2, 3, *size, requires_grad=True)
-    wanted = embed.proj(images), embed.bands_proj(recursion(images, embed.levels))
+    expected = embed.proj(images), embed.bands_proj(recursion(images, embed.levels))
     got = embed.project(images)
-    up = [torch.randn_like(y) for y in wanted]
+    up = [torch.randn_like(y) for y in expected]
     leaves = [images, embed.bands_proj.weight, embed.bands_proj.bias, embed.proj.weight, embed.proj.bias]
-    gradients = [torch.autograd.grad(pair, leaves, up) for pair in (got, wanted)]
-    for a, b in zip((*got, *gradients[0]), (*wanted, *gradients[1]), strict=True):
+    gradients = [torch.autograd.grad(pair, leaves, up) for pair in (got, expected)]
+    for a, b in zip((*got, *gradients[0]), (*expected, *gradients[1]), strict=True):
         assert relative(a, b) < 1e-5
 
 
@@ -108,8 +108,8 @@ def test_whole_embedding_follows_methods() -> None:
     x = (1 - g) * local + g * bands
     x = F.relu(mix(F.relu(mix(x, embed.fuse[0])), embed.fuse[2]))
     x = mix(local + x, embed.out).flatten(2).transpose(1, 2)
-    wanted = F.layer_norm(x, (8,), embed.norm.weight, embed.norm.bias, 1e-5)
-    torch.testing.assert_close(embed(images), wanted, rtol=1e-6, atol=1e-6)  # the oracle's filters are float32
+    expected = F.layer_norm(x, (8,), embed.norm.weight, embed.norm.bias, 1e-5)
+    torch.testing.assert_close(embed(images), expected, rtol=1e-6, atol=1e-6)  # the oracle's filters are float32
 
 
 def test_fused_path_can_be_dropped() -> None:

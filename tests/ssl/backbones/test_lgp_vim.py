@@ -46,13 +46,13 @@ def test_equals_the_unfolded_computation_with_gradients(patch: int, size: tuple[
     g = F.conv2d(recursion(images, embed.levels, wavelet), embed.bands_proj.weight, embed.bands_proj.bias)
     u = 0.7 * x - 1.3 * g
     u = F.relu(mix(F.relu(mix(u, embed.fuse[0])), embed.fuse[2])) + x
-    wanted = (x + mix(u, embed.out)).flatten(2).transpose(1, 2)
+    expected = (x + mix(u, embed.out)).flatten(2).transpose(1, 2)
 
     got = embed(images)
-    torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
     leaves = [images, *(p for name, p in embed.named_parameters() if name != "weights")]
     up = torch.randn_like(got)
-    for a, b in zip(torch.autograd.grad(got, leaves, up), torch.autograd.grad(wanted, leaves, up), strict=True):
+    for a, b in zip(torch.autograd.grad(got, leaves, up), torch.autograd.grad(expected, leaves, up), strict=True):
         assert float((a - b).abs().max() / b.abs().max()) < 1e-5
 
 

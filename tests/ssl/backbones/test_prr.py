@@ -29,11 +29,11 @@ def test_pooled_equals_timm(pool: str) -> None:
 def test_attend_equals_sdpa(dtype: torch.dtype, biased: bool) -> None:
     q, k, v = torch.randn(3, 2, 4, 9, 16, dtype=dtype).unbind(0)
     bias = torch.randn(2, 4, 9, 9, dtype=dtype) if biased else None
-    wanted = F.scaled_dot_product_attention(
+    expected = F.scaled_dot_product_attention(
         *(x.double() for x in (q, k, v)), attn_mask=None if bias is None else bias.double()
     )
     tolerance = 1e-5 if dtype == torch.float32 else 3e-2
-    torch.testing.assert_close(attend(q, k, v, bias).double(), wanted, rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(attend(q, k, v, bias).double(), expected, rtol=tolerance, atol=tolerance)
 
 
 def test_float32_tokens_under_autocast_are_refined_in_bfloat16() -> None:
@@ -41,7 +41,7 @@ def test_float32_tokens_under_autocast_are_refined_in_bfloat16() -> None:
     with torch.autocast("cpu", torch.bfloat16):
         y = prr(x, 3)
     assert y.dtype == torch.bfloat16
-    wanted = prr(x.double(), 3)
-    torch.testing.assert_close(y.double(), wanted, rtol=2e-2, atol=2e-2)
-    gradient, exact = (torch.autograd.grad(z.double().square().sum(), x)[0] for z in (y, wanted))
+    expected = prr(x.double(), 3)
+    torch.testing.assert_close(y.double(), expected, rtol=2e-2, atol=2e-2)
+    gradient, exact = (torch.autograd.grad(z.double().square().sum(), x)[0] for z in (y, expected))
     torch.testing.assert_close(gradient, exact, rtol=5e-2, atol=5e-2)

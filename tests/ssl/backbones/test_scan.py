@@ -49,12 +49,12 @@ def relative(a: Tensor, b: Tensor) -> float:
 def test_equals_the_recurrence_with_gradients(batch: int, length: int, width: int, n: int) -> None:
     leaves = inputs(batch, length, width, n)
     up = torch.randn(batch, length, width)
-    got, wanted = selective_scan(*leaves), stepwise(*leaves)
-    assert relative(got, wanted) < 1e-5
+    got, expected = selective_scan(*leaves), stepwise(*leaves)
+    assert relative(got, expected) < 1e-5
     for name, a, b in zip(
         ["x", "dt", "A", "B", "C", "D"],
         torch.autograd.grad(got, leaves, up),
-        torch.autograd.grad(wanted, leaves, up),
+        torch.autograd.grad(expected, leaves, up),
         strict=True,
     ):
         assert a.shape == b.shape and relative(a, b) < 1e-5, name
@@ -89,8 +89,8 @@ def test_half_precision_is_computed_in_float32() -> None:
     with torch.autocast("cpu", torch.bfloat16):
         got = selective_scan(half[0].requires_grad_(), dt, a, half[1], half[2], d)
     assert got.dtype == torch.bfloat16
-    wanted = stepwise(half[0].float(), dt, a, half[1].float(), half[2].float(), d)
-    assert torch.equal(got, wanted.bfloat16()) or relative(got.float(), wanted) < 2**-8
+    expected = stepwise(half[0].float(), dt, a, half[1].float(), half[2].float(), d)
+    assert torch.equal(got, expected.bfloat16()) or relative(got.float(), expected) < 2**-8
     got.sum().backward()
     assert half[0].grad is not None and half[0].grad.dtype == torch.bfloat16 and half[0].grad.isfinite().all()
 
@@ -113,10 +113,10 @@ def test_long_sequences_and_extreme_rates_equal_the_recurrence_in_float64() -> N
             v.clone().requires_grad_() for v in (x, torch.full_like(x, rate), -torch.full((4, 16), 16.0), b, c, d)
         ]
         exact = [v.detach().double().requires_grad_() for v in leaves]
-        y, wanted = selective_scan(*leaves), stepwise(*exact)
-        assert relative(y, wanted) < 1e-5
+        y, expected = selective_scan(*leaves), stepwise(*exact)
+        assert relative(y, expected) < 1e-5
         for got, gradient in zip(
-            torch.autograd.grad(y.sum(), leaves), torch.autograd.grad(wanted.sum(), exact), strict=True
+            torch.autograd.grad(y.sum(), leaves), torch.autograd.grad(expected.sum(), exact), strict=True
         ):
             assert got.isfinite().all()
             torch.testing.assert_close(got.double(), gradient, rtol=1e-3, atol=1e-4 * float(gradient.abs().max()))
@@ -131,8 +131,8 @@ def test_shapes_on_meta_and_one_graph_under_compile() -> None:
     compiled = torch.compile(selective_scan, fullgraph=True, backend="aot_eager")
     up = torch.randn(2, 13, 4)
     torch.testing.assert_close(compiled(*leaves), selective_scan(*leaves))
-    got, wanted = (torch.autograd.grad(f(*leaves), leaves, up) for f in (compiled, selective_scan))
-    torch.testing.assert_close(got, wanted)
+    got, expected = (torch.autograd.grad(f(*leaves), leaves, up) for f in (compiled, selective_scan))
+    torch.testing.assert_close(got, expected)
 
 
 # Which scan runs
@@ -172,11 +172,11 @@ def test_a_kernel_counts_only_once_it_ran() -> None:
 def test_reverse_reads_from_the_end() -> None:
     leaves = inputs(2, 11, 6, 4, torch.float64)
     x, dt, a, b, c, d = leaves
-    wanted = stepwise(x.flip(1), dt.flip(1), a, b.flip(1), c.flip(1), d).flip(1)
+    expected = stepwise(x.flip(1), dt.flip(1), a, b.flip(1), c.flip(1), d).flip(1)
     got = selective_scan(*leaves, reverse=True)
-    torch.testing.assert_close(got, wanted)
+    torch.testing.assert_close(got, expected)
     up = torch.randn(2, 11, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
-    for one, other in zip(*(torch.autograd.grad(y, leaves, up) for y in (got, wanted)), strict=True):
+    for one, other in zip(*(torch.autograd.grad(y, leaves, up) for y in (got, expected)), strict=True):
         torch.testing.assert_close(one, other)
 
 
@@ -204,10 +204,10 @@ def test_equals_the_recurrence_on_a_gpu(backend: Any) -> None:
     if backend == "mamba":
         pytest.importorskip("mamba_ssm")
     leaves = [v.detach().cuda().requires_grad_() for v in inputs(2, 50, 64, 16)]
-    got, wanted = selective_scan(*leaves, scan=backend), stepwise(*leaves)
-    assert relative(got, wanted) < 1e-4
+    got, expected = selective_scan(*leaves, scan=backend), stepwise(*leaves)
+    assert relative(got, expected) < 1e-4
     up = torch.randn_like(got)
-    for a, b in zip(torch.autograd.grad(got, leaves, up), torch.autograd.grad(wanted, leaves, up), strict=True):
+    for a, b in zip(torch.autograd.grad(got, leaves, up), torch.autograd.grad(expected, leaves, up), strict=True):
         assert relative(a, b) < 1e-4
 
 

@@ -42,7 +42,7 @@ def check(batch, length, width, state, reverse, half):
     exact = [v.detach().double().requires_grad_() for v in ours]
     turn = (lambda v: v.flip(1)) if reverse else (lambda v: v)
     x, dt, a, b, c, d = exact
-    wanted = turn(stepwise(turn(x), turn(dt), a, turn(b), turn(c), d))
+    expected = turn(stepwise(turn(x), turn(dt), a, turn(b), turn(c), d))
     up = up.to(ours[0].dtype).double()
     got = TritonScan.apply(*ours, reverse)
     assert got.dtype == ours[0].dtype
@@ -50,7 +50,7 @@ def check(batch, length, width, state, reverse, half):
     again = torch.autograd.grad(got, ours, up.to(got.dtype))
     assert all(torch.equal(one, two) for one, two in zip(found, again))
     for name, one, two in zip(("y", "x", "dt", "A", "B", "C", "D"),
-                              (got, *found), (wanted, *torch.autograd.grad(wanted, exact, up))):
+                              (got, *found), (expected, *torch.autograd.grad(expected, exact, up))):
         assert one.shape == two.shape
         limit = 2**-7 if one.dtype == torch.bfloat16 else 1e-5
         assert relative(one, two) < limit, (name, relative(one, two))

@@ -102,16 +102,18 @@ def test_bias_is_added_to_the_logits_from_unrotated_queries(kind: str) -> None:
     queries = queries.unflatten(-1, (3, 16)).transpose(1, 2)
     bias = grafted.gaug(queries, (4, 6))
     assert bias[..., :prefix, :].abs().sum() == bias[..., :prefix].abs().sum() == 0
-    turn = {} if kind == "reg" else {"rope": model.rope.get_embed((4, 6))}
-    wanted = plain(x, attn_mask=bias, **turn)
-    torch.testing.assert_close(grafted(x, **turn), wanted, rtol=1e-4, atol=1e-5)
-    assert not torch.allclose(wanted, plain(x, **turn), atol=1e-3)
-    weights = attention_weights(grafted, x, **turn)
+    rotation = {} if kind == "reg" else {"rope": model.rope.get_embed((4, 6))}
+    expected = plain(x, attn_mask=bias, **rotation)
+    torch.testing.assert_close(grafted(x, **rotation), expected, rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(expected, plain(x, **rotation), atol=1e-3)
+    weights = attention_weights(grafted, x, **rotation)
     v = plain.qkv(x)[..., 96:] if plain.qkv is not None else plain.v_proj(x)
     if getattr(plain, "v_bias", None) is not None:
         v = v + plain.v_bias
     values = weights @ v.unflatten(-1, (3, 16)).transpose(1, 2)
-    torch.testing.assert_close(plain.proj(plain.norm(values.transpose(1, 2).flatten(2))), wanted, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        plain.proj(plain.norm(values.transpose(1, 2).flatten(2))), expected, rtol=1e-4, atol=1e-5
+    )
 
 
 def test_windows_add_to_relative_positions_and_mask() -> None:
@@ -122,8 +124,8 @@ def test_windows_add_to_relative_positions_and_mask() -> None:
     q, k, v = attn.qkv(x).reshape(8, 16, 3, 2, 12).permute(2, 0, 3, 1, 4)
     logits = q @ k.transpose(2, 3) / 12**0.5 + attn._get_rel_pos_bias() + attn.gaug(q, (4, 4))
     logits = logits + mask.repeat(2, 1, 1)[:, None]
-    wanted = attn.proj((logits.softmax(-1) @ v).transpose(1, 2).reshape(8, 16, 24))
-    torch.testing.assert_close(attn(x, mask), wanted, rtol=1e-4, atol=1e-5)
+    expected = attn.proj((logits.softmax(-1) @ v).transpose(1, 2).reshape(8, 16, 24))
+    torch.testing.assert_close(attn(x, mask), expected, rtol=1e-4, atol=1e-5)
 
 
 class WideCls(timm.models.VisionTransformer):
@@ -231,10 +233,10 @@ def test_prr_equals_timms_pooling() -> None:
     ours.load_state_dict(theirs.state_dict())
     images = torch.randn(2, 3, 32, 32)
     pooled = add_prr(ours).forward_features(images)
-    wanted = theirs.forward_head(theirs.forward_features(images), pre_logits=True)
+    expected = theirs.forward_head(theirs.forward_features(images), pre_logits=True)
     pool: Any = theirs.attn_pool
     mine = pooled[:, 0] if pool.pool == "token" else pooled.mean(1)
-    torch.testing.assert_close(mine, wanted, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(mine, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_a_copy_of_a_grafted_model_stands_alone() -> None:
@@ -302,7 +304,7 @@ def test_attention_maps_come_from_grafted_and_rotary_models() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "graft", "told"),
+    ("name", "graft", "message"),
     [
         ("resnet18", add_lgp, "ResNet does not begin with one"),
         ("mambaout_femto", add_lgp, "MambaOut does not begin with one"),
@@ -313,10 +315,10 @@ def test_attention_maps_come_from_grafted_and_rotary_models() -> None:
         ("vit_tiny_patch16_224", lambda m: add_prr(m, 5), "192 features into 5 heads"),
     ],
 )
-def test_mistakes_are_told(name: str, graft: Any, told: str) -> None:
+def test_mistakes_are_told(name: str, graft: Any, message: str) -> None:
     with torch.device("meta"):
         model = timm.create_model(name)
-    with pytest.raises(UserError, match=told):
+    with pytest.raises(UserError, match=message):
         graft(model)
 
 

@@ -61,8 +61,8 @@ def test_torchvision_and_timm_import() -> None:
 ROOT = Path(__file__).resolve().parents[3]
 MODULES = {
     ".".join(["nearfar", *file.relative_to(ROOT).with_suffix("").parts]).removesuffix(".__init__"): file
-    for room in ("ssl", "eval", "launch")
-    for file in sorted((ROOT / room).rglob("*.py"))
+    for package in ("ssl", "eval", "launch")
+    for file in sorted((ROOT / package).rglob("*.py"))
 }
 FIRST = """
 import importlib, importlib.abc, os, sys, traceback

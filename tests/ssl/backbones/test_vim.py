@@ -112,9 +112,9 @@ def test_what_takes_no_weight_decay_is_marked() -> None:
     model = VisionMamba(**SMALL)
     marked = model.no_weight_decay()
     for name, parameter in model.named_parameters():
-        wanted = name.endswith((".bias", ".A_log", ".A_b_log", ".D", ".D_b")) or name in ("pos_embed", "cls_token")
+        expected = name.endswith((".bias", ".A_log", ".A_b_log", ".D", ".D_b")) or name in ("pos_embed", "cls_token")
         if "mixer" in name or parameter.ndim > 1:
-            assert (name in marked) == wanted, name
+            assert (name in marked) == expected, name
     assert marked <= {name for name, _ in model.named_parameters()}
 
 
@@ -167,18 +167,18 @@ def written_out(model: Any, images: Tensor, bidirectional: bool) -> Tensor:
 def test_equals_methods_written_out_with_gradients(bidirectional: bool) -> None:
     model = randomized(VisionMamba(**SMALL, num_classes=0, bidirectional=bidirectional)).double()
     images = torch.randn(2, 3, 32, 32, dtype=torch.float64)
-    got, wanted = model.forward_features(images), written_out(model, images, bidirectional)
-    torch.testing.assert_close(got, wanted)
+    got, expected = model.forward_features(images), written_out(model, images, bidirectional)
+    torch.testing.assert_close(got, expected)
     up = torch.randn_like(got)
     for (name, _), a, b in zip(
         model.named_parameters(),
         torch.autograd.grad(got, list(model.parameters()), up),
-        torch.autograd.grad(wanted, list(model.parameters()), up),
+        torch.autograd.grad(expected, list(model.parameters()), up),
         strict=True,
     ):
         torch.testing.assert_close(a, b, msg=name)
     single = model.float().forward_features(images.float())
-    torch.testing.assert_close(single.double(), wanted, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(single.double(), expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("lgp", [False, True])
@@ -188,14 +188,14 @@ def test_both_directions_run_and_one_only_forwards(lgp: bool) -> None:
     for bidirectional in (True, False):
         model = randomized(VisionMamba(**SMALL, lgp=lgp, num_classes=0, bidirectional=bidirectional)).double()
         x, _ = model.embed(images)
-        for place in (0, 7, 16):
+        for position in (0, 7, 16):
             other = x.clone()
-            other[:, place] += torch.randn(48)
+            other[:, position] += torch.randn(48)
             before, after = x, other
             for block in model.blocks:
                 before, after = block(before), block(after)
             moved = ((before - after).abs().amax((0, 2)) > 1e-14).tolist()
-            assert moved == [bidirectional or i >= place for i in range(17)]
+            assert moved == [bidirectional or i >= position for i in range(17)]
 
 
 def test_cls_is_in_the_middle_and_comes_out_first() -> None:
@@ -239,14 +239,14 @@ def test_positions_are_resampled_as_torch_does(antialias: bool) -> None:
         positions = table.flatten(2).transpose(1, 2)
         for grid in grids:
             if antialias:
-                wanted = F.interpolate(table, size=grid, mode="bicubic", antialias=True)
+                expected = F.interpolate(table, size=grid, mode="bicubic", antialias=True)
             else:
                 scale = tuple((new + 0.1) / old for new, old in zip(grid, made_for, strict=True))
-                wanted = F.interpolate(table, scale_factor=scale, mode="bicubic", align_corners=False)
+                expected = F.interpolate(table, scale_factor=scale, mode="bicubic", align_corners=False)
             got = resize_positions(positions, made_for, grid, antialias).transpose(1, 2).unflatten(2, grid)
             tolerance = 1e-5 if antialias else 1e-12
             if not (antialias and 1 in grid):  # torch 2.13 antialiases one pixel wrongly
-                torch.testing.assert_close(got, wanted, rtol=tolerance, atol=tolerance)
+                torch.testing.assert_close(got, expected, rtol=tolerance, atol=tolerance)
         assert resize_positions(positions, made_for, made_for) is positions
 
 

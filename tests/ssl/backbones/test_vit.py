@@ -68,9 +68,9 @@ def test_equals_timm_with_its_weights(height: int, width: int) -> None:
     images = torch.randn(2, 3, height, width)
     torch.testing.assert_close(ours(images), theirs(images), rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(ours.forward_features(images), theirs.forward_features(images), rtol=1e-5, atol=1e-5)
-    asked: dict[str, Any] = {"indices": 2, "return_prefix_tokens": True, "norm": True, "intermediates_only": True}
+    options: dict[str, Any] = {"indices": 2, "return_prefix_tokens": True, "norm": True, "intermediates_only": True}
     for a, b in zip(
-        ours.forward_intermediates(images, **asked), theirs.forward_intermediates(images, **asked), strict=True
+        ours.forward_intermediates(images, **options), theirs.forward_intermediates(images, **options), strict=True
     ):
         for x, y in zip(a, b, strict=True):
             torch.testing.assert_close(x, y, rtol=1e-5, atol=1e-5)

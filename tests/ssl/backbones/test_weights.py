@@ -110,9 +110,9 @@ def test_timms_names_into_create(tmp_path: Path, name: str) -> None:
     size = 56 if "14" in name else 64
     backbone = create(f"timm/{name}", img_size=size, weights=str(path), **depth).eval()
     images = torch.randn(1, 3, size, size)
-    wanted = theirs.forward_features(images)
+    expected = theirs.forward_features(images)
     found = backbone(images)
-    torch.testing.assert_close(torch.cat([found.prefix, found.patches], 1), wanted.reshape(1, -1, wanted.shape[-1]))
+    torch.testing.assert_close(torch.cat([found.prefix, found.patches], 1), expected.reshape(1, -1, expected.shape[-1]))
     assert "weights" not in backbone.arch  # an exported model needs no file but its own
 
 
@@ -121,8 +121,8 @@ def test_a_norm_in_the_head_is_found(tmp_path: Path) -> None:
     nn.init.normal_(theirs.head.norm.weight)
     backbone: Any = create("timm/convnext_atto", img_size=64, weights=saved(tmp_path, theirs.state_dict())).eval()
     images = torch.randn(1, 3, 64, 64)
-    wanted = theirs.head.norm(theirs.forward_features(images))
-    torch.testing.assert_close(backbone(images).map(), wanted)
+    expected = theirs.head.norm(theirs.forward_features(images))
+    torch.testing.assert_close(backbone(images).map(), expected)
 
 
 def test_our_own_export(tmp_path: Path) -> None:
@@ -190,10 +190,10 @@ def test_positions_are_resampled_as_their_family_does_and_said(tmp_path: Path, c
     assert torch.equal(got[:, :1], table[:, :1])
     if classifier:
         picture = table[:, 1:].unflatten(1, (4, 4)).permute(0, 3, 1, 2)
-        wanted = F.interpolate(picture, size=(6, 6), mode="bicubic", antialias=True).permute(0, 2, 3, 1).flatten(1, 2)
+        expected = F.interpolate(picture, size=(6, 6), mode="bicubic", antialias=True).permute(0, 2, 3, 1).flatten(1, 2)
     else:
-        wanted = dinos_positions(table[:, 1:], 6, 6)
-    torch.testing.assert_close(got[:, 1:], wanted, rtol=1e-4, atol=1e-4)
+        expected = dinos_positions(table[:, 1:], 6, 6)
+    torch.testing.assert_close(got[:, 1:], expected, rtol=1e-4, atol=1e-4)
     other = timms(img_size=48)  # timm's own models stay timm's
     assert "pos_embed" in load_weights(other, saved(tmp_path, theirs.state_dict())).adapted[0]
 
@@ -273,13 +273,13 @@ def test_without_positions_the_order_of_the_patches_is_unknown() -> None:
 
 def test_another_architecture_is_told(tmp_path: Path) -> None:
     path = saved(tmp_path, timms().state_dict())
-    for options, told in [
+    for options, message in [
         ({"embed_dim": 96}, r"misshapen: .*cls_token \(1, 1, 48\) instead of \(1, 1, 96\)"),
         ({"depth": 3}, r"missing: blocks\.2\.attn\.proj\.bias.* and \d+ more"),
         ({"depth": 1}, r"unexpected: blocks\.1\.attn\.proj\.bias"),
         ({"registers": 2}, "missing: reg_token"),
     ]:
-        with pytest.raises(UserError, match=told):
+        with pytest.raises(UserError, match=message):
             load_weights(VisionTransformer(**{**SMALL, **options}, num_classes=0), path)
     with pytest.raises(UserError, match=r"another architecture than this ResNet.*missing: .*bn1"):
         create("timm/resnet18", img_size=32, weights=path)
@@ -314,8 +314,8 @@ def test_bad_files_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
         load_weights(model, saved(tmp_path, {"epoch": 3}))
 
 
-@pytest.mark.parametrize("place", ["run", "run with an export", "checkpoint"])
-def test_a_runs_folder_or_a_checkpoint_gives_its_teacher(tmp_path: Path, place: str) -> None:
+@pytest.mark.parametrize("location", ["run", "run with an export", "checkpoint"])
+def test_a_runs_folder_or_a_checkpoint_gives_its_teacher(tmp_path: Path, location: str) -> None:
     """backbone.weights=RUNFOLDER: the export if there is one, else the newest checkpoint's teacher."""
     old, new, student = (create("vit_tiny_patch8", **SMALL_OURS) for _ in range(3))
     for step, teacher in ((9, old), (10, new)):
@@ -323,9 +323,9 @@ def test_a_runs_folder_or_a_checkpoint_gives_its_teacher(tmp_path: Path, place: 
         tensors |= prefixed("learner/student.backbone.", dict(student.state_dict()))
         checkpoint.save(tmp_path / "checkpoints", step, {**tensors, "learner/teacher.head.x": torch.ones(2)}, {})
     path = tmp_path
-    if place == "run with an export":
+    if location == "run with an export":
         checkpoint.export(tmp_path / "teacher.safetensors", new, {})
-    elif place == "checkpoint":
+    elif location == "checkpoint":
         path = tmp_path / "checkpoints" / "step-000000010"
     model = create("vit_tiny_patch8", **SMALL_OURS, weights=path)
     assert all(torch.equal(tensor, new.state_dict()[name]) for name, tensor in model.state_dict().items())
@@ -375,7 +375,7 @@ def test_tensors_of_another_kind_and_nests_without_end_are_a_sentence(tmp_path: 
     state = timms().state_dict()
     itself: dict[str, Any] = {}
     itself["model"] = itself
-    for content, told in (
+    for content, message in (
         ({**state, "pos_embed": state["pos_embed"].long()}, "another type: pos_embed torch.int64"),
         ({**state, "pos_embed": torch.zeros(())}, "another architecture"),
         ({**state, "pos_embed": torch.zeros(1).expand(10**9, 10**6, 48)}, "misshapen: pos_embed"),
@@ -386,7 +386,7 @@ def test_tensors_of_another_kind_and_nests_without_end_are_a_sentence(tmp_path: 
         ([1, 2], "no named tensors"),
         ({0: torch.zeros(1)}, "no named tensors"),
     ):
-        with pytest.raises(UserError, match=told):
+        with pytest.raises(UserError, match=message):
             load_weights(VisionTransformer(**SMALL, num_classes=0), saved(tmp_path, content))
     with pytest.raises(UserError, match="There are no weights in"):
         load_weights(VisionTransformer(**SMALL, num_classes=0), tmp_path)

@@ -116,8 +116,8 @@ def test_damaged_files_are_read_or_bad_but_nothing_else(kind):
     rng = np.random.default_rng(0)
     for _ in range(150):
         damaged = data.copy()
-        for place in rng.integers(0, len(data), 3):
-            damaged[place] = rng.integers(0, 256)
+        for offset in rng.integers(0, len(data), 3):
+            damaged[offset] = rng.integers(0, 256)
         with contextlib.suppress(BadImage):
             assert decode(io.BytesIO(damaged), "it").mode == "RGB"
 

@@ -31,9 +31,9 @@ def decoded(data, height=48, width=70, pitch=None):
 )
 def test_pixels_are_those_of_pillow(options):
     data = jpeg(**options)
-    wanted = np.asarray(Image.open(io.BytesIO(data)))
-    assert np.abs(decoded(data).astype(int) - wanted).max() <= 2  # equal where Pillow has the same library
-    assert np.abs(decoded(data, pitch=216).astype(int) - wanted).max() <= 2
+    expected = np.asarray(Image.open(io.BytesIO(data)))
+    assert np.abs(decoded(data).astype(int) - expected).max() <= 2  # equal where Pillow has the same library
+    assert np.abs(decoded(data, pitch=216).astype(int) - expected).max() <= 2
     assert libjpeg.Decoder().size(data) == (48, 70)
 
 
@@ -56,8 +56,8 @@ def test_mangled_bytes_are_an_error_or_an_image_but_nothing_else():
     data, rng, noticed = jpeg(), np.random.default_rng(0), 0
     for _ in range(200):
         damaged = bytearray(data)
-        for place in rng.integers(0, len(data), 5):
-            damaged[place] = rng.integers(0, 256)
+        for offset in rng.integers(0, len(data), 5):
+            damaged[offset] = rng.integers(0, 256)
         try:
             decoded(bytes(damaged))
         except libjpeg.JPEGError:
@@ -96,11 +96,11 @@ def test_what_is_missing_is_told(monkeypatch):
 def test_after_any_error_the_next_good_file_is_decoded():
     """One byte of the header at a time; before, some 597 of the 600 made the decoder refuse all that followed."""
     good, decoder, errors = jpeg(), libjpeg.Decoder(), 0
-    wanted = decoded(good).reshape(-1)
+    expected = decoded(good).reshape(-1)
     for at in range(0, 600, 7):
         damaged = bytearray(good)
         damaged[at] ^= 0xFF
-        out = np.zeros_like(wanted)
+        out = np.zeros_like(expected)
         try:
             decoder.decode(bytes(damaged), out, 48, 70, 210)
         except libjpeg.JPEGError:
@@ -108,5 +108,5 @@ def test_after_any_error_the_next_good_file_is_decoded():
         with contextlib.suppress(libjpeg.JPEGError):
             decoder.size(good[: at % 20])
         decoder.decode(good, out, 48, 70, 210)
-        np.testing.assert_array_equal(out, wanted)
+        np.testing.assert_array_equal(out, expected)
     assert errors > 20

@@ -22,7 +22,7 @@ def test_ordinary_yaml_is_what_pyyaml_says(text: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "told"),
+    ("text", "message"),
     [
         (BOMB, "more than 10,000 values"),
         (DEEP_BY_ALIAS, "levels deep"),
@@ -37,8 +37,8 @@ def test_ordinary_yaml_is_what_pyyaml_says(text: str) -> None:
         ("? [a]\n: b", "unhashable"),
     ],
 )
-def test_hostile_yaml_is_refused_in_a_sentence(text: str, told: str, tmp_path: Path) -> None:
-    with pytest.raises(yaml.YAMLError, match=told):
+def test_hostile_yaml_is_refused_in_a_sentence(text: str, message: str, tmp_path: Path) -> None:
+    with pytest.raises(yaml.YAMLError, match=message):
         bounded_files.parse_yaml(text)
     file = tmp_path / "bad.yaml"
     file.write_text(text)

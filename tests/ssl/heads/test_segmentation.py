@@ -13,8 +13,8 @@ def test_linear_head_is_one_matrix_for_every_patch():
     head = SegmentationHead(6, 4)
     x = torch.randn(2, 6, 3, 5)
     weight, bias = head.layers[0].weight[:, :, 0, 0], head.layers[0].bias
-    want = torch.einsum("bdhw,cd->bchw", x, weight) + bias[:, None, None]
-    torch.testing.assert_close(head(x), want)
+    expected = torch.einsum("bdhw,cd->bchw", x, weight) + bias[:, None, None]
+    torch.testing.assert_close(head(x), expected)
 
 
 def test_mlp_head_recomputed_in_float64():
@@ -29,9 +29,9 @@ def test_mlp_head_recomputed_in_float64():
     hidden = (hidden - mean) / (var + 1e-5).sqrt()
     hidden = hidden * p["layers.1.weight"][:, None, None] + p["layers.1.bias"][:, None, None]
     hidden = hidden * 0.5 * (1 + torch.erf(hidden / 2**0.5))
-    want = torch.einsum("bdhw,cd->bchw", hidden, p["layers.3.weight"][:, :, 0, 0])
-    want = want + p["layers.3.bias"][:, None, None]
-    torch.testing.assert_close(head(x).double(), want, atol=1e-5, rtol=1e-5)
+    expected = torch.einsum("bdhw,cd->bchw", hidden, p["layers.3.weight"][:, :, 0, 0])
+    expected = expected + p["layers.3.bias"][:, None, None]
+    torch.testing.assert_close(head(x).double(), expected, atol=1e-5, rtol=1e-5)
 
 
 def test_default_hidden_width_is_that_of_the_paper():

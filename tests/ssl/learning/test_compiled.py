@@ -61,8 +61,8 @@ def passes(backbone: Backbone, views: list[Tensor]) -> list[Tensor]:
     return [t.detach() for t in everything] + [p.grad.clone() for p in backbone.parameters() if p.grad is not None]
 
 
-def close(ours: list[Tensor], wanted: list[Tensor]) -> bool:
-    return all(float((a - b).norm()) <= 1e-4 * float(b.norm()) + 1e-7 for a, b in zip(ours, wanted, strict=True))
+def close(ours: list[Tensor], expected: list[Tensor]) -> bool:
+    return all(float((a - b).norm()) <= 1e-4 * float(b.norm()) + 1e-7 for a, b in zip(ours, expected, strict=True))
 
 
 @pytest.mark.parametrize("network", NETWORKS)
@@ -72,11 +72,11 @@ def test_traced_blocks_compute_the_same_values_and_gradients(network: tuple[str,
     backbone = create(network[0], **network[1]).train()
     views = [torch.randn(4, 3, 32, 32), torch.randn(4, 3, 16, 16)]
     names = list(backbone.state_dict())
-    wanted = passes(backbone, views)
+    expected = passes(backbone, views)
     if recompute:
         backbone.model.set_grad_checkpointing(True)
     compiled.compile_backbone(backbone, CPU, backend="aot_eager")
-    assert close(passes(backbone, views), wanted)
+    assert close(passes(backbone, views), expected)
     assert counters["stats"]["unique_graphs"] > 0
     assert list(backbone.state_dict()) == names  # no _orig_mod.
     graphs = counters["stats"]["unique_graphs"]
@@ -91,10 +91,10 @@ def test_compiled_blocks_compute_the_same_values_and_gradients(network: tuple[st
     """By the code generator itself, of views of one size: it takes a third of a minute for each."""
     backbone = create(network[0], **network[1]).train()
     views = [torch.randn(4, 3, 32, 32)]
-    wanted = passes(backbone, views)
+    expected = passes(backbone, views)
     compiled.compile_backbone(backbone, CPU)
     first, again = passes(backbone, views), passes(backbone, views)
-    assert close(first, wanted) and len(wanted) > 30
+    assert close(first, expected) and len(expected) > 30
     assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
 
 
@@ -166,13 +166,13 @@ def test_without_a_compiler_compile_is_refused_in_a_sentence(
 
 
 def test_auto_goes_on_without_a_compiler_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    said: list[str] = []
+    messages: list[str] = []
     backbone = create("vit_tiny_patch8", **PLAIN)
     monkeypatch.setattr(compiled, "compiler_missing", lambda _: "there is no compiler")
-    assert not compiled.switch_on([backbone], "auto", torch.device("cuda"), said)
-    assert said == ["Nothing is compiled (train.compile=auto), so steps are slower: there is no compiler."]
-    assert not compiled.switch_on([backbone], "auto", CPU, said) and len(said) == 1
-    assert not compiled.switch_on([backbone], False, torch.device("cuda"), said) and len(said) == 1
+    assert not compiled.switch_on([backbone], "auto", torch.device("cuda"), messages)
+    assert messages == ["Nothing is compiled (train.compile=auto), so steps are slower: there is no compiler."]
+    assert not compiled.switch_on([backbone], "auto", CPU, messages) and len(messages) == 1
+    assert not compiled.switch_on([backbone], False, torch.device("cuda"), messages) and len(messages) == 1
     assert backbone.model.compiled is None
 
 

@@ -194,12 +194,12 @@ def test_many_tensors_are_scaled_in_few_launches_with_the_bits_of_one_by_one() -
     tensors = [torch.randn(shape, generator=generator) for shape in shapes]
     tensors += [torch.randn(3, 5, generator=generator).T for _ in range(2)]
     factors = list(torch.rand(len(tensors), generator=generator).unbind())
-    wanted = [tensor * factor for tensor, factor in zip(tensors, factors, strict=True)]
+    expected = [tensor * factor for tensor, factor in zip(tensors, factors, strict=True)]
     with Launches() as one_by_one:
         torch._foreach_mul_(copy.deepcopy(tensors), factors)
     with Launches() as ours:
         multiply_alike(tensors, factors)
-    assert all(torch.equal(a, b) for a, b in zip(tensors, wanted, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(tensors, expected, strict=True))
     assert one_by_one.count >= 113
     # seven shapes: a stack and a spread each; five tensors alone; the product
     assert ours.count == 7 * 2 + 5 + 1

@@ -88,9 +88,9 @@ def test_the_finer_grid_is_halved_before_patches_are_compared(finer: str) -> Non
     fine, coarse = (torch.randn((2, 3, side, side), dtype=torch.float64) for side in (6, 3))
     taps = np.zeros((3, 6))
     for row in range(3):
-        for place, weight in zip(range(2 * row - 1, 2 * row + 3), (1, 3, 3, 1), strict=True):
-            if 0 <= place < 6:
-                taps[row, place] = weight
+        for position, weight in zip(range(2 * row - 1, 2 * row + 3), (1, 3, 3, 1), strict=True):
+            if 0 <= position < 6:
+                taps[row, position] = weight
     taps /= taps.sum(1, keepdims=True)
     found = []
     for image, other in zip(fine.numpy(), coarse.numpy(), strict=True):

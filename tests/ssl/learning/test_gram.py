@@ -25,9 +25,9 @@ def test_it_is_the_mean_squared_difference_of_all_cosines() -> None:
 def test_lengths_and_rotations_cost_nothing_and_gradients_are_right() -> None:
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(2, 6, 4, dtype=torch.float64, generator=generator)
-    turn = torch.linalg.qr(torch.randn(4, 4, dtype=torch.float64, generator=generator)).Q
+    rotation = torch.linalg.qr(torch.randn(4, 4, dtype=torch.float64, generator=generator)).Q
     lengths = torch.rand(2, 6, 1, dtype=torch.float64, generator=generator) + 0.1
-    assert float(gram_loss(lengths * x @ turn, x)) < 1e-28
+    assert float(gram_loss(lengths * x @ rotation, x)) < 1e-28
     y = torch.randn(2, 6, 4, dtype=torch.float64, generator=generator, requires_grad=True)
     assert torch.autograd.gradcheck(lambda y: gram_loss(y, x), y)
 

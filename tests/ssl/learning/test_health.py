@@ -97,17 +97,17 @@ def test_health_says_the_same_of_bf16(features: Tensor) -> None:
 
 
 @pytest.mark.parametrize(
-    ("changed", "words"),
+    ("changed", "parts"),
     [
         ({"entropy": 0.99}, ["uniform output", "ln K", "head.prototypes"]),
         ({"kl": 0.001}, ["one answer", "loss.center_momentum"]),
         ({"feature_std": 0.01}, ["same features", "optim.lr"]),
     ],
 )
-def test_each_collapse_is_named_with_what_to_change(changed: dict[str, float], words: list[str]) -> None:
+def test_each_collapse_is_named_with_what_to_change(changed: dict[str, float], parts: list[str]) -> None:
     assert collapse(HEALTHY) is None
     message = collapse({**HEALTHY, **changed})
-    assert message is not None and all(word in message for word in words)
+    assert message is not None and all(part in message for part in parts)
 
 
 def test_the_words_name_settings_that_exist() -> None:
@@ -122,8 +122,8 @@ def test_the_watch_waits_until_a_collapse_lasts_tells_it_once_and_tells_the_reco
     assert [watch.update(step, FLAT) for step in range(95, 100)] == [None] * 5  # before grace
     assert [watch.update(step, FLAT) for step in (100, 101)] == [None, None]
     assert watch.update(102, HEALTHY) is None  # single bad steps are no collapse, nor is this a recovery
-    told = [watch.update(step, FLAT) for step in range(103, 110)]
-    assert told[:2] == [None, None] and "uniform output" in str(told[2]) and told[3:] == [None] * 4
+    messages = [watch.update(step, FLAT) for step in range(103, 110)]
+    assert messages[:2] == [None, None] and "uniform output" in str(messages[2]) and messages[3:] == [None] * 4
     assert "Recovered by step 110" in str(watch.update(110, HEALTHY))
     assert watch.update(111, HEALTHY) is None
     again = [watch.update(step, FLAT) for step in range(112, 116)]
@@ -141,8 +141,8 @@ def test_features_that_began_alike_are_no_collapse_and_those_that_became_so_are(
     start = {**HEALTHY, "feature_std": 0.06, "rankme": 2.0}
     assert collapse({**start, "feature_std": 0.03, "rankme": 1.5}, start) is None
     assert "Complete collapse: all images" in str(collapse({**start, "feature_std": 0.015}, start))
-    told = str(collapse({**HEALTHY, "rankme": 3.0}, HEALTHY))
-    assert "Dimensional collapse" in told and "RankMe 3.0, 30.0 at the start" in told
+    message = str(collapse({**HEALTHY, "rankme": 3.0}, HEALTHY))
+    assert "Dimensional collapse" in message and "RankMe 3.0, 30.0 at the start" in message
     assert collapse({**HEALTHY, "rankme": 11.0}, HEALTHY) is None
 
 
@@ -163,7 +163,7 @@ def teacher(kind: str, share: float, generator: torch.Generator) -> dict[str, fl
 
 @pytest.mark.parametrize("log_every", [1, 5, 10, 25])
 @pytest.mark.parametrize(
-    ("kind", "words"),
+    ("kind", "expected"),
     [
         ("flat", "uniform output"),
         ("one answer", "one answer"),
@@ -171,16 +171,16 @@ def teacher(kind: str, share: float, generator: torch.Generator) -> dict[str, fl
         ("few directions", "few directions"),
     ],
 )
-def test_each_collapse_is_named_within_fifty_steps(kind: str, words: str, log_every: int) -> None:
+def test_each_collapse_is_named_within_fifty_steps(kind: str, expected: str, log_every: int) -> None:
     generator = torch.Generator().manual_seed(5)
-    watch, told = CollapseWatch(grace=10_000, patience=patience(log_every)), {}
+    watch, messages = CollapseWatch(grace=10_000, patience=patience(log_every)), {}
     for step in range(log_every, 401, log_every):
         share = min(1.0, max(0.0, (step - 200) / 20)) * 0.995  # healthy until 200, collapsed from 220 on
         if message := watch.update(step, teacher(kind, share, generator)):
-            told[step] = message
-    assert len(told) == 1
-    ((step, message),) = told.items()
-    assert 200 < step <= 270 and words in message
+            messages[step] = message
+    assert len(messages) == 1
+    ((step, message),) = messages.items()
+    assert 200 < step <= 270 and expected in message
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -199,9 +199,9 @@ def scored(*scores: float, losses: tuple[float, ...] = (3.0, 2.5, 2.0, 1.5, 1.0)
 
 
 def test_a_score_that_falls_while_the_loss_falls_is_told_once() -> None:
-    told = falling_score(scored(35.0, 43.5, 41.0, 37.0))
-    assert told is not None and "was 43.5 at step 20 and is 41.0 and 37.0 now" in told
-    assert "although the loss falls (2.50 -> 1.50)" in told
+    message = falling_score(scored(35.0, 43.5, 41.0, 37.0))
+    assert message is not None and "was 43.5 at step 20 and is 41.0 and 37.0 now" in message
+    assert "although the loss falls (2.50 -> 1.50)" in message
     assert falling_score(scored(35.0, 43.5, 41.0, 37.0, 36.0)) is None  # told before
     assert "does not fall either" in str(falling_score(scored(43.5, 41.0, 37.0, losses=(1.0, 2.0, 3.0))))
 
@@ -244,11 +244,11 @@ def test_similarity_to_the_start_is_blind_to_what_all_images_share() -> None:
 
 
 def test_lost_features_are_told_once_with_the_scores() -> None:
-    told = []
+    messages = []
     lines: list[dict[str, float]] = []
     for step, (similarity, score) in enumerate([(1.0, 70.0), (0.6, 60.0), (0.4, 40.0), (0.3, 30.0), (0.6, 50.0)]):
         lines += [{"step": step, "loss": 1.0}, {"step": step, "start_similarity": similarity, "knn_top1": score}]
-        told.append(features_lost(lines))
-    assert [bool(message) for message in told] == [False, False, True, False, False]
-    assert "0.40" in str(told[2]) and "was 70.0 at the first score and is 40.0 now" in str(told[2])
+        messages.append(features_lost(lines))
+    assert [bool(message) for message in messages] == [False, False, True, False, False]
+    assert "0.40" in str(messages[2]) and "was 70.0 at the first score and is 40.0 now" in str(messages[2])
     assert features_lost([{"step": 1, "knn_top1": 3.0}]) is None

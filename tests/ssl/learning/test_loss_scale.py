@@ -65,15 +65,15 @@ def test_gradients_are_unscaled_exactly() -> None:
 
 
 @pytest.mark.parametrize(
-    ("loss", "bad", "scale", "answer"),
+    ("loss", "bad", "scale", "skipped"),
     [(1.0, 1, FIRST, 1), (1.0, 0, FIRST, 0), (float("nan"), 1, FIRST, 0), (1.0, 1, LEAST, 0), (float("inf"), 1, 8, 0)],
 )
 def test_an_overflow_is_a_finite_loss_whose_gradient_can_be_scaled_less(
-    loss: float, bad: int, scale: float, answer: int
+    loss: float, bad: int, scale: float, skipped: int
 ) -> None:
     scaling = LossScale()
     scaling.scale.fill_(scale)
-    assert scaling.overflowed(torch.tensor(loss), torch.tensor(float(bad))) == answer
+    assert scaling.overflowed(torch.tensor(loss), torch.tensor(float(bad))) == skipped
 
 
 def test_saved_tensors_fit_a_learner_of_another_precision() -> None:
@@ -170,8 +170,8 @@ def test_a_run_in_fp16_is_continued_to_the_bit_with_its_scale(
     train.pretrain(whole, images, console=quiet)
     for stop in (2, 9, 13):
         done = checkpoint.latest(parts.path / "checkpoints")
-        asked = iter(range(1 + (done.state["step"] if done else 0), 21))
-        train.pretrain(parts, images, should_stop=lambda k=asked, s=stop: next(k) == s, console=quiet)
+        polls = iter(range(1 + (done.state["step"] if done else 0), 21))
+        train.pretrain(parts, images, should_stop=lambda k=polls, s=stop: next(k) == s, console=quiet)
     assert train.pretrain(parts, images, console=quiet).finished
     same_runs(whole.path, parts.path, 20)
     lines = [line for line in read_metrics(whole.path / "metrics.jsonl") if "loss" in line]

@@ -93,8 +93,8 @@ def test_no_step_and_no_place_hides_more_than_the_bound(views: int, patches: int
     rng, worst = np.random.default_rng(0), 0
     for _ in range(3000):
         first = int(rng.integers(0, 10**5)) * views
-        place = np.arange(first, first + views, dtype=np.uint64)
-        worst = max(worst, int(hidden_counts(place, rng.random(), patches, share, (0.1, 0.5)).sum()))
+        number = np.arange(first, first + views, dtype=np.uint64)
+        worst = max(worst, int(hidden_counts(number, rng.random(), patches, share, (0.1, 0.5)).sum()))
     assert worst <= bound <= worst + max(2, 0.05 * worst)
 
 

@@ -69,13 +69,13 @@ def test_every_step_has_the_values_of_dinos_arrays(
         f"loss.warmup_teacher_temp_epochs={temp}",
         f"optim.freeze_last_layer_epochs={frozen}",
     )
-    wanted = {
+    expected = {
         "lr": dinos_cosine(5e-4, 1e-6, epochs, per_epoch, warmup),
         "weight_decay": dinos_cosine(0.04, 0.4, epochs, per_epoch),
         "teacher_momentum": dinos_cosine(0.996, 1, epochs, per_epoch),
         "teacher_temp": dinos_temperature(0.04, 0.07, epochs, temp).repeat(per_epoch),
     }
-    for key, values in wanted.items():
+    for key, values in expected.items():
         np.testing.assert_allclose(column(schedule, key), values, rtol=1e-14, atol=1e-18, err_msg=key)
     held = [schedule.prototypes_frozen(step) for step in range(schedule.steps)]
     assert held == [step // per_epoch < frozen for step in range(schedule.steps)]

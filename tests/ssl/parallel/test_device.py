@@ -57,12 +57,12 @@ def test_an_explicit_fp16_is_met_or_refused(supported: bool, monkeypatch: pytest
             device.choose("cpu", "fp16", 384)
 
 
-@pytest.mark.parametrize(("bf16", "wanted"), [(True, "bf16 autocast"), (False, "fp16 autocast")], ids=["new", "old"])
-def test_auto_takes_fp16_on_a_gpu_without_bf16(bf16: bool, wanted: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("bf16", "expected"), [(True, "bf16 autocast"), (False, "fp16 autocast")], ids=["new", "old"])
+def test_auto_takes_fp16_on_a_gpu_without_bf16(bf16: bool, expected: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: bf16)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (7, 5))
-    assert device.choose("auto", "auto", 24).precision == wanted
+    assert device.choose("auto", "auto", 24).precision == expected
     assert device.choose("auto", "fp32", 24).precision == "float32"
     assert device.choose("auto", "fp16", 24).precision == "fp16 autocast"
 

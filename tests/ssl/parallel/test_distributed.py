@@ -93,7 +93,7 @@ def test_words_reach_every_rank_as_they_were(tmp_path: Path, together: Together,
     script.write_text(textwrap.dedent(WORDS))
     odd, long = "\udcff \x1b", "ä" * 999
     expected = [{"rank": 0, "third": 1 / 3, "none": None}, [odd, odd, long, odd, long, "xx"], []]
-    assert [json.loads(said) for said in finish(together(3, str(script)))] == [expected] * 3
+    assert [json.loads(message) for message in finish(together(3, str(script)))] == [expected] * 3
 
 
 # One loss
@@ -255,7 +255,7 @@ LATE = """
     from nearfar.ssl.parallel import distributed
     from nearfar.ssl.data.sources.base import ArraySource
 
-    world, asked, set_up = distributed.from_environment(), [], train.set_up
+    world, polls, set_up = distributed.from_environment(), [], train.set_up
 
     def behind(*parts):
         training = set_up(*parts)
@@ -263,8 +263,8 @@ LATE = """
         return training
 
     def stop():
-        asked.append(0)
-        return world.rank == 1 and len(asked) == 3
+        polls.append(0)
+        return world.rank == 1 and len(polls) == 3
 
     train.set_up = behind
     images = ArraySource(np.random.default_rng(0).integers(0, 256, (48, 32, 32, 3), np.uint8))
@@ -279,7 +279,7 @@ def test_ranks_that_hear_of_a_stop_a_step_late_stop_together(
     script = tmp_path / "late.py"
     script.write_text(textwrap.dedent(LATE))
     file = recipe("train.log_every_steps=100", "train.save_every_minutes=1e-9", "eval.knn_every_epochs=0")
-    assert [said.split()[-1] for said in finish(together(2, str(script), str(file)))] == ["4", "4"]
+    assert [message.split()[-1] for message in finish(together(2, str(script), str(file)))] == ["4", "4"]
     saved = checkpoint.latest(config.load(file).path / "checkpoints")
     assert saved is not None and saved.state["step"] == 4
 
@@ -304,9 +304,9 @@ def test_a_killed_rank_ends_the_other_at_once(recipe: Callable[..., Path], victi
     processes = together(2, *RANK, str(file))
     wait_for_lines(file, 3, processes)
     processes[victim].kill()
-    _, said = processes[1 - victim].communicate(timeout=60)
-    assert processes[1 - victim].returncode == 3, said
-    assert "Traceback" not in said
+    _, output = processes[1 - victim].communicate(timeout=60)
+    assert processes[1 - victim].returncode == 3, output
+    assert "Traceback" not in output
     processes[victim].communicate()
 
 
@@ -327,9 +327,9 @@ def test_a_mistake_on_one_rank_is_told_by_the_first(
     tree["data"]["path"] = str(folder)
     file.write_text(yaml.safe_dump(tree))
     processes = together(2, *RANK, str(file))
-    said = [process.communicate(timeout=60)[1] for process in processes]
-    assert [process.returncode for process in processes] == [2, 2], said
-    assert "Rank 1 on" in said[0] and "cannot be used" in said[0] and "Traceback" not in said[0]
+    outputs = [process.communicate(timeout=60)[1] for process in processes]
+    assert [process.returncode for process in processes] == [2, 2], outputs
+    assert "Rank 1 on" in outputs[0] and "cannot be used" in outputs[0] and "Traceback" not in outputs[0]
 
 
 def test_ranks_that_nearfar_pretrain_starts_hear_this_machine_alone_and_a_killed_one_is_named(
@@ -349,8 +349,8 @@ def test_ranks_that_nearfar_pretrain_starts_hear_this_machine_alone_and_a_killed
     ]
     assert listening and set(listening) == {"127.0.0.1"}  # no other machine may reach the ranks
     child.kill()
-    _, said = process.communicate(timeout=60)
-    assert process.returncode == 3 and "rank 1 was killed by SIGKILL" in " ".join(said.split()), said
+    _, output = process.communicate(timeout=60)
+    assert process.returncode == 3 and "rank 1 was killed by SIGKILL" in " ".join(output.split()), output
 
 
 def test_a_first_rank_that_is_killed_leaves_neither_ranks_nor_files(

@@ -52,14 +52,14 @@ def test_cuda_without_any_is_a_mistake_and_auto_is_not(monkeypatch: pytest.Monke
 def test_why_there_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.version, "hip", None)
     monkeypatch.setattr(torch.version, "cuda", None)
-    told = gpus.none_visible("train.device=", {})
-    assert "built for CPUs only" in told and "pip install --force-reinstall torch" in told
+    message = gpus.none_visible("train.device=", {})
+    assert "built for CPUs only" in message and "pip install --force-reinstall torch" in message
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     assert "built for CUDA 13.0" in gpus.none_visible("train.device=", {})
     for hidden in ("", "-1"):
         assert f"CUDA_VISIBLE_DEVICES={hidden!r} hides them" in gpus.none_visible("x", {gpus.HIDING: hidden})
-    told = gpus.none_visible("x", {gpus.HIDING: "1"})
-    assert "hides" not in told and "CUDA_VISIBLE_DEVICES=1 names GPUs that are there" in told
+    message = gpus.none_visible("x", {gpus.HIDING: "1"})
+    assert "hides" not in message and "CUDA_VISIBLE_DEVICES=1 names GPUs that are there" in message
 
 
 def test_a_full_gpu_is_refused_with_the_processes_that_fill_it(two: None, listed: None) -> None:
@@ -67,10 +67,10 @@ def test_a_full_gpu_is_refused_with_the_processes_that_fill_it(two: None, listed
     gpus.require_room(CUDA, 2 * 10**9, "the weights")
     with pytest.raises(UserError) as caught:
         gpus.require_room(CUDA, 3 * 10**9, "the weights")
-    told = str(caught.value)
-    assert "GPU 1 (NVIDIA H100) has 2.0 of its 80.0 GB free, and the weights take 3.0 GB." in told
-    assert "Its memory is held by process 78 (my app, 76.5 GB), process 77 (python, 1.0 GB)." in told
-    assert "CUDA_VISIBLE_DEVICES" in told and "process 79" not in told and str(os.getpid()) not in told
+    message = str(caught.value)
+    assert "GPU 1 (NVIDIA H100) has 2.0 of its 80.0 GB free, and the weights take 3.0 GB." in message
+    assert "Its memory is held by process 78 (my app, 76.5 GB), process 77 (python, 1.0 GB)." in message
+    assert "CUDA_VISIBLE_DEVICES" in message and "process 79" not in message and str(os.getpid()) not in message
 
 
 def test_a_gpu_that_cannot_even_be_asked(two: None, monkeypatch: pytest.MonkeyPatch) -> None:

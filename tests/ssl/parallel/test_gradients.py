@@ -96,10 +96,10 @@ def test_gradients_are_the_mean_over_all_ranks_and_leave_while_the_backward_pass
         for r in range(size)
     ]
     # Older gloos say on stdout that they are connected.
-    said = [process.communicate(timeout=120)[0].splitlines()[-1] for process in processes]
+    output = [process.communicate(timeout=120)[0].splitlines()[-1] for process in processes]
     assert [process.returncode for process in processes] == [0] * size
-    assert len(set(said)) == 1
-    for step, (riders, sent, frozen) in enumerate(json.loads(said[0])):
+    assert len(set(output)) == 1
+    for step, (riders, sent, frozen) in enumerate(json.loads(output[0])):
         assert riders == [(size - 1) / 2, 2] and frozen == (step == 1)
         assert sum(length for length, _ in sent) == (80 if step == 1 else 100) + 2
         during = [early for _, early in sent]

@@ -102,10 +102,10 @@ def test_a_rank_that_dies_or_stands_still_is_named_and_ends_the_others(
     time.sleep(0.5)  # the others are on their way into what they will wait in
     processes[victim].send_signal(signal.Signals[how])
     living = [process for rank, process in enumerate(processes) if rank != victim]
-    said = [process.communicate(timeout=120)[1] for process in living]
-    assert [process.returncode for process in living] == [3, 3], said
-    first = " ".join(said[0].split())
-    assert f"nearfar: Lost rank {victim} on {socket.gethostname()}: " in first, said
+    outputs = [process.communicate(timeout=120)[1] for process in living]
+    assert [process.returncode for process in living] == [3, 3], outputs
+    first = " ".join(outputs[0].split())
+    assert f"nearfar: Lost rank {victim} on {socket.gethostname()}: " in first, outputs
     assert "its last step was 1,234." in first and "Traceback" not in first
 
 
@@ -117,8 +117,8 @@ def test_neither_a_long_wait_nor_a_suspended_job_is_taken_for_a_death(three: Tog
         for process in processes:
             process.send_signal(number)
         time.sleep(6 if number == signal.SIGSTOP else 0)
-    said = [process.communicate(timeout=120)[1] for process in processes]
-    assert [process.returncode for process in processes] == [0, 0, 0], said
+    outputs = [process.communicate(timeout=120)[1] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0, 0], outputs
 
 
 # One rank's threads, with the others played by hand

@@ -83,7 +83,7 @@ STEPS = """
                 stepper = Stepper(learner, optimizer, 0.02, accumulate_steps=run.train.accumulate_steps)
                 if dtype == "bfloat16":
                     stepper.autocast = lambda: torch.autocast("cpu", torch.bfloat16)
-                told, before = [], None
+                reports, before = [], None
                 for step in range(5):
                     generator = torch.Generator().manual_seed(step)
                     shapes = [(2, 8, 3, 16, 16), (2, 8, 3, 8, 8)]
@@ -97,14 +97,14 @@ STEPS = """
                         [group[:, mine] for group in groups], VALUES, freeze_last_layer=step == 0,
                         votes=lambda: (float(world.rank), 2.0),
                     ).report.read()
-                    told.append([report.loss, report.grad_norm, report.finite, report.votes])
+                    reports.append([report.loss, report.grad_norm, report.finite, report.votes])
                 after = dict(resume.contents(learner, optimizer))
                 assert before.keys() == after.keys()
                 # Running statistics belong to the forward pass (step.py).
                 names = [name for name in before if "running_" not in name and "num_batches" not in name]
                 assert [name for name in names if not torch.equal(before[name], after[name])] == []
-                results.append([told[:3], {name: after[name].double().flatten().tolist() for name in names}])
-                assert [each[2] for each in told] == [True, True, True, False, False]
+                results.append([reports[:3], {name: after[name].double().flatten().tolist() for name in names}])
+                assert [each[2] for each in reports] == [True, True, True, False, False]
     if world.first:
         json.dump(results, open(sys.argv[2], "w"))
 """
@@ -174,11 +174,11 @@ RUN = """
         assert not backbone.training
         return {"knn": float(sum(p.double().abs().sum() for p in backbone.parameters()))}
 
-    run, world, asked = config.load(Path(sys.argv[1])), distributed.from_environment(), []
+    run, world, polls = config.load(Path(sys.argv[1])), distributed.from_environment(), []
     last = int(sys.argv[2])
     outcome = train.pretrain(
         run, open_source(run.data.path), train.Observers(probe=probe if world.first else None), world=world,
-        should_stop=lambda: asked.append(0) or (world.rank == world.size - 1 and len(asked) == last),
+        should_stop=lambda: polls.append(0) or (world.rank == world.size - 1 and len(polls) == last),
     )
     print(outcome.step)
 """
@@ -197,12 +197,12 @@ def trained(tmp_path: Path, together: Together, finish: Finish) -> Callable[...,
     def run(size: int, file: Path, last: int = 0) -> list[int]:
         command = (str(script), str(file), str(last))
         processes = together(size, *command)
-        said = [process.communicate(timeout=240) for process in processes]
+        outputs = [process.communicate(timeout=240) for process in processes]
         if any(process.returncode < 0 for process in processes):
-            warnings.warn(f"{[process.returncode for process in processes]} {said}", stacklevel=2)
+            warnings.warn(f"{[process.returncode for process in processes]} {outputs}", stacklevel=2)
             return [int(out.split()[-1]) for out in finish(together(size, *command))]
-        assert [process.returncode for process in processes] == [0] * size, said
-        return [int(out.split()[-1]) for out, _ in said]
+        assert [process.returncode for process in processes] == [0] * size, outputs
+        return [int(out.split()[-1]) for out, _ in outputs]
 
     return run
 

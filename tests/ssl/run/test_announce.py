@@ -37,26 +37,26 @@ def test_what_needs_less_memory_is_named_with_what_it_is_now() -> None:
         RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
         MemoryError(),
     ):
-        said = out_of_memory(error, run, ranks=2)
-        assert said is not None and (str(error)[:200] or "MemoryError") in said and "\n" not in said
-        assert "train.accumulate_steps=3 (now 2: 24 images at a time in each process)" in said
-        assert "train.checkpoint_activations=true (now false; a run may be continued with it)" in said
-        assert "train.batch_size (now 96) or a smaller views.local_crops_number (now 8)." in said
+        message = out_of_memory(error, run, ranks=2)
+        assert message is not None and (str(error)[:200] or "MemoryError") in message and "\n" not in message
+        assert "train.accumulate_steps=3 (now 2: 24 images at a time in each process)" in message
+        assert "train.checkpoint_activations=true (now false; a run may be continued with it)" in message
+        assert "train.batch_size (now 96) or a smaller views.local_crops_number (now 8)." in message
     assert out_of_memory(RuntimeError("a bug"), run) is None
 
 
 def test_what_cannot_be_set_lower_is_not_named() -> None:
     settings = ["train.batch_size=2", "train.accumulate_steps=2", "train.checkpoint_activations=true"]
-    said = out_of_memory(MemoryError(), config.load(None, ["name=r", *settings, "views.local_crops_number=1"]))
-    assert said is not None and "accumulate_steps" not in said and "checkpoint_activations" not in said
-    assert "Try a smaller train.batch_size (now 2) or a smaller views.local_crops_number (now 1)." in said
+    message = out_of_memory(MemoryError(), config.load(None, ["name=r", *settings, "views.local_crops_number=1"]))
+    assert message is not None and "accumulate_steps" not in message and "checkpoint_activations" not in message
+    assert "Try a smaller train.batch_size (now 2) or a smaller views.local_crops_number (now 1)." in message
 
 
 def test_another_torch_or_cuda_is_told() -> None:
     now = {"torch": "2.13.0", "cuda": "13.0", "python": "3.11.7"}
     assert changed_versions({"versions": dict(now)}, now) == [] == changed_versions({}, now)
-    (said,) = changed_versions({"versions": {**now, "torch": "2.12.1", "cuda": "12.8"}}, now)
-    assert "torch 2.12.1 -> 2.13.0, cuda 12.8 -> 13.0" in said and "python" not in said
+    (message,) = changed_versions({"versions": {**now, "torch": "2.12.1", "cuda": "12.8"}}, now)
+    assert "torch 2.12.1 -> 2.13.0, cuda 12.8 -> 13.0" in message and "python" not in message
 
 
 @pytest.mark.parametrize("others", [(), ("a.avif", "b.jp2", "c.AVIF", "noending")])
@@ -71,6 +71,6 @@ def test_files_passed_over_for_their_type_are_told_at_the_start(tmp_path: Path, 
     resolved, _ = resolve(run, 1, 1, world_size=1)
     learner = build_dino_learner(resolved)
     lines = start_lines(resolved, [], learner, 1, choose("cpu", "fp32", 8), 0, source, "pillow loader")
-    told = [line for line in lines if "skipped" in line]
+    skipped = [line for line in lines if "skipped" in line]
     counted = "4 files of data.path are skipped because of their type: 2 .avif (a.avif), 1 .jp2 (b.jp2), 1 without an "
-    assert told == ([f"{counted}ending (noending)."] if others else [])
+    assert skipped == ([f"{counted}ending (noending)."] if others else [])

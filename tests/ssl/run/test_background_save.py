@@ -105,11 +105,11 @@ def test_an_error_of_the_thread_is_raised_where_the_training_asks_next_and_once(
 
 
 def test_an_error_beside_another_one_is_told() -> None:
-    told: list[str] = []
-    saver = Saver(failing, told.append)
+    messages: list[str] = []
+    saver = Saver(failing, messages.append)
     fail(saver)
     saver.__exit__(KeyError, KeyError(), None)
-    assert told == ["disk full at 1"]
+    assert messages == ["disk full at 1"]
 
 
 def test_the_memory_of_a_copy_is_used_again() -> None:

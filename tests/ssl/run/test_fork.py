@@ -113,20 +113,20 @@ def test_what_cannot_be_is_named_and_nothing_is_written(
     tiny: Make, source: Run, images: ArraySource, quiet: Console
 ) -> None:
     start = f"train.start_from={source.path}"
-    told = refused(tiny("name=fork", f"{start}@7"), images, quiet)
-    assert "no checkpoint of step 7" in told and "5, 10, 15, 20" in told
-    told = refused(tiny("name=fork", f"{start}@10", "head.prototypes=64"), images, quiet)
-    assert f"head.prototypes: {source.head.prototypes} -> 64" in told and "backbone.weights" in told
-    told = refused(tiny("name=fork", f"{start}@10", "backbone.embed_dim=64"), images, quiet)
-    assert "backbone.embed_dim" in told
-    told = refused(tiny("name=fork", f"{start}@20"), images, quiet)
-    assert "train.epochs=5 or more" in told and "restart_schedule" in told
-    told = refused(tiny("name=fork", f"{start}@10", "train.batch_size=4"), images, quiet)
-    assert "train.batch_size 8 -> 4" in told
-    told = refused(tiny("name=fork", f"{start}@10"), Subset(images, list(range(32))), quiet)
-    assert "other images" in told and "restart_schedule" in told
-    told = refused(tiny("name=fork", "train.start_from=nowhere"), images, quiet)
-    assert "There is no run folder nowhere" in told
+    message = refused(tiny("name=fork", f"{start}@7"), images, quiet)
+    assert "no checkpoint of step 7" in message and "5, 10, 15, 20" in message
+    message = refused(tiny("name=fork", f"{start}@10", "head.prototypes=64"), images, quiet)
+    assert f"head.prototypes: {source.head.prototypes} -> 64" in message and "backbone.weights" in message
+    message = refused(tiny("name=fork", f"{start}@10", "backbone.embed_dim=64"), images, quiet)
+    assert "backbone.embed_dim" in message
+    message = refused(tiny("name=fork", f"{start}@20"), images, quiet)
+    assert "train.epochs=5 or more" in message and "restart_schedule" in message
+    message = refused(tiny("name=fork", f"{start}@10", "train.batch_size=4"), images, quiet)
+    assert "train.batch_size 8 -> 4" in message
+    message = refused(tiny("name=fork", f"{start}@10"), Subset(images, list(range(32))), quiet)
+    assert "other images" in message and "restart_schedule" in message
+    message = refused(tiny("name=fork", "train.start_from=nowhere"), images, quiet)
+    assert "There is no run folder nowhere" in message
     with pytest.raises(UserError, match=r"train\.start_from \(--from\) and backbone\.weights"):
         tiny(start, "backbone.weights=x.pth")
 
@@ -135,8 +135,8 @@ def test_a_fork_of_itself_and_a_damaged_checkpoint(
     tiny: Make, source: Run, images: ArraySource, quiet: Console
 ) -> None:
     (source.path / "checkpoints" / "step-000000010" / "state.json").write_text("{}")
-    told = refused(tiny("name=fork", f"train.start_from={source.path}@10"), images, quiet)
-    assert "step-000000010 is damaged" in told
+    message = refused(tiny("name=fork", f"train.start_from={source.path}@10"), images, quiet)
+    assert "step-000000010 is damaged" in message
     with pytest.raises(UserError, match=r"train\.start_from"):
         tiny("train.restart_schedule=true")
 

@@ -27,11 +27,11 @@ class Scores:
     """An online score that says what it is told to, at steps 4, 8, ..."""
 
     given: list[float]
-    asked: list[Any] = field(default_factory=list)
+    calls: list[Any] = field(default_factory=list)
 
     def __call__(self, *_: Any) -> dict[str, float]:
-        self.asked.append(None)
-        return {"knn_top1": self.given[len(self.asked) - 1]}
+        self.calls.append(None)
+        return {"knn_top1": self.given[len(self.calls) - 1]}
 
 
 def steps_of(run: Path) -> list[int | None]:

@@ -94,8 +94,8 @@ def test_stopped_at_random_steps_and_continued(
     run, step = tiny(f"data.workers={workers}"), 0
     stops = sorted(random.sample(range(1, STEPS), 3))
     for stop in stops:
-        steps_asked = iter(range(step + 1, STEPS + 1))
-        outcome = train.pretrain(run, data, should_stop=lambda k=steps_asked, s=stop: next(k) == s, console=quiet)
+        polls = iter(range(step + 1, STEPS + 1))
+        outcome = train.pretrain(run, data, should_stop=lambda k=polls, s=stop: next(k) == s, console=quiet)
         step = stop
         assert outcome.step == stop and not outcome.finished
         assert (run.path / "checkpoints" / f"step-{stop:09d}").is_dir()
@@ -131,8 +131,8 @@ def test_with_what_came_after_dino_a_continued_run_ends_with_the_same_bits(
     train.pretrain(whole, data, console=quiet)
     step = 0
     for stop in (3, 7, 12, STEPS):
-        asked = iter(range(step + 1, STEPS + 1))
-        step = train.pretrain(run, data, should_stop=lambda k=asked, s=stop: next(k) == s, console=quiet).step
+        polls = iter(range(step + 1, STEPS + 1))
+        step = train.pretrain(run, data, should_stop=lambda k=polls, s=stop: next(k) == s, console=quiet).step
         assert step == stop
     same_runs(run.path, whole.path, STEPS)
     lines = [line for line in read_metrics(run.path / "metrics.jsonl") if "loss" in line]
@@ -192,8 +192,8 @@ def test_a_damaged_checkpoint_falls_back_and_ends_the_same(
     tiny: Make, data: ArraySource, quiet: Console, same: Same
 ) -> None:
     run = tiny("train.save_every_steps=5")
-    asked = iter(range(1, STEPS))
-    train.pretrain(run, data, should_stop=lambda: next(asked) == 13, console=quiet)
+    polls = iter(range(1, STEPS))
+    train.pretrain(run, data, should_stop=lambda: next(polls) == 13, console=quiet)
     file = run.path / "checkpoints" / "step-000000013" / "tensors.safetensors"
     file.write_bytes(file.read_bytes()[:-100])
     assert train.pretrain(run, data, console=quiet).finished
@@ -216,8 +216,8 @@ def test_a_teacher_that_was_not_exported_is_exported_by_the_next_start(
 ) -> None:
     """Killed, or no space left, between the two files of the last save."""
     run = tiny("train.save_every_steps=10")
-    asked = iter(range(STEPS))
-    train.pretrain(run, data, should_stop=lambda: next(asked) == 9, console=quiet)
+    polls = iter(range(STEPS))
+    train.pretrain(run, data, should_stop=lambda: next(polls) == 9, console=quiet)
     file = run.path / "teacher.safetensors"
     older = file.read_bytes()
     assert train.pretrain(run, data, console=quiet).finished
@@ -240,8 +240,8 @@ def test_a_stop_is_saved_before_the_scores_are_computed(tiny: Make, data: ArrayS
         return {}
 
     train.pretrain(run, data, train.Observers(probe=probe), should_stop=lambda: True, console=quiet)
-    asked = iter(range(STEPS))
-    train.pretrain(run, data, train.Observers(probe=probe), should_stop=lambda: next(asked) == 3, console=quiet)
+    polls = iter(range(STEPS))
+    train.pretrain(run, data, train.Observers(probe=probe), should_stop=lambda: next(polls) == 3, console=quiet)
     assert saved_first == []
     train.pretrain(run, data, train.Observers(probe=probe), should_stop=lambda: True, console=quiet)
     assert saved_first == [True]
@@ -267,9 +267,9 @@ def test_a_score_that_a_stop_left_undone_is_done_by_the_next_start(
     assert [step for step, _ in scored(whole)] == [5, 10, 15, 20]
 
     calls, interrupted = iter(range(99)), {1, 4}  # the second score, and the last one
-    run, asked = tiny("eval.knn_every_epochs=1"), iter(range(99))
+    run, polls = tiny("eval.knn_every_epochs=1"), iter(range(99))
     for _ in range(4):
-        train.pretrain(run, data, train.Observers(probe=probe), should_stop=lambda: next(asked) == 4, console=quiet)
+        train.pretrain(run, data, train.Observers(probe=probe), should_stop=lambda: next(polls) == 4, console=quiet)
     assert scored(run) == scored(whole)
 
 
@@ -296,8 +296,8 @@ def test_other_images_and_other_settings_are_refused_and_nothing_is_lost(
 
 def test_all_checkpoints_damaged_is_told_and_nothing_is_lost(tiny: Make, data: ArraySource, quiet: Console) -> None:
     run = tiny("train.save_every_steps=1")
-    asked = iter(range(STEPS))
-    train.pretrain(run, data, should_stop=lambda: next(asked) == 2, console=quiet)
+    polls = iter(range(STEPS))
+    train.pretrain(run, data, should_stop=lambda: next(polls) == 2, console=quiet)
     for file in run.path.glob("checkpoints/*/tensors.safetensors"):
         file.write_bytes(b"")
     before = untouched(run)

@@ -20,9 +20,9 @@ def run(*overrides: str) -> Run:
     return config.load(None, ["name=r", *overrides])
 
 
-def resolved_for(folder: RunFolder, asked: Run, images: int) -> tuple[ResolvedRun, list[Derived]]:
+def resolved_for(folder: RunFolder, run: Run, images: int) -> tuple[ResolvedRun, list[Derived]]:
     """As the trainer does."""
-    return resolve(asked, images, 4, saved=folder.saved_settings())
+    return resolve(run, images, 4, saved=folder.saved_settings())
 
 
 def begin(path: Path, *overrides: str) -> ResolvedRun:
@@ -97,18 +97,18 @@ def test_a_place_that_cannot_be_written(tmp_path: Path) -> None:
 
 def test_the_resolved_config_is_saved_and_found_again(tmp_path: Path) -> None:
     with RunFolder(tmp_path / "r") as folder:
-        resolved, told = resolved_for(folder, run("train.threads=3"), 2_000)
+        resolved, derived = resolved_for(folder, run("train.threads=3"), 2_000)
         assert not (tmp_path / "r" / "config.yaml").exists()  # not before the start is accepted
         folder.record(resolved)
-    assert told and resolved.head.prototypes == 128
+    assert derived and resolved.head.prototypes == 128
     assert as_resolved(ResolvedRun, config.load(tmp_path / "r" / "config.yaml")) == resolved
 
 
 def test_a_continued_run_keeps_what_was_derived(tmp_path: Path) -> None:
     first = begin(tmp_path / "r", "train.threads=3")
     with RunFolder(tmp_path / "r") as folder:
-        again, told = resolved_for(folder, run(), 2_000_000)  # even where more would be derived now
-    assert again == first and told == []
+        again, derived = resolved_for(folder, run(), 2_000_000)  # even where more would be derived now
+    assert again == first and derived == []
 
 
 def test_free_settings_may_change_and_are_saved(tmp_path: Path) -> None:
@@ -134,8 +134,8 @@ def test_a_start_that_failed_before_its_first_checkpoint_may_be_corrected(tmp_pa
     with RunFolder(tmp_path / "r") as folder:
         folder.record(resolved_for(folder, run("backbone.name=vit_smal_patch16"), 2_000)[0])
     with RunFolder(tmp_path / "r") as folder:
-        again, told = resolved_for(folder, run("backbone.name=vit_small_patch16"), 2_000_000)
-    assert again.backbone.name == "vit_small_patch16" and told and again.head.prototypes == 65536
+        again, derived = resolved_for(folder, run("backbone.name=vit_small_patch16"), 2_000_000)
+    assert again.backbone.name == "vit_small_patch16" and derived and again.head.prototypes == 65536
 
 
 def test_weights_alone_are_protected_from_other_settings(tmp_path: Path) -> None:

@@ -34,11 +34,11 @@ def test_a_terminal_of_80_columns_keeps_the_time_left_and_the_log_the_losses(tmp
 
 
 def test_without_a_terminal_the_same_lines_are_printed(tmp_path: Path) -> None:
-    said = StringIO()
-    with RunLog(tmp_path, 9, 0, Console(file=said, width=80), every=100.0) as log:
+    output = StringIO()
+    with RunLog(tmp_path, 9, 0, Console(file=output, width=80), every=100.0) as log:
         for step in range(1, 10):
             log.progress(step, NUMBERS)
-    assert [line.split()[1] for line in said.getvalue().splitlines()] == ["1/9", "9/9"]
+    assert [line.split()[1] for line in output.getvalue().splitlines()] == ["1/9", "9/9"]
 
 
 def test_a_finished_run_makes_a_file_for_tensorboard_only_for_a_score(tmp_path: Path) -> None:
@@ -56,12 +56,12 @@ def test_the_end_is_told_from_the_speed_after_the_first_line(tmp_path: Path, mon
     monkeypatch.setattr(run_log.time, "monotonic", lambda: clock[0])
     monkeypatch.setattr(run_log.time, "time", lambda: 1_000_000_000.0)
     monkeypatch.setattr(run_log.time, "localtime", lambda seconds: run_log.time.gmtime(seconds))
-    said = StringIO()
-    with RunLog(tmp_path, 4000, 0, Console(file=said, width=200)) as log:
+    output = StringIO()
+    with RunLog(tmp_path, 4000, 0, Console(file=output, width=200)) as log:
         for step, now in ((10, 1000.0), (20, 1010.0), (3970, 4960.0)):
             clock[0] = now
             log.progress(step, NUMBERS)
-    first, second, last = said.getvalue().splitlines()
+    first, second, last = output.getvalue().splitlines()
     assert first.endswith("110:50:00 left, ends about 2001-09-13 16:36")
     assert second.endswith("1:06:20 left, ends about 02:53")
     assert last.endswith("  0:30 left")

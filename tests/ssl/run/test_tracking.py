@@ -70,8 +70,8 @@ def installed(monkeypatch: pytest.MonkeyPatch, module: FakeModule) -> FakeModule
     return module
 
 
-def logged_run(folder: Path, start: int, steps: range, said: StringIO) -> None:
-    with RunLog(folder, 9, start, Console(file=said, width=400), track="wandb") as log:
+def logged_run(folder: Path, start: int, steps: range, output: StringIO) -> None:
+    with RunLog(folder, 9, start, Console(file=output, width=400), track="wandb") as log:
         log.settings({"name": "r", "optim": {"lr": 0.1, "betas": [1, 2]}})
         for step in steps:
             log.record(step, {"loss": float(step), "note": "no number"})
@@ -79,9 +79,9 @@ def logged_run(folder: Path, start: int, steps: range, said: StringIO) -> None:
 
 def test_a_continued_run_continues_its_run_of_wandb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Killed after step 3 with a checkpoint of step 2: step 3 is logged again, and none is lost."""
-    module, said = installed(monkeypatch, FakeModule()), StringIO()
-    logged_run(tmp_path, 0, range(1, 4), said)
-    logged_run(tmp_path, 2, range(3, 6), said)
+    module, output = installed(monkeypatch, FakeModule()), StringIO()
+    logged_run(tmp_path, 0, range(1, 4), output)
+    logged_run(tmp_path, 2, range(3, 6), output)
     first, second = module.runs
     assert first.given["id"] == second.given["id"] == (tmp_path / "wandb-run-id.txt").read_text().strip()
     assert second.given["resume"] == "allow" and second.given["dir"] == str(tmp_path)
@@ -89,7 +89,7 @@ def test_a_continued_run_continues_its_run_of_wandb(tmp_path: Path, monkeypatch:
     assert first.logged[2] == second.logged[0] == {"step": 3, "loss": 3.0}
     assert ("*", {"step_metric": "step"}) in second.metrics  # W&B's own counter would drop the second step 3
     assert first.settings == {"optim.lr": 0.1, "optim.betas": "[1, 2]"} and first.finished and second.finished
-    assert said.getvalue() == "" and not list(tmp_path.glob("events*"))
+    assert output.getvalue() == "" and not list(tmp_path.glob("events*"))
 
 
 def test_another_folder_is_another_run_and_an_unusable_id_is_replaced(
@@ -125,25 +125,25 @@ def test_pictures_go_there_with_their_step(tmp_path: Path, monkeypatch: pytest.M
 def test_a_service_that_does_not_answer_leaves_the_numbers_offline(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    module, said = installed(monkeypatch, FakeModule(unreachable=True)), StringIO()
-    logged_run(tmp_path, 0, range(1, 3), said)
+    module, output = installed(monkeypatch, FakeModule(unreachable=True)), StringIO()
+    logged_run(tmp_path, 0, range(1, 3), output)
     (run,) = module.runs
     assert run.given["mode"] == "offline" and [line["step"] for line in run.logged] == [1, 2]
     assert run.given["settings"]["init_timeout"] == tracking.PATIENCE  # and not for ever
-    assert "does not answer (Failed to get resume status: connection refused)" in said.getvalue()
-    assert "wandb sync" in said.getvalue() and "wandb sync" in (tmp_path / "run.log").read_text()
+    assert "does not answer (Failed to get resume status: connection refused)" in output.getvalue()
+    assert "wandb sync" in output.getvalue() and "wandb sync" in (tmp_path / "run.log").read_text()
 
 
 def test_a_service_that_breaks_is_told_once_and_the_run_goes_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    module, said = installed(monkeypatch, FakeModule()), StringIO()
-    with RunLog(tmp_path, 9, 0, Console(file=said, width=400), track="wandb") as log:
+    module, output = installed(monkeypatch, FakeModule()), StringIO()
+    with RunLog(tmp_path, 9, 0, Console(file=output, width=400), track="wandb") as log:
         log.record(1, {"loss": 1.0})
         module.runs[0].broken = True
         log.record(2, {"loss": 2.0})
         log.record(3, {"loss": 3.0})
-    assert said.getvalue().count("Weights & Biases failed (broken pipe)") == 1
+    assert output.getvalue().count("Weights & Biases failed (broken pipe)") == 1
     assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 3
 
 

@@ -66,8 +66,8 @@ def test_starting_weights_decide_on_layer_scale(setting: str) -> None:
     backbone = ["backbone.name=timm/vit_small_patch16_224"]
     run = config.load(None, ["loss.recipe=dinov2", *backbone, setting])
     assert run.backbone.layer_scale is None and run.optim.layerwise_decay == 0.9
-    asked = config.load(None, ["loss.recipe=dinov2", *backbone, setting, "backbone.layer_scale=1e-5"])
-    assert asked.backbone.layer_scale == 1e-5
+    loaded = config.load(None, ["loss.recipe=dinov2", *backbone, setting, "backbone.layer_scale=1e-5"])
+    assert loaded.backbone.layer_scale == 1e-5
 
 
 def test_a_run_that_was_resolved_and_written_down_is_read_as_it_is() -> None:
@@ -76,15 +76,15 @@ def test_a_run_that_was_resolved_and_written_down_is_read_as_it_is() -> None:
         resolved, _ = resolve(run, 2_000)
         tree = yaml.safe_load(config.to_yaml(resolved))
         assert config.validate(tree).model_dump() == resolved.model_dump()
-        again, told = resolve(run, 2_000, saved=config.validate(tree))
-        assert again.model_dump() == resolved.model_dump() and told == []
+        again, derived = resolve(run, 2_000, saved=config.validate(tree))
+        assert again.model_dump() == resolved.model_dump() and derived == []
     assert resolved.loss.gram_start_epoch == 8 and resolved.optim.cooldown_epochs == 2
     assert resolved.head.ibot_prototypes == resolved.head.prototypes
     assert resolved.optim.weight_decay_end == resolved.optim.weight_decay
 
 
 @pytest.mark.parametrize(
-    ("settings", "words"),
+    ("settings", "message"),
     [
         (["head.ibot_separate=true"], r"settings of iBOT, which loss\.ibot_weight=0 turns off"),
         (["loss.ibot_weight=1", "head.ibot_prototypes=9"], r"needs a separate head for patches"),
@@ -112,6 +112,6 @@ def test_a_run_that_was_resolved_and_written_down_is_read_as_it_is() -> None:
         (["loss=dinov2"], "loss"),
     ],
 )
-def test_contradictions_are_named(settings: list[str], words: str) -> None:
-    with pytest.raises(UserError, match=words):
+def test_contradictions_are_named(settings: list[str], message: str) -> None:
+    with pytest.raises(UserError, match=message):
         config.load(None, ["train.epochs=100", *settings])

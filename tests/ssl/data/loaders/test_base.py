@@ -120,9 +120,9 @@ def test_seek_gives_the_tail_of_the_stream(workers, epoch, step):
 
 
 def test_seek_refuses_places_that_do_not_exist():
-    for place in ((0, 6), (3, 0), (-1, 0), (0, -1)):
+    for position in ((0, 6), (3, 0), (-1, 0), (0, -1)):
         with pytest.raises(ValueError, match="no step"):
-            loader().seek(*place)
+            loader().seek(*position)
 
 
 @pytest.mark.parametrize("n", [48, 50])

@@ -158,8 +158,8 @@ def test_color_agrees_with_augment(source):
     for plain, done in zip(ffcv(source), ffcv(source, colored=True, workers=2), strict=True):
         assert done.colored and not plain.colored
         for first, x, y in ((0, plain.groups[0], done.groups[0]), (2, plain.groups[1], done.groups[1])):
-            wanted = color(x.flatten(0, 1), color_of(plain.plan, slice(first, first + len(x)))) * 255
-            assert (wanted.view(y.shape) - y).abs().max() < 0.51
+            expected = color(x.flatten(0, 1), color_of(plain.plan, slice(first, first + len(x)))) * 255
+            assert (expected.view(y.shape) - y).abs().max() < 0.51
 
 
 # --- guards ----------------------------------------------------------------------------------------------------
@@ -207,13 +207,13 @@ def test_many_damaged_headers_have_one_verdict_in_every_loader(beton, source, tm
         damaged.path.write_bytes(data)
         damaged = BetonSource(damaged.path)
     options = {"max_bad_fraction": 0.9, "epochs": 1}
-    wanted = verdicts(pillow(damaged, **options))
-    assert 5 < len(wanted[1]) <= 20
-    assert len(wanted[1]) > 15 or not named  # a CRC notices every changed byte; a few images are in no whole batch
+    expected = verdicts(pillow(damaged, **options))
+    assert 5 < len(expected[1]) <= 20
+    assert len(expected[1]) > 15 or not named  # a CRC notices every changed byte; a few images are in no whole batch
     for workers in (0, 3):
-        assert verdicts(ffcv(damaged, workers=workers, **options)) == wanted
+        assert verdicts(ffcv(damaged, workers=workers, **options)) == expected
     device = DeviceLoader(damaged, VIEWS, LoaderOptions(**{**OPTIONS, **options}), device=torch.device("cpu"))
-    assert verdicts(device) == wanted
+    assert verdicts(device) == expected
     whole, rest = list(ffcv(damaged, workers=3, **options)), ffcv(damaged, workers=2, **options)
     rest.seek(0, 3)
     assert_same([strip(b) for b in whole[3:]], [strip(b) for b in rest])

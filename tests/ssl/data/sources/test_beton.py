@@ -78,8 +78,8 @@ def test_large_images_are_shrunk_with_their_masks(tmp_path):
         ArraySource(images, [1], masks), tmp_path, BetonOptions(max_side=80, raw_side=0, quality=99)
     )
     assert outcome.encoded == 1
-    wanted = np.asarray(Image.fromarray(images[0]).resize((80, 50), Image.Resampling.BICUBIC)).astype(int)
-    assert np.abs(np.asarray(beton.read(0)) - wanted).mean() < 6
+    expected = np.asarray(Image.fromarray(images[0]).resize((80, 50), Image.Resampling.BICUBIC)).astype(int)
+    assert np.abs(np.asarray(beton.read(0)) - expected).mean() < 6
     np.testing.assert_array_equal(beton.mask(0), (np.arange(80) // 20)[None].repeat(50, 0))
 
 
@@ -291,8 +291,8 @@ def test_a_damaged_name_record_costs_the_name_only(tmp_path, record):
     if len(record) > size:  # then elsewhere, at the end of the file's data
         at, size = whole.table - 2**16, len(record)
     data[at : at + size] = record + b"\0" * (size - len(record))
-    place = data.index(bytes(whole.records["name"][1:2]))
-    data[place : place + 16] = np.array([at, size], "<u8").tobytes()
+    offset = data.index(bytes(whole.records["name"][1:2]))
+    data[offset : offset + 16] = np.array([at, size], "<u8").tobytes()
     (tmp_path / "a.beton").write_bytes(data)
     damaged = BetonSource(tmp_path / "a.beton")
     assert isinstance(damaged.name(1), str) and damaged.name(0) == "image 0"
@@ -302,9 +302,9 @@ def test_a_damaged_name_record_costs_the_name_only(tmp_path, record):
 def test_pointers_of_name_records_that_lead_anywhere(tmp_path):
     write_beton(ArraySource(scene(60, 80)[None]), tmp_path / "a.beton")
     whole, data = BetonSource(tmp_path / "a.beton"), (tmp_path / "a.beton").read_bytes()
-    place = data.index(bytes(whole.records["name"][:1]))
+    offset = data.index(bytes(whole.records["name"][:1]))
     for ptr, size in ((2**64 - 1, 9), (0, 2**64 - 1), (2**63, 2**63), (2**40, 10), (len(data) - 4, 9)):
-        changed = data[:place] + np.array([ptr, size], "<u8").tobytes() + data[place + 16 :]
+        changed = data[:offset] + np.array([ptr, size], "<u8").tobytes() + data[offset + 16 :]
         (tmp_path / "b.beton").write_bytes(changed)
         assert BetonSource(tmp_path / "b.beton").name(0) == "b.beton[0]"
 

@@ -85,13 +85,13 @@ def test_a_planned_batch_equals_torchvision_one_image_at_a_time(seed, size):
         parameters, images = color_of(plan, slice(view, view + 1)), pictures(12, size, seed % 1000)
         out = color(images, parameters)
         for k in range(12):
-            wanted = expected(images[k], parameters, k)
+            reference = expected(images[k], parameters, k)
             if parameters.solarize[k]:  # 1e-7 at the threshold flips a pixel: compare those away from it
                 unsolarized = color(images, Color(**{**parameters.__dict__, "solarize": torch.zeros(12) > 0}))[k]
                 away = (unsolarized - 128 / 255).abs() > 1e-4
-                torch.testing.assert_close(out[k][away], wanted[away], rtol=1e-5, atol=1e-5)
+                torch.testing.assert_close(out[k][away], reference[away], rtol=1e-5, atol=1e-5)
             else:
-                torch.testing.assert_close(out[k], wanted, rtol=1e-5, atol=1e-5)
+                torch.testing.assert_close(out[k], reference, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("op", range(4))

@@ -49,10 +49,10 @@ def test_processes_that_compile_side_by_side_compute_the_same(tmp_path: Path) ->
         env = os.environ | {"NUMBA_CACHE_DIR": str(tmp_path / cache)}
         return subprocess.Popen([sys.executable, "-c", code], env=env, stdout=subprocess.PIPE, text=True)
 
-    said = set()
+    outputs = set()
     for caches in (("one", "one", "one"), ("one", "one"), ("one", "two", "two")):
         processes = [start(cache) for cache in caches]
-        said |= {process.communicate(timeout=300)[0] for process in processes}
+        outputs |= {process.communicate(timeout=300)[0] for process in processes}
         assert [process.returncode for process in processes] == [0] * len(processes)
-    assert len(said) == 1 and next(iter(said)).strip().isdecimal()
+    assert len(outputs) == 1 and next(iter(outputs)).strip().isdecimal()
     assert list((tmp_path / "one").rglob("*.nbi"))

@@ -47,16 +47,16 @@ def noise(size=24, seed=0):
     st.booleans(), st.booleans(), st.sampled_from([0.0, 0.1, 0.7, 1.3, 2.0]),
 )  # fmt: skip
 def test_all_operations_agree_with_colors(seed, size, order, factors, jitter, gray, sigma):
-    mine, wanted = both(noise(size, seed), jitter=jitter, factors=factors, order=order, gray=gray, sigma=sigma)
-    assert np.abs(mine - wanted).max() < 0.51  # rounded to 8 bits, and nothing else
+    mine, expected = both(noise(size, seed), jitter=jitter, factors=factors, order=order, gray=gray, sigma=sigma)
+    assert np.abs(mine - expected).max() < 0.51  # rounded to 8 bits, and nothing else
 
 
 @pytest.mark.parametrize("threshold", [0, 1, 128, 200, 255, 256])
 def test_solarize(threshold):
     view = noise()
-    mine, wanted = both(view, threshold, solarize=True)
+    mine, expected = both(view, threshold, solarize=True)
     np.testing.assert_array_equal(mine, np.where(view >= threshold, 255 - view, view))
-    assert np.abs(mine - wanted).max() < 0.01
+    assert np.abs(mine - expected).max() < 0.01
 
 
 @pytest.mark.parametrize("sigma", [0.1, 0.4, 1.0, 1.5, 2.0, 5.0])
@@ -67,16 +67,16 @@ def test_blur_equals_pillows_inside(sigma):
     reach = 3 * (1 + int((np.sqrt(4 * sigma**2 + 1) - 1) / 2))
     theirs = Image.fromarray(view.transpose(1, 2, 0)).filter(ImageFilter.GaussianBlur(sigma))
     inside = slice(reach, -reach)  # borders are reflected here, and repeated there
-    wanted = np.asarray(theirs).transpose(2, 0, 1)[:, inside, inside].astype(float)
+    expected = np.asarray(theirs).transpose(2, 0, 1)[:, inside, inside].astype(float)
     mine = both(view, sigma=sigma)[0][:, inside, inside]
-    assert wanted.size > 500 and np.abs(mine - wanted).max() <= 3  # Pillow rounds to 8 bits six times
+    assert expected.size > 500 and np.abs(mine - expected).max() <= 3  # Pillow rounds to 8 bits six times
 
 
 def test_flat_colors_and_grays():
     for value in (0, 1, 128, 255):
         view = np.full((3, 8, 8), value, np.uint8)
-        mine, wanted = both(view, jitter=True, factors=(1.2, 0.7, 1.5, 0.3), sigma=1.0)
-        assert np.abs(mine - wanted).max() < 0.51
+        mine, expected = both(view, jitter=True, factors=(1.2, 0.7, 1.5, 0.3), sigma=1.0)
+        assert np.abs(mine - expected).max() < 0.51
 
 
 def test_nothing_to_do_changes_nothing():

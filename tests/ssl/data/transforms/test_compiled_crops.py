@@ -30,15 +30,15 @@ def views_of(pixels, box, flip, size):
     rows = scratch.pixels.view(np.uint8)[: height * pitch(width)].reshape(height, pitch(width))
     rows[:, : 3 * width] = pixels.reshape(height, -1)
     n, size = len(size), np.asarray(size)
-    place = np.concatenate([[0], np.cumsum(3 * size**2)])
-    out = np.full(place[-1] + 50, 7, np.uint8)
+    offset = np.concatenate([[0], np.cumsum(3 * size**2)])
+    out = np.full(offset[-1] + 50, 7, np.uint8)
     no = np.zeros(n, bool)
     make_views(
-        tuple(scratch), height, width, np.asarray(box, np.int32), np.asarray(flip), size, place[:-1], out,
+        tuple(scratch), height, width, np.asarray(box, np.int32), np.asarray(flip), size, offset[:-1], out,
         False, no, np.zeros((n, 4), np.float32), np.zeros((n, 4), np.uint8), no, np.zeros(n, np.float32), no, 128,
     )  # fmt: skip
-    assert (out[place[-1] :] == 7).all()  # nothing is written beyond
-    return [out[a:b].reshape(3, s, s) for a, b, s in zip(place[:-1], place[1:], size, strict=True)]
+    assert (out[offset[-1] :] == 7).all()  # nothing is written beyond
+    return [out[a:b].reshape(3, s, s) for a, b, s in zip(offset[:-1], offset[1:], size, strict=True)]
 
 
 @settings(max_examples=40, deadline=None)
@@ -53,23 +53,23 @@ def test_views_are_those_of_pillow_to_the_bit(seed, height, width):
     image = Image.fromarray(pixels)
     for v, view in enumerate(found):
         crop = image.crop((left[v], top[v], left[v] + w[v], top[v] + h[v]))
-        wanted = np.asarray(crop.resize((size[v], size[v]), Image.Resampling.BICUBIC))
-        np.testing.assert_array_equal(view.transpose(1, 2, 0), wanted[:, ::-1] if flip[v] else wanted)
+        expected = np.asarray(crop.resize((size[v], size[v]), Image.Resampling.BICUBIC))
+        np.testing.assert_array_equal(view.transpose(1, 2, 0), expected[:, ::-1] if flip[v] else expected)
 
 
 @pytest.mark.parametrize(("height", "width"), [(300, 40), (40, 300), (8, 8), (3, 500)])
 def test_extreme_shapes(height, width):
     pixels = np.random.default_rng(0).integers(0, 256, (height, width, 3), np.uint8)
     (view,) = views_of(pixels, [(0, 0, height, width)], [False], [48])
-    wanted = np.asarray(Image.fromarray(pixels).resize((48, 48), Image.Resampling.BICUBIC))
-    np.testing.assert_array_equal(view.transpose(1, 2, 0), wanted)
+    expected = np.asarray(Image.fromarray(pixels).resize((48, 48), Image.Resampling.BICUBIC))
+    np.testing.assert_array_equal(view.transpose(1, 2, 0), expected)
 
 
 def test_a_view_larger_than_the_image_is_enlarged():
     pixels = np.random.default_rng(0).integers(0, 256, (8, 9, 3), np.uint8)
     (view,) = views_of(pixels, [(0, 0, 8, 9)], [True], [224])
-    wanted = np.asarray(Image.fromarray(pixels).resize((224, 224), Image.Resampling.BICUBIC))
-    np.testing.assert_array_equal(view.transpose(1, 2, 0), wanted[:, ::-1])
+    expected = np.asarray(Image.fromarray(pixels).resize((224, 224), Image.Resampling.BICUBIC))
+    np.testing.assert_array_equal(view.transpose(1, 2, 0), expected[:, ::-1])
 
 
 @settings(max_examples=30, deadline=None)

@@ -29,14 +29,14 @@ def compiled(pixels, window):
 @given(st.integers(0, 2**32), st.integers(2, 150), st.integers(2, 150), st.integers(8, 40), st.integers(0, 20))
 def test_center_crops_are_those_of_pillow_to_the_bit(seed, height, width, size, more):
     pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), np.uint8)
-    want = eval_view(Image.fromarray(pixels), size, size + more).numpy()
-    np.testing.assert_array_equal(compiled(pixels, center_window(height, width, size, size + more)), want)
+    expected = eval_view(Image.fromarray(pixels), size, size + more).numpy()
+    np.testing.assert_array_equal(compiled(pixels, center_window(height, width, size, size + more)), expected)
 
 
 @settings(max_examples=60, deadline=None)
 @given(st.integers(0, 2**32), *[st.integers(1, 120)] * 4)
 def test_whole_images_of_another_shape_are_those_of_pillow_to_the_bit(seed, height, width, new_height, new_width):
     pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), np.uint8)
-    want = np.asarray(Image.fromarray(pixels).resize((new_width, new_height), Image.Resampling.BICUBIC))
+    expected = np.asarray(Image.fromarray(pixels).resize((new_width, new_height), Image.Resampling.BICUBIC))
     window = Window(new_height, new_width, 0, 0, new_height, new_width)
-    np.testing.assert_array_equal(compiled(pixels, window).transpose(1, 2, 0), want)
+    np.testing.assert_array_equal(compiled(pixels, window).transpose(1, 2, 0), expected)

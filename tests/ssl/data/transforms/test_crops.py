@@ -28,6 +28,6 @@ def test_views_equal_torchvision_on_pillow_images(seed, height, width):
         part = plan.views(which)
         out = render([image], part, side)
         for v in range(out.shape[0]):
-            wanted = TF.resized_crop(image, *part.box[0, v].tolist(), [side, side], InterpolationMode.BICUBIC)
-            wanted = TF.hflip(wanted) if part.flip[0, v] else wanted
-            assert torch.equal(out[v, 0], TF.pil_to_tensor(wanted))
+            expected = TF.resized_crop(image, *part.box[0, v].tolist(), [side, side], InterpolationMode.BICUBIC)
+            expected = TF.hflip(expected) if part.flip[0, v] else expected
+            assert torch.equal(out[v, 0], TF.pil_to_tensor(expected))

@@ -25,9 +25,9 @@ def test_views_are_those_of_pillow_but_for_roundings(device, height, width):
     plan = plan_views(VIEWS, 0, 0, np.arange(12), np.full((12, 2), (height, width)))
     images = torch.from_numpy(source.images).permute(0, 3, 1, 2).contiguous().to(device)
     for which, size in ((slice(2), 32), (slice(2, None), 16)):
-        wanted = crops.render([source.read(i) for i in range(12)], plan.views(which), size)
+        expected = crops.render([source.read(i) for i in range(12)], plan.views(which), size)
         found = render_on_device(images, plan.views(which), size).cpu()
-        difference = (wanted.int() - found.int()).abs()
+        difference = (expected.int() - found.int()).abs()
         assert difference.max() <= 2  # noise, enlarged: a rounding between the passes grows a little
         assert difference.float().mean() < 0.002
 

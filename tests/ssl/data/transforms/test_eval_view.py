@@ -21,10 +21,10 @@ def test_eval_view_equals_torchvision(height, width, sizes):
 
     size, resize = sizes
     image = Image.fromarray(noise(1, height, width)[0])
-    wanted = TF.resize(image, [resize or 24], InterpolationMode.BICUBIC)
+    expected = TF.resize(image, [resize or 24], InterpolationMode.BICUBIC)
     if resize is None and (height, width) == (size, size):
-        wanted = image
-    assert torch.equal(eval_view(image, size, resize), TF.pil_to_tensor(TF.center_crop(wanted, [size])))
+        expected = image
+    assert torch.equal(eval_view(image, size, resize), TF.pil_to_tensor(TF.center_crop(expected, [size])))
 
 
 def test_eval_view_leaves_an_image_of_the_right_size_alone():
