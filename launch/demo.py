@@ -11,7 +11,8 @@ from nearfar.eval.results import HEADLINES
 from nearfar.launch.computing import compute_for
 from nearfar.launch.pretrain import run_pretraining
 from nearfar.launch.recipes import find_recipe
-from nearfar.launch.scenes import CLASSES, Style, make_scenes
+from nearfar.launch.scenes.compose import CLASSES, make_scenes
+from nearfar.launch.scenes.style import Style
 from nearfar.launch.scoring.report import report_run
 from nearfar.launch.scoring.score import ScoreOptions, Subject, protocol_of, score, sources
 from nearfar.ssl import config

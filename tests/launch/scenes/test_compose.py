@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
-from sklearn.datasets import load_digits
 from sklearn.linear_model import LogisticRegression
 from sklearn.neighbors import KNeighborsClassifier
 
-from nearfar.launch import scenes
-from nearfar.launch.scenes import CLASSES, Scenes, Style, make_scenes
+from nearfar.launch.scenes.compose import CLASSES, Scenes, make_scenes
+from nearfar.launch.scenes.style import Style
 
 LUMA = np.array([0.299, 0.587, 0.114])
 
@@ -64,28 +63,6 @@ def test_the_global_generator_is_left_alone() -> None:
     before = np.random.get_state()[1].copy()
     make_scenes(10, 0)
     assert np.array_equal(before, np.random.get_state()[1])
-
-
-def test_train_and_val_share_no_scan_and_every_class_has_both() -> None:
-    _, labels, val, _ = scenes._scans()
-    real = load_digits()
-    assert np.array_equal(labels, real.target)
-    for digit in range(10):
-        share = val[labels == digit].mean()
-        assert 0.15 < share < 0.25
-    as_bytes = [image.tobytes() for image in real.images]
-    assert not {as_bytes[i] for i in np.flatnonzero(val)} & {as_bytes[i] for i in np.flatnonzero(~val)}
-
-
-@pytest.mark.parametrize("split", ["train", "val"])
-def test_scans_are_drawn_from_their_split_only(split: Literal["train", "val"], monkeypatch: pytest.MonkeyPatch) -> None:
-    """With the other split's scans blanked out, nothing changes."""
-    untouched = make_scenes(100, 1, split)
-    scans, labels, val, boxes = scenes._scans()
-    blanked = scans.copy()
-    blanked[val != (split == "val")] = 0
-    monkeypatch.setattr(scenes, "_scans", lambda: (blanked, labels, val, boxes))
-    assert np.array_equal(make_scenes(100, 1, split).masks, untouched.masks)
 
 
 def test_ink_and_surroundings_never_share_a_luminance() -> None:

@@ -1,0 +1,1 @@
+"""The scenes that the demo draws: digits on textured backgrounds."""
