@@ -286,7 +286,7 @@ def test_strict_loading_names_what_does_not_fit_and_changes_nothing(same_bits: S
         checkpoint.load_strict(module, wrong, "run/x")
     for part in ("run/x", "missing: 0.bias", "unexpected: 2.weight", "misshapen: 1.weight (2, 5) instead of (2, 4)"):
         assert part in str(caught.value)
-    same_bits(before, dict(module.state_dict()))
+    same_bits(before, module.state_dict())
 
 
 def test_strict_loading_lists_a_few_and_counts_the_rest() -> None:

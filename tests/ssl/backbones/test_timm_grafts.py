@@ -1,6 +1,7 @@
 """LGP, GAug and PRR on timm's models, against timm's own forward passes and the formulas."""
 
 import copy
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -51,14 +52,13 @@ def gaugs(model: nn.Module) -> list[GaugBias]:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_without_weight_gaug_changes_nothing_and_with_it_does(kind: str) -> None:
+def test_without_weight_gaug_changes_nothing_and_with_it_does(kind: str, same_bits: Callable[..., None]) -> None:
     """alpha = softplus(-inf) = 0: what is left must be timm's own forward pass, to rounding."""
     model = network(kind)
     images = torch.randn(2, 3, *size(kind))
     before, state = model(images), {key: value.clone() for key, value in model.state_dict().items()}
     assert add_gaug(model) is model
-    assert all(torch.equal(model.state_dict()[key], value) for key, value in state.items())
-    assert all(".gaug." in key for key in model.state_dict().keys() - state.keys())
+    same_bits(state, {key: value for key, value in model.state_dict().items() if ".gaug." not in key})
     for gaug in gaugs(model):
         nn.init.zeros_(gaug.alpha.weight)
         nn.init.constant_(gaug.alpha.bias, 20)
@@ -170,7 +170,7 @@ def test_finite_in_half_precision(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_lgp_takes_the_stems_place(kind: str) -> None:
+def test_lgp_takes_the_stems_place(kind: str, same_bits: Callable[..., None]) -> None:
     model = network(kind)
     state = {key: value.clone() for key, value in model.state_dict().items()}
     assert add_lgp(model) is model
@@ -178,7 +178,7 @@ def test_lgp_takes_the_stems_place(kind: str) -> None:
     gone = state.keys() - kept.keys()
     assert gone <= {"pos_embed", "patch_embed.proj.weight", "patch_embed.proj.bias"}
     assert torch.equal(kept["patch_embed.proj.proj.weight"], state["patch_embed.proj.weight"])
-    assert all(torch.equal(kept[key], state[key]) for key in state.keys() - gone)
+    same_bits(*({key: tensors[key] for key in state.keys() - gone} for tensors in (kept, state)))
     assert isinstance(model.patch_embed.proj, LGPPatchEmbed)
     images = torch.randn(2, 3, *size(kind))
     stem = model.patch_embed(images)

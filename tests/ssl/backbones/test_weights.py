@@ -1,6 +1,7 @@
 """Public weight files, made here in their layouts: names, wrappers, heads, positions, and what does not fit."""
 
 import argparse
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -271,7 +272,7 @@ def test_without_positions_the_order_of_the_patches_is_unknown() -> None:
             create(name, img_size=32, no_positions=True)
 
 
-def test_another_architecture_is_told(tmp_path: Path) -> None:
+def test_another_architecture_is_told(tmp_path: Path, same_bits: Callable[..., None]) -> None:
     path = saved(tmp_path, timms().state_dict())
     for options, message in [
         ({"embed_dim": 96}, r"misshapen: .*cls_token \(1, 1, 48\) instead of \(1, 1, 96\)"),
@@ -287,7 +288,7 @@ def test_another_architecture_is_told(tmp_path: Path) -> None:
     untouched = {key: value.clone() for key, value in before.state_dict().items()}
     with pytest.raises(UserError):
         load_weights(before, path)
-    assert all(torch.equal(value, untouched[key]) for key, value in before.state_dict().items())
+    same_bits(untouched, before.state_dict())
 
 
 class Sly:
@@ -315,7 +316,9 @@ def test_bad_files_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
 
 
 @pytest.mark.parametrize("location", ["run", "run with an export", "checkpoint"])
-def test_a_runs_folder_or_a_checkpoint_gives_its_teacher(tmp_path: Path, location: str) -> None:
+def test_a_runs_folder_or_a_checkpoint_gives_its_teacher(
+    tmp_path: Path, location: str, same_bits: Callable[..., None]
+) -> None:
     """backbone.weights=RUNFOLDER: the export if there is one, else the newest checkpoint's teacher."""
     old, new, student = (create("vit_tiny_patch8", **SMALL_OURS) for _ in range(3))
     for step, teacher in ((9, old), (10, new)):
@@ -328,7 +331,7 @@ def test_a_runs_folder_or_a_checkpoint_gives_its_teacher(tmp_path: Path, locatio
     elif location == "checkpoint":
         path = tmp_path / "checkpoints" / "step-000000010"
     model = create("vit_tiny_patch8", **SMALL_OURS, weights=path)
-    assert all(torch.equal(tensor, new.state_dict()[name]) for name, tensor in model.state_dict().items())
+    same_bits(model.state_dict(), new.state_dict())
     with pytest.raises(UserError, match="belong to another architecture"):
         create("vit_tiny_patch8", **{**SMALL_OURS, "depth": 3}, weights=path)
 
