@@ -1,16 +1,23 @@
 """Few labels: what is drawn, and the scores against scikit-learn on the same draws."""
 
+from __future__ import annotations
+
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
+from numpy.typing import NDArray
 from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import StandardScaler
 
 from nearfar.eval.fewshot import draw_per_class, draw_share, few_labels, few_shot
 from nearfar.ssl.errors import UserError
 
+Digits = tuple[NDArray[Any], NDArray[Any], NDArray[Any], NDArray[Any]]
 
-def test_draws_hold_each_class_alike_and_differ_by_seed():
+
+def test_draws_hold_each_class_alike_and_differ_by_seed() -> None:
     y = torch.tensor([0] * 30 + [1] * 7 + [2] * 100)
     draws = [draw_per_class(y, 5, torch.Generator().manual_seed(seed)) for seed in (0, 0, 1)]
     assert all(torch.bincount(y[rows]).tolist() == [5, 5, 5] for rows in draws)
@@ -21,14 +28,14 @@ def test_draws_hold_each_class_alike_and_differ_by_seed():
     assert torch.bincount(y[share]).tolist() == [3, 1, 10]
 
 
-def test_every_image_of_a_class_is_drawn_equally_often():
+def test_every_image_of_a_class_is_drawn_equally_often() -> None:
     y, seen = torch.tensor([0] * 4 + [1] * 6), torch.zeros(10)
     for seed in range(600):
         seen[draw_per_class(y, 2, torch.Generator().manual_seed(seed))] += 1
     torch.testing.assert_close(seen / 600, torch.tensor([1 / 2] * 4 + [1 / 3] * 6), atol=0.08, rtol=0)
 
 
-def test_scores_are_scikit_learns_on_the_same_draws(digits):
+def test_scores_are_scikit_learns_on_the_same_draws(digits: Digits) -> None:
     a, ya, b, yb = digits
     result = few_shot(*digits, shots=(5,), draws=3, seed=2)[5]
     expected = []
@@ -43,7 +50,7 @@ def test_scores_are_scikit_learns_on_the_same_draws(digits):
     assert result["labels"] == 50
 
 
-def test_more_labels_score_higher(digits):
+def test_more_labels_score_higher(digits: Digits) -> None:
     shots = few_shot(*digits, shots=(1, 10), draws=3)
     assert shots[10]["mean"] > shots[1]["mean"] + 10
     shares = few_labels(*digits, shares=(0.01, 0.1), draws=2)
@@ -51,7 +58,7 @@ def test_more_labels_score_higher(digits):
     assert [shares[share]["labels"] for share in (0.01, 0.1)] == [10, pytest.approx(90, abs=5)]
 
 
-def test_unusable_input_is_explained(digits):
+def test_unusable_input_is_explained(digits: Digits) -> None:
     a, ya, b, yb = digits
     with pytest.raises(UserError, match="1000 images a class is not possible"):
         few_shot(a, ya, b, yb, shots=(1000,))

@@ -1,20 +1,26 @@
 """Nearest neighbors against sorting everything in exact integers: the same to the bit, however it is tiled."""
 
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from numpy.typing import NDArray
 
 from nearfar.eval import neighbors as module
 from nearfar.eval.neighbors import neighbors, rounding, unit
 from nearfar.ssl.errors import UserError
 
 
-def oracle(memory, queries, k):
+def oracle(memory: NDArray[Any], queries: NDArray[Any], k: int) -> tuple[NDArray[Any], NDArray[Any]]:
     """Python integers: unit vectors in units of 2**-26, every similarity exact, sorted by (-similarity, index)."""
 
-    def whole(x):
+    def whole(x: NDArray[Any]) -> list[list[int]]:
         x = np.asarray(x, dtype=np.float64)
         return [[int(v) for v in row] for row in np.rint(x / np.linalg.norm(x, axis=1, keepdims=True) * 2**26)]
 
@@ -27,7 +33,7 @@ def oracle(memory, queries, k):
     return np.array(similarity), np.array(index)
 
 
-def crowd(n, dim, seed, copies=0.3):
+def crowd(n: int, dim: int, seed: int, copies: float = 0.3) -> NDArray[Any]:
     """Rows of which many are exact or nearly exact copies of others."""
     rng = np.random.default_rng(seed)
     x = rng.normal(size=(n, dim)).astype(np.float32)
@@ -41,7 +47,9 @@ def crowd(n, dim, seed, copies=0.3):
     n=st.integers(3, 150), m=st.integers(1, 9), dim=st.integers(1, 20), k=st.integers(1, 40), seed=st.integers(0, 99),
     tile=st.sampled_from([1, 7, 32, 4096]), chunk=st.sampled_from([1, 2, 1024]),
 )  # fmt: skip
-def test_same_as_sorting_everything_whatever_the_tiles(n, m, dim, k, seed, tile, chunk):
+def test_same_as_sorting_everything_whatever_the_tiles(
+    n: int, m: int, dim: int, k: int, seed: int, tile: int, chunk: int
+) -> None:
     memory, queries, k = crowd(n, dim, seed), crowd(m, dim, seed + 1), min(k, n)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "_TILE", tile)
@@ -52,7 +60,7 @@ def test_same_as_sorting_everything_whatever_the_tiles(n, m, dim, k, seed, tile,
     np.testing.assert_array_equal(similarity, expected[0])
 
 
-def test_many_tiles_of_two_thousand_rows(monkeypatch):
+def test_many_tiles_of_two_thousand_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "_TILE", 64)
     memory, queries = crowd(2000, 24, 1, copies=0.05), crowd(40, 24, 2, copies=0)
     similarity, index = neighbors(memory, queries, 10)
@@ -63,7 +71,7 @@ def test_many_tiles_of_two_thousand_rows(monkeypatch):
 
 
 @pytest.mark.parametrize("noise", [0.0, 1e-7, 1e-3])
-def test_a_collapsed_network_gets_exact_neighbors_too(noise, monkeypatch):
+def test_a_collapsed_network_gets_exact_neighbors_too(noise: float, monkeypatch: pytest.MonkeyPatch) -> None:
     # all similarities within float32's rounding, so that candidates cannot be told apart in float32
     monkeypatch.setattr(module, "_TILE", 100)
     rng = np.random.default_rng(0)
@@ -74,7 +82,7 @@ def test_a_collapsed_network_gets_exact_neighbors_too(noise, monkeypatch):
     np.testing.assert_array_equal(similarity, expected[0])
 
 
-def test_similarities_that_rise_with_the_index(monkeypatch):
+def test_similarities_that_rise_with_the_index(monkeypatch: pytest.MonkeyPatch) -> None:
     # every tile holds nothing but new neighbors
     monkeypatch.setattr(module, "_TILE", 50)
     angle = np.linspace(1.5, 0, 1000)
@@ -84,14 +92,14 @@ def test_similarities_that_rise_with_the_index(monkeypatch):
 
 
 @pytest.mark.parametrize("dtype", [np.float16, np.float32])
-def test_a_memory_mapped_store_is_never_copied_as_a_whole(tmp_path, dtype):
+def test_a_memory_mapped_store_is_never_copied_as_a_whole(tmp_path: Path, dtype: type[Any]) -> None:
     memory = crowd(300, 8, 3).astype(dtype)
     np.save(tmp_path / "x.npy", memory)
     store = np.load(tmp_path / "x.npy", mmap_mode="r")
     largest = 0
 
     class Watched(np.memmap):
-        def __getitem__(self, rows):
+        def __getitem__(self, rows: Any) -> NDArray[Any]:
             nonlocal largest
             part = np.asarray(super().__getitem__(rows))
             largest = max(largest, len(part))
@@ -105,14 +113,14 @@ def test_a_memory_mapped_store_is_never_copied_as_a_whole(tmp_path, dtype):
     np.testing.assert_array_equal(found[1], expected[1])
 
 
-def test_leave_one_out_skips_only_the_query_itself():
+def test_leave_one_out_skips_only_the_query_itself() -> None:
     # five copies of one row: each sees the other four, the smallest indices first
     memory = np.concatenate([np.ones((5, 4)), np.eye(4)])
     _, index = neighbors(memory, memory, 2, leave_one_out=True)
     assert index[:5].tolist() == [[1, 2], [0, 2], [0, 1], [0, 1], [0, 1]]
 
 
-def test_inputs_are_left_as_they_were():
+def test_inputs_are_left_as_they_were() -> None:
     memory, queries = torch.rand(40, 5), torch.rand(3, 5)
     before = memory.clone(), queries.clone()
     neighbors(memory, queries, 2)
@@ -120,7 +128,7 @@ def test_inputs_are_left_as_they_were():
     assert torch.equal(queries, before[1])
 
 
-def test_tiny_huge_and_zero_rows():
+def test_tiny_huge_and_zero_rows() -> None:
     base = crowd(50, 6, 4, copies=0)
     similarity, index = neighbors(base, base[:5], 7)
     for scale in (1e-30, 1e30):
@@ -131,13 +139,13 @@ def test_tiny_huge_and_zero_rows():
     assert float(similarity.max()) <= 1 + 1e-6
 
 
-def test_margin_covers_the_rounding_of_float32():
+def test_margin_covers_the_rounding_of_float32() -> None:
     x = torch.from_numpy(crowd(400, 384, 5, copies=0))
     exact, quick = unit(x, torch.float64), unit(x, torch.float32)
     assert float((quick @ quick.T - exact @ exact.T).abs().max()) < rounding(384)
 
 
-def test_refuses_what_cannot_be_searched():
+def test_refuses_what_cannot_be_searched() -> None:
     x = np.ones((4, 3))
     with pytest.raises(UserError, match="between 1 and 4"):
         neighbors(x, x, 5)

@@ -1,7 +1,12 @@
 """The position probe against scikit-learn, and on features that carry all, half or nothing of their position."""
 
+from __future__ import annotations
+
+from typing import Any
+
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 from sklearn.linear_model import LinearRegression
 
 from nearfar.eval import position as module
@@ -9,7 +14,7 @@ from nearfar.eval.position import position_probe
 from nearfar.ssl.errors import UserError
 
 
-def grids(n, seed, noise=1.0, h=5, w=7, dim=9):
+def grids(n: int, seed: int, noise: float = 1.0, h: int = 5, w: int = 7, dim: int = 9) -> NDArray[Any]:
     """Features with row and column somewhere in them, much else beside."""
     rng = np.random.default_rng(seed)
     places = np.stack(np.meshgrid(np.linspace(-1, 1, h), np.linspace(-1, 1, w), indexing="ij"), -1)
@@ -17,7 +22,7 @@ def grids(n, seed, noise=1.0, h=5, w=7, dim=9):
     return (places @ mix + noise * rng.normal(size=(n, h, w, dim)) + 3).astype(np.float32)
 
 
-def test_agrees_with_least_squares_of_scikit_learn(monkeypatch):
+def test_agrees_with_least_squares_of_scikit_learn(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "_TOKENS", 80)  # two images at a time
     a, b = grids(30, 1), grids(11, 2)
     result = position_probe(a, b, ridge=0)
@@ -30,7 +35,7 @@ def test_agrees_with_least_squares_of_scikit_learn(monkeypatch):
     assert (result["train"], result["test"]) == (30 * 35, 11 * 35)
 
 
-def test_all_half_and_nothing():
+def test_all_half_and_nothing() -> None:
     assert position_probe(grids(20, 1, noise=1e-3), grids(5, 2, noise=1e-3))["r2"] > 0.999
     nothing = np.random.default_rng(0).normal(size=(60, 5, 7, 9))
     assert abs(position_probe(nothing[:40], nothing[40:])["r2"]) < 0.05
@@ -40,7 +45,7 @@ def test_all_half_and_nothing():
     assert result["column"] == pytest.approx(0, abs=1e-3)
 
 
-def test_channels_that_never_change_say_nothing():
+def test_channels_that_never_change_say_nothing() -> None:
     a, b = grids(20, 1), grids(5, 2)
     constant = np.full((*a.shape[:3], 1), 7.0)
     plain = position_probe(a, b)
@@ -49,7 +54,7 @@ def test_channels_that_never_change_say_nothing():
     ] == pytest.approx(plain["r2"], abs=1e-6)
 
 
-def test_unusable_grids_are_explained():
+def test_unusable_grids_are_explained() -> None:
     a = grids(4, 1)
     with pytest.raises(UserError, match="at least 2 x 2"):
         position_probe(a[:, :1], a[:, :1])

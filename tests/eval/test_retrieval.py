@@ -1,9 +1,15 @@
 """Dense retrieval against brute force, one patch and one pixel at a time."""
 
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 
 from nearfar.eval import retrieval as module
 from nearfar.eval.retrieval import class_counts, fill_memory, retrieve
@@ -12,7 +18,9 @@ from nearfar.ssl.errors import UserError
 CLASSES = 5
 
 
-def scenes(n, seed, h=4, w=5, dim=6, side=(16, 20)):
+def scenes(
+    n: int, seed: int, h: int = 4, w: int = 5, dim: int = 6, side: tuple[int, int] = (16, 20)
+) -> tuple[NDArray[Any], NDArray[Any]]:
     """Grids whose patches look like the class under them, and masks of blocks with some pixels ignored."""
     rng = np.random.default_rng(seed)
     looks = np.random.default_rng(0).normal(size=(CLASSES, dim))
@@ -26,7 +34,14 @@ def scenes(n, seed, h=4, w=5, dim=6, side=(16, 20)):
     return grid, masks
 
 
-def brute_force(train_grid, train_masks, test_grid, test_masks, k, temperature):
+def brute_force(
+    train_grid: NDArray[Any],
+    train_masks: NDArray[Any],
+    test_grid: NDArray[Any],
+    test_masks: NDArray[Any],
+    k: int,
+    temperature: float,
+) -> tuple[float, float]:
     """Every labeled training patch in the memory; loops over patches and pixels, float64."""
     vectors, counts = [], []
     size = train_masks.shape[1] // train_grid.shape[1]
@@ -55,7 +70,7 @@ def brute_force(train_grid, train_masks, test_grid, test_masks, k, temperature):
     return 100 * np.mean(hit[union > 0] / union[union > 0]), 100 * hit.sum() / table.sum()
 
 
-def test_agrees_with_brute_force(monkeypatch):
+def test_agrees_with_brute_force(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "_IMAGES", 2)
     data = *scenes(6, 1), *scenes(3, 2)
     result = retrieve(*data, classes=CLASSES, memory=10_000, k=7, temperature=0.1)
@@ -65,7 +80,7 @@ def test_agrees_with_brute_force(monkeypatch):
     assert result["memory"] == 6 * 20 - 4
 
 
-def test_the_score_does_not_see_what_lies_under_ignored_pixels():
+def test_the_score_does_not_see_what_lies_under_ignored_pixels() -> None:
     data = *scenes(4, 1), *scenes(2, 2)
     base = retrieve(*data, classes=CLASSES, memory=10_000, k=5)
     data[0][0, 0, 0] = 100 * data[2][0, 0, 0]  # the training patch under ignored pixels alone: in no memory
@@ -73,7 +88,7 @@ def test_the_score_does_not_see_what_lies_under_ignored_pixels():
 
 
 @pytest.mark.parametrize("size", [(16, 20), (17, 23), (3, 4), (4, 5)])
-def test_class_counts_add_up_to_the_pixels(size):
+def test_class_counts_add_up_to_the_pixels(size: tuple[int, int]) -> None:
     mask = np.random.default_rng(0).integers(0, CLASSES, size).astype(np.uint8)
     mask[0, :2] = 255
     counts = class_counts(mask, (4, 5), CLASSES)
@@ -84,7 +99,7 @@ def test_class_counts_add_up_to_the_pixels(size):
         assert counts[1, 2].tolist() == np.bincount(block[block != 255], minlength=256)[:CLASSES].tolist()
 
 
-def test_memory_is_bounded_and_shared_among_images():
+def test_memory_is_bounded_and_shared_among_images() -> None:
     grid, masks = scenes(10, 3)
     for size, kept in ((60, 60), (55, 50), (10, 10), (4, 4), (1, 1)):
         x, labels = fill_memory(grid, masks, classes=CLASSES, size=size, seed=0)
@@ -92,7 +107,7 @@ def test_memory_is_bounded_and_shared_among_images():
         torch.testing.assert_close(labels.sum(1), torch.ones(kept))
 
 
-def test_rare_classes_come_into_the_memory_first():
+def test_rare_classes_come_into_the_memory_first() -> None:
     grid = np.random.default_rng(0).normal(size=(1, 8, 8, 3))
     mask = np.zeros((1, 8, 8), dtype=np.uint8)
     mask[0, 2, 3] = 4  # one patch of 64
@@ -100,7 +115,7 @@ def test_rare_classes_come_into_the_memory_first():
     assert np.mean(taken) > 0.9  # 1 in 8 if patches were drawn evenly
 
 
-def test_same_seed_same_answer_and_another_draw_with_another():
+def test_same_seed_same_answer_and_another_draw_with_another() -> None:
     data = *scenes(6, 1), *scenes(2, 2)
     small = {"classes": CLASSES, "memory": 12, "k": 3}
     assert retrieve(*data, **small) == retrieve(*data, **small)
@@ -119,13 +134,13 @@ def test_same_seed_same_answer_and_another_draw_with_another():
         (lambda a, ma, b, mb: (a * np.nan, ma, b, mb), "not finite"),
     ],
 )
-def test_unusable_input_is_explained(change, message):
+def test_unusable_input_is_explained(change: Callable[..., Any], message: str) -> None:
     grid, masks = scenes(2, 1)
     masks[masks == 255] = 0
     with pytest.raises(UserError, match=message):
         retrieve(*change(grid, masks, *scenes(2, 2)), classes=CLASSES, k=3)
 
 
-def test_a_memory_of_nothing_is_refused():
+def test_a_memory_of_nothing_is_refused() -> None:
     with pytest.raises(UserError, match="at least 1"):
         retrieve(*scenes(2, 1), *scenes(2, 2), classes=CLASSES, memory=0)

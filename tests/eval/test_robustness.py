@@ -1,9 +1,14 @@
 """Perturbations: what they move and what they must leave alone, against plain loops and SciPy's blur."""
 
+from __future__ import annotations
+
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
 from scipy.ndimage import gaussian_filter
+from torch import Tensor, nn
 
 from nearfar.eval.robustness import (
     at_resolution,
@@ -18,11 +23,11 @@ from nearfar.ssl.backbones import create
 from nearfar.ssl.errors import UserError
 
 
-def seeded(seed=0):
+def seeded(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-def patches(image, size):
+def patches(image: Tensor, size: int) -> list[tuple[float, ...]]:
     """The patches of one image as a list of tuples, row by row."""
     _, height, width = image.shape
     return [
@@ -32,7 +37,7 @@ def patches(image, size):
     ]
 
 
-def test_patch_shuffle_moves_whole_patches_and_loses_none():
+def test_patch_shuffle_moves_whole_patches_and_loses_none() -> None:
     images = torch.rand(3, 3, 8, 12, generator=seeded())
     got = shuffle_patches(images, 4, seeded(1))
     orders = []
@@ -46,7 +51,7 @@ def test_patch_shuffle_moves_whole_patches_and_loses_none():
         shuffle_patches(images, 5, seeded())
 
 
-def small(name, **settings):
+def small(name: str, **settings: Any) -> nn.Module:
     torch.manual_seed(0)
     backbone = create(name, img_size=32, embed_dim=24, depth=2, **settings).eval()
     for parameter in backbone.parameters():  # a gate or position at zero would hide what is tested
@@ -55,7 +60,7 @@ def small(name, **settings):
 
 
 @torch.inference_mode()
-def test_token_shuffle_means_nothing_without_positions_and_something_with_them():
+def test_token_shuffle_means_nothing_without_positions_and_something_with_them() -> None:
     images = torch.randn(2, 3, 32, 32, generator=seeded())
     for name, same in (("vit_tiny_patch8_lgp", True), ("vit_tiny_patch8", False)):
         backbone = small(name)
@@ -68,7 +73,7 @@ def test_token_shuffle_means_nothing_without_positions_and_something_with_them()
 
 
 @torch.inference_mode()
-def test_band_shuffle_changes_lgp_and_is_over_afterwards():
+def test_band_shuffle_changes_lgp_and_is_over_afterwards() -> None:
     images = torch.randn(2, 3, 32, 32, generator=seeded())
     backbone = small("vit_tiny_patch8_lgp")
     plain = backbone(images).mean
@@ -79,13 +84,13 @@ def test_band_shuffle_changes_lgp_and_is_over_afterwards():
         pass
 
 
-def test_token_shuffle_needs_one_patch_embedding():
+def test_token_shuffle_needs_one_patch_embedding() -> None:
     with pytest.raises(UserError, match="one patch embedding"), tokens_shuffled(torch.nn.Linear(2, 2), seeded()):
         pass
 
 
 @pytest.mark.parametrize("sigma", [0.5, 2.0])
-def test_blur_is_scipys(sigma):
+def test_blur_is_scipys(sigma: float) -> None:
     images = torch.rand(2, 3, 17, 23, generator=seeded(), dtype=torch.float64)
     expected = gaussian_filter(images.numpy(), (0, 0, sigma, sigma), mode="nearest", radius=int(np.ceil(3 * sigma)))
     np.testing.assert_allclose(blurred(images, sigma).numpy(), expected, atol=1e-6)
@@ -93,7 +98,7 @@ def test_blur_is_scipys(sigma):
         blurred(images, 0)
 
 
-def test_flips_and_sizes():
+def test_flips_and_sizes() -> None:
     images = torch.rand(2, 3, 16, 16, generator=seeded())
     assert torch.equal(flipped(images)[..., 0], images[..., -1])
     assert torch.equal(flipped(images, vertical=True)[..., 0, :], images[..., -1, :])

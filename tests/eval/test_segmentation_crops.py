@@ -1,10 +1,13 @@
 """Crops, flips and scales of training images with their masks, and the head trained on them."""
 
+from __future__ import annotations
+
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from torch import Tensor
 
 from nearfar.eval.features.extraction import IGNORE
 from nearfar.eval.segmentation import resized_mask
@@ -16,7 +19,7 @@ from nearfar.ssl.heads.segmentation import SegmentationHead
 CPU = torch.device("cpu")
 
 
-def halves(n=6, side=16, seed=0):
+def halves(n: int = 6, side: int = 16, seed: int = 0) -> ArraySource:
     """Left half dark and of class 0, right half bright and of class 1, the edge somewhere in the middle."""
     rng = np.random.default_rng(seed)
     masks = np.zeros((n, side, side), np.uint8)
@@ -26,12 +29,12 @@ def halves(n=6, side=16, seed=0):
     return ArraySource(images, masks=masks)
 
 
-def colors(images):
+def colors(images: Tensor) -> Tensor:
     """Frozen features: the mean color of each patch of 4."""
     return F.avg_pool2d(images, 4)
 
 
-def test_a_crop_is_the_scaled_image_cut():
+def test_a_crop_is_the_scaled_image_cut() -> None:
     rng = np.random.default_rng(0)
     image = Image.fromarray(rng.integers(0, 256, (20, 30, 3), np.uint8))
     mask = rng.integers(0, 9, (20, 30)).astype(np.uint8)
@@ -44,7 +47,7 @@ def test_a_crop_is_the_scaled_image_cut():
     assert torch.equal(mirrored[0], pixels.flip(-1)) and torch.equal(mirrored[1], classes.flip(-1))
 
 
-def test_outside_the_image_all_is_ignored():
+def test_outside_the_image_all_is_ignored() -> None:
     image = Image.fromarray(np.full((20, 10, 3), 200, np.uint8))
     pixels, classes = cut(image, np.ones((20, 10), np.uint8), Crop(0, 0, 10, 5, True), 16)
     assert (classes[:10, :5] == 1).all() and (pixels[:, :10, :5] == 200).all()
@@ -56,7 +59,7 @@ def test_outside_the_image_all_is_ignored():
     assert (batch.images[..., 8:, :] == 0).all() and (batch.images[..., :8, :8] != 0).all()  # 0 is the mean color
 
 
-def test_a_crop_is_a_function_of_seed_epoch_and_image():
+def test_a_crop_is_a_function_of_seed_epoch_and_image() -> None:
     training = CropTraining(16)
     crops = [plan_crop((40, 60), training, epoch, i) for epoch in range(20) for i in range(20)]
     assert crops == [plan_crop((40, 60), training, epoch, i) for epoch in range(20) for i in range(20)]
@@ -68,7 +71,7 @@ def test_a_crop_is_a_function_of_seed_epoch_and_image():
         assert 0 <= crop.top <= crop.height - 16 and 0 <= crop.left <= crop.width - 16
 
 
-def test_batches_go_through_all_images_and_do_not_depend_on_workers():
+def test_batches_go_through_all_images_and_do_not_depend_on_workers() -> None:
     source = halves()
     one = list(crop_batches(source, CropTraining(8, steps=6, batch_size=4)))
     two = list(crop_batches(source, CropTraining(8, steps=6, batch_size=4, workers=2)))
@@ -78,7 +81,7 @@ def test_batches_go_through_all_images_and_do_not_depend_on_workers():
     assert [len(batch.images) for batch in one] == [4] * 6
 
 
-def test_the_loss_is_the_mean_over_pixels_that_count():
+def test_the_loss_is_the_mean_over_pixels_that_count() -> None:
     (batch,) = crop_batches(halves(), CropTraining(8, steps=1, batch_size=4))
     head = SegmentationHead(3, 2, "mlp")
     batch.classes[:, :3] = IGNORE
@@ -94,7 +97,7 @@ def test_the_loss_is_the_mean_over_pixels_that_count():
     assert float(crop_loss(head, colors, batch, CPU).detach()) == 0.0
 
 
-def test_the_head_learns_and_is_the_same_again():
+def test_the_head_learns_and_is_the_same_again() -> None:
     source, training = halves(), CropTraining(8, steps=60, batch_size=6)
     head, bad = train_on_crops(colors, 3, source, 2, training, CPU)
     (batch,) = crop_batches(source, CropTraining(8, steps=1, batch_size=6, seed=5))
@@ -108,13 +111,13 @@ def test_the_head_learns_and_is_the_same_again():
 class Damaged(ArraySource):
     broken: tuple[int, ...] = (2,)
 
-    def read(self, i):
+    def read(self, i: int) -> Image.Image:
         if i in self.broken:
             raise BadImage(self.name(i), "cut off")
         return super().read(i)
 
 
-def test_unreadable_images_are_left_out_and_named():
+def test_unreadable_images_are_left_out_and_named() -> None:
     known = halves()
     source = Damaged(known.images, masks=known.masks)
     _, bad = train_on_crops(colors, 3, source, 2, CropTraining(8, steps=3, batch_size=6), CPU)

@@ -1,9 +1,15 @@
 """Sliding windows against brute force over the whole image at once."""
 
+from __future__ import annotations
+
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor
 
 from nearfar.eval.segmentation_windows import Windows, averaged_logits, predicted_classes
 from nearfar.ssl.errors import UserError
@@ -11,7 +17,7 @@ from nearfar.ssl.errors import UserError
 CLASSES = 3
 
 
-def logits_of(images):
+def logits_of(images: Tensor) -> Tensor:
     """A function that sees its whole window: patches of 4, what they hold, where they lie, and the window's mean."""
     pooled = F.avg_pool2d(images.double(), 4)
     position = torch.linspace(0, 1, pooled.shape[3], dtype=torch.float64)
@@ -21,12 +27,12 @@ def logits_of(images):
     return F.interpolate(scores, images.shape[-2:], mode="bilinear")
 
 
-def brute_force(image, side, stride):
+def brute_force(image: Tensor, side: int, stride: int) -> NDArray[Any]:
     """Every window added to arrays of the whole image, then divided."""
     _, height, width = image.shape
     total, count = np.zeros((CLASSES, height, width)), np.zeros((height, width))
 
-    def starts(length):
+    def starts(length: int) -> list[int]:
         found, at = [], 0
         while at + side < length:
             found.append(at)
@@ -42,14 +48,14 @@ def brute_force(image, side, stride):
     return total / count
 
 
-def picture(height, width):
+def picture(height: int, width: int) -> Tensor:
     return torch.randn(3, height, width, generator=torch.Generator().manual_seed(height * width))
 
 
 @pytest.mark.parametrize(("height", "width"), [(8, 8), (9, 31), (40, 20), (23, 17), (16, 24)])
 @pytest.mark.parametrize("stride", [3, 5, 8])
 @pytest.mark.parametrize("batch", [1, 3])
-def test_overlapping_windows_are_averaged(height, width, stride, batch):
+def test_overlapping_windows_are_averaged(height: int, width: int, stride: int, batch: int) -> None:
     image = picture(height, width)
     windows = Windows.of(8, stride, 4)._replace(batch=batch)
     rows = list(averaged_logits(image, logits_of, windows))
@@ -60,7 +66,7 @@ def test_overlapping_windows_are_averaged(height, width, stride, batch):
     assert np.array_equal(predicted_classes(image, logits_of, windows), found.argmax(0))
 
 
-def test_one_window_is_the_whole_image():
+def test_one_window_is_the_whole_image() -> None:
     image = picture(12, 20)
     whole = logits_of(image[None])[0].float().numpy()
     for windows in (Windows.of(0, None, 4), Windows.of(20, 20, 4), Windows.of(32, None, 4)):
@@ -68,14 +74,14 @@ def test_one_window_is_the_whole_image():
         np.testing.assert_array_equal(found.numpy(), whole)
 
 
-def test_no_whole_patches_are_padded_with_the_mean_color():
+def test_no_whole_patches_are_padded_with_the_mean_color() -> None:
     image = picture(10, 7)
     whole = logits_of(F.pad(image, (0, 1, 0, 2))[None])[0, :, :10, :7].float().numpy()
     (found,) = averaged_logits(image, logits_of, Windows.of(0, None, 4))
     np.testing.assert_array_equal(found.numpy(), whole)
 
 
-def test_logits_are_held_for_one_row_of_windows():
+def test_logits_are_held_for_one_row_of_windows() -> None:
     held = []
     for rows in averaged_logits(picture(400, 12), logits_of, Windows.of(8, 4, 4)):
         held.append(rows.shape[1])
@@ -83,6 +89,6 @@ def test_logits_are_held_for_one_row_of_windows():
 
 
 @pytest.mark.parametrize(("side", "stride", "message"), [(10, None, "multiple of 4"), (8, 9, "between 1 and 8")])
-def test_windows_that_cannot_cover_an_image_are_refused(side, stride, message):
+def test_windows_that_cannot_cover_an_image_are_refused(side: int, stride: int | None, message: str) -> None:
     with pytest.raises(UserError, match=message):
         Windows.of(side, stride, 4)

@@ -107,7 +107,7 @@ def test_a_folder_that_timm_loads_as_another_network_is_not_written(
 ) -> None:
     right = plain.timm_tensors
 
-    def wrong(vit):
+    def wrong(vit: Any) -> Any:
         tensors = right(vit)
         tensors["blocks.1.norm1.weight"] = tensors["blocks.1.norm1.weight"] * 1.01
         return tensors

@@ -206,7 +206,7 @@ def cut(file: Path) -> None:
     file.write_bytes(file.read_bytes()[:-10])
 
 
-DAMAGE: dict[str, tuple[Callable[[Path], None], str]] = {
+DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "tensors, a flipped byte": (lambda p: flip(p / "tensors.safetensors"), "was changed after it was written"),
     "tensors, cut off": (lambda p: cut(p / "tensors.safetensors"), r"bytes instead of"),
     "tensors, empty": (lambda p: (p / "tensors.safetensors").write_bytes(b""), "has 0 bytes"),
@@ -219,7 +219,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], None], str]] = {
     "manifest, not text": (lambda p: (p / "manifest.json").write_bytes(b"\xff\xfe\x00"), "manifest.json"),
     "manifest, other JSON": (lambda p: (p / "manifest.json").write_text("[1, 2]"), "manifest.json"),
     "manifest, nothing in it": (lambda p: (p / "manifest.json").write_text("{}"), "manifest.json"),
-    "all files gone": (lambda p: [file.unlink() for file in p.iterdir()] and None, "manifest.json"),
+    "all files gone": (lambda p: [os.remove(file) for file in p.iterdir()], "manifest.json"),
 }
 
 

@@ -1,14 +1,21 @@
 """Features: the right tokens of the right pixels, the same however they are read, and never of a broken image."""
 
+from __future__ import annotations
+
 import json
 import os
 import stat
 import subprocess
 import sys
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from nearfar.eval.features.extraction import Forward, Reading, digest, extract, manifest_of, read, stream
@@ -30,13 +37,13 @@ class Averages(Backbone):
 
     patch_size, embed_dim, num_heads = 8, 3, 1
 
-    def __init__(self):
+    def __init__(self) -> None:
         super().__init__()
         self.weight = torch.nn.Parameter(torch.ones(1))
         self.dropout = torch.nn.Dropout(0.5)
         self.arch = {"name": "averages", "grid": (1, 2)}
 
-    def blocks(self, images, n, norm=False):
+    def blocks(self, images: Tensor, n: int, norm: bool = False) -> list[Tokens]:
         h, w = images.shape[2] // 8, images.shape[3] // 8
         patches = torch.nn.functional.avg_pool2d(images, 8).flatten(2).transpose(1, 2)
         out = []
@@ -45,31 +52,31 @@ class Averages(Backbone):
             out.append(Tokens(patch.mean(1, keepdim=True), patch, (h, w)))
         return out
 
-    def forward(self, images, masks=None):
+    def forward(self, images: Tensor, masks: Any = None) -> Tokens:
         return self.blocks(images, 1, norm=True)[0]
 
 
 class SomeBad(ArraySource):
     """Images 1 and 4 cannot be read."""
 
-    def read(self, i):
+    def read(self, i: int) -> Image.Image:
         if i in (1, 4):
             raise BadImage(f"image-{i}", "cut off")
         return super().read(i)
 
 
 @pytest.fixture
-def images():
+def images() -> NDArray[Any]:
     return np.random.default_rng(0).integers(0, 256, (7, 16, 24, 3), dtype=np.uint8)
 
 
 @pytest.fixture
-def source(images):
+def source(images: NDArray[Any]) -> SomeBad:
     masks = np.arange(7, dtype=np.uint8)[:, None, None] * np.ones((1, 16, 24), np.uint8)
     return SomeBad(images, labels=np.arange(7) % 3, masks=masks, classes=["a", "b", "c"])
 
 
-def patch_colors(images):
+def patch_colors(images: NDArray[Any]) -> NDArray[Any]:
     x = (images / 255 - MEAN) / STD
     n, h, w, _ = x.shape
     return x.reshape(n, h // 8, 8, w // 8, 8, 3).mean((2, 4))
@@ -78,13 +85,13 @@ def patch_colors(images):
 GOOD = [0, 2, 3, 5, 6]
 
 
-def test_grids_hold_the_patches_of_the_whole_image(source, images):
+def test_grids_hold_the_patches_of_the_whole_image(source: SomeBad, images: NDArray[Any]) -> None:
     features = extract(Averages(), source, Reading((16, 24), layer="last-block", pooling="grid"), Decoding(2))
     np.testing.assert_allclose(features.x, patch_colors(images)[GOOD], atol=1e-5)
     assert features.x.dtype == np.float32
 
 
-def test_unreadable_images_go_with_label_and_mask_and_are_named(source):
+def test_unreadable_images_go_with_label_and_mask_and_are_named(source: SomeBad) -> None:
     features = extract(Averages(), source, Reading((16, 24), pooling="grid"), Decoding(2))
     assert features.index.tolist() == GOOD
     assert features.labels.tolist() == [i % 3 for i in GOOD]
@@ -93,14 +100,14 @@ def test_unreadable_images_go_with_label_and_mask_and_are_named(source):
 
 
 @pytest.mark.parametrize("batch_size", [1, 3, 64])
-def test_batches_and_workers_change_nothing(source, batch_size):
+def test_batches_and_workers_change_nothing(source: SomeBad, batch_size: int) -> None:
     expected = extract(Averages(), source, Reading(16), Decoding(7))
     got = extract(Averages(), source, Reading(16), Decoding(batch_size, workers=2 if batch_size == 3 else 0))
     np.testing.assert_allclose(got.x, expected.x, atol=1e-6)
     assert got.index.tolist() == GOOD
 
 
-def test_layers_and_poolings(images):
+def test_layers_and_poolings(images: NDArray[Any]) -> None:
     model, x = Averages().eval(), torch.rand(2, 3, 16, 24)
     color = x.mean((2, 3))
     torch.testing.assert_close(read(model, x, "final", "cls"), 2 * color)
@@ -110,7 +117,7 @@ def test_layers_and_poolings(images):
     assert read(model, x, "blocks-2", "grid").shape == (2, 2, 3, 6)
 
 
-def test_model_is_read_in_eval_mode_and_left_as_it_was(source):
+def test_model_is_read_in_eval_mode_and_left_as_it_was(source: SomeBad) -> None:
     model = Averages()
     model.train()
     model.dropout.eval()
@@ -122,13 +129,13 @@ def test_model_is_read_in_eval_mode_and_left_as_it_was(source):
     assert not torch.is_inference_mode_enabled()
 
 
-def test_global_random_state_is_left_alone(source):
+def test_global_random_state_is_left_alone(source: SomeBad) -> None:
     before = torch.random.get_rng_state()
     extract(Averages(), source, Reading(16), Decoding(workers=1))
     assert torch.equal(torch.random.get_rng_state(), before)
 
 
-def test_our_network_gives_its_own_outputs(images):
+def test_our_network_gives_its_own_outputs(images: NDArray[Any]) -> None:
     torch.manual_seed(0)
     model = create("vit_tiny_patch8", img_size=16, embed_dim=24, depth=2, num_heads=2, prr=True, gaug=True)
     source = ArraySource(images[:, :16, :16])
@@ -154,12 +161,12 @@ def test_our_network_gives_its_own_outputs(images):
         ({"size": 16, "resize": 8}, "does not fit"),
     ],
 )
-def test_impossible_readings_are_explained(source, settings, message):
+def test_impossible_readings_are_explained(source: SomeBad, settings: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
         extract(Averages(), source, Reading(**settings))
 
 
-def test_nothing_readable_is_an_error(images):
+def test_nothing_readable_is_an_error(images: NDArray[Any]) -> None:
     with pytest.raises(UserError, match=r"None of the 2 images.*image-1: cut off"):
         extract(Averages(), Subset(SomeBad(images[:5]), [1, 4]), Reading(16))
 
@@ -167,7 +174,7 @@ def test_nothing_readable_is_an_error(images):
 # The folder -------------------------------------------------------------------------------------------------
 
 
-def test_store_equals_memory_and_is_memory_mapped(tmp_path, source):
+def test_store_equals_memory_and_is_memory_mapped(tmp_path: Path, source: SomeBad) -> None:
     reading = Reading((16, 24), pooling="grid")
     stored = FeatureStore.write(tmp_path / "store", Averages(), source, reading, Decoding(2))
     memory = extract(Averages(), source, reading, Decoding(2))
@@ -178,7 +185,9 @@ def test_store_equals_memory_and_is_memory_mapped(tmp_path, source):
     assert [path.name for path in tmp_path.iterdir()] == ["store"]
 
 
-def test_matching_store_is_reused_and_any_other_replaced(tmp_path, source, monkeypatch):
+def test_matching_store_is_reused_and_any_other_replaced(
+    tmp_path: Path, source: SomeBad, monkeypatch: pytest.MonkeyPatch
+) -> None:
     folder, model = tmp_path / "store", Averages()
     FeatureStore.write(folder, model, source, Reading(16))
     stamp = (folder / "manifest.json").stat().st_mtime_ns
@@ -191,11 +200,11 @@ def test_matching_store_is_reused_and_any_other_replaced(tmp_path, source, monke
     np.testing.assert_allclose(again.x, extract(model, source, Reading(16)).x)
 
 
-def test_failure_leaves_the_old_store(tmp_path, source):
+def test_failure_leaves_the_old_store(tmp_path: Path, source: SomeBad) -> None:
     folder, model = tmp_path / "store", Averages()
     old = FeatureStore.write(folder, model, source, Reading(16)).x.copy()
 
-    def stop(count):
+    def stop(count: int) -> None:
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
@@ -204,14 +213,14 @@ def test_failure_leaves_the_old_store(tmp_path, source):
     assert [path.name for path in tmp_path.iterdir()] == ["store"]
 
 
-def test_other_folders_are_not_overwritten(tmp_path, source):
+def test_other_folders_are_not_overwritten(tmp_path: Path, source: SomeBad) -> None:
     (tmp_path / "thesis.txt").write_text("three years")
     with pytest.raises(UserError, match="no feature store"):
         FeatureStore.write(tmp_path, Averages(), source, Reading(16))
     assert (tmp_path / "thesis.txt").read_text() == "three years"
 
 
-def test_open_names_what_is_off(tmp_path, source):
+def test_open_names_what_is_off(tmp_path: Path, source: SomeBad) -> None:
     folder = tmp_path / "store"
     FeatureStore.write(folder, Averages(), source, Reading(16))
     with pytest.raises(UserError, match=r"checkpoint = .*, not abc"):
@@ -234,7 +243,7 @@ def test_open_names_what_is_off(tmp_path, source):
     assert len(FeatureStore.write(folder, Averages(), source, Reading(16)).x) == 5
 
 
-def test_what_a_killed_process_left_is_removed_and_what_another_writes_is_not(tmp_path, source):
+def test_what_a_killed_process_left_is_removed_and_what_another_writes_is_not(tmp_path: Path, source: SomeBad) -> None:
     folder = tmp_path / "store"
     writing = """
 import fcntl, os, pathlib, sys, time
@@ -258,7 +267,7 @@ handle = os.open(folder, os.O_RDONLY); fcntl.flock(handle, fcntl.LOCK_EX); print
             process.stdout.close()
 
 
-def test_a_store_has_the_rights_that_the_umask_leaves(tmp_path, source):
+def test_a_store_has_the_rights_that_the_umask_leaves(tmp_path: Path, source: SomeBad) -> None:
     before = os.umask(0o027)
     try:
         FeatureStore.write(tmp_path / "store", Averages(), source, Reading(16))
@@ -269,7 +278,9 @@ def test_a_store_has_the_rights_that_the_umask_leaves(tmp_path, source):
 
 
 @pytest.mark.parametrize("name", ["file/store", "a" * 300])
-def test_where_nothing_can_be_written_nothing_is_computed(tmp_path, source, monkeypatch, name):
+def test_where_nothing_can_be_written_nothing_is_computed(
+    tmp_path: Path, source: SomeBad, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
     (tmp_path / "file").write_text("")
     monkeypatch.setattr("nearfar.eval.features.store.stream", None)
     with pytest.raises(UserError, match="cannot be written to"):
@@ -283,7 +294,7 @@ def test_where_nothing_can_be_written_nothing_is_computed(tmp_path, source, monk
         {"shape": "5"}, {"shape": [5, -3]}, {"shape": None},
     ],
 )  # fmt: skip
-def test_a_crafted_manifest_is_refused(tmp_path, source, change):
+def test_a_crafted_manifest_is_refused(tmp_path: Path, source: SomeBad, change: dict[str, Any]) -> None:
     folder = tmp_path / "store"
     FeatureStore.write(folder, Averages(), source, Reading(16))
     manifest = json.loads((folder / "manifest.json").read_text())
@@ -301,7 +312,7 @@ def test_a_crafted_manifest_is_refused(tmp_path, source, change):
         ("features", np.zeros((5, 3), np.complex64)),
     ],
 )
-def test_arrays_of_another_kind_are_refused(tmp_path, source, name, array):
+def test_arrays_of_another_kind_are_refused(tmp_path: Path, source: SomeBad, name: str, array: NDArray[Any]) -> None:
     folder = tmp_path / "store"
     FeatureStore.write(folder, Averages(), source, Reading(16))
     np.save(folder / f"{name}.npy", array)
@@ -309,14 +320,14 @@ def test_arrays_of_another_kind_are_refused(tmp_path, source, name, array):
         FeatureStore.open(folder)
 
 
-def test_manifest_is_json(source):
+def test_manifest_is_json(source: SomeBad) -> None:
     manifest = manifest_of(Averages(), source, Reading(16, layer="blocks-2"))
     assert json.loads(json.dumps(manifest)) == manifest
 
 
-def test_masks_of_different_sizes_keep_their_own(tmp_path):
+def test_masks_of_different_sizes_keep_their_own(tmp_path: Path) -> None:
     class Sizes(ArraySource):
-        def mask(self, i):
+        def mask(self, i: int) -> NDArray[Any]:
             return np.full((20 * (i + 1), 20 * (i + 1)), i, np.uint8)
 
     source = Sizes(np.zeros((3, 16, 16, 3), np.uint8))
@@ -326,9 +337,9 @@ def test_masks_of_different_sizes_keep_their_own(tmp_path):
     assert set(np.unique(features.masks)) == {0, 1, 2, 255}
 
 
-def test_turned_mask_is_an_unreadable_image(images):
+def test_turned_mask_is_an_unreadable_image(images: NDArray[Any]) -> None:
     class Turned(ArraySource):
-        def mask(self, i):
+        def mask(self, i: int) -> NDArray[Any]:
             return np.zeros((24, 16) if i == 2 else (16, 24), np.uint8)
 
     source = Turned(images)
@@ -340,7 +351,7 @@ def test_turned_mask_is_an_unreadable_image(images):
 # Pixels -----------------------------------------------------------------------------------------------------
 
 
-def test_thumbnails_are_box_means(source, images):
+def test_thumbnails_are_box_means(source: SomeBad, images: NDArray[Any]) -> None:
     x = pixel_features(source, side=2)
     expected = images[GOOD].reshape(5, 2, 8, 2, 12, 3).mean((2, 4)) / 255
     expected = ((expected - MEAN) / STD).reshape(5, -1)
@@ -348,7 +359,7 @@ def test_thumbnails_are_box_means(source, images):
     assert x.labels.tolist() == [i % 3 for i in GOOD]
 
 
-def test_pixel_grid_holds_each_patch(source, images):
+def test_pixel_grid_holds_each_patch(source: SomeBad, images: NDArray[Any]) -> None:
     grid = pixel_grid(source, (16, 24), 8)
     assert grid.x.shape == (5, 2, 3, 8 * 8 * 3)
     expected = (images[2, 8:16, 16:24] / 255 - MEAN) / STD
@@ -362,11 +373,13 @@ def test_pixel_grid_holds_each_patch(source, images):
 class Log(TorchDispatchMode):
     """The operators that run, and which of their inputs and outputs are on which device."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         super().__init__()
-        self.names = []
+        self.names: list[str] = []
 
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+    def __torch_dispatch__(
+        self, function: Any, types: tuple[Any, ...], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
         self.names.append(function.overloadpacket.__name__)
         return function(*args, **(kwargs or {}))
 
@@ -376,7 +389,7 @@ WAITS = {"_local_scalar_dense", "item", "nonzero", "masked_select", "unique", "_
 
 @pytest.mark.parametrize("layer", ["final", "blocks-2"])
 @pytest.mark.parametrize("pooling", ["cls+mean", "grid"])
-def test_nothing_but_the_features_leaves_the_device_in_the_loop(images, layer, pooling):
+def test_nothing_but_the_features_leaves_the_device_in_the_loop(images: NDArray[Any], layer: str, pooling: str) -> None:
     model = create("vit_tiny_patch8_lgp_locat", img_size=16, embed_dim=24, depth=2, num_heads=2).eval()
     source = ArraySource(images[:, :16, :16])
     reading = Reading(16, layer=layer, pooling=pooling)
@@ -390,7 +403,7 @@ def test_nothing_but_the_features_leaves_the_device_in_the_loop(images, layer, p
 
 
 @pytest.mark.parametrize("name", ["vit_tiny_patch8", "vim_tiny_patch8"])
-def test_all_that_is_computed_is_on_the_backbones_device(images, name):
+def test_all_that_is_computed_is_on_the_backbones_device(images: NDArray[Any], name: str) -> None:
     """On the meta device, which refuses to meet tensors of another one."""
     model = create(name, img_size=16, embed_dim=24, depth=2).eval()
     reading = Reading(16, layer="blocks-2", pooling="cls+mean")
@@ -404,7 +417,7 @@ def test_all_that_is_computed_is_on_the_backbones_device(images, name):
     assert not WAITS & set(log.names)
 
 
-def test_pixels_are_normalized_as_for_training(images):
+def test_pixels_are_normalized_as_for_training(images: NDArray[Any]) -> None:
     model = Averages()
     forward = Forward(model, manifest_of(model, ArraySource(images), Reading(16, layer="last-block", pooling="mean")))
     model.eval()
@@ -415,7 +428,7 @@ def test_pixels_are_normalized_as_for_training(images):
     )  # fmt: skip
 
 
-def test_bf16_is_said_in_the_manifest_and_changes_little(source):
+def test_bf16_is_said_in_the_manifest_and_changes_little(source: SomeBad) -> None:
     torch.manual_seed(0)
     model = create("vit_tiny_patch8", img_size=16, embed_dim=64, depth=2, num_heads=2)
     a, b = (extract(model, source, Reading(16, amp=amp)) for amp in (False, True))

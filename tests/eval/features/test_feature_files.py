@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import csv
 import importlib.util
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from numpy.typing import NDArray
 from PIL import Image
 
 from nearfar.eval.features import feature_files, store
@@ -62,8 +65,8 @@ def test_images_are_read_once_and_a_killed_pass_is_continued(
     read = store.stream
     batches: list[int] = []
 
-    def killed_after(most: int):
-        def stream(*given, **options):
+    def killed_after(most: int) -> Callable[..., Any]:
+        def stream(*given: Any, **options: int) -> Iterator[tuple[Any, NDArray[Any]]]:
             for number, batch in enumerate(read(*given, **options)):
                 if number == most:
                     raise KeyboardInterrupt

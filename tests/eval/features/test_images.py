@@ -1,6 +1,10 @@
 """Images at evaluation size: compiled or by Pillow, in threads or processes, the same batches."""
 
+from __future__ import annotations
+
 from io import BytesIO
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,14 +23,14 @@ needs_ffcv = pytest.mark.skipif(not libjpeg.available(), reason="FFCV is not ins
 CROP, WHOLE = View((24, 24), None, whole=False), View((16, 32), None, whole=True)
 
 
-def photo(rng, height, width, mode="RGB"):
+def photo(rng: np.random.Generator, height: int, width: int, mode: str = "RGB") -> Image.Image:
     """Smooth, as photos are: JPEGs of noise differ most."""
     image = Image.fromarray(rng.integers(0, 256, (6, 8, 3), np.uint8)).resize((width, height), Image.Resampling.BICUBIC)
     return image.convert(mode)
 
 
 @pytest.fixture
-def folder(tmp_path):
+def folder(tmp_path: Path) -> Path:
     """JPEGs of every kind, and what is none: gray, CMYK, turned by EXIF, progressive, cut off, empty, a PNG, tiny."""
     rng = np.random.default_rng(0)
     root = tmp_path / "images"
@@ -49,18 +53,18 @@ def folder(tmp_path):
     return root
 
 
-def all_of(source, view, workers=0, size=4):
+def all_of(source: Any, view: View, workers: int = 0, size: int = 4) -> list[Any]:
     numbers = [range(a, min(a + size, len(source))) for a in range(0, len(source), size)]
     return list(batches(source, view, numbers, workers=workers, pinned=False))
 
 
-def by_pillow(source, view, monkeypatch):
+def by_pillow(source: BetonSource | FolderSource, view: View, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     with monkeypatch.context() as patch:
         patch.setattr(images, "decodes_compiled", lambda _: False)
         return all_of(source, view)
 
 
-def assert_same(got, expected):
+def assert_same(got: list[Any], expected: list[Any]) -> None:
     assert len(got) == len(expected)
     for a, b in zip(got, expected, strict=True):
         assert (a.images is None) == (b.images is None)
@@ -72,7 +76,9 @@ def assert_same(got, expected):
 @needs_ffcv
 @pytest.mark.parametrize("view", [CROP, WHOLE])
 @pytest.mark.parametrize("workers", [0, 3])
-def test_a_folder_of_jpegs_is_read_compiled_with_pillows_pixels(folder, view, workers, monkeypatch):
+def test_a_folder_of_jpegs_is_read_compiled_with_pillows_pixels(
+    folder: Path, view: View, workers: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     source = FolderSource(folder)
     assert decodes_compiled(source)
     expected = by_pillow(source, view, monkeypatch)
@@ -83,7 +89,7 @@ def test_a_folder_of_jpegs_is_read_compiled_with_pillows_pixels(folder, view, wo
 
 
 @needs_ffcv
-def test_clean_jpegs_do_not_meet_pillows_decoder(folder, monkeypatch):
+def test_clean_jpegs_do_not_meet_pillows_decoder(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = Subset(FolderSource(folder), range(4))
     monkeypatch.setattr(FolderSource, "read", None)
     (batch,) = all_of(source, CROP)
@@ -92,7 +98,9 @@ def test_clean_jpegs_do_not_meet_pillows_decoder(folder, monkeypatch):
 
 @needs_ffcv
 @pytest.mark.parametrize("workers", [0, 2])
-def test_a_beton_is_read_compiled_with_pillows_pixels(folder, tmp_path, workers, monkeypatch):
+def test_a_beton_is_read_compiled_with_pillows_pixels(
+    folder: Path, tmp_path: Path, workers: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     write_beton(FolderSource(folder), tmp_path / "a.beton", BetonOptions(raw_side=0))
     data = bytearray((tmp_path / "a.beton").read_bytes())
     source = BetonSource(tmp_path / "a.beton")
@@ -106,7 +114,7 @@ def test_a_beton_is_read_compiled_with_pillows_pixels(folder, tmp_path, workers,
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_arrays_are_read_by_pillow_in_processes(workers):
+def test_arrays_are_read_by_pillow_in_processes(workers: int) -> None:
     pixels = np.random.default_rng(0).integers(0, 256, (5, 24, 24, 3), np.uint8)
     source = ArraySource(pixels)
     assert not decodes_compiled(source)
@@ -119,6 +127,8 @@ def test_arrays_are_read_by_pillow_in_processes(workers):
     [("cuda", 12, 100, 12), ("cuda", 64, 100, 16), ("cuda", 12, 3, 2), ("cpu", 12, 100, 3), ("cpu", 2, 100, 1),
      ("cpu", 2, 1, 0)],
 )  # fmt: skip
-def test_as_many_workers_as_cores_and_batches_are_worth(monkeypatch, device, cores, count, workers):
+def test_as_many_workers_as_cores_and_batches_are_worth(
+    monkeypatch: pytest.MonkeyPatch, device: str, cores: int, count: int, workers: int
+) -> None:
     monkeypatch.setattr(images, "available_cores", lambda: cores)
     assert default_workers(torch.device(device), count) == workers

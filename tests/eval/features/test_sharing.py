@@ -1,5 +1,7 @@
 """Ranks of a job share an extraction: the same bits in the same order as one process, and each does its part."""
 
+from __future__ import annotations
+
 import json
 import os
 import socket
@@ -12,12 +14,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
+from PIL import Image
 
 from nearfar.eval.features.extraction import Reading, extract
 from nearfar.eval.features.images import Decoding
 from nearfar.eval.features.store import FeatureStore
 from nearfar.launch.computing import by_all_ranks
-from nearfar.ssl.backbones import create
+from nearfar.ssl.backbones import Backbone, create
 from nearfar.ssl.data.sources.base import ArraySource
 from nearfar.ssl.errors import BadImage, UserError
 
@@ -27,22 +31,22 @@ READINGS = (Reading(16), Reading((16, 24), pooling="grid"))
 class Some(ArraySource):
     """21 images with masks of two sizes; a whole batch of three, and one more, cannot be read."""
 
-    def __init__(self, seed=0):
+    def __init__(self, seed: int = 0) -> None:
         rng = np.random.default_rng(seed)
         super().__init__(rng.integers(0, 256, (21, 16, 24, 3), np.uint8), np.arange(21) % 3)
-        self.seen = []
+        self.seen: list[int] = []
 
-    def read(self, i):
+    def read(self, i: int) -> Image.Image:
         self.seen.append(i)
         if i in (3, 4, 5, 10):
             raise BadImage(f"image-{i}", "cut off")
         return super().read(i)
 
-    def mask(self, i):
+    def mask(self, i: int) -> NDArray[np.uint8] | None:
         return np.full((16, 24) if i % 2 else (32, 48), i, np.uint8)
 
 
-def network(seed=0):
+def network(seed: int = 0) -> Backbone:
     torch.manual_seed(seed)
     return create("vit_tiny_patch8", img_size=16, embed_dim=24, depth=1, num_heads=2).eval()
 
@@ -103,7 +107,7 @@ def run(folder: Path, ranks: int, case: str = "") -> None:
     assert [process.returncode for process in processes] == [0] * ranks, outputs
 
 
-def test_ranks_share_an_extraction_and_change_nothing_also_after_some_that_were_left_early(tmp_path):
+def test_ranks_share_an_extraction_and_change_nothing_also_after_some_that_were_left_early(tmp_path: Path) -> None:
     ranks = 3
     run(tmp_path, ranks, "stopped")
     before = torch.get_num_threads()
@@ -126,7 +130,7 @@ def test_ranks_share_an_extraction_and_change_nothing_also_after_some_that_were_
     assert seen[2][:4] == [2, 5, 8, 2] and seen[2].count(20) == 1
 
 
-def test_a_rank_with_other_images_is_told_by_all(tmp_path):
+def test_a_rank_with_other_images_is_told_by_all(tmp_path: Path) -> None:
     run(tmp_path, 2, "other images")
     for rank in range(2):
         assert "different images from the first one" in (tmp_path / f"error{rank}").read_text()

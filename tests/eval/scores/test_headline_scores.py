@@ -1,6 +1,10 @@
 """From a backbone and two sources to scores."""
 
+from __future__ import annotations
+
 import json
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,19 +16,21 @@ from nearfar.eval.linear import linear_probe
 from nearfar.eval.scores.evaluation import evaluate, evaluate_pixels
 from nearfar.eval.scores.headline_scores import Protocol, knn_score, native_grid, segment_score
 from nearfar.eval.segmentation import ProbeTraining, segment_probe
-from nearfar.ssl.backbones import create
+from nearfar.ssl.backbones import Backbone, create
 from nearfar.ssl.data.sources.base import ArraySource
 from nearfar.ssl.errors import UserError
 
+Setting = tuple[Backbone, ArraySource, ArraySource]
+
 
 @pytest.fixture(scope="module")
-def setting(colored):
+def setting(colored: Callable[..., Any]) -> Setting:
     torch.manual_seed(0)
     model = create("vit_tiny_patch4", img_size=16, embed_dim=24, depth=2, num_heads=2, prr=True)
     return model, colored(120, 0), colored(40, 1)
 
 
-def test_scores_are_those_of_the_evaluators_on_the_features(setting):
+def test_scores_are_those_of_the_evaluators_on_the_features(setting: Setting) -> None:
     model, train, test = setting
     protocol = Protocol(Reading(16), linear_layers=("blocks-2",), epochs=5, steps=20)
     got = {score.task: score for score in evaluate(model, (train, test), protocol)}
@@ -42,7 +48,7 @@ def test_scores_are_those_of_the_evaluators_on_the_features(setting):
         assert json.loads(json.dumps(score.detail, allow_nan=False)) == score.detail
 
 
-def test_pixels_solve_what_pixels_can(setting):
+def test_pixels_solve_what_pixels_can(setting: Setting) -> None:
     _, train, test = setting
     protocol = Protocol(Reading(16), epochs=20, steps=400)
     got = {score.task: score.percent for score in evaluate_pixels((train, test), protocol, patch=4)}
@@ -51,7 +57,7 @@ def test_pixels_solve_what_pixels_can(setting):
     assert [score.task for score in evaluate_pixels((train, test), protocol, ("knn",), patch=4)] == ["knn"]
 
 
-def test_k_capped_by_the_training_set_is_said():
+def test_k_capped_by_the_training_set_is_said() -> None:
     x = Features(np.eye(5, dtype=np.float32), np.arange(5), np.arange(5))
     got = knn_score(x, x)
     assert got.detail["k"] == 5
@@ -59,7 +65,7 @@ def test_k_capped_by_the_training_set_is_said():
     assert "at most 5" in got.detail["capped"]
 
 
-def test_a_class_is_the_same_whatever_its_number():
+def test_a_class_is_the_same_whatever_its_number() -> None:
     """The validation folder lacks one class, so its class folders are counted otherwise."""
     x = np.eye(4, dtype=np.float32)
     train = Features(x, np.arange(4), np.arange(4), manifest={"classes": ["ape", "bee", "cat", "dog"]})
@@ -70,12 +76,12 @@ def test_a_class_is_the_same_whatever_its_number():
         knn_score(train, strange)
 
 
-def test_grid_is_the_image_in_whole_patches():
+def test_grid_is_the_image_in_whole_patches() -> None:
     assert native_grid(ArraySource(np.zeros((1, 360, 480, 3), np.uint8)), 16) == (352, 480)
     assert native_grid(ArraySource(np.zeros((1, 5, 40, 3), np.uint8)), 16) == (16, 32)
 
 
-def test_missing_labels_and_masks_are_explained(setting):
+def test_missing_labels_and_masks_are_explained(setting: Setting) -> None:
     x = Features(np.eye(4, dtype=np.float32), np.arange(4))
     with pytest.raises(UserError, match="need labels"):
         knn_score(x, x)
@@ -83,7 +89,7 @@ def test_missing_labels_and_masks_are_explained(setting):
         segment_score(x, x, Protocol(Reading(16)))
 
 
-def test_a_stray_class_is_refused_before_the_head_is_trained(setting):
+def test_a_stray_class_is_refused_before_the_head_is_trained(setting: Setting) -> None:
     model, train, test = setting
     masks = test.masks.copy()
     masks[3, 0, 0] = 200
@@ -93,11 +99,11 @@ def test_a_stray_class_is_refused_before_the_head_is_trained(setting):
 
 
 def made(x: np.ndarray, labels: np.ndarray, dataset: str, classes: list[str] | None = None) -> Features:
-    manifest = {"dataset": dataset, "classes": classes, "bad": {}}
+    manifest: dict[str, Any] = {"dataset": dataset, "classes": classes, "bad": {}}
     return Features(x.astype(np.float32), np.arange(len(x)), labels, manifest=manifest)
 
 
-def test_images_scored_on_themselves_are_left_out_of_their_neighbors():
+def test_images_scored_on_themselves_are_left_out_of_their_neighbors() -> None:
     rng = np.random.default_rng(0)
     x, y = rng.normal(size=(60, 8)), rng.integers(0, 3, 60)  # nothing to learn: 100 % would be each finding itself
     same = made(x, y, "a")
@@ -109,7 +115,7 @@ def test_images_scored_on_themselves_are_left_out_of_their_neighbors():
     assert other.detail["top1"]["1"] == 100.0 and "leave_one_out" not in other.detail
 
 
-def test_what_is_taken_for_what_is_said():
+def test_what_is_taken_for_what_is_said() -> None:
     rng = np.random.default_rng(0)
     centers = np.eye(7)
     y, truth = np.arange(140) % 7, np.arange(70) % 7
@@ -125,14 +131,14 @@ def test_what_is_taken_for_what_is_said():
     json.dumps(detail)
 
 
-def test_many_classes_are_not_a_table():
+def test_many_classes_are_not_a_table() -> None:
     y = np.arange(120) % 60
     x = np.eye(60)[y]
     detail = knn_score(made(x, y, "a"), made(x, y, "b"), (1,)).detail
     assert "confusion" not in detail and len(detail["per_class"]) == 60
 
 
-def test_the_layer_of_the_linear_probe_is_chosen_among_several(setting):
+def test_the_layer_of_the_linear_probe_is_chosen_among_several(setting: Setting) -> None:
     model, train, test = setting
     protocol = Protocol(Reading(16), linear_layers=("final", "blocks-2"), epochs=5)
     (score,) = evaluate(model, (train, test), protocol, ("linear",))
@@ -144,7 +150,7 @@ def test_the_layer_of_the_linear_probe_is_chosen_among_several(setting):
     assert again.percent == score.percent
 
 
-def test_the_pooling_of_the_linear_probe_is_chosen_among_several_of_every_layer(setting):
+def test_the_pooling_of_the_linear_probe_is_chosen_among_several_of_every_layer(setting: Setting) -> None:
     model, train, test = setting
     protocol = Protocol(
         Reading(16), linear_layers=("final", "blocks-2"), linear_poolings=("cls", "mean", "cls+mean"), epochs=5

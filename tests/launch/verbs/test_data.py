@@ -1,5 +1,9 @@
 """`nearfar data` from its command line."""
 
+from __future__ import annotations
+
+from pathlib import Path
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -12,7 +16,7 @@ pytestmark = pytest.mark.skipif(not libjpeg.available(), reason="FFCV is not ins
 
 
 @pytest.fixture
-def folder(tmp_path):
+def folder(tmp_path: Path) -> Path:
     rng = np.random.default_rng(0)
     for i in range(12):
         target = tmp_path / "in" / f"class{i % 2}" / f"{i:02}.jpg"
@@ -21,7 +25,7 @@ def folder(tmp_path):
     return tmp_path / "in"
 
 
-def test_write_look_and_check(folder, tmp_path, capsys):
+def test_write_look_and_check(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "out.beton"
     assert main(["data", "beton", str(folder), str(out)]) == 0
     text = capsys.readouterr().out
@@ -36,7 +40,7 @@ def test_write_look_and_check(folder, tmp_path, capsys):
     assert "all 12 images can be read" in capsys.readouterr().out
 
 
-def test_settings_of_the_writer(folder, tmp_path, capsys):
+def test_settings_of_the_writer(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "out.beton"
     assert main(["data", "beton", str(folder), str(out), "--max-side", "45", "--raw-side", "0"]) == 0
     assert BetonSource(out).size.max() == 45
@@ -46,7 +50,7 @@ def test_settings_of_the_writer(folder, tmp_path, capsys):
     assert BetonSource(out).size.max() == 90
 
 
-def test_bad_images_are_listed(folder, tmp_path, capsys):
+def test_bad_images_are_listed(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (folder / "class0" / "02.jpg").write_bytes(b"no image")
     out = tmp_path / "out.beton"
     assert main(["data", "check", str(folder)]) == 2
@@ -65,7 +69,7 @@ def test_bad_images_are_listed(folder, tmp_path, capsys):
     assert "class0/10.jpg" in capsys.readouterr().out
 
 
-def test_what_is_no_beton_is_told(tmp_path, capsys):
+def test_what_is_no_beton_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "a.beton").write_bytes(b"x" * 5000)
     assert main(["data", "info", str(tmp_path / "a.beton")]) == 2
     assert "is not a .beton" in capsys.readouterr().err
@@ -73,7 +77,9 @@ def test_what_is_no_beton_is_told(tmp_path, capsys):
     assert "There is nothing at" in capsys.readouterr().err
 
 
-def test_a_recipe_given_to_info_is_told_from_a_beton_and_kept(tmp_path, capsys):
+def test_a_recipe_given_to_info_is_told_from_a_beton_and_kept(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     for text in ("train: {epochs: 3}\n", "train: {epochs: 3}\n" * 9):
         (tmp_path / "my.yaml").write_text(text)
         assert main(["data", "info", str(tmp_path / "my.yaml")]) == 2
@@ -82,7 +88,9 @@ def test_a_recipe_given_to_info_is_told_from_a_beton_and_kept(tmp_path, capsys):
         assert "SRC my.yaml" not in message and "rite it again" not in message
 
 
-def test_sizes_are_judged_as_pretraining_judges_them(folder, tmp_path, capsys):
+def test_sizes_are_judged_as_pretraining_judges_them(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     for name, size in (("dot", (1, 1)), ("ribbon", (3000, 5)), ("strip", (3000, 40))):
         Image.new("RGB", size).save(folder / "class0" / f"{name}.jpg")
     assert main(["data", "check", str(folder)]) == 2
@@ -99,7 +107,9 @@ def test_sizes_are_judged_as_pretraining_judges_them(folder, tmp_path, capsys):
     assert main(["data", "check", str(out), "--min-side", "61"]) == 2
 
 
-def test_files_passed_over_for_their_type_are_told(folder, tmp_path, capsys):
+def test_files_passed_over_for_their_type_are_told(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     for name in ("a.avif", "b.jp2", "c.avif", "noending", "\x1b[2J"):
         (folder / "class1" / name).write_bytes(b"x")
     for command in (["check", str(folder)], ["beton", str(folder), str(tmp_path / "out.beton")]):
@@ -109,7 +119,7 @@ def test_files_passed_over_for_their_type_are_told(folder, tmp_path, capsys):
         assert "1 .jp2 (class1/b.jp2)" in output and "\x1b" not in output
 
 
-def test_names_reach_the_terminal_escaped(folder, tmp_path, capsys):
+def test_names_reach_the_terminal_escaped(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     hostile = b"\x1b[2J\xff.jpg".decode("utf-8", "surrogateescape")
     (folder / "class0" / hostile).write_bytes(b"no image")
     (folder / "class0" / "00.jpg").rename(folder / "class0" / ("[bold]" + hostile))
@@ -121,7 +131,9 @@ def test_names_reach_the_terminal_escaped(folder, tmp_path, capsys):
     assert "\x1b" not in capsys.readouterr().out
 
 
-def test_places_that_cannot_be_written_are_told(folder, tmp_path, capsys):
+def test_places_that_cannot_be_written_are_told(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert main(["data", "beton", str(folder), "/proc/self/n.beton"]) == 2
     assert "cannot be written" in " ".join(capsys.readouterr().err.split())
     assert main(["data", "beton", str(folder), str(tmp_path / ("n" * 300 + ".beton"))]) == 2

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,6 +17,8 @@ from nearfar.launch import cli
 from nearfar.ssl import checkpoint, config
 from nearfar.ssl.backbones import create
 from nearfar.ssl.settings.defaults import resolve
+
+Evaluated = Callable[..., tuple[int, str, list[dict[str, Any]]]]
 
 SIDE = 16
 
@@ -55,12 +58,12 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def evaluated(
-    shared: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> Callable[..., tuple[int, str, list[dict]]]:
+def evaluated(shared: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Evaluated:
     """Runs `nearfar eval WHAT`: exit code, all that was said, and the scores."""
 
-    def run(what: str, *flags: str, kind: str = "classes", train: Path | None = None, val: Path | None = None):
+    def run(
+        what: str, *flags: str, kind: str = "classes", train: Path | None = None, val: Path | None = None
+    ) -> tuple[int, str, list[dict[str, Any]]]:
         out = tmp_path / "results.json"
         paths = ["--train", str(train or shared / "train" / kind), "--val", str(val or shared / "val" / kind)]
         model = str(shared / "weights.safetensors")
@@ -85,7 +88,7 @@ def evaluated(
         ("segment", ("--window", "8", "--steps", "4"), "images"),
     ],
 )
-def test_every_evaluator_has_a_name(evaluated, what: str, flags: tuple[str, ...], kind: str) -> None:
+def test_every_evaluator_has_a_name(evaluated: Evaluated, what: str, flags: tuple[str, ...], kind: str) -> None:
     code, output, scores = evaluated(what, *flags, kind=kind)
     assert code == 0, output
     subjects = {"trained"} | ({"untrained", "pixels"} if "--baselines" in flags else set())
@@ -96,14 +99,14 @@ def test_every_evaluator_has_a_name(evaluated, what: str, flags: tuple[str, ...]
     assert rows.get(what, "") in output
 
 
-def test_all_is_what_reads_the_same_features(evaluated) -> None:
+def test_all_is_what_reads_the_same_features(evaluated: Evaluated) -> None:
     code, output, scores = evaluated("all", "--epochs", "2")
     assert code == 0 and {score["task"] for score in scores} == {"knn", "linear", "logistic", "fewshot"}
     assert "Left out: mIoU." in output
     assert scores[1]["detail"]["epochs"] == 2
 
 
-def test_the_pooling_is_part_of_what_a_score_is_of(evaluated) -> None:
+def test_the_pooling_is_part_of_what_a_score_is_of(evaluated: Evaluated) -> None:
     evaluated("knn")
     code, _, (cls, mean) = evaluated("knn", "--pooling", "mean")
     assert code == 0 and [each["detail"]["features"]["pooling"] for each in (cls, mean)] == ["cls", "mean"]
@@ -130,7 +133,9 @@ def test_the_pooling_is_part_of_what_a_score_is_of(evaluated) -> None:
         ("segment", ("--window", "8", "--stride", "9"), "between 1 and 8"),
     ],
 )
-def test_flags_that_mean_nothing_here_are_refused(evaluated, what: str, flags: tuple[str, ...], message: str) -> None:
+def test_flags_that_mean_nothing_here_are_refused(
+    evaluated: Evaluated, what: str, flags: tuple[str, ...], message: str
+) -> None:
     code, output, scores = evaluated(what, *flags, kind="images" if what == "segment" else "classes")
     assert code == 2 and message in output and not scores
 
@@ -139,13 +144,13 @@ def test_flags_that_mean_nothing_here_are_refused(evaluated, what: str, flags: t
 
 
 @pytest.mark.parametrize("what", ["knn", "linear", "logistic", "fewshot", "robustness"])
-def test_missing_labels(evaluated, what: str) -> None:
+def test_missing_labels(evaluated: Evaluated, what: str) -> None:
     code, output, _ = evaluated(what, kind="images")
     assert code == 2 and "have no labels. Labels are class folders" in output
 
 
 @pytest.mark.parametrize("what", ["segment", "retrieval"])
-def test_missing_masks(evaluated, what: str) -> None:
+def test_missing_masks(evaluated: Evaluated, what: str) -> None:
     code, output, _ = evaluated(what, kind="classes")
     assert code == 2 and "have no masks. Masks are 8-bit PNGs" in output
 
@@ -158,7 +163,7 @@ def listed(shared: Path, file: Path, numbers: dict[str, int]) -> Path:
 
 
 @pytest.mark.parametrize("what", ["linear", "logistic", "fewshot"])
-def test_labels_with_gaps(evaluated, shared: Path, tmp_path: Path, what: str) -> None:
+def test_labels_with_gaps(evaluated: Evaluated, shared: Path, tmp_path: Path, what: str) -> None:
     gaps = {"0": 0, "1": 1, "2": 3}
     train, val = (listed(shared / side, tmp_path / f"{side}.txt", gaps) for side in ("train", "val"))
     code, output, _ = evaluated(what, train=train, val=val)
@@ -166,14 +171,14 @@ def test_labels_with_gaps(evaluated, shared: Path, tmp_path: Path, what: str) ->
 
 
 @pytest.mark.parametrize("what", ["linear", "logistic", "fewshot"])
-def test_one_class_only(evaluated, shared: Path, tmp_path: Path, what: str) -> None:
+def test_one_class_only(evaluated: Evaluated, shared: Path, tmp_path: Path, what: str) -> None:
     same = {"0": 0, "1": 0, "2": 0}
     train, val = (listed(shared / side, tmp_path / f"{side}.txt", same) for side in ("train", "val"))
     code, output, _ = evaluated(what, train=train, val=val)
     assert code == 2 and "with one class only, any answer is right" in output
 
 
-def test_fewer_images_than_k(evaluated, tmp_path: Path) -> None:
+def test_fewer_images_than_k(evaluated: Evaluated, tmp_path: Path) -> None:
     draw(tmp_path / "few", 6, 3)
     code, output, scores = evaluated("knn", train=tmp_path / "few" / "classes")
     assert code == 0, output
@@ -185,7 +190,9 @@ def test_fewer_images_than_k(evaluated, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "what", ["knn", "linear", "logistic", "fewshot", "robustness", "segment", "retrieval", "position"]
 )
-def test_features_that_are_not_finite(evaluated, shared: Path, tmp_path: Path, monkeypatch, what: str) -> None:
+def test_features_that_are_not_finite(
+    evaluated: Evaluated, shared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str
+) -> None:
     diverged = create("vit_tiny_patch4", img_size=SIDE, embed_dim=24, depth=2, num_heads=2)
     for parameter in diverged.parameters():
         parameter.data.fill_(float("nan"))
@@ -204,7 +211,7 @@ def scenes(shared: Path, tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize("flags", [(), ("--window", "8")])
 @pytest.mark.parametrize("what", ["segment", "retrieval"])
-def test_masks_with_unknown_values(evaluated, scenes: Path, what: str, flags: tuple[str, ...]) -> None:
+def test_masks_with_unknown_values(evaluated: Evaluated, scenes: Path, what: str, flags: tuple[str, ...]) -> None:
     flags = flags if what == "segment" else ()
     Image.fromarray(np.full((SIDE, SIDE), 200, np.uint8)).save(scenes / "masks" / "004.png")
     code, output, scores = evaluated(what, *flags, kind="images", val=scenes / "images")
@@ -214,7 +221,9 @@ def test_masks_with_unknown_values(evaluated, scenes: Path, what: str, flags: tu
 
 
 @pytest.mark.parametrize("flags", [(), ("--window", "8")])
-def test_masks_of_another_shape_are_named_and_left_out(evaluated, scenes: Path, flags: tuple[str, ...]) -> None:
+def test_masks_of_another_shape_are_named_and_left_out(
+    evaluated: Evaluated, scenes: Path, flags: tuple[str, ...]
+) -> None:
     Image.fromarray(np.ones((SIDE, 6), np.uint8)).save(scenes / "masks" / "004.png")
     code, output, scores = evaluated("segment", "--steps", "2", *flags, kind="images", val=scenes / "images")
     assert code == 0 and "1 of 12 images" in output and "004.png: its mask of 6 x 16 does not fit" in output
@@ -225,7 +234,7 @@ def test_masks_of_another_shape_are_named_and_left_out(evaluated, scenes: Path, 
     assert code == 2 and ("all masks" in output or "could be read" in output)
 
 
-def test_a_mask_in_colors_is_refused(evaluated, scenes: Path) -> None:
+def test_a_mask_in_colors_is_refused(evaluated: Evaluated, scenes: Path) -> None:
     Image.fromarray(np.zeros((SIDE, SIDE, 3), np.uint8)).save(scenes / "masks" / "004.png")
     code, output, _ = evaluated("segment", kind="images", val=scenes / "images")
     assert code == 2 and "004.png has mode RGB; 8-bit class numbers are needed" in output
@@ -249,7 +258,7 @@ def stores(shared: Path) -> Path:
     ("what", "kind"), [("logistic", "cls"), ("fewshot", "cls"), ("retrieval", "grid"), ("position", "grid")]
 )
 def test_features_on_disk_are_scored_alike(
-    evaluated, stores: Path, tmp_path: Path, capsys, what: str, kind: str
+    evaluated: Evaluated, stores: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], what: str, kind: str
 ) -> None:
     out = tmp_path / "stored.json"
     pair = [str(stores / f"{kind}-train"), "--val", str(stores / f"{kind}-val")]
@@ -272,12 +281,16 @@ def test_features_on_disk_are_scored_alike(
         ("fewshot", "grid", "fewshot cannot read"),
     ],
 )
-def test_features_of_another_kind_are_refused(stores: Path, capsys, what: str, kind: str, message: str) -> None:
+def test_features_of_another_kind_are_refused(
+    stores: Path, capsys: pytest.CaptureFixture[str], what: str, kind: str, message: str
+) -> None:
     assert cli.main(["eval", what, str(stores / f"{kind}-train"), "--val", str(stores / f"{kind}-val")]) == 2
     assert message in " ".join(capsys.readouterr().err.split())
 
 
-def test_features_of_the_same_images_are_for_nearest_neighbors_alone(stores: Path, tmp_path: Path, capsys) -> None:
+def test_features_of_the_same_images_are_for_nearest_neighbors_alone(
+    stores: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     out = tmp_path / "stored.json"
     store = str(stores / "cls-train")
     assert cli.main(["eval", "all", store, "--val", store, "--out", str(out)]) == 2
@@ -287,13 +300,17 @@ def test_features_of_the_same_images_are_for_nearest_neighbors_alone(stores: Pat
 
 
 @pytest.mark.parametrize("flags", [("--window", "8"), ("--head", "locat")])
-def test_what_needs_images_is_refused_of_features(stores: Path, capsys, flags: tuple[str, ...]) -> None:
+def test_what_needs_images_is_refused_of_features(
+    stores: Path, capsys: pytest.CaptureFixture[str], flags: tuple[str, ...]
+) -> None:
     arguments = ["eval", "segment", str(stores / "grid-train"), "--val", str(stores / "grid-val"), *flags]
     assert cli.main(arguments) == 2
     assert "needs the images: name the weights" in " ".join(capsys.readouterr().err.split())
 
 
-def test_a_store_that_is_half_written_is_refused(stores: Path, tmp_path: Path, capsys) -> None:
+def test_a_store_that_is_half_written_is_refused(
+    stores: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     half = tmp_path / "half"
     half.mkdir()
     for file in (stores / "cls-val").iterdir():

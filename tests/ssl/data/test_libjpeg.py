@@ -1,10 +1,14 @@
+from __future__ import annotations
+
 import contextlib
 import gc
 import io
+from typing import Any
 
 import numpy as np
 import psutil
 import pytest
+from numpy.typing import NDArray
 from PIL import Image
 
 from nearfar.ssl.data import libjpeg
@@ -12,14 +16,14 @@ from nearfar.ssl.data import libjpeg
 pytestmark = pytest.mark.skipif(not libjpeg.available(), reason="FFCV is not installed")
 
 
-def jpeg(height=48, width=70, **options):
+def jpeg(height: int = 48, width: int = 70, **options: bool | int) -> bytes:
     pixels = np.random.default_rng(0).integers(0, 256, (height // 8 + 1, width // 8 + 1, 3), np.uint8)
     file = io.BytesIO()
     Image.fromarray(pixels).resize((width, height), Image.Resampling.BICUBIC).save(file, "JPEG", **options)
     return file.getvalue()
 
 
-def decoded(data, height=48, width=70, pitch=None):
+def decoded(data: bytes, height: int = 48, width: int = 70, pitch: int | None = None) -> NDArray[Any]:
     pitch = pitch or 3 * width
     out = np.zeros(height * pitch, np.uint8)
     libjpeg.Decoder().decode(data, out, height, width, pitch)
@@ -29,7 +33,7 @@ def decoded(data, height=48, width=70, pitch=None):
 @pytest.mark.parametrize(
     "options", [{}, {"subsampling": 0}, {"subsampling": 1}, {"progressive": True}, {"quality": 20}]
 )
-def test_pixels_are_those_of_pillow(options):
+def test_pixels_are_those_of_pillow(options: dict[str, Any]) -> None:
     data = jpeg(**options)
     expected = np.asarray(Image.open(io.BytesIO(data)))
     assert np.abs(decoded(data).astype(int) - expected).max() <= 2  # equal where Pillow has the same library
@@ -37,7 +41,7 @@ def test_pixels_are_those_of_pillow(options):
     assert libjpeg.Decoder().size(data) == (48, 70)
 
 
-def test_gray_becomes_rgb():
+def test_gray_becomes_rgb() -> None:
     file = io.BytesIO()
     Image.open(io.BytesIO(jpeg())).convert("L").save(file, "JPEG")
     pixels = decoded(file.getvalue())
@@ -46,13 +50,13 @@ def test_gray_becomes_rgb():
 
 
 @pytest.mark.parametrize("share", [0, 0.01, 0.3, 0.9, 0.99])
-def test_missing_bytes_are_an_error(share):
+def test_missing_bytes_are_an_error(share: float) -> None:
     data = jpeg()
     with pytest.raises(libjpeg.JPEGError):
         decoded(data[: int(len(data) * share)])
 
 
-def test_mangled_bytes_are_an_error_or_an_image_but_nothing_else():
+def test_mangled_bytes_are_an_error_or_an_image_but_nothing_else() -> None:
     data, rng, noticed = jpeg(), np.random.default_rng(0), 0
     for _ in range(200):
         damaged = bytearray(data)
@@ -66,17 +70,17 @@ def test_mangled_bytes_are_an_error_or_an_image_but_nothing_else():
 
 
 @pytest.mark.parametrize("size", [(47, 70), (48, 71), (96, 140), (24, 35)])
-def test_another_size_than_promised_is_an_error(size):
+def test_another_size_than_promised_is_an_error(size: tuple[int, int]) -> None:
     with pytest.raises(libjpeg.JPEGError, match="header says 70 x 48"):
         decoded(jpeg(), *size)
 
 
-def test_a_buffer_too_small_is_refused():
+def test_a_buffer_too_small_is_refused() -> None:
     with pytest.raises(ValueError, match="do not fit"):
         libjpeg.Decoder().decode(jpeg(), np.zeros(100, np.uint8), 48, 70, 210)
 
 
-def test_decoders_are_freed():
+def test_decoders_are_freed() -> None:
     data = jpeg(400, 400)
     decoded(data, 400, 400)
     before = psutil.Process().memory_info().rss
@@ -86,14 +90,14 @@ def test_decoders_are_freed():
     assert psutil.Process().memory_info().rss - before < 30 * 2**20
 
 
-def test_what_is_missing_is_told(monkeypatch):
+def test_what_is_missing_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(libjpeg, "_library", lambda: None)
     assert not libjpeg.available()
     with pytest.raises(libjpeg.UserError, match=r"It needs FFCV.*apt-get install"):
         libjpeg.require("It")
 
 
-def test_after_any_error_the_next_good_file_is_decoded():
+def test_after_any_error_the_next_good_file_is_decoded() -> None:
     """One byte of the header at a time; before, some 597 of the 600 made the decoder refuse all that followed."""
     good, decoder, errors = jpeg(), libjpeg.Decoder(), 0
     expected = decoded(good).reshape(-1)

@@ -1,10 +1,14 @@
+from __future__ import annotations
+
 import math
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from numpy.typing import NDArray
 from scipy.stats import chisquare, ks_2samp
 
 import nearfar.ssl.backbones  # noqa: F401  makes torchvision importable everywhere
@@ -26,28 +30,28 @@ FIELDS = ("box", "flip", "jitter", "factors", "order", "gray", "sigma", "solariz
         ),
     ],
 )
-def test_philox_known_answers(counter, key, words):
+def test_philox_known_answers(counter: list[int], key: tuple[int, int], words: str) -> None:
     assert " ".join(f"{int(word):08x}" for word in philox(counter, key)) == words
 
 
-def test_philox_of_many_counters_is_that_of_each():
+def test_philox_of_many_counters_is_that_of_each() -> None:
     counters = np.random.default_rng(0).integers(0, 2**32, (4, 3, 5))
     every = philox(counters, (1, 2))
     assert every.shape == (4, 3, 5)
     np.testing.assert_array_equal(every[:, 2, 4], philox(counters[:, 2, 4], (1, 2)))
 
 
-def plan(n=4000, size=(375, 500), seed=0, epoch=0, **settings):
+def plan(n: int = 4000, size: tuple[int, int] = (375, 500), seed: int = 0, epoch: int = 0, **settings: int) -> Any:
     return plan_views(ViewSettings(**settings), seed, epoch, np.arange(n), np.full((n, 2), size))
 
 
-def same(one, two):
+def same(one: Any, two: Any) -> bool:
     return all(np.array_equal(getattr(one, field), getattr(two, field)) for field in FIELDS)
 
 
 @settings(max_examples=25, deadline=None)
 @given(st.integers(0, 2**63), st.integers(0, 1000), st.lists(st.integers(0, 2**32 - 1), min_size=1, max_size=6))
-def test_a_view_depends_on_nothing_but_seed_epoch_sample_and_view(seed, epoch, index):
+def test_a_view_depends_on_nothing_but_seed_epoch_sample_and_view(seed: int, epoch: int, index: list[int]) -> None:
     views = ViewSettings(local_crops_number=3)
     size = [(20 + i % 300, 30 + i % 200) for i in index]
     together = plan_views(views, seed, epoch, index, size)
@@ -58,7 +62,7 @@ def test_a_view_depends_on_nothing_but_seed_epoch_sample_and_view(seed, epoch, i
     assert same(fewer, together.views(slice(3)))
 
 
-def test_seed_epoch_sample_and_view_each_change_the_numbers():
+def test_seed_epoch_sample_and_view_each_change_the_numbers() -> None:
     one = plan(50)
     assert not np.array_equal(one.factors, plan(50, seed=1).factors)
     assert not np.array_equal(one.factors, plan(50, seed=2**32).factors)  # the high word counts too
@@ -68,7 +72,7 @@ def test_seed_epoch_sample_and_view_each_change_the_numbers():
 
 @settings(max_examples=50, deadline=None)
 @given(st.integers(1, 3000), st.integers(1, 3000), st.integers(0, 2**32))
-def test_boxes_lie_inside_images_of_any_shape(height, width, seed):
+def test_boxes_lie_inside_images_of_any_shape(height: int, width: int, seed: int) -> None:
     top, left, h, w = np.moveaxis(plan(5, (height, width), seed).box, -1, 0)
     assert (top >= 0).all() and (left >= 0).all() and (h >= 1).all() and (w >= 1).all()
     assert (top + h <= height).all() and (left + w <= width).all()
@@ -78,7 +82,7 @@ def test_boxes_lie_inside_images_of_any_shape(height, width, seed):
     ("size", "which", "scale"),
     [((375, 500), 0, (0.4, 1.0)), ((32, 32), 1, (0.4, 1.0)), ((90, 500), 0, (0.4, 1.0)), ((375, 500), 5, (0.05, 0.4))],
 )
-def test_boxes_are_distributed_as_in_torchvision(size, which, scale):
+def test_boxes_are_distributed_as_in_torchvision(size: tuple[int, int], which: int, scale: tuple[float, float]) -> None:
     """Also (90, 500), where most draws need several tries, and many the central fallback."""
     from torchvision.transforms import RandomResizedCrop
 
@@ -99,7 +103,7 @@ def test_boxes_are_distributed_as_in_torchvision(size, which, scale):
 
 
 @pytest.mark.parametrize("size", [(10, 1000), (1000, 10), (7, 7)])
-def test_no_fitting_try_gives_the_central_crop_of_torchvision(size):
+def test_no_fitting_try_gives_the_central_crop_of_torchvision(size: tuple[int, int]) -> None:
     from torchvision.transforms import RandomResizedCrop
 
     expected = RandomResizedCrop.get_params(torch.empty(3, *size), (5.0, 6.0), (3 / 4, 4 / 3))  # larger than the image
@@ -108,7 +112,7 @@ def test_no_fitting_try_gives_the_central_crop_of_torchvision(size):
     assert tuple(box) == expected
 
 
-def test_jitter_is_distributed_as_in_torchvision():
+def test_jitter_is_distributed_as_in_torchvision() -> None:
     from torchvision.transforms import ColorJitter
 
     n = 4000
@@ -125,10 +129,10 @@ def test_jitter_is_distributed_as_in_torchvision():
     assert chisquare(counts).pvalue > 1e-3
 
 
-def test_switches_come_on_with_their_probabilities():
+def test_switches_come_on_with_their_probabilities() -> None:
     ours = plan(20000, local_crops_number=2)
 
-    def check(switch, probability):
+    def check(switch: NDArray[Any], probability: float) -> None:
         spread = 4.5 * math.sqrt(probability * (1 - probability) / switch.size)
         assert abs(switch.mean() - probability) <= spread
 
@@ -143,7 +147,7 @@ def test_switches_come_on_with_their_probabilities():
     assert ks_2samp(sigma, np.random.default_rng(3).uniform(0.1, 2, len(sigma))).pvalue > 1e-3
 
 
-def test_draws_are_independent_of_each_other():
+def test_draws_are_independent_of_each_other() -> None:
     ours = plan(20000, local_crops_number=0)
     box = ours.box[..., 2] * ours.box[..., 3]
     columns = [box, ours.box[..., 0], ours.flip, ours.jitter, *np.moveaxis(ours.factors, -1, 0), ours.gray, ours.sigma]
@@ -156,7 +160,7 @@ def test_draws_are_independent_of_each_other():
                 assert abs(table[i, j]) < 4.5 / math.sqrt(20000), (i, j)
 
 
-def test_types_and_shapes():
+def test_types_and_shapes() -> None:
     ours = plan(3, local_crops_number=4)
     assert {f: (getattr(ours, f).dtype.name, getattr(ours, f).shape) for f in FIELDS} == {
         "box": ("int32", (3, 6, 4)),
@@ -172,7 +176,7 @@ def test_types_and_shapes():
     assert plan(0).box.shape == (0, 10, 4)
 
 
-def test_these_numbers_are_for_ever():
+def test_these_numbers_are_for_ever() -> None:
     """A change here breaks the continuation of every run: it needs a reason, and a word in the release notes."""
     ours = plan(2, (375, 500), seed=7, epoch=3, local_crops_number=1)
     assert ours.box[1].tolist() == [[7, 36, 367, 402], [9, 56, 311, 261], [128, 329, 172, 164]]
@@ -180,11 +184,11 @@ def test_these_numbers_are_for_ever():
 
 
 @given(st.integers(0, 2**64 - 1), st.integers(0, 10**6), st.integers(0, 300))
-def test_epoch_order_is_a_permutation(seed, epoch, n):
+def test_epoch_order_is_a_permutation(seed: int, epoch: int, n: int) -> None:
     assert sorted(epoch_order(seed, epoch, n)) == list(range(n))
 
 
-def test_epoch_order_changes_with_seed_and_epoch_and_is_uniform():
+def test_epoch_order_changes_with_seed_and_epoch_and_is_uniform() -> None:
     assert not np.array_equal(epoch_order(0, 0, 100), epoch_order(0, 1, 100))
     assert not np.array_equal(epoch_order(0, 0, 100), epoch_order(1, 0, 100))
     first = np.bincount([epoch_order(0, e, 10)[0] for e in range(3000)], minlength=10)

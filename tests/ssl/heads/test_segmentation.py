@@ -1,5 +1,7 @@
 """Segmentation heads: the layers of docs/methods.md section 3, and bilinear upsampling with half-pixel centers."""
 
+from __future__ import annotations
+
 import numpy as np
 import pytest
 import torch
@@ -9,7 +11,7 @@ from nearfar.ssl.errors import UserError
 from nearfar.ssl.heads.segmentation import SegmentationHead
 
 
-def test_linear_head_is_one_matrix_for_every_patch():
+def test_linear_head_is_one_matrix_for_every_patch() -> None:
     head = SegmentationHead(6, 4)
     x = torch.randn(2, 6, 3, 5)
     weight, bias = head.layers[0].weight[:, :, 0, 0], head.layers[0].bias
@@ -17,7 +19,7 @@ def test_linear_head_is_one_matrix_for_every_patch():
     torch.testing.assert_close(head(x), expected)
 
 
-def test_mlp_head_recomputed_in_float64():
+def test_mlp_head_recomputed_in_float64() -> None:
     torch.manual_seed(0)
     head = SegmentationHead(6, 4, "mlp", hidden=8)
     x = torch.randn(2, 6, 3, 5)
@@ -34,12 +36,12 @@ def test_mlp_head_recomputed_in_float64():
     torch.testing.assert_close(head(x).double(), expected, atol=1e-5, rtol=1e-5)
 
 
-def test_default_hidden_width_is_that_of_the_paper():
+def test_default_hidden_width_is_that_of_the_paper() -> None:
     count = sum(p.numel() for p in SegmentationHead(192, 11, "mlp").parameters())
     assert count == 192 * 512 + 512 + 2 * 512 + 512 * 11 + 11
 
 
-def test_upsampling_agrees_with_pillow():
+def test_upsampling_agrees_with_pillow() -> None:
     head = SegmentationHead(1, 1)
     torch.nn.init.ones_(head.layers[0].weight)
     torch.nn.init.zeros_(head.layers[0].bias)
@@ -49,6 +51,6 @@ def test_upsampling_agrees_with_pillow():
     np.testing.assert_allclose(ours, theirs, atol=1e-5)
 
 
-def test_unknown_kind_is_explained():
+def test_unknown_kind_is_explained() -> None:
     with pytest.raises(UserError, match='"linear" or "mlp"'):
         SegmentationHead(3, 2, "conv")

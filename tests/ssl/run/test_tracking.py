@@ -53,7 +53,9 @@ class FakeModule:
     def teardown(self) -> None:
         self.holds_id = False
 
-    def init(self, *, project, name, id, resume, dir, mode, settings) -> FakeRun:
+    def init(
+        self, *, project: str, name: str, id: str, resume: str, dir: str, mode: str | None, settings: dict[str, Any]
+    ) -> FakeRun:
         if self.holds_id:
             raise RuntimeError(f"run ID {id} is in use")
         if self.unreachable and mode is None:

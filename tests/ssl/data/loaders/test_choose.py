@@ -1,3 +1,7 @@
+from __future__ import annotations
+
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -14,11 +18,13 @@ OPTIONS = LoaderOptions(batch_size=8, epochs=1, seed=5)
 
 
 @pytest.fixture
-def arrays():
+def arrays() -> ArraySource:
     return ArraySource(np.random.default_rng(0).integers(0, 256, (20, 24, 24, 3), np.uint8))
 
 
-def test_auto_takes_ffcv_for_a_beton_where_it_is_installed(arrays, beton, monkeypatch):
+def test_auto_takes_ffcv_for_a_beton_where_it_is_installed(
+    arrays: ArraySource, beton: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     source = BetonSource(beton)
     assert open_loader(arrays, VIEWS, OPTIONS).title == "pillow loader"
     assert open_loader(source, VIEWS, OPTIONS).title == "ffcv loader"
@@ -29,7 +35,7 @@ def test_auto_takes_ffcv_for_a_beton_where_it_is_installed(arrays, beton, monkey
         open_loader(source, VIEWS, OPTIONS, loader="ffcv")
 
 
-def test_what_does_not_go_together_is_told(arrays):
+def test_what_does_not_go_together_is_told(arrays: ArraySource) -> None:
     with pytest.raises(UserError, match=r"data\.path is not one\. Write it: nearfar data beton"):
         open_loader(arrays, VIEWS, OPTIONS, loader="ffcv")
     for loader in ("auto", "pillow", "device"):
@@ -37,7 +43,7 @@ def test_what_does_not_go_together_is_told(arrays):
             open_loader(arrays, VIEWS, OPTIONS, loader=loader, color="loader")
 
 
-def test_all_three_give_the_same_batches(beton):
+def test_all_three_give_the_same_batches(beton: Path) -> None:
     source = BetonSource(beton)
     folder, ffcv, device = (
         list(open_loader(source, VIEWS, OPTIONS, loader=loader)) for loader in ("pillow", "ffcv", "device")
@@ -49,7 +55,7 @@ def test_all_three_give_the_same_batches(beton):
             assert (x.int() - z.int()).abs().max() <= 1
 
 
-def test_color_by_the_loader(beton):
+def test_color_by_the_loader(beton: Path) -> None:
     source = BetonSource(beton)
     colored = next(iter(open_loader(source, VIEWS, OPTIONS, color="loader")))
     plain = next(iter(open_loader(source, VIEWS, OPTIONS)))

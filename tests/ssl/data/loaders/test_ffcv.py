@@ -1,10 +1,15 @@
 """The FFCV loader against the Pillow loader, and what happens when a file is not what it should be."""
 
+from __future__ import annotations
+
 import gc
 import itertools
 import threading
 import time
+from collections.abc import Callable, Generator, Iterable
 from dataclasses import replace
+from pathlib import Path
+from typing import Any, cast
 
 import numpy as np
 import psutil
@@ -14,7 +19,7 @@ from PIL import Image
 
 from nearfar.ssl.data import libjpeg
 from nearfar.ssl.data.beton_writer import BetonOptions, write_beton
-from nearfar.ssl.data.loaders.base import LoaderOptions
+from nearfar.ssl.data.loaders.base import Batch, LoaderOptions
 from nearfar.ssl.data.loaders.device import DeviceLoader
 from nearfar.ssl.data.loaders.ffcv import FFCVLoader
 from nearfar.ssl.data.loaders.pillow import PillowLoader
@@ -38,20 +43,22 @@ PLAN = ("box", "flip", "jitter", "factors", "order", "gray", "sigma", "solarize"
 
 
 @pytest.fixture
-def source(beton):
+def source(beton: Path) -> BetonSource:
     return BetonSource(beton)
 
 
-def ffcv(source, views=VIEWS, **options):
+def ffcv(source: BetonSource, views: ViewSettings = VIEWS, **options: bool | float) -> FFCVLoader:
     colored = options.pop("colored", False)
     return FFCVLoader(source, views, LoaderOptions(**{**OPTIONS, **options}), colored=colored)
 
 
-def pillow(source, views=VIEWS, **options):
+def pillow(
+    source: ArraySource | BetonSource | FolderSource, views: ViewSettings = VIEWS, **options: float
+) -> PillowLoader:
     return PillowLoader(source, views, LoaderOptions(**{**OPTIONS, **options}))
 
 
-def assert_same(one, two):
+def assert_same(one: Iterable[Batch], two: Iterable[Batch]) -> None:
     one, two = list(one), list(two)
     assert [(b.epoch, b.step) for b in one] == [(b.epoch, b.step) for b in two]
     for a, b in zip(one, two, strict=True):
@@ -64,7 +71,7 @@ def assert_same(one, two):
         assert a.bad == b.bad
 
 
-def broken(beton, tmp_path, which, how):
+def broken(beton: Path, tmp_path: Path, which: Any, how: Callable[..., Any]) -> BetonSource:
     """A copy of the file, in which the bytes of some images are changed by `how`."""
     whole, data = BetonSource(beton), bytearray(beton.read_bytes())
     for i in which:
@@ -74,11 +81,11 @@ def broken(beton, tmp_path, which, how):
     return BetonSource(tmp_path / "broken.beton")
 
 
-def mangled(data):
+def mangled(data: bytes) -> bytes:
     return data[: len(data) // 2] + bytes(len(data) - len(data) // 2)
 
 
-def other_size(data):
+def other_size(data: bytes) -> bytes:
     """The same JPEG, whose header says it is half as high."""
     at = data.index(b"\xff\xc0") + 5
     height = int.from_bytes(data[at : at + 2], "big")
@@ -88,11 +95,11 @@ def other_size(data):
 # --- parity ----------------------------------------------------------------------------------------------------
 
 
-def test_batches_are_those_of_the_folder_loader_on_the_same_file(source):
+def test_batches_are_those_of_the_folder_loader_on_the_same_file(source: BetonSource) -> None:
     assert_same(ffcv(source), pillow(source))
 
 
-def test_batches_are_those_of_the_original_folder(source, photos):
+def test_batches_are_those_of_the_original_folder(source: BetonSource, photos: Path) -> None:
     """JPEGs keep their bytes and names their order, so that not even the file makes a difference."""
     mine, theirs = list(ffcv(source)), list(pillow(FolderSource(photos)))
     for a, b in zip(mine, theirs, strict=True):
@@ -104,13 +111,13 @@ def test_batches_are_those_of_the_original_folder(source, photos):
 
 
 @pytest.mark.parametrize("workers", [1, 2, 5])
-def test_same_batches_for_every_number_of_threads(source, workers):
+def test_same_batches_for_every_number_of_threads(source: BetonSource, workers: int) -> None:
     assert_same(ffcv(source, workers=workers), ffcv(source))
 
 
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize(("epoch", "step"), [(0, 5), (1, 0), (1, 6), (2, 0)])
-def test_seek_gives_the_tail_of_the_stream(source, workers, epoch, step):
+def test_seek_gives_the_tail_of_the_stream(source: BetonSource, workers: int, epoch: int, step: int) -> None:
     sought = ffcv(source, workers=workers)
     sought.seek(epoch, step)
     whole = list(ffcv(source))
@@ -118,7 +125,7 @@ def test_seek_gives_the_tail_of_the_stream(source, workers, epoch, step):
     assert_same(sought, whole[epoch * 7 + step :])  # iterating again starts there again
 
 
-def test_ranks_share_the_global_batch(source):
+def test_ranks_share_the_global_batch(source: BetonSource) -> None:
     one = list(ffcv(source))
     ranks = [list(ffcv(source, batch_size=4, rank=rank, world_size=2, workers=rank)) for rank in range(2)]
     for whole, left, right in zip(one, *ranks, strict=True):
@@ -127,7 +134,7 @@ def test_ranks_share_the_global_batch(source):
             assert torch.equal(group, torch.cat([left.groups[g], right.groups[g]], 1))
 
 
-def test_an_image_is_decoded_once_for_ten_views(source, monkeypatch):
+def test_an_image_is_decoded_once_for_ten_views(source: BetonSource, monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
     decode = libjpeg.Decoder.decode
     monkeypatch.setattr(libjpeg.Decoder, "decode", lambda self, *rest: (calls.append(1), decode(self, *rest)))
@@ -137,7 +144,7 @@ def test_an_image_is_decoded_once_for_ten_views(source, monkeypatch):
     assert run.decoded == len(calls) == 56
 
 
-def test_pixels_kept_raw_and_arrays_without_labels(tmp_path):
+def test_pixels_kept_raw_and_arrays_without_labels(tmp_path: Path) -> None:
     images = np.random.default_rng(0).integers(0, 256, (40, 20, 26, 3), np.uint8)
     write_beton(ArraySource(images), tmp_path / "raw.beton", BetonOptions())
     raw = BetonSource(tmp_path / "raw.beton")
@@ -147,14 +154,14 @@ def test_pixels_kept_raw_and_arrays_without_labels(tmp_path):
     assert_same(ffcv(raw, only_global), pillow(ArraySource(images), only_global))
 
 
-def test_views_larger_than_the_images(tmp_path):
+def test_views_larger_than_the_images(tmp_path: Path) -> None:
     images = np.random.default_rng(0).integers(0, 256, (8, 9, 12, 3), np.uint8)
     write_beton(ArraySource(images), tmp_path / "small.beton")
     views = ViewSettings(global_crops_size=64, local_crops_size=32, local_crops_number=1)
     assert_same(ffcv(BetonSource(tmp_path / "small.beton"), views), pillow(ArraySource(images), views))
 
 
-def test_color_agrees_with_augment(source):
+def test_color_agrees_with_augment(source: BetonSource) -> None:
     for plain, done in zip(ffcv(source), ffcv(source, colored=True, workers=2), strict=True):
         assert done.colored and not plain.colored
         for first, x, y in ((0, plain.groups[0], done.groups[0]), (2, plain.groups[1], done.groups[1])):
@@ -167,7 +174,9 @@ def test_color_agrees_with_augment(source):
 
 @pytest.mark.parametrize("how", [mangled, other_size, lambda data: bytes(len(data))], ids=["cut", "size", "zeros"])
 @pytest.mark.parametrize("workers", [0, 2])
-def test_damaged_images_are_named_counted_and_replaced(beton, source, tmp_path, how, workers):
+def test_damaged_images_are_named_counted_and_replaced(
+    beton: Path, source: BetonSource, tmp_path: Path, how: Callable[..., Any], workers: int
+) -> None:
     damaged = broken(beton, tmp_path, [7, 8, 59], how)
     run = ffcv(damaged, max_bad_fraction=0.2, workers=workers)
     replaced = {7: 9, 8: 9, 59: 0}
@@ -183,21 +192,23 @@ def test_damaged_images_are_named_counted_and_replaced(beton, source, tmp_path, 
     assert_same(pillow(damaged, max_bad_fraction=0.2), ffcv(damaged, max_bad_fraction=0.2))
 
 
-def verdicts(loader):
+def verdicts(loader: DeviceLoader | FFCVLoader | PillowLoader) -> tuple[list[list[Any]], list[str]]:
     """The samples of each batch, and every bad image."""
     index = [batch.index.tolist() for batch in loader]
     return index, sorted(loader.bad)
 
 
 @pytest.mark.parametrize("named", [True, False], ids=["with CRC", "name records damaged"])
-def test_many_damaged_headers_have_one_verdict_in_every_loader(beton, source, tmp_path, named):
+def test_many_damaged_headers_have_one_verdict_in_every_loader(
+    beton: Path, source: BetonSource, tmp_path: Path, named: bool
+) -> None:
     """One byte of the header each: what a good neighbor is must not depend on who was decoded before, by whom."""
     rng = np.random.default_rng(0)
 
-    def one_byte(data):
-        data = bytearray(data)
-        data[int(rng.integers(0, 400))] ^= 0xFF
-        return bytes(data)
+    def one_byte(data: bytes) -> bytes:
+        changed = bytearray(data)
+        changed[int(rng.integers(0, 400))] ^= 0xFF
+        return bytes(changed)
 
     damaged = broken(beton, tmp_path, range(0, 60, 3), one_byte)
     if not named:
@@ -219,12 +230,12 @@ def test_many_damaged_headers_have_one_verdict_in_every_loader(beton, source, tm
     assert_same([strip(b) for b in whole[3:]], [strip(b) for b in rest])
 
 
-def strip(batch):
+def strip(batch: Any) -> Any:
     return replace(batch, bad=[])
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_too_many_damaged_images_end_the_run(beton, tmp_path, workers):
+def test_too_many_damaged_images_end_the_run(beton: Path, tmp_path: Path, workers: int) -> None:
     damaged = broken(beton, tmp_path, range(0, 60, 3), mangled)
     with pytest.raises(UserError, match=r"of the \d+ images read so far cannot be used.*class\d/\d+\.jpg: "):
         list(ffcv(damaged, workers=workers))
@@ -232,17 +243,19 @@ def test_too_many_damaged_images_end_the_run(beton, tmp_path, workers):
         list(ffcv(broken(beton, tmp_path, range(60), mangled), workers=workers))
 
 
-def test_images_too_small_are_bad(tmp_path):
+def test_images_too_small_are_bad(tmp_path: Path) -> None:
     write_beton(ArraySource(np.zeros((40, 7, 30, 3), np.uint8)), tmp_path / "a.beton", BetonOptions(min_side=1))
     with pytest.raises(UserError, match=r"30 x 7 pixels, below data.min_side = 8"):
         next(iter(ffcv(BetonSource(tmp_path / "a.beton"))))
 
 
 @pytest.mark.parametrize("workers", [0, 1, 3])
-def test_what_goes_wrong_in_a_thread_reaches_the_caller(source, monkeypatch, workers):
+def test_what_goes_wrong_in_a_thread_reaches_the_caller(
+    source: BetonSource, monkeypatch: pytest.MonkeyPatch, workers: int
+) -> None:
     stored, threads = BetonSource.stored, threading.active_count()
 
-    def mistaken(self, i):
+    def mistaken(self: BetonSource, i: int) -> bytes:
         if i == 11:
             raise ZeroDivisionError("a mistake in a source")
         return stored(self, i)
@@ -253,7 +266,7 @@ def test_what_goes_wrong_in_a_thread_reaches_the_caller(source, monkeypatch, wor
     assert threading.active_count() == threads
 
 
-def test_a_file_cut_while_it_is_read_is_no_crash(beton, tmp_path):
+def test_a_file_cut_while_it_is_read_is_no_crash(beton: Path, tmp_path: Path) -> None:
     """A mapped file would end the process with SIGBUS."""
     copy = tmp_path / "copy.beton"
     copy.write_bytes(beton.read_bytes())
@@ -266,7 +279,7 @@ def test_a_file_cut_while_it_is_read_is_no_crash(beton, tmp_path):
             pass
 
 
-def test_batches_own_their_memory(source):
+def test_batches_own_their_memory(source: BetonSource) -> None:
     """Nothing that came out changes while later batches are made, and no two batches share a byte."""
     kept = [(batch, [group.clone() for group in batch.groups]) for batch in ffcv(source, workers=3, epochs=4)]
     assert all(torch.equal(x, y) for batch, copies in kept for x, y in zip(batch.groups, copies, strict=True))
@@ -274,14 +287,14 @@ def test_batches_own_their_memory(source):
     assert all(one[1] < two[0] for one, two in itertools.pairwise(places))
 
 
-def test_torchs_threads_are_left_alone(source):
+def test_torchs_threads_are_left_alone(source: BetonSource) -> None:
     before = torch.get_num_threads()
     list(ffcv(source, workers=3, epochs=1))
     assert torch.get_num_threads() == before
 
 
 @pytest.mark.parametrize("leave", ["break", "raise", "drop", "end"])
-def test_leaving_the_loop_ends_the_threads(source, leave):
+def test_leaving_the_loop_ends_the_threads(source: BetonSource, leave: str) -> None:
     threads = threading.active_count()
     stream = iter(ffcv(source, workers=3, epochs=1 if leave == "end" else 10**6))
     try:
@@ -300,7 +313,7 @@ def test_leaving_the_loop_ends_the_threads(source, leave):
 
 
 @pytest.mark.long
-def test_nothing_leaks_over_fifty_epochs_and_many_loops_left_early(source):
+def test_nothing_leaks_over_fifty_epochs_and_many_loops_left_early(source: Any) -> None:
     process, files = psutil.Process(), psutil.Process().num_fds()
     for _ in range(5):  # libraries and allocators get what they keep
         next(iter(ffcv(source, workers=2)))
@@ -317,25 +330,25 @@ def test_nothing_leaks_over_fifty_epochs_and_many_loops_left_early(source):
     assert process.memory_info().rss - before < 20 * 2**20
 
 
-def test_a_slow_caller_does_not_make_batches_pile_up(source, monkeypatch):
+def test_a_slow_caller_does_not_make_batches_pile_up(source: BetonSource, monkeypatch: pytest.MonkeyPatch) -> None:
     started = []
     loader = ffcv(source, workers=2, epochs=100)
     assemble = loader.assemble
     monkeypatch.setattr(loader, "assemble", lambda task: (started.append(task), assemble(task))[1])
-    stream = iter(loader)
+    stream = cast("Generator[Batch]", iter(loader))
     next(stream)
     time.sleep(0.3)
     assert len(started) <= 4
     stream.close()
 
 
-def test_a_beton_is_a_source_for_everyone_else(source, photos):
+def test_a_beton_is_a_source_for_everyone_else(source: BetonSource, photos: Path) -> None:
     plain = FolderSource(photos)
     assert np.array_equal(np.asarray(source.read(5)), np.asarray(plain.read(5)))
     assert isinstance(source.read(5), Image.Image)
 
 
-def test_large_photographs_shrink_as_pillow_shrinks_them(tmp_path):
+def test_large_photographs_shrink_as_pillow_shrinks_them(tmp_path: Path) -> None:
     """Twenty-fold: many taps, and the scratch grows from image to image."""
     rng = np.random.default_rng(0)
     folder = tmp_path / "in"
@@ -348,9 +361,9 @@ def test_large_photographs_shrink_as_pillow_shrinks_them(tmp_path):
     assert_same(ffcv(large, batch_size=2), pillow(large, batch_size=2))
 
 
-def test_processes_can_be_forked_while_the_threads_work(source):
+def test_processes_can_be_forked_while_the_threads_work(source: BetonSource) -> None:
     """As the online k-NN does: its workers are forked in the middle of a training epoch."""
-    stream = iter(ffcv(source, workers=2, epochs=50))
+    stream = cast("Generator[Batch]", iter(ffcv(source, workers=2, epochs=50)))
     for _ in range(3):
         next(stream)
         forked = list(pillow(source, epochs=1, workers=1))

@@ -1,5 +1,7 @@
 """The .beton format: FFCV's own Reader and Loader are the oracle of what is written."""
 
+from __future__ import annotations
+
 import contextlib
 import fcntl
 import io
@@ -8,9 +10,12 @@ import os
 import pickle
 import struct
 import zlib
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 from PIL import Image
 
 from nearfar.ssl.data import libjpeg, open_source
@@ -23,22 +28,24 @@ from nearfar.ssl.errors import BadImage, UserError
 pytestmark = pytest.mark.skipif(not libjpeg.available(), reason="FFCV is not installed")
 
 
-def scene(height=40, width=60, seed=0):
+def scene(height: int = 40, width: int = 60, seed: int = 0) -> NDArray[Any]:
     y, x = np.mgrid[:height, :width]
     return np.stack([(3 * x + y + seed) % 200, (x + 2 * y) % 200, (x * y // 30) % 200], -1).astype(np.uint8)
 
 
-def save(path, pixels, **options):
+def save(path: Path, pixels: NDArray[Any], **options: Any) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(pixels).save(path, **options)
 
 
-def written(source, tmp_path, form=None, **options):
+def written(
+    source: ArraySource | FolderSource, tmp_path: Path, form: BetonOptions | None = None, **options: bool | int
+) -> tuple[Any, BetonSource]:
     outcome = write_beton(source, tmp_path / "out.beton", form or BetonOptions(), **options)
     return outcome, BetonSource(tmp_path / "out.beton")
 
 
-def test_jpegs_keep_their_bytes_and_all_else_its_pixels(tmp_path):
+def test_jpegs_keep_their_bytes_and_all_else_its_pixels(tmp_path: Path) -> None:
     root = tmp_path / "in"
     save(root / "a.jpg", scene(), quality=80)
     save(root / "b.jpg", scene()[..., 0], quality=80)  # gray
@@ -58,7 +65,7 @@ def test_jpegs_keep_their_bytes_and_all_else_its_pixels(tmp_path):
 
 
 @pytest.mark.parametrize("orientation", range(2, 9))
-def test_turned_photographs_end_upright(tmp_path, orientation):
+def test_turned_photographs_end_upright(tmp_path: Path, orientation: int) -> None:
     exif = Image.Exif()
     exif[0x0112] = orientation
     save(tmp_path / "in" / "a.jpg", scene(), quality=95, exif=exif)
@@ -72,7 +79,7 @@ def test_turned_photographs_end_upright(tmp_path, orientation):
     assert np.abs(np.asarray(beton.read(0)).astype(int) - upright).mean() < 3
 
 
-def test_large_images_are_shrunk_with_their_masks(tmp_path):
+def test_large_images_are_shrunk_with_their_masks(tmp_path: Path) -> None:
     images, masks = scene(100, 160)[None], (np.arange(160) // 40).astype(np.uint8)[None, None].repeat(100, 1)
     outcome, beton = written(
         ArraySource(images, [1], masks), tmp_path, BetonOptions(max_side=80, raw_side=0, quality=99)
@@ -83,7 +90,7 @@ def test_large_images_are_shrunk_with_their_masks(tmp_path):
     np.testing.assert_array_equal(beton.mask(0), (np.arange(80) // 20)[None].repeat(50, 0))
 
 
-def test_ffcvs_reader_and_loader_read_it(tmp_path):
+def test_ffcvs_reader_and_loader_read_it(tmp_path: Path) -> None:
     reader = pytest.importorskip("ffcv.reader")
     images, masks = np.stack([scene(seed=s) for s in range(7)]), np.arange(7 * 2400, dtype=np.uint32).astype(np.uint8)
     source = ArraySource(images, np.arange(7) * 3, masks.reshape(7, 40, 60), ["x", "y"])
@@ -107,7 +114,7 @@ def test_ffcvs_reader_and_loader_read_it(tmp_path):
     np.testing.assert_array_equal(labels[:, 0], np.arange(7) * 3)
 
 
-def test_files_of_ffcvs_own_writer_are_read(tmp_path):
+def test_files_of_ffcvs_own_writer_are_read(tmp_path: Path) -> None:
     pytest.importorskip("ffcv.writer")
     from ffcv.fields import FloatField, IntField, RGBImageField
     from ffcv.writer import DatasetWriter
@@ -123,7 +130,7 @@ def test_files_of_ffcvs_own_writer_are_read(tmp_path):
     assert len(beton.fingerprint) == 32
 
 
-def test_labels_classes_masks_and_other_processes(tmp_path, photos):
+def test_labels_classes_masks_and_other_processes(tmp_path: Path, photos: Path) -> None:
     source = FolderSource(photos)
     outcome, beton = written(source, tmp_path, workers=3)
     assert outcome.images == outcome.unchanged == 60
@@ -137,7 +144,7 @@ def test_labels_classes_masks_and_other_processes(tmp_path, photos):
     assert Subset(beton, [4]).encoded(0) == beton.stored(4)
 
 
-def test_the_file_does_not_depend_on_threads_and_changes_with_the_data(tmp_path, photos):
+def test_the_file_does_not_depend_on_threads_and_changes_with_the_data(tmp_path: Path, photos: Path) -> None:
     source = FolderSource(photos)
     prints = []
     for name, data, workers in (("a", source, 1), ("b", source, 4), ("c", Subset(source, range(59)), 2)):
@@ -147,7 +154,7 @@ def test_the_file_does_not_depend_on_threads_and_changes_with_the_data(tmp_path,
     assert prints[0] == prints[1] != prints[2]
 
 
-def test_more_than_a_page(tmp_path):
+def test_more_than_a_page(tmp_path: Path) -> None:
     """Samples stay on one page of 8 MiB each."""
     images = np.random.default_rng(0).integers(0, 256, (5, 1100, 1100, 3), np.uint8)
     _, beton = written(ArraySource(images), tmp_path, BetonOptions(max_side=None, raw_side=2000))
@@ -156,7 +163,7 @@ def test_more_than_a_page(tmp_path):
     assert (beton.records["image"]["ptr"] % 2**23 + 3 * 1100**2 <= 2**23).all()
 
 
-def test_bad_images_are_listed_and_left_out_or_stop_the_writing(tmp_path, time_limit):
+def test_bad_images_are_listed_and_left_out_or_stop_the_writing(tmp_path: Path, time_limit: None) -> None:
     root = tmp_path / "in"
     for i in range(6):
         save(root / f"{i}.jpg", scene())
@@ -178,7 +185,7 @@ def test_bad_images_are_listed_and_left_out_or_stop_the_writing(tmp_path, time_l
     assert os.listdir(tmp_path) == ["in"]
 
 
-def test_a_jpeg_that_only_pillow_forgives_is_encoded_anew(tmp_path):
+def test_a_jpeg_that_only_pillow_forgives_is_encoded_anew(tmp_path: Path) -> None:
     """Bytes between the last code and the end marker: Pillow says nothing, libjpeg-turbo warns."""
     save(tmp_path / "in" / "a.jpg", scene())
     data = (tmp_path / "in" / "a.jpg").read_bytes()
@@ -191,19 +198,19 @@ def test_a_jpeg_that_only_pillow_forgives_is_encoded_anew(tmp_path):
 
 
 class Fails(ArraySource):
-    def read(self, i):
+    def read(self, i: Any) -> Any:
         if i == 3:
             raise ZeroDivisionError("a mistake in a source")
         return super().read(i)
 
 
-def test_other_errors_end_the_writing_and_leave_nothing(tmp_path, time_limit):
+def test_other_errors_end_the_writing_and_leave_nothing(tmp_path: Path, time_limit: None) -> None:
     with pytest.raises(ZeroDivisionError, match="a mistake"):
         write_beton(Fails(np.zeros((400, 9, 9, 3), np.uint8)), tmp_path / "a.beton", workers=2)
     assert not os.listdir(tmp_path)
 
 
-def test_places_that_cannot_be_written(tmp_path):
+def test_places_that_cannot_be_written(tmp_path: Path) -> None:
     source = ArraySource(scene()[None])
     (tmp_path / "there.beton").write_text("x")
     for name, why in (("there.beton", "exists already"), ("a.bin", "end in .beton"), ("no/a.beton", "no folder")):
@@ -212,7 +219,7 @@ def test_places_that_cannot_be_written(tmp_path):
     assert write_beton(source, tmp_path / "there.beton", overwrite=True).raw == 1
 
 
-def test_what_a_killed_process_left_is_removed_and_what_a_living_one_writes_is_not(tmp_path):
+def test_what_a_killed_process_left_is_removed_and_what_a_living_one_writes_is_not(tmp_path: Path) -> None:
     left = {name: tmp_path / f".writing-{name}-01234567" for name in ("out.beton", "other.beton")}
     living, fresh = tmp_path / ".writing-out.beton-76543210", tmp_path / ".writing-out.beton-89abcdef"
     for file in (*left.values(), living, fresh):
@@ -226,7 +233,7 @@ def test_what_a_killed_process_left_is_removed_and_what_a_living_one_writes_is_n
     assert left["other.beton"].exists() and living.exists() and fresh.exists()
 
 
-def test_files_that_are_not_whole_are_refused(tmp_path, beton):
+def test_files_that_are_not_whole_are_refused(tmp_path: Path, beton: Path) -> None:
     data = beton.read_bytes()
     bad = tmp_path / "bad.beton"
     for share in (0.0, 0.00001, 0.001, 0.5, 0.9999):
@@ -234,7 +241,7 @@ def test_files_that_are_not_whole_are_refused(tmp_path, beton):
         with pytest.raises(UserError, match="not a whole"):
             BetonSource(bad)
 
-    def changed(begin, values):
+    def changed(begin: int, values: bytes) -> Path:
         bad.write_bytes(data[:begin] + values + data[begin + len(values) :])
         return bad
 
@@ -255,7 +262,7 @@ def test_files_that_are_not_whole_are_refused(tmp_path, beton):
         BetonSource(beton).require("mask", 3)
 
 
-def test_changed_bytes_are_noticed(tmp_path, beton):
+def test_changed_bytes_are_noticed(tmp_path: Path, beton: Path) -> None:
     whole = BetonSource(beton)
     data = bytearray(beton.read_bytes())
     begin, size = whole._extent[5]
@@ -271,7 +278,9 @@ def test_changed_bytes_are_noticed(tmp_path, beton):
     assert zlib.crc32(source.stored(7)) == zlib.crc32(whole.stored(7))
 
 
-def test_without_ffcv_a_beton_can_be_read_but_not_written(beton, tmp_path, monkeypatch):
+def test_without_ffcv_a_beton_can_be_read_but_not_written(
+    beton: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(libjpeg, "available", lambda: False)
     assert BetonSource(beton).read(0).mode == "RGB"
     with pytest.raises(UserError, match=r"Writing .* needs FFCV, which is not installed"):
@@ -282,7 +291,7 @@ NAME_RECORDS = [b"5", b"null", b"[1, 2]", b'"a name"', b"{", b"[" * 30_000, b"\x
 
 
 @pytest.mark.parametrize("record", NAME_RECORDS, ids=range(len(NAME_RECORDS)))
-def test_a_damaged_name_record_costs_the_name_only(tmp_path, record):
+def test_a_damaged_name_record_costs_the_name_only(tmp_path: Path, record: bytes) -> None:
     write_beton(ArraySource(np.stack([scene(60, 80, seed=s) for s in range(3)])), tmp_path / "a.beton")
     whole = BetonSource(tmp_path / "a.beton")
     data = bytearray((tmp_path / "a.beton").read_bytes())
@@ -299,7 +308,7 @@ def test_a_damaged_name_record_costs_the_name_only(tmp_path, record):
     np.testing.assert_array_equal(np.asarray(damaged.read(1)), np.asarray(whole.read(1)))
 
 
-def test_pointers_of_name_records_that_lead_anywhere(tmp_path):
+def test_pointers_of_name_records_that_lead_anywhere(tmp_path: Path) -> None:
     write_beton(ArraySource(scene(60, 80)[None]), tmp_path / "a.beton")
     whole, data = BetonSource(tmp_path / "a.beton"), (tmp_path / "a.beton").read_bytes()
     offset = data.index(bytes(whole.records["name"][:1]))
@@ -310,7 +319,7 @@ def test_pointers_of_name_records_that_lead_anywhere(tmp_path):
 
 
 @pytest.mark.parametrize("about", [b"[]", b"7", b"{", b"[" * 100, b'{"classes": 5}', b'{"classes": [1]}', b"\xff"])
-def test_what_a_damaged_file_says_about_itself_is_told(tmp_path, about):
+def test_what_a_damaged_file_says_about_itself_is_told(tmp_path: Path, about: bytes) -> None:
     write_beton(ArraySource(scene()[None], [0], classes=["a" * 200]), tmp_path / "a.beton")
     data = bytearray((tmp_path / "a.beton").read_bytes())
     at = data.index(b'{"classes"')
@@ -321,7 +330,7 @@ def test_what_a_damaged_file_says_about_itself_is_told(tmp_path, about):
         BetonSource(tmp_path / "a.beton")
 
 
-def test_a_file_of_random_damage_opens_or_is_told_and_nothing_else(tmp_path, beton):
+def test_a_file_of_random_damage_opens_or_is_told_and_nothing_else(tmp_path: Path, beton: Path) -> None:
     data, rng, opened = beton.read_bytes(), np.random.default_rng(0), 0
     head, table = HEADER.itemsize + 3 * 1044 + 60 * 48, BetonSource(beton).table
     for round_ in range(150):

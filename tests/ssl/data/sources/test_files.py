@@ -1,8 +1,13 @@
+from __future__ import annotations
+
 import os
 import subprocess
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 from PIL import Image
 
 from nearfar.ssl.data import open_source
@@ -11,21 +16,21 @@ from nearfar.ssl.data.sources.files import FolderSource, ListSource, kinds_of
 from nearfar.ssl.errors import BadImage, UserError
 
 
-def pixels(value, height=12, width=16):
+def pixels(value: int, height: int = 12, width: int = 16) -> NDArray[Any]:
     return np.full((height, width, 3), value, np.uint8)
 
 
-def put(path, value=0, height=12, width=16):
+def put(path: Path, value: int = 0, height: int = 12, width: int = 16) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(pixels(value, height, width)).save(path)
     return path
 
 
-def first(source, i):
+def first(source: FolderSource | ListSource, i: int) -> int:
     return int(np.asarray(source.read(i))[0, 0, 0])
 
 
-def test_class_folders(tmp_path):
+def test_class_folders(tmp_path: Path) -> None:
     put(tmp_path / "dog" / "b.png", 3)
     put(tmp_path / "dog" / "a.PNG", 2)
     put(tmp_path / "cat" / "deep" / "er" / "c.png", 1)
@@ -43,7 +48,7 @@ def test_class_folders(tmp_path):
     assert source.mask(0) is None
 
 
-def test_flat_folder_has_no_labels(tmp_path):
+def test_flat_folder_has_no_labels(tmp_path: Path) -> None:
     put(tmp_path / "b.png", 2)
     put(tmp_path / "a.png", 1)
     source = open_source(tmp_path)
@@ -52,7 +57,7 @@ def test_flat_folder_has_no_labels(tmp_path):
     assert [first(source, i) for i in range(2)] == [1, 2]
 
 
-def test_links_are_followed_but_not_round_and_round(tmp_path):
+def test_links_are_followed_but_not_round_and_round(tmp_path: Path) -> None:
     put(tmp_path / "far" / "a.png")
     (tmp_path / "root").mkdir()
     (tmp_path / "root" / "class").symlink_to(tmp_path / "far")
@@ -61,7 +66,7 @@ def test_links_are_followed_but_not_round_and_round(tmp_path):
     assert [source.name(i) for i in range(len(source))] == ["class/a.png"]
 
 
-def test_a_file_that_went_bad_is_named(tmp_path):
+def test_a_file_that_went_bad_is_named(tmp_path: Path) -> None:
     put(tmp_path / "a.png")
     (tmp_path / "b.jpg").write_text("no image")
     with pytest.raises(BadImage) as caught:
@@ -79,7 +84,7 @@ def test_a_file_that_went_bad_is_named(tmp_path):
         (["images/train/a.png", "masks/train/a.png"], r"images, masks.*/images\."),
     ],
 )
-def test_folders_that_are_no_data_set(tmp_path, files, message):
+def test_folders_that_are_no_data_set(tmp_path: Path, files: list[Any], message: str) -> None:
     for name in files:
         if name.endswith(".png"):
             put(tmp_path / name)
@@ -89,7 +94,7 @@ def test_folders_that_are_no_data_set(tmp_path, files, message):
         open_source(tmp_path)
 
 
-def test_masks_of_the_sibling_tree(tmp_path):
+def test_masks_of_the_sibling_tree(tmp_path: Path) -> None:
     for k, name in enumerate(("a", "b")):
         put(tmp_path / "images" / "train" / f"{name}.jpg", 50)
         (tmp_path / "masks" / "train").mkdir(parents=True, exist_ok=True)
@@ -104,7 +109,7 @@ def test_masks_of_the_sibling_tree(tmp_path):
         open_source(tmp_path / "images" / "train")
 
 
-def test_a_palette_mask_gives_its_numbers_and_a_color_mask_is_refused(tmp_path):
+def test_a_palette_mask_gives_its_numbers_and_a_color_mask_is_refused(tmp_path: Path) -> None:
     put(tmp_path / "images" / "a.png")
     (tmp_path / "masks").mkdir()
     mask = Image.fromarray(np.full((12, 16), 7, np.uint8), "P")
@@ -116,7 +121,7 @@ def test_a_palette_mask_gives_its_numbers_and_a_color_mask_is_refused(tmp_path):
         open_source(tmp_path / "images").mask(0)
 
 
-def test_list_of_paths(tmp_path):
+def test_list_of_paths(tmp_path: Path) -> None:
     absolute = put(tmp_path / "elsewhere" / "a b.png", 1)
     put(tmp_path / "lists" / "b.png", 2)
     file = tmp_path / "lists" / "some.txt"
@@ -140,14 +145,14 @@ def test_list_of_paths(tmp_path):
         (b"\xff\xfe\x00", "cannot be read as a list"),
     ],
 )
-def test_lists_that_cannot_be_used(tmp_path, text, message):
+def test_lists_that_cannot_be_used(tmp_path: Path, text: bytes, message: str) -> None:
     put(tmp_path / "a.png")
     (tmp_path / "list.txt").write_bytes(text)
     with pytest.raises(UserError, match=message):
         ListSource(tmp_path / "list.txt")
 
 
-def test_the_fingerprint_follows_the_data(tmp_path):
+def test_the_fingerprint_follows_the_data(tmp_path: Path) -> None:
     put(tmp_path / "x" / "a.png", 1)
     put(tmp_path / "y" / "b.png", 1)
     prints = [FolderSource(tmp_path).fingerprint]
@@ -162,13 +167,13 @@ def test_the_fingerprint_follows_the_data(tmp_path):
     assert len(set(prints)) == len(prints)
 
 
-def test_a_folder_that_may_not_be_read_is_told(tmp_path, monkeypatch):
+def test_a_folder_that_may_not_be_read_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A class that vanished without a word would renumber the labels of the others."""
     for name in ("cats", "dogs"):
         put(tmp_path / name / "0.png")
     scandir = os.scandir
 
-    def guarded(path="."):
+    def guarded(path: str = ".") -> Any:
         if os.fspath(path).endswith("cats"):
             raise PermissionError(13, "Permission denied", os.fspath(path))
         return scandir(path)
@@ -178,7 +183,7 @@ def test_a_folder_that_may_not_be_read_is_told(tmp_path, monkeypatch):
         open_source(tmp_path)
 
 
-def test_files_passed_over_for_their_type_are_counted_and_named(tmp_path):
+def test_files_passed_over_for_their_type_are_counted_and_named(tmp_path: Path) -> None:
     put(tmp_path / "x" / "a.png")
     for name in ("x/b.avif", "x/c.AVIF", "d.jp2", "x/README", ".hidden"):
         (tmp_path / name).write_bytes(b"x")
@@ -188,7 +193,7 @@ def test_files_passed_over_for_their_type_are_counted_and_named(tmp_path):
     assert kinds_of(passed_over(source)) == "2 .avif (x/b.avif), 1 .jp2 (d.jp2), 1 without an ending (x/README)"
 
 
-def test_names_that_are_no_text_are_printable_and_still_found(tmp_path):
+def test_names_that_are_no_text_are_printable_and_still_found(tmp_path: Path) -> None:
     """Bytes that are no UTF-8, and a sequence that clears a terminal."""
     for name in (b"caf\xe9.png", b"\x1b[2J.png", b"bad\xff.jpg"):
         put(tmp_path / "a.png").rename(os.path.join(os.fsencode(tmp_path), name).decode("utf-8", "surrogateescape"))
@@ -202,7 +207,7 @@ def test_names_that_are_no_text_are_printable_and_still_found(tmp_path):
     assert len(source.fingerprint) == 32
 
 
-def test_folders_nested_beyond_measure_are_told(tmp_path):
+def test_folders_nested_beyond_measure_are_told(tmp_path: Path) -> None:
     here = os.getcwd()
     os.chdir(tmp_path)
     try:  # 1,500 deep, a step at a time: the path as a whole could be too long
@@ -218,7 +223,7 @@ def test_folders_nested_beyond_measure_are_told(tmp_path):
         subprocess.run(["rm", "-rf", tmp_path / "d"], check=True)  # shutil's own way is recursive
 
 
-def test_a_mask_that_is_no_png_or_damaged_is_bad(tmp_path):
+def test_a_mask_that_is_no_png_or_damaged_is_bad(tmp_path: Path) -> None:
     put(tmp_path / "images" / "a.png")
     put(tmp_path / "masks" / "a.png")
     mask = tmp_path / "masks" / "a.png"

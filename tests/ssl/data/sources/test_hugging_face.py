@@ -1,23 +1,30 @@
+from __future__ import annotations
+
 import io
 import sys
 import types
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 from PIL import Image
 
 from nearfar.ssl.data.sources.choose import open_source
 from nearfar.ssl.data.sources.hugging_face import HuggingFaceSource
 from nearfar.ssl.errors import BadImage, UserError
 
+Row = dict[str, Any]
 
-def png(pixels):
+
+def png(pixels: NDArray[np.uint8]) -> bytes:
     file = io.BytesIO()
     Image.fromarray(pixels).save(file, "PNG")
     return file.getvalue()
 
 
-def images(n=20):
+def images(n: int = 20) -> NDArray[np.uint8]:
     return np.random.default_rng(0).integers(0, 256, (n, 20, 24, 3), np.uint8)
 
 
@@ -28,31 +35,31 @@ class Label:
 class Dataset:
     """What of `datasets.Dataset` is used."""
 
-    def __init__(self, rows, features):
+    def __init__(self, rows: list[Row], features: dict[str, Any]) -> None:
         self.rows, self.features = rows, features
 
-    def __len__(self):
+    def __len__(self) -> int:
         return len(self.rows)
 
-    def __getitem__(self, key):
+    def __getitem__(self, key: int | str) -> Any:
         return [row[key] for row in self.rows] if isinstance(key, str) else self.rows[key]
 
 
 class Castable(Dataset):
-    def cast_column(self, column, kind):
+    def cast_column(self, column: str, kind: str) -> Dataset:
         assert column == "image" and kind == "undecoded"
         rows = [{**row, "image": {"bytes": png(np.asarray(row["image"])), "path": None}} for row in self.rows]
         return Dataset(rows, self.features)
 
 
-def rows(n=6):
+def rows(n: int = 6) -> list[Row]:
     return [{"image": Image.fromarray(pixels), "label": i % 2} for i, pixels in enumerate(images(n))]
 
 
 FEATURES = {"image": object(), "label": Label()}
 
 
-def test_rows_of_pillow_images():
+def test_rows_of_pillow_images() -> None:
     source = HuggingFaceSource(Dataset(rows(), FEATURES))
     assert len(source) == 6 and source.labels.tolist() == [0, 1] * 3 and source.classes == ["cat", "dog"]
     np.testing.assert_array_equal(np.asarray(source.read(2)), images(6)[2])
@@ -62,7 +69,7 @@ def test_rows_of_pillow_images():
     assert HuggingFaceSource(Dataset(turned, FEATURES)).read(0).size == (20, 24)
 
 
-def test_rows_of_bytes_where_the_package_is_installed(monkeypatch):
+def test_rows_of_bytes_where_the_package_is_installed(monkeypatch: pytest.MonkeyPatch) -> None:
     package = types.SimpleNamespace(Image=lambda decode: "undecoded")
     monkeypatch.setitem(sys.modules, "datasets", package)
     source = HuggingFaceSource(Castable(rows(), FEATURES))
@@ -72,7 +79,7 @@ def test_rows_of_bytes_where_the_package_is_installed(monkeypatch):
     assert source.fingerprint != HuggingFaceSource(Castable(rows()[:5], FEATURES)).fingerprint
 
 
-def test_hugging_face_data_that_cannot_be_used(tmp_path, monkeypatch):
+def test_hugging_face_data_that_cannot_be_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UserError, match="no column 'picture'; its columns are: image, label"):
         HuggingFaceSource(Dataset(rows(), FEATURES), image="picture")
     with pytest.raises(UserError, match="is streamed"):
@@ -86,7 +93,7 @@ def test_hugging_face_data_that_cannot_be_used(tmp_path, monkeypatch):
         open_source(tmp_path)
 
 
-def test_the_real_package(tmp_path):
+def test_the_real_package(tmp_path: Path) -> None:
     datasets = pytest.importorskip("datasets", reason="Hugging Face's datasets is not installed")
     data = datasets.Dataset.from_list(rows()).cast_column("image", datasets.Image())
     data.save_to_disk(tmp_path / "saved")
@@ -94,7 +101,7 @@ def test_the_real_package(tmp_path):
     np.testing.assert_array_equal(np.asarray(source.read(2)), images(6)[2])
 
 
-def test_labels_that_are_words_and_a_folder_that_is_damaged(tmp_path, monkeypatch):
+def test_labels_that_are_words_and_a_folder_that_is_damaged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     words = [{**row, "label": "cat"} for row in rows()]
     with pytest.raises(UserError, match="must be class numbers"):
         HuggingFaceSource(Dataset(words, FEATURES))
@@ -103,7 +110,7 @@ def test_labels_that_are_words_and_a_folder_that_is_damaged(tmp_path, monkeypatc
         open_source(tmp_path)
     (tmp_path / "state.json").write_text('{"_data_files": []}')
 
-    def damaged(path):
+    def damaged(path: str) -> None:
         raise KeyError("_fingerprint")
 
     monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_from_disk=damaged))

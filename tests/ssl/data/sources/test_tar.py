@@ -1,9 +1,14 @@
+from __future__ import annotations
+
 import io
 import tarfile
+from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
 import pytest
 import torch
+from numpy.typing import NDArray
 from PIL import Image
 
 from nearfar.ssl.data import open_source
@@ -18,17 +23,17 @@ from nearfar.ssl.settings.run import ViewSettings
 VIEWS = ViewSettings(global_crops_size=16, local_crops_size=8, local_crops_number=2)
 
 
-def png(pixels, **options):
+def png(pixels: NDArray[Any], **options: Any) -> bytes:
     file = io.BytesIO()
     Image.fromarray(pixels).save(file, "PNG", **options)
     return file.getvalue()
 
 
-def images(n=20):
+def images(n: int = 20) -> NDArray[Any]:
     return np.random.default_rng(0).integers(0, 256, (n, 20, 24, 3), np.uint8)
 
 
-def write_tar(path, files, mode="w"):
+def write_tar(path: Path, files: dict[str, bytes], mode: Literal["w", "w:gz", "w:bz2"] = "w") -> None:
     with tarfile.open(path, mode) as tar:
         for name, data in files.items():
             member = tarfile.TarInfo(name)
@@ -36,7 +41,7 @@ def write_tar(path, files, mode="w"):
             tar.addfile(member, io.BytesIO(data))
 
 
-def shards(folder, labels=True, long=""):
+def shards(folder: Path, labels: bool = True, long: str = "") -> tuple[NDArray[Any], NDArray[Any]]:
     pixels = images()
     for shard in range(3):
         files = {}
@@ -52,7 +57,7 @@ def shards(folder, labels=True, long=""):
 
 
 @pytest.mark.parametrize("long", ["", "x" * 150])  # names beyond 100 bytes have headers of their own
-def test_shards_hold_what_was_put_in(tmp_path, long):
+def test_shards_hold_what_was_put_in(tmp_path: Path, long: str) -> None:
     pixels, labels = shards(tmp_path, long=long)
     source = open_source(tmp_path)
     assert isinstance(source, TarSource) and len(source) == 20
@@ -66,7 +71,7 @@ def test_shards_hold_what_was_put_in(tmp_path, long):
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_shards_give_the_batches_of_any_source(tmp_path, workers):
+def test_shards_give_the_batches_of_any_source(tmp_path: Path, workers: int) -> None:
     pixels, labels = shards(tmp_path)
     options = {"batch_size": 4, "epochs": 2, "seed": 1, "rank": 1, "world_size": 2}
     mine = PillowLoader(open_source(tmp_path), VIEWS, LoaderOptions(workers=workers, **options))
@@ -78,7 +83,7 @@ def test_shards_give_the_batches_of_any_source(tmp_path, workers):
         assert all(torch.equal(x, y) for x, y in zip(a.groups, b.groups, strict=True))
 
 
-def test_shards_without_labels_and_their_fingerprint(tmp_path):
+def test_shards_without_labels_and_their_fingerprint(tmp_path: Path) -> None:
     (tmp_path / "a").mkdir()
     (tmp_path / "b").mkdir()
     shards(tmp_path / "a", labels=False)
@@ -88,7 +93,7 @@ def test_shards_without_labels_and_their_fingerprint(tmp_path):
     assert a.fingerprint != b.fingerprint == open_source(tmp_path / "b").fingerprint
 
 
-def test_shards_that_are_wrong(tmp_path):
+def test_shards_that_are_wrong(tmp_path: Path) -> None:
     file = tmp_path / "a.tar"
     file.write_bytes(b"no tar file, but longer than a header is: " * 30)
     with pytest.raises(UserError, match="cannot be read as an uncompressed tar"):
@@ -113,7 +118,7 @@ def test_shards_that_are_wrong(tmp_path):
             open_source(file)
 
 
-def test_a_damaged_image_in_a_shard_is_bad_by_its_name(tmp_path):
+def test_a_damaged_image_in_a_shard_is_bad_by_its_name(tmp_path: Path) -> None:
     write_tar(tmp_path / "a.tar", {"a.png": png(images()[0]), "b.png": b"nothing"})
     source = open_source(tmp_path)
     with pytest.raises(BadImage, match=r"a\.tar:b\.png: not an image"):
@@ -123,13 +128,13 @@ def test_a_damaged_image_in_a_shard_is_bad_by_its_name(tmp_path):
         source.read(0)
 
 
-def test_a_folder_with_images_and_a_tar_is_a_folder(tmp_path):
+def test_a_folder_with_images_and_a_tar_is_a_folder(tmp_path: Path) -> None:
     shards(tmp_path)
     (tmp_path / "a.png").write_bytes(png(images()[0]))
     assert isinstance(open_source(tmp_path), FolderSource)
 
 
-def header(name, size=0, kind=b"0", linked=b""):
+def header(name: bytes, size: bytes | int = 0, kind: bytes = b"0", linked: bytes = b"") -> bytes:
     """A tar header by hand, whose size is written as it is given."""
     block = bytearray(512)
     block[: len(name)] = name
@@ -144,7 +149,7 @@ def header(name, size=0, kind=b"0", linked=b""):
     return bytes(block)
 
 
-def padded(data):
+def padded(data: bytes) -> bytes:
     return data + bytes(-len(data) % 512)
 
 
@@ -163,13 +168,13 @@ def padded(data):
         ([header(b"a.png"), header(b"a.cls", 0)], "holds b'', where a class number"),
     ],
 )  # fmt: skip
-def test_crafted_shards_are_told(tmp_path, members, message):
+def test_crafted_shards_are_told(tmp_path: Path, members: list[bytes], message: str) -> None:
     (tmp_path / "a.tar").write_bytes(b"".join(members) + bytes(1024))
     with pytest.raises(UserError, match=message):
         open_source(tmp_path / "a.tar")
 
 
-def test_shards_of_random_bytes_are_read_or_told_but_nothing_else(tmp_path):
+def test_shards_of_random_bytes_are_read_or_told_but_nothing_else(tmp_path: Path) -> None:
     file, rng = tmp_path / "a.tar", np.random.default_rng(0)
     write_tar(file, {f"{i}{'x' * 60 * i}.png": b"x" for i in range(4)} | {"0.cls": b"1"})
     whole, answers = file.read_bytes(), {"read": 0, "told": 0}
@@ -190,6 +195,6 @@ def test_shards_of_random_bytes_are_read_or_told_but_nothing_else(tmp_path):
     assert min(answers.values()) > 10, answers
 
 
-def test_members_of_other_types_are_named(tmp_path):
+def test_members_of_other_types_are_named(tmp_path: Path) -> None:
     write_tar(tmp_path / "a.tar", {"a.png": png(images()[0]), "a.json": b"{}", "b.avif": b"x", "README": b"x"})
     assert passed_over(open_source(tmp_path / "a.tar")) == ["a.tar:b.avif", "a.tar:README"]

@@ -1,10 +1,16 @@
+from __future__ import annotations
+
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from numpy.typing import NDArray
 from PIL import Image, ImageOps
 from scipy.ndimage import correlate1d
+from torch import Tensor
 
 import nearfar.ssl.backbones  # noqa: F401  makes torchvision importable everywhere
 from nearfar.ssl.data.transforms import colors
@@ -13,7 +19,7 @@ from nearfar.ssl.data.views import plan_views
 from nearfar.ssl.settings.run import ViewSettings
 
 
-def pictures(n=12, size=20, seed=0):
+def pictures(n: int = 12, size: int = 20, seed: int = 0) -> Tensor:
     """Noise, and the hard cases of hue: gray, black and white, pure colors, two equal channels."""
     x = torch.randint(0, 256, (n, 3, size, size), generator=torch.Generator().manual_seed(seed), dtype=torch.uint8)
     x[0] = x[0, :1]
@@ -23,7 +29,7 @@ def pictures(n=12, size=20, seed=0):
     return x
 
 
-def plain(n, **changes):
+def plain(n: int, **changes: Tensor | int) -> Color:
     plan = Color(
         jitter=torch.zeros(n, dtype=torch.bool),
         factors=torch.tensor([1.0, 1.0, 1.0, 0.0]).repeat(n, 1),
@@ -35,7 +41,7 @@ def plain(n, **changes):
     return Color(**{**plan.__dict__, **changes})
 
 
-def boxes(sigma):
+def boxes(sigma: float) -> NDArray[Any]:
     """Three boxes with soft ends, convolved by numpy: the taps of a blur, from one end to the other.
 
     The box has length 2 r + 1, so the variance of a pass is sigma^2 / 3: r is found by bisection.
@@ -50,7 +56,7 @@ def boxes(sigma):
     return np.convolve(np.convolve(box, box), box) / box.sum() ** 3
 
 
-def boxed(image, sigma):
+def boxed(image: NDArray[Any], sigma: float) -> NDArray[Any]:
     """An image (3, s, s) blurred by `boxes`, cut at what reflection reaches."""
     taps = boxes(sigma)
     cut = max(0, len(taps) // 2 - image.shape[-1] + 1)
@@ -60,7 +66,7 @@ def boxed(image, sigma):
     return image
 
 
-def expected(image, plan, k):
+def expected(image: Tensor, plan: Color, k: int) -> Tensor:
     """One image through torchvision, operation by operation; the blur through scipy, with boxes."""
     from torchvision.transforms import functional as TF
 
@@ -78,7 +84,7 @@ def expected(image, plan, k):
 
 @settings(max_examples=15, deadline=None)
 @given(st.integers(0, 2**32), st.sampled_from([16, 21, 32]))
-def test_a_planned_batch_equals_torchvision_one_image_at_a_time(seed, size):
+def test_a_planned_batch_equals_torchvision_one_image_at_a_time(seed: int, size: int) -> None:
     views = ViewSettings(local_crops_number=1, solarize_prob=(0.5, 0.2, 0.5), hue=0.5, blur_prob=(0.5, 0.5, 0.5))
     plan = plan_views(views, seed, 0, np.arange(12), np.full((12, 2), size))
     for view in range(3):
@@ -95,7 +101,7 @@ def test_a_planned_batch_equals_torchvision_one_image_at_a_time(seed, size):
 
 
 @pytest.mark.parametrize("op", range(4))
-def test_each_adjustment_alone_equals_torchvision(op):
+def test_each_adjustment_alone_equals_torchvision(op: int) -> None:
     factors = torch.tensor([1.0, 1.0, 1.0, 0.0]).repeat(12, 1)
     factors[:, op] = torch.linspace(-0.5, 0.5, 12) if op == 3 else torch.linspace(0, 2, 12)
     plan = plain(12, jitter=torch.ones(12, dtype=torch.bool), factors=factors)
@@ -104,7 +110,7 @@ def test_each_adjustment_alone_equals_torchvision(op):
         torch.testing.assert_close(out[k], expected(pictures()[k], plan, k), rtol=1e-5, atol=2e-6)
 
 
-def test_hue_equals_the_textbook_conversion():
+def test_hue_equals_the_textbook_conversion() -> None:
     """colorsys in float64, pixel by pixel."""
     import colorsys
 
@@ -117,7 +123,7 @@ def test_hue_equals_the_textbook_conversion():
             assert result == pytest.approx(colorsys.hsv_to_rgb((h + turns[k].item()) % 1, s, v), abs=1e-6)
 
 
-def test_blur_is_three_soft_boxes_in_float64():
+def test_blur_is_three_soft_boxes_in_float64() -> None:
     x = pictures(9, 24).double() / 255
     sigma = torch.tensor([0.05, 0.1, 0.4, 0.9, 1.3, 1.41, 1.42, 2.0, 4.0], dtype=torch.float64)
     out = blur(x, sigma)
@@ -126,25 +132,25 @@ def test_blur_is_three_soft_boxes_in_float64():
 
 
 @pytest.mark.parametrize("sigma", [0.1, 0.3, 0.5, 0.9, 1.4, 1.5, 2.0, 6.0])
-def test_the_taps_keep_the_variance(sigma):
+def test_the_taps_keep_the_variance(sigma: float) -> None:
     taps = blur_taps(torch.tensor([sigma], dtype=torch.float64), 30)[0]
     places = torch.arange(31)
     assert float(2 * taps.sum() - taps[0]) == pytest.approx(1, abs=1e-14)
     assert float(2 * (taps * places**2).sum()) == pytest.approx(sigma**2, rel=1e-9)
 
 
-def test_no_blur_has_one_tap():
+def test_no_blur_has_one_tap() -> None:
     assert blur_taps(torch.tensor([0.0, 2.0]), 6)[0].tolist() == [1, 0, 0, 0, 0, 0, 0]
 
 
-def test_blur_of_one_image_does_not_depend_on_the_others():
+def test_blur_of_one_image_does_not_depend_on_the_others() -> None:
     x, sigma = pictures(4, 16).float() / 255, torch.tensor([0.3, 2.0, 1.0, 0.1])
     torch.testing.assert_close(blur(x, sigma)[0], blur(x[:1], sigma[:1])[0])
 
 
 @pytest.mark.parametrize("sigma", [0.1, 0.2, 0.3, 0.4, 0.5, 0.7, 1.0, 1.3, 1.414, 1.42, 1.7, 2.0])
 @pytest.mark.parametrize("kind", ["noise", "blocks"])
-def test_blur_equals_pillows_but_for_its_rounding(sigma, kind):
+def test_blur_equals_pillows_but_for_its_rounding(sigma: float, kind: str) -> None:
     """Within three of 255 levels: Pillow rounds to 8 bits after each of its six passes. A Gaussian sampled at pixels
     is up to 33 levels away (sigma .3, noise)."""
     from PIL import ImageFilter
@@ -161,7 +167,7 @@ def test_blur_equals_pillows_but_for_its_rounding(sigma, kind):
     assert sigma < 1.2 or (apart.max() < 2 and apart.mean() < 0.4)
 
 
-def test_solarize_equals_pillow_exactly():
+def test_solarize_equals_pillow_exactly() -> None:
     images = torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 16).repeat(1, 3, 1, 1)
     out = color(images, plain(1, solarize=torch.tensor([True])))
     theirs = ImageOps.solarize(Image.fromarray(images[0].permute(1, 2, 0).numpy()), 128)
@@ -169,14 +175,14 @@ def test_solarize_equals_pillow_exactly():
     assert torch.equal(color(images, plain(1, solarize=torch.tensor([True]), solarize_threshold=256)), images / 255)
 
 
-def test_untouched_samples_stay_exactly_as_they_are():
+def test_untouched_samples_stay_exactly_as_they_are() -> None:
     images = pictures()
     some = torch.arange(12) % 2 == 0
     out = color(images, plain(12, gray=some, sigma=some * 1.0, jitter=some))
     assert torch.equal(out[1::2], images[1::2].float() / 255)
 
 
-def test_order_of_operations_matters_and_is_kept():
+def test_order_of_operations_matters_and_is_kept() -> None:
     images, n = pictures()[4:6], 2
     factors = torch.tensor([[1.4, 0.6, 1.0, 0.0]] * 2)
     order = torch.tensor([[0, 1, 2, 3], [1, 0, 2, 3]], dtype=torch.uint8)
@@ -188,7 +194,7 @@ def test_order_of_operations_matters_and_is_kept():
         torch.testing.assert_close(out[k], expected(images[k], plan, k))
 
 
-def test_working_in_parts_changes_nothing(monkeypatch):
+def test_working_in_parts_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     views = ViewSettings(local_crops_number=0)
     plan = color_of(plan_views(views, 0, 0, np.arange(12), np.full((12, 2), 20)), slice(0, 1))
     whole = color(pictures(), plan)
@@ -196,14 +202,14 @@ def test_working_in_parts_changes_nothing(monkeypatch):
     torch.testing.assert_close(color(pictures(), plan), whole, rtol=0, atol=1e-6)
 
 
-def test_parameters_of_a_group_run_view_by_view():
+def test_parameters_of_a_group_run_view_by_view() -> None:
     plan = plan_views(ViewSettings(local_crops_number=3), 0, 0, np.arange(4), np.full((4, 2), 20))
     group = color_of(plan, slice(2, 5))
     assert group.sigma.tolist() == [plan.sigma[n, v] for v in range(2, 5) for n in range(4)]
     assert torch.equal(group.factors[4 * 1 + 2], torch.from_numpy(plan.factors[2, 3]))
 
 
-def test_one_pixel_no_images_and_gray():
+def test_one_pixel_no_images_and_gray() -> None:
     one = color(torch.full((1, 3, 1, 1), 9, dtype=torch.uint8), plain(1, sigma=torch.ones(1)))
     assert one.flatten().tolist() == pytest.approx([9 / 255] * 3)
     assert color(pictures()[:0], plain(0)).shape == (0, 3, 20, 20)
@@ -211,7 +217,7 @@ def test_one_pixel_no_images_and_gray():
 
 
 @pytest.mark.cuda
-def test_the_gpu_gives_the_same():
+def test_the_gpu_gives_the_same() -> None:
     plan = plan_views(ViewSettings(), 0, 0, np.arange(12), np.full((12, 2), 20))
     for view in range(3):
         group = color_of(plan, slice(view, view + 1))

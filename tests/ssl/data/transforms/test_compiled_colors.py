@@ -1,8 +1,13 @@
+from __future__ import annotations
+
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from numpy.typing import NDArray
 
 pytest.importorskip("numba")
 
@@ -12,7 +17,7 @@ from nearfar.ssl.data.transforms.compiled_crops import make_scratch, make_views,
 OFF = {"jitter": False, "factors": (1, 1, 1, 0), "order": (0, 1, 2, 3), "gray": False, "sigma": 0.0, "solarize": False}
 
 
-def both(view, threshold=128, **plan):
+def both(view: NDArray[Any], threshold: int = 128, **plan: Any) -> tuple[NDArray[Any], NDArray[Any]]:
     """The view (3, s, s) colored here, and by colors.color (float, 0..255).
 
     Here by `make_views`, the one function that is ever compiled, whose crop is the whole image at its own size.
@@ -36,7 +41,7 @@ def both(view, threshold=128, **plan):
     return mine.reshape(view.shape), (color(torch.from_numpy(view)[None], one)[0] * 255).numpy()
 
 
-def noise(size=24, seed=0):
+def noise(size: int = 24, seed: int = 0) -> NDArray[Any]:
     return np.random.default_rng(seed).integers(0, 256, (3, size, size), np.uint8)
 
 
@@ -46,13 +51,21 @@ def noise(size=24, seed=0):
     st.tuples(st.floats(0.3, 1.7), st.floats(0.3, 1.7), st.floats(0.3, 1.7), st.floats(-0.5, 0.5)),
     st.booleans(), st.booleans(), st.sampled_from([0.0, 0.1, 0.7, 1.3, 2.0]),
 )  # fmt: skip
-def test_all_operations_agree_with_colors(seed, size, order, factors, jitter, gray, sigma):
+def test_all_operations_agree_with_colors(
+    seed: int,
+    size: int,
+    order: list[int],
+    factors: tuple[float, float, float, float],
+    jitter: bool,
+    gray: bool,
+    sigma: float,
+) -> None:
     mine, expected = both(noise(size, seed), jitter=jitter, factors=factors, order=order, gray=gray, sigma=sigma)
     assert np.abs(mine - expected).max() < 0.51  # rounded to 8 bits, and nothing else
 
 
 @pytest.mark.parametrize("threshold", [0, 1, 128, 200, 255, 256])
-def test_solarize(threshold):
+def test_solarize(threshold: int) -> None:
     view = noise()
     mine, expected = both(view, threshold, solarize=True)
     np.testing.assert_array_equal(mine, np.where(view >= threshold, 255 - view, view))
@@ -60,7 +73,7 @@ def test_solarize(threshold):
 
 
 @pytest.mark.parametrize("sigma", [0.1, 0.4, 1.0, 1.5, 2.0, 5.0])
-def test_blur_equals_pillows_inside(sigma):
+def test_blur_equals_pillows_inside(sigma: float) -> None:
     from PIL import Image, ImageFilter
 
     view = noise(64)
@@ -72,13 +85,13 @@ def test_blur_equals_pillows_inside(sigma):
     assert expected.size > 500 and np.abs(mine - expected).max() <= 3  # Pillow rounds to 8 bits six times
 
 
-def test_flat_colors_and_grays():
+def test_flat_colors_and_grays() -> None:
     for value in (0, 1, 128, 255):
         view = np.full((3, 8, 8), value, np.uint8)
         mine, expected = both(view, jitter=True, factors=(1.2, 0.7, 1.5, 0.3), sigma=1.0)
         assert np.abs(mine - expected).max() < 0.51
 
 
-def test_nothing_to_do_changes_nothing():
+def test_nothing_to_do_changes_nothing() -> None:
     view = noise()
     np.testing.assert_array_equal(both(view)[0], view)

@@ -1,12 +1,16 @@
+from __future__ import annotations
+
 import os
 import subprocess
 import sys
 import textwrap
+from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from numpy.typing import NDArray
 from PIL import Image
 
 pytest.importorskip("numba")
@@ -21,7 +25,12 @@ from nearfar.ssl.data.transforms.compiled_crops import (
 )
 
 
-def views_of(pixels, box, flip, size):
+def views_of(
+    pixels: NDArray[Any],
+    box: NDArray[Any] | list[tuple[int, int, int, int]],
+    flip: NDArray[Any] | list[bool],
+    size: NDArray[Any] | list[int],
+) -> list[NDArray[Any]]:
     """Views of one image, (3, s, s) each, geometry only."""
     height, width = pixels.shape[:2]
     scratch = make_scratch(height, width, int(max(size)))
@@ -43,7 +52,7 @@ def views_of(pixels, box, flip, size):
 
 @settings(max_examples=40, deadline=None)
 @given(st.integers(0, 2**32), st.integers(1, 150), st.integers(1, 150))
-def test_views_are_those_of_pillow_to_the_bit(seed, height, width):
+def test_views_are_those_of_pillow_to_the_bit(seed: int, height: int, width: int) -> None:
     rng = np.random.default_rng(seed)
     pixels = rng.integers(0, 256, (height, width, 3), np.uint8)
     h, w = rng.integers(1, height + 1, 6), rng.integers(1, width + 1, 6)
@@ -58,14 +67,14 @@ def test_views_are_those_of_pillow_to_the_bit(seed, height, width):
 
 
 @pytest.mark.parametrize(("height", "width"), [(300, 40), (40, 300), (8, 8), (3, 500)])
-def test_extreme_shapes(height, width):
+def test_extreme_shapes(height: int, width: int) -> None:
     pixels = np.random.default_rng(0).integers(0, 256, (height, width, 3), np.uint8)
     (view,) = views_of(pixels, [(0, 0, height, width)], [False], [48])
     expected = np.asarray(Image.fromarray(pixels).resize((48, 48), Image.Resampling.BICUBIC))
     np.testing.assert_array_equal(view.transpose(1, 2, 0), expected)
 
 
-def test_a_view_larger_than_the_image_is_enlarged():
+def test_a_view_larger_than_the_image_is_enlarged() -> None:
     pixels = np.random.default_rng(0).integers(0, 256, (8, 9, 3), np.uint8)
     (view,) = views_of(pixels, [(0, 0, 8, 9)], [True], [224])
     expected = np.asarray(Image.fromarray(pixels).resize((224, 224), Image.Resampling.BICUBIC))
@@ -74,7 +83,7 @@ def test_a_view_larger_than_the_image_is_enlarged():
 
 @settings(max_examples=30, deadline=None)
 @given(st.integers(1, 70), st.integers(1, 20), st.integers(0, 99))
-def test_bytes_are_transposed(rows, words, seed):
+def test_bytes_are_transposed(rows: int, words: int, seed: int) -> None:
     source = np.random.default_rng(seed).integers(0, 256, (padded(rows), 8 * words), np.uint8)
     out = np.zeros(words * padded(rows), np.uint64)
     transpose_bytes(source.reshape(-1).view(np.uint64), rows, words, out)
@@ -83,7 +92,7 @@ def test_bytes_are_transposed(rows, words, seed):
 
 @settings(max_examples=40, deadline=None)
 @given(st.integers(1, 600), st.integers(1, 300))
-def test_weights_sum_to_one_and_stay_inside(n, size):
+def test_weights_sum_to_one_and_stay_inside(n: int, size: int) -> None:
     scratch = make_scratch(n, n, size)
     stride = bicubic_weights(n, size, scratch.first, scratch.taps, scratch.weights, scratch.exact)
     weights = scratch.weights[: size * stride].reshape(size, stride)
@@ -94,7 +103,7 @@ def test_weights_sum_to_one_and_stay_inside(n, size):
     assert not weights[np.arange(stride) >= scratch.taps[:, None]].any()
 
 
-def test_without_a_folder_to_keep_compiled_code_in_each_process_compiles():
+def test_without_a_folder_to_keep_compiled_code_in_each_process_compiles() -> None:
     """The package and HOME are read-only in many containers; tests run as root, whom no permission stops."""
     program = textwrap.dedent("""
         import tempfile

@@ -1,7 +1,12 @@
+from __future__ import annotations
+
+from typing import Any
+
 import numpy as np
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from numpy.typing import NDArray
 from PIL import Image
 
 import nearfar.ssl.backbones  # noqa: F401  makes torchvision importable everywhere
@@ -12,13 +17,13 @@ from nearfar.ssl.settings.run import ViewSettings
 VIEWS = ViewSettings(global_crops_size=24, local_crops_size=16, local_crops_number=3)
 
 
-def noise(n=50, height=20, width=26, seed=0):
+def noise(n: int = 50, height: int = 20, width: int = 26, seed: int = 0) -> NDArray[Any]:
     return np.random.default_rng(seed).integers(0, 256, (n, height, width, 3), dtype=np.uint8)
 
 
 @settings(max_examples=20, deadline=None)
 @given(st.integers(0, 2**32), st.integers(8, 60), st.integers(8, 60))
-def test_views_equal_torchvision_on_pillow_images(seed, height, width):
+def test_views_equal_torchvision_on_pillow_images(seed: int, height: int, width: int) -> None:
     from torchvision.transforms import InterpolationMode
     from torchvision.transforms import functional as TF
 

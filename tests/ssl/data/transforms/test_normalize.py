@@ -1,10 +1,12 @@
+from __future__ import annotations
+
 import torch
 
 import nearfar.ssl.backbones  # noqa: F401  makes torchvision importable everywhere
 from nearfar.ssl.data.transforms.normalize import MEAN, STD, normalize, normalize_pixels
 
 
-def test_normalize_equals_torchvision():
+def test_normalize_equals_torchvision() -> None:
     from torchvision.transforms import functional as TF
 
     pixels = torch.randint(0, 256, (2, 3, 4, 5), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
