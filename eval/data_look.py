@@ -38,8 +38,8 @@ class DataLook(NamedTuple):
         if self.duplicates <= len(self.position) / 10:
             return ""
         return (
-            "So many may say more about the network than about the images: a better trained one, or a larger "
-            "--duplicate-cosine, will tell."
+            "So many may say more about the network than about the images: try a better trained one, or a larger "
+            "--duplicate-cosine."
         )
 
 

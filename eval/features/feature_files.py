@@ -69,7 +69,7 @@ def _require_stores(folder: Path) -> None:
         return
     if folder.exists():
         raise UserError(
-            f"{folder} holds something else than the features of several layers, so nothing is written over it. Choose "
+            f"{folder} holds something other than the features of several layers, so it is not overwritten. Choose "
             "another folder, or remove that one."
         )
 

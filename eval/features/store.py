@@ -39,7 +39,7 @@ class FeatureStore:
         reused.
 
         A store made from the same weights, data and reading is opened; any other store in `folder` is
-        replaced, and a folder that is no feature store is left alone (UserError). The folder appears complete
+        replaced, and a folder that is not a feature store is left alone (UserError). The folder appears complete
         or not at all. What a killed process left of the same work (weights, data, reading, batch size, kind of device,
         torch) is continued, to the same bits; what it left of other work is removed. Raises UserError also
         where the disk refuses, before anything is computed if it does so at once.
@@ -49,8 +49,8 @@ class FeatureStore:
             if folder.exists():
                 if not (folder / "manifest.json").is_file() and (not folder.is_dir() or any(folder.iterdir())):
                     raise UserError(
-                        f"{folder} exists and is no feature store (it has no manifest.json), so nothing is "
-                        "written over it. Choose another folder, or remove that one."
+                        f"{folder} exists and is not a feature store (it has no manifest.json), so it is not "
+                        "overwritten. Choose another folder, or remove that one."
                     )
                 with contextlib.suppress(UserError):  # a damaged store is made again, like a missing one
                     return FeatureStore.open(folder, manifest)
@@ -113,7 +113,7 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
             raise ValueError("it holds no names and values")
         shape, arrays = manifest["shape"], manifest["arrays"]
         if not isinstance(shape, list) or not all(isinstance(side, int) and side > 0 for side in shape):
-            raise ValueError("`shape` is no shape")
+            raise ValueError("`shape` is not a shape")
         if not isinstance(arrays, list) or not {"features", "index"} <= set(arrays) <= _KINDS.keys():
             raise ValueError("`arrays` are not those of a feature store")
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:

@@ -131,7 +131,7 @@ def _other_tasks(table: Mapping[str, Mapping[str, Score]], decided: str) -> str:
         ]
         if task != decided:
             summaries.append(f"{TITLES[task]} {score.percent:.1f} %" + (f" ({', '.join(beside)})" if beside else ""))
-    return f"Besides, {', '.join(summaries)}." if summaries else ""
+    return f"Other scores: {', '.join(summaries)}." if summaries else ""
 
 
 def _health(last: Mapping[str, float]) -> str:

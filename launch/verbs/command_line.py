@@ -81,7 +81,7 @@ def refuse_leftover(words: Sequence[str], left: Sequence[str]) -> NoReturn:
             after = words[words.index(flag) + 1 :][:1]
             value = after[0] if after and not after[0].startswith("-") and "=" not in after[0] else "VALUE"
         hint = f"; the setting is written {key}={value}" if key else ""
-        problems.append(f"{flag.partition('=')[0]} is no flag of `nearfar {words[0]}`{hint}")
+        problems.append(f"{flag.partition('=')[0]} is not a flag of `nearfar {words[0]}`{hint}")
     problems = problems or [f"'{' '.join(left)}' is not expected by `nearfar {words[0]}`"]
     _end(f"{'. '.join(problems)}. See `nearfar {words[0]} --help`")
 

@@ -194,7 +194,7 @@ def _costs(run: AnyRun, learner: StudentTeacher, steps: int, compute: Compute, m
         f"Time       about {duration(steps * measured.seconds)} for {steps:,} steps of {measured.seconds:.2f} s on "
         f"{compute.device.type} in {compute.rounding} ({100 * measured.waiting:.0f} % of it waiting for images), "
         "without scores and checkpoints",
-        f"Memory     about {byte_size(ranks * measured.memory)} {memory}{each}, besides that of the data workers"
+        f"Memory     about {byte_size(ranks * measured.memory)} {memory}{each}, without that of the data workers"
         + (
             f" and {byte_size(disk.checkpoint)} on the host for the copy from which checkpoints are written"
             * run.train.save_in_background

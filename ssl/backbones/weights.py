@@ -165,7 +165,7 @@ def weights_in(path: Path) -> Path:
     ):
         if file.is_file():
             return file
-    raise UserError(f"There are no weights in {path}: it is no folder of a run, a checkpoint or an export.")
+    raise UserError(f"There are no weights in {path}: it is not the folder of a run, a checkpoint or an export.")
 
 
 def _teacher_of(state: State) -> State:

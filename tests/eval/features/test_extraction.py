@@ -215,7 +215,7 @@ def test_failure_leaves_the_old_store(tmp_path: Path, source: SomeBad) -> None:
 
 def test_other_folders_are_not_overwritten(tmp_path: Path, source: SomeBad) -> None:
     (tmp_path / "thesis.txt").write_text("three years")
-    with pytest.raises(UserError, match="no feature store"):
+    with pytest.raises(UserError, match="is not a feature store"):
         FeatureStore.write(tmp_path, Averages(), source, Reading(16))
     assert (tmp_path / "thesis.txt").read_text() == "three years"
 

@@ -90,7 +90,7 @@ def test_images_are_read_once_and_a_killed_pass_is_continued(
 def test_what_is_no_set_of_layers_is_left_alone(tmp_path: Path, source: Source, backbone: Backbone) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "thesis.txt").write_text("mine")
-    with pytest.raises(UserError, match="holds something else than the features of several layers"):
+    with pytest.raises(UserError, match="holds something other than the features of several layers"):
         write_layers(tmp_path / "out", backbone, source, READING, LAYERS, DECODING)
     for layers, pooling, message in [
         (["final", "final"], "cls", "name each once"),

@@ -44,7 +44,7 @@ def test_the_scores_that_do_not_decide_are_told_besides() -> None:
         knn = given[subject]["knn"]
         given[subject]["linear"] = Score(subject, "linear", percent, "w", knn.train, knn.val, {}, 500)
     got = verdict(given, WELL, {})
-    assert got is not None and got.others == "Besides, linear top-1 80.0 % (raw pixels 17.4 %)."
+    assert got is not None and got.others == "Other scores: linear top-1 80.0 % (raw pixels 17.4 %)."
     assert got.others in got.text and "linear" not in got.finding
 
 

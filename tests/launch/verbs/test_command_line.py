@@ -131,7 +131,7 @@ def test_waiting_threads_leave_their_core_to_others_unless_the_user_says_how_the
         (["pretrain", "demo", "--batch-size"], "the setting is written train.batch_size=VALUE"),
         (["demo", "--epochs", "3"], "the setting is written train.epochs=3"),
         (["launch", "demo", "--epochs", "3"], "the setting is written train.epochs=3"),
-        (["pretrain", "demo", "-x"], "-x is no flag of `nearfar pretrain`."),
+        (["pretrain", "demo", "-x"], "-x is not a flag of `nearfar pretrain`."),
         (["export", "a", "b", "c"], "'c' is not expected by `nearfar export`"),
         (["export"], "model and out are missing"),
         (
