@@ -1,9 +1,10 @@
-"""Registers and spilled bytes of a thread of our Triton kernels, compiled ahead of time: needs Triton, and no GPU.
+"""Registers and stack of a thread of our Triton kernels, compiled ahead of time: needs Triton, and no GPU.
 
     python bench/registers.py [--capabilities 80 90 100]
 
-Spilled are numbers that a kernel keeps in memory because its registers do not hold them all. Shared memory is that of
-a block of threads, in bytes.
+On the stack, which lies in memory, a kernel keeps the numbers that its registers do not hold: what spills. The numbers
+are those of the binary that Triton made, as the cuobjdump that comes with it reads them: Triton chooses among several
+assemblers and gives them options of its own. Shared memory is that of a block of threads, in bytes.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from nearfar.ssl.backbones import scan_triton
 from nearfar.ssl.data.transforms import triton_colors
 
 HALF = {"x", "B", "C", "y", "grad", "to_x"}  # what Vim's scan takes and gives as bfloat16 under autocast
-COLORS = {"images": "*u8", "height": "i32", "width": "i32", "pixels": "i32", "threshold": "fp32"}
+COLORS = {"images": "*u8", "columns": "i32", "height": "i32", "width": "i32", "pixels": "i32", "threshold": "fp32"}
 
 
 def scan_types(kernel: Any) -> dict[str, str]:
@@ -53,34 +54,30 @@ def kernels() -> list[tuple[str, Any, dict[str, str], dict[str, Any]]]:
 
 
 def usage(kernel: Any, types: dict[str, str], fixed: dict[str, Any], capability: int) -> tuple[int, int, int]:
-    """Registers and spilled bytes (stores and loads) of a thread, and shared bytes of a block."""
+    """Registers and bytes of stack of a thread, and shared bytes of a block."""
     types = types | dict.fromkeys(fixed, "constexpr")
     places = {(kernel.arg_names.index(name),): value for name, value in fixed.items()}
     source = ASTSource(fn=kernel, signature=types, constexprs=places)
     built = triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": scan_triton.WARPS})
-    ptx = str(built.asm["ptx"])
-    target = re.search(r"\.target (\w+)", ptx)
-    assert target is not None
-    assembler = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "ptxas"
-    with tempfile.TemporaryDirectory() as folder:
-        text = Path(folder) / "kernel.ptx"
-        text.write_text(ptx)
+    reader = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(built.asm["cubin"])
+        file.flush()
         report = subprocess.run(
-            [assembler, "-v", f"--gpu-name={target[1]}", text, "-o", f"{folder}/cubin"],
-            check=True, capture_output=True, text=True,
-        ).stderr  # fmt: skip
-    registers, stores, loads = (
-        int(match[1]) if (match := re.search(pattern, report)) else 0
-        for pattern in (r"Used (\d+) registers", r"(\d+) bytes spill stores", r"(\d+) bytes spill loads")
-    )
-    return registers, stores + loads, int(built.metadata.shared)
+            [reader, "--dump-resource-usage", file.name], check=True, capture_output=True, text=True
+        ).stdout
+    found = re.search(r"REG:(\d+) STACK:(\d+)", report)
+    assert found is not None, report
+    return int(found[1]), int(found[2]), int(built.metadata.shared)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--capabilities", type=int, nargs="+", default=[80, 90, 100])
     capabilities = parser.parse_args().capabilities
-    print(f"Triton {triton.__version__}: registers of a thread / spilled bytes of a thread / shared bytes of a block\n")
+    print(
+        f"Triton {triton.__version__}: registers of a thread / bytes of stack of a thread / shared bytes of a block\n"
+    )
     print("| kernel | " + " | ".join(f"sm_{each}" for each in capabilities) + " |")
     print("|---|" + "--:|" * len(capabilities))
     for name, kernel, types, fixed in kernels():
