@@ -127,6 +127,12 @@ class BalancedLoss(nn.Module):
         self.center.copy_(moved if not_finite is None else torch.where(not_finite > 0, self.center, moved))
         self._noted = []
 
+    def forget(self) -> None:
+        """Leave what was noted out of the center: its passes were no training."""
+        for noted in self._noted:
+            noted.wait()
+        self._noted = []
+
     def _sum(self) -> Tensor:
         """What was noted, over all passes and ranks."""
         first, *others = (noted.wait() for noted in self._noted)

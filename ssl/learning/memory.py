@@ -121,18 +121,22 @@ def activations(
     """
     device = next(network.parameters()).device
     groups = [torch.zeros((number, images, 3, side, side), device=device) for number, side in views]
-    before = {name: buffer.clone() for name, buffer in network.named_buffers()}  # of batch norm
+    with unchanged(network), _Saved(network) as kept, autocast():
+        (forward or network)(groups)
+    return kept.counted()
+
+
+@contextmanager
+def unchanged(network: nn.Module) -> Iterator[None]:
+    """Passes in this context leave the buffers of `network` (of batch norm) and the random numbers as they were."""
+    device = next(network.parameters()).device
+    before = {name: buffer.clone() for name, buffer in network.named_buffers()}
     try:
-        with (
-            torch.random.fork_rng([device] if device.type == "cuda" else []),
-            _Saved(network) as kept,
-            autocast(),
-        ):
-            (forward or network)(groups)
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            yield
     finally:
         for name, buffer in network.named_buffers():
             buffer.copy_(before[name])
-    return kept.counted()
 
 
 class _Saved:

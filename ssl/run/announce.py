@@ -171,6 +171,22 @@ def less_memory(run: AnyRun, ranks: int) -> str:
     return f"Try {', '.join(ways[:-1])} or {ways[-1]}."
 
 
+class Costs(NamedTuple):
+    """What is known of a run's costs before its first step."""
+
+    need: MemoryNeed
+    free: int | None  # bytes, as far as the system tells
+    seconds: float | None  # of a step's passes, uncompiled; None: not tried, as memory or the run is short
+
+
+def cost_lines(run: ResolvedRun | ResolvedFinetune, costs: Costs, left: int, compiled: bool) -> list[str]:
+    """What `left` steps need, before the first one."""
+    lines = [memory_line(run, costs.need, costs.free)]
+    if costs.seconds is not None:
+        lines.append(rough_time_line(costs.seconds, left, compiled))
+    return lines
+
+
 def memory_line(run: ResolvedRun | ResolvedFinetune, need: MemoryNeed, free: int | None) -> str:
     """What a step needs, before the first one."""
     images = run.train.batch_size // run.train.world_size // run.train.accumulate_steps
@@ -239,10 +255,23 @@ def disk_line(learner: StudentTeacher, keep: int, copied: bool) -> str:
     )
 
 
+def rough_time_line(seconds: float, left: int, compiled: bool) -> str:
+    """seconds: of a step's passes, tried before the first one and before anything was compiled."""
+    faster = ", not compiled yet" if compiled else ""
+    return (
+        f"{counted(left, 'step')} to go: roughly {duration(seconds * left)} at {_step_seconds(seconds)} a step, by a "
+        f"trial with a few black images{faster}. Optimizer, images that are waited for and scores come on top."
+    )
+
+
+def _step_seconds(seconds: float) -> str:
+    return f"{seconds:.2f} s" if seconds < 10 else f"{seconds:.0f} s"
+
+
 def time_line(seconds: float, left: int) -> str:
     """seconds: a step, as the first ones were."""
-    each = f"{seconds:.2f}" if seconds < 10 else f"{seconds:.0f}"
-    return f"{counted(left, 'step')} left: about {duration(seconds * left)} at {each} s a step, without scores."
+    each = _step_seconds(seconds)
+    return f"{counted(left, 'step')} left: about {duration(seconds * left)} at {each} a step, without scores."
 
 
 def what_next(run: Run, finished: bool, step: int, steps: int) -> str:

@@ -152,6 +152,14 @@ class Training(ABC, Generic[R, L]):
 
     @classmethod
     @abstractmethod
+    def trial_loss(cls, run: R, learner: L, images: int) -> Tensor:
+        """The loss of so many black images, with all its parts; asked before anything is split over ranks or compiled.
+
+        What the loss has noted for its center is to be forgotten.
+        """
+
+    @classmethod
+    @abstractmethod
     def description_of(cls, run: R, learner: L, source: Source, rounding: str) -> dict[str, Any]:
         """What a checkpoint records about itself besides its step."""
 

@@ -98,6 +98,13 @@ class Finetuning(Training[ResolvedFinetune, ClassifierLearner]):
         return memory.estimate_classifier(learner, run.augment.size, images, compute.autocast, recompute)
 
     @classmethod
+    def trial_loss(cls, run: ResolvedFinetune, learner: ClassifierLearner, images: int) -> Tensor:
+        classes, device = len(learner.student.classes), next(learner.parameters()).device
+        black = torch.zeros((images, 3, run.augment.size, run.augment.size), device=device)
+        outputs: ClassifierOutputs = learner(black, torch.full((images, classes), 1 / classes, device=device))
+        return outputs.loss
+
+    @classmethod
     def description_of(
         cls, run: ResolvedFinetune, learner: ClassifierLearner, source: Source, rounding: str
     ) -> dict[str, Any]:

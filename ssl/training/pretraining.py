@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -67,6 +68,15 @@ class Pretraining(Training[ResolvedRun, Learner]):
     @classmethod
     def needed(cls, run: ResolvedRun, learner: Learner, compute: Compute) -> memory.MemoryNeed:
         return needed(learner, run, compute)
+
+    @classmethod
+    def trial_loss(cls, run: ResolvedRun, learner: Learner, images: int) -> Tensor:
+        device = next(learner.parameters()).device
+        black = [torch.zeros((number, images, 3, side, side), device=device) for number, side in views_of(run)]
+        blocks = build_block_masks(run, learner.student.backbone.patch_size)
+        masks = replace(blocks, images=images).of_step(0, device)[0] if blocks else None
+        outputs: Outputs = learner(black, run.loss.teacher_temp, masks, run.loss.gram_weight)
+        return outputs.loss
 
     @classmethod
     def description_of(cls, run: ResolvedRun, learner: Learner, source: Source, rounding: str) -> dict[str, Any]:
@@ -150,8 +160,12 @@ class Pretraining(Training[ResolvedRun, Learner]):
 
 def needed(learner: Learner, run: ResolvedRun, compute: Compute) -> memory.MemoryNeed:
     """What a step of one rank keeps in memory; to be asked before anything is split over ranks or compiled."""
-    sizes = [(2, run.views.global_crops_size), (run.views.local_crops_number, run.views.local_crops_size)]
     images = run.train.batch_size // run.train.world_size // run.train.accumulate_steps
-    views = [(number, side) for number, side in sizes if number]
-    need = memory.estimate(learner, views, images, compute.autocast, run.train.checkpoint_activations)
+    need = memory.estimate(learner, views_of(run), images, compute.autocast, run.train.checkpoint_activations)
     return need.split(run.train.world_size) if run.train.shard else need
+
+
+def views_of(run: ResolvedRun) -> list[tuple[int, int]]:
+    """How many views an image has of each size, and their side in pixels; the global ones first."""
+    sizes = [(2, run.views.global_crops_size), (run.views.local_crops_number, run.views.local_crops_size)]
+    return [(number, side) for number, side in sizes if number]

@@ -11,7 +11,7 @@ from nearfar.ssl.data import open_loader
 from nearfar.ssl.data.loaders.base import Loader, LoaderOptions
 from nearfar.ssl.data.sources.base import Source
 from nearfar.ssl.disk import checkpoint_names
-from nearfar.ssl.learning import compiled, memory
+from nearfar.ssl.learning import compiled, memory, pace
 from nearfar.ssl.learning.learner import share_batch_norm
 from nearfar.ssl.learning.loss_scale import LossScale
 from nearfar.ssl.learning.student_teacher import StudentTeacher
@@ -46,9 +46,10 @@ def set_up(kind: type[T], run: AnyRun, source: Source, observers: Observers, fol
     origin = fork.read(resolved.train.start_from) if saved is None and resolved.train.start_from else None
     learner, compute = learner_on_device(kind, resolved, source, weights=saved is None)
     loader = loader_of(resolved, source, world, compute.device)
-    goes_on = saved is None or saved.state["step"] < resolved.train.epochs * loader.steps_per_epoch
+    steps = resolved.train.epochs * loader.steps_per_epoch
+    left = steps - (saved.state["step"] if saved else 0)
     # Tried before the networks are sharded, told with the other warnings.
-    memories = (kind.needed(resolved, learner, compute), memory.free(compute.device)) if goes_on else None
+    costs = costs_of(kind, resolved, learner, compute, left) if left > 0 else None
     if world.size > 1:
         _spread(learner, resolved.train.shard)
     optimizer = kind.optimizer_for(resolved, learner)
@@ -57,9 +58,9 @@ def set_up(kind: type[T], run: AnyRun, source: Source, observers: Observers, fol
         warnings += said
     else:
         step = resume.restore(saved, learner, optimizer, source.fingerprint) if saved else 0
-    if memories:
-        warnings.append(announce.memory_line(resolved, *memories))
     compute = compile_learner(learner, resolved.train, compute, warnings)
+    if costs:
+        warnings += announce.cost_lines(resolved, costs, steps - step, compute.compiled)
     description = kind.description_of(resolved, learner, source, compute.rounding)
     description["lineage"] = (saved.state.get("lineage") or []) if saved else fork.lineage(origin, resolved)
     if before := saved or origin:
@@ -89,6 +90,31 @@ def set_up(kind: type[T], run: AnyRun, source: Source, observers: Observers, fol
         derived=derived,
         warnings=warnings,
     )
+
+
+def costs_of(
+    kind: type[Training[Any, Any]],
+    run: ResolvedRun | ResolvedFinetune,
+    learner: StudentTeacher,
+    compute: Compute,
+    left: int,
+) -> announce.Costs:
+    """What a step will need; all ranks ask. The time only where half of the free memory is enough to try one image."""
+    need, free = kind.needed(run, learner, compute), memory.free(compute.device)
+    parts = run.train.accumulate_steps
+    images = run.train.batch_size // run.train.world_size // parts
+    ranks = run.train.world_size if compute.device.type == "cpu" else 1  # that share this memory, at most
+    room = float("inf") if free is None else free / 2 / ranks - _size(learner.student)
+    each = (need.activations + need.logits) / images
+    most = distributed.from_first(lambda: int(min(images, max(0.0, room / each))))
+    if not most:
+        return announce.Costs(need, free, None)
+
+    def loss_of(count: int) -> torch.Tensor:
+        return kind.trial_loss(run, learner, count)
+
+    seconds = pace.step_seconds(learner, loss_of, images, most, left * parts, compute.autocast)
+    return announce.Costs(need, free, None if seconds is None else parts * seconds)
 
 
 def learner_on_device(
