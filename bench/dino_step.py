@@ -2,7 +2,8 @@
 
 Kept as that code has it, because it is what a user would otherwise run: attention by explicit products, one backbone
 pass a resolution, a weight-normed last layer through torch's own `weight_norm`, the loss as a loop over pairs of views,
-clipping and the teacher's average parameter by parameter, AdamW without fusing, the loss read on the host each step.
+clipping and the teacher's average parameter by parameter, AdamW without fusing, the loss read on the host each step,
+and under fp16 torch's GradScaler.
 """
 
 from __future__ import annotations
@@ -88,13 +89,18 @@ def _network(model: str, prototypes: int, drop_path: float) -> MultiCrop:
 
 
 def dino_step(
-    model: str, prototypes: int, device: torch.device, autocast: Callable[[], AbstractContextManager[Any]]
+    model: str,
+    prototypes: int,
+    device: torch.device,
+    autocast: Callable[[], AbstractContextManager[Any]],
+    scaled: bool = False,
 ) -> tuple[Callable[[list[Tensor]], float], nn.Module]:
     """A function that takes one step on a list of normalized views (the two global ones first), and the student.
 
     Args:
         model: timm's name of a plain ViT, such as vit_small_patch16_224.
         prototypes: outputs K of the head.
+        scaled: scale the loss, as fp16 needs it.
     """
     student, teacher = _network(model, prototypes, 0.1).to(device), _network(model, prototypes, 0.0).to(device)
     teacher.load_state_dict(student.state_dict())
@@ -103,6 +109,7 @@ def dino_step(
     decay = [p for n, p in student.named_parameters() if p.requires_grad and p.ndim > 1 and not n.endswith(".bias")]
     rest = [p for n, p in student.named_parameters() if p.requires_grad and (p.ndim <= 1 or n.endswith(".bias"))]
     optimizer = torch.optim.AdamW([{"params": decay}, {"params": rest, "weight_decay": 0.0}], lr=1e-6)
+    scaler = torch.amp.GradScaler(device.type, enabled=scaled)
     losses: dict[int, Loss] = {}
 
     def step(views: list[Tensor]) -> float:
@@ -113,13 +120,15 @@ def dino_step(
             loss = criterion(student_output, teacher_output, 0.04)
         value = loss.item()
         optimizer.zero_grad()
-        loss.backward()
+        scaler.scale(loss).backward()
+        scaler.unscale_(optimizer)
         for parameter in student.parameters():
             if parameter.grad is not None:
                 coefficient = 3.0 / (parameter.grad.data.norm(2) + 1e-6)
                 if coefficient < 1:
                     parameter.grad.data.mul_(coefficient)
-        optimizer.step()
+        scaler.step(optimizer)
+        scaler.update()
         with torch.no_grad():
             for mine, theirs in zip(student.parameters(), teacher.parameters(), strict=True):
                 theirs.data.mul_(0.996).add_((1 - 0.996) * mine.detach().data)

@@ -61,8 +61,9 @@ class Found(NamedTuple):
 
 
 def step_sections(options: argparse.Namespace) -> list[Section]:
-    """The table of steps, in parts that cannot take each other along; each against dino's step anew."""
-    sizes = ["--rounds", "3", "--steps", "5", "--precision", "bf16", "--batch", "{batch}"]
+    """The table of steps, in parts that cannot take each other along; each against dino's step anew, in the precision
+    that a run takes on this device (train.precision=auto)."""
+    sizes = ["--rounds", "3", "--steps", "5", "--precision", "auto", "--batch", "{batch}"]
     batch = 64
     if options.quick:
         sizes = ["--model", "vit_tiny_patch16", "--crops", "32", "16", "--local-crops", "2", "--prototypes", "64"]

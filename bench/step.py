@@ -40,6 +40,7 @@ from nearfar.ssl.learning.step import Stepper
 from nearfar.ssl.parallel import device, distributed
 from nearfar.ssl.parallel.device import Compute
 from nearfar.ssl.settings.defaults import resolve
+from nearfar.ssl.training.set_up import prepare_learner
 
 VALUES = {"lr": 1e-6, "weight_decay": 0.04, "teacher_momentum": 0.996, "teacher_temp": 0.04}
 IDEAS = {"LGP": ("lgp",), "LGP + GAug + PRR": ("lgp", "gaug", "prr")}
@@ -87,7 +88,7 @@ def step_of(name: str, options: StepOptions, compute: Compute) -> Callable[[], f
     views = views_of(options, compute.device)
     if name == "dino":
         torch.manual_seed(0)
-        step, _ = dino_step(f"{options.model}_224", options.prototypes, compute.device, compute.autocast)
+        step, _ = dino_step(f"{options.model}_224", options.prototypes, compute.device, compute.autocast, compute.fp16)
         flat = [view for group in views for view in group]
         return lambda: step(flat)
     stepper = stepper_of(name, options, compute)
@@ -97,7 +98,8 @@ def step_of(name: str, options: StepOptions, compute: Compute) -> Callable[[], f
 def stepper_of(name: str, options: StepOptions, compute: Compute) -> Stepper:
     """Ours, by the name it has in the table."""
     run = resolve(config.load(None, settings_of(name, options)), 100_000, world_size=distributed.count())[0]
-    learner = build_dino_learner(run).to(compute.device)
+    learner = build_dino_learner(run)
+    prepare_learner(learner, compute, recompute=False)
     if distributed.count() > 1:
         share_batch_norm(learner)
     if name.endswith(COMPILED):
@@ -137,7 +139,7 @@ def products(name: str, options: StepOptions) -> float:
 def peak_flops(compute: Compute) -> float:
     """FLOP/s of one large matrix product in the precision of the step, the best of several."""
     n = 8192 if compute.device.type == "cuda" else 2048
-    dtype = torch.bfloat16 if "bf16" in compute.precision else torch.float32
+    dtype = torch.bfloat16 if compute.bf16 else torch.float16 if compute.fp16 else torch.float32
     a, b = (torch.randn(n, n, device=compute.device, dtype=dtype) for _ in range(2))
     best = float("inf")
     for _ in range(6):
@@ -274,21 +276,22 @@ def main() -> None:
         compute = choose_compute(options)
         peak = peak_flops(compute)
         steps = given.steps or (10 if compute.device.type == "cuda" else 1)
-        found = measure(given.only, options, compute, given.rounds, steps, not given.no_memory)
+        measured = measure(given.only, options, compute, given.rounds, steps, not given.no_memory)
         if not ranks.first:
             return
-        table = rows(found, options.batch * ranks.size, peak)
+        table = [row | {"precision": compute.precision} for row in rows(measured, options.batch * ranks.size, peak)]
         name = torch.cuda.get_device_name() if compute.device.type == "cuda" else f"CPU, {options.threads} thread(s)"
-        print(
+        about = (
             f"{options.model}, {options.batch} images a rank, {ranks.size} rank(s), 2x{options.crops[0]} + "
             f"{options.local_crops}x{options.crops[1]}, K = {options.prototypes:,}, {compute.precision}, {name}, torch "
             f"{torch.__version__}; one large product reaches {peak / 1e9:.0f} GFLOP/s; {given.rounds} rounds of "
-            f"{steps} step(s)\n\n{markdown(table)}"
+            f"{steps} step(s)"
         )
+        print(f"{about}\n\n{markdown(table)}")
         if given.json:
-            about = options._asdict() | {"ranks": ranks.size, "precision": compute.precision, "machine": name}
-            about |= {"torch": torch.__version__, "peak_flops": peak, "rounds": given.rounds, "steps": steps}
-            given.json.write_text(json.dumps(about | {"rows": table}, indent=1) + "\n")
+            found = options._asdict() | {"ranks": ranks.size, "precision": compute.precision, "machine": name}
+            found |= {"torch": torch.__version__, "peak_flops": peak, "rounds": given.rounds, "steps": steps}
+            given.json.write_text(json.dumps({"about": about} | found | {"rows": table}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

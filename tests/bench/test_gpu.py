@@ -78,6 +78,18 @@ def test_every_section_is_a_command_that_exists_and_all_fit_into_nine_minutes(be
             assert script != "bench/gpu_sections.py" or rest[0] in parts.SECTIONS
 
 
+def test_steps_are_measured_in_the_precision_that_a_run_takes_here(bench: Any, tmp_path: Path) -> None:
+    """Which is bf16 where it is good and fp16 where not, as train.precision=auto says; the rehearsal's is float32."""
+    for section in bench.step_sections(argparse.Namespace(device="cuda", quick=False)):
+        assert section.command[section.command.index("--precision") + 1] == "auto"
+    (section, *_) = bench.step_sections(argparse.Namespace(device="cpu", quick=True))
+    found = bench.run(section, 120, dict(os.environ), tmp_path)
+    assert found.outcome == "done", found.output
+    assert {row["precision"] for row in found.answer["rows"]} == {"float32"} == {found.answer["precision"]}
+    page = bench.markdown([(section, found)], [], [])
+    assert "K = 64, float32, CPU" in page and "| precision |" in page
+
+
 def fake(bench: Any, code: str, batch: int = 0) -> Any:
     return bench.Section("fake", "a fake section", ["-c", code, "{out}", "{batch}"], 10, batch)
 

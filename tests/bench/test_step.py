@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import importlib.util
+import math
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+
+from nearfar.ssl.parallel import device
 
 BENCH = Path(__file__).resolve().parents[2] / "bench"
 
@@ -33,6 +38,29 @@ def test_ratios_are_taken_round_by_round(bench: Any) -> None:
     text = bench.markdown(bench.rows([first, second], 8, 100e9))
     assert "| plain | 1000.0 | 8.0 | 2.00 | 1.50 .. 4.00 | 20 % | 3.00 |" in text
     assert "| dino | 4000.0 | 2.0 | 1.00 | 1.00 .. 1.00 | 2 % | - |" in text
+
+
+def test_steps_in_fp16_scale_their_losses_and_move_the_weights(bench: Any) -> None:
+    """On a CPU, whose hardware may only emulate it: ours by its own scaler, dino's by torch's."""
+    compute = bench.Compute(torch.device("cpu"), lambda: torch.autocast("cpu", torch.float16), device.FP16)
+    asked = bench.StepOptions("vit_tiny_patch16", 2, (32, 16), 1, 64, "cpu", "fp16", 1)
+    stepper = bench.stepper_of("plain", asked, compute)
+    assert stepper.learner.loss_scale is not None and bench.peak_flops(compute) > 0
+    for name in ("dino", "plain"):
+        step = bench.step_of(name, asked, compute)
+        assert all(math.isfinite(step()) for _ in range(3))
+
+
+def test_dino_skips_a_step_that_overflows_in_fp16_as_ours_does(bench: Any) -> None:
+    views = [torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(k)) for k in range(2)]
+    step, student = bench.dino_step("vit_tiny_patch16_224", 64, torch.device("cpu"), nullcontext, scaled=True)
+    before = {name: p.detach().clone() for name, p in student.named_parameters()}
+    handle = student.head.mlp[0].weight.register_hook(lambda grad: grad * float("inf"))
+    step(views)
+    assert all(torch.equal(before[name], p) for name, p in student.named_parameters())
+    handle.remove()
+    step(views)
+    assert not all(torch.equal(before[name], p) for name, p in student.named_parameters())
 
 
 def test_products_grow_with_images_and_prototypes(bench: Any) -> None:
