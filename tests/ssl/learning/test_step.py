@@ -17,14 +17,20 @@ from torch.utils._pytree import tree_leaves
 from nearfar.ssl import checkpoint
 from nearfar.ssl.backbones import create
 from nearfar.ssl.errors import UserError
+from nearfar.ssl.learning.classifier import build_classifier_learner
 from nearfar.ssl.learning.dino import build_block_masks, build_dino_learner
 from nearfar.ssl.learning.learner import Learner
+from nearfar.ssl.learning.loss_scale import LossScale
 from nearfar.ssl.learning.masks import Masks
+from nearfar.ssl.learning.mixing import Mixing, smoothed
 from nearfar.ssl.learning.optim import adamw
 from nearfar.ssl.learning.step import Stepper
+from nearfar.ssl.learning.student_teacher import StudentTeacher
+from nearfar.ssl.settings import finetune_settings
 from nearfar.ssl.settings.defaults import resolve
 from nearfar.ssl.settings.run import Run
 from nearfar.ssl.training.choose_learner import learner_of
+from nearfar.ssl.training.finetuning import ClassifierStepper
 
 Make = Callable[..., Run]
 VALUES = {"lr": 1e-3, "weight_decay": 0.04, "teacher_momentum": 0.9, "teacher_temp": 0.04}
@@ -33,7 +39,6 @@ WAITS = {
     "aten::_local_scalar_dense", "aten::is_nonzero", "aten::nonzero", "aten::equal", "aten::masked_select",
     "aten::_unique2", "aten::unique_consecutive", "aten::bincount", "aten::_linalg_svd", "aten::linalg_lstsq",
 }  # fmt: skip
-COPIES = {"aten::_to_copy", "aten::copy_"}
 INDEXING = {"aten::index", "aten::index_put_", "aten::index_select", "aten::gather", "aten::scatter_"}
 IN_PLACE = {"aten::_fused_adamw_", "aten::_fused_sgd_"}
 EVERY_KIND = [
@@ -69,14 +74,14 @@ class Watch(TorchDispatchMode):
         # A number may come from the host: it is an argument of the kernel. Of an index it is copied, and waited for.
         arrays = tensors if name in INDEXING else [tensor for tensor in tensors if tensor.dim()]
         devices = {tensor.device for tensor in arrays}
-        to = kwargs.get("device")
+        source, to = (args[0].device, kwargs.get("device")) if name == "aten::_to_copy" else (None, None)
         if name == "aten::copy_":
-            devices, to = set(), args[0].device if args[0].device != args[1].device else None
+            devices, source, to = set(), args[1].device, args[0].device
         mask = any(
             isinstance(index, Tensor) and index.dtype == torch.bool
             for index in (args[1] if name in ("aten::index", "aten::index_put_") else ())
         )
-        moved = name in COPIES and to is not None
+        moved = to not in (None, source)  # autocast names the device when it changes the type alone
         fresh = name == "aten::lift_fresh"  # torch.tensor([...]): on a GPU a copy that the host waits for
         if name in WAITS or mask or moved or fresh:
             self.waits.append(name)
@@ -94,6 +99,16 @@ def made(tiny: Make, *settings: str, parts: int = 1) -> tuple[Learner, Stepper, 
     sizes = ((2, 32), (run.views.local_crops_number, 16))
     views = [torch.randn((views, 4, 3, side, side), generator=generator) for views, side in sizes]
     return learner, Stepper(learner, adamw(learner.student), run.optim.clip_grad, accumulate_steps=parts), views
+
+
+def on_meta(monkeypatch: pytest.MonkeyPatch, learner: StudentTeacher, kind: type[Stepper], parts: int) -> Stepper:
+    """A stepper of the learner, which goes to the meta device."""
+    learner.to("meta")
+    allowed = import_module("torch.optim.adam")  # which lists the devices of its fused kernels
+    monkeypatch.setattr(allowed, "_device_dtype_check_for_fused", lambda *_, **__: None)
+    monkeypatch.setattr(torch, "autocast", lambda *_, **__: nullcontext())  # has no type for meta
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda *_: False)  # nor has this
+    return kind(learner, adamw(learner.student), 3.0, accumulate_steps=parts)
 
 
 def masks_of(tiny: Make, *settings: str, parts: int = 1) -> list[Masks]:
@@ -123,12 +138,7 @@ def test_all_of_a_step_is_on_the_learners_device(
 ) -> None:
     """On the meta device: no tensor of the step is made on the host, meets one there, or is copied."""
     learner, _, views = made(tiny, *settings)
-    learner.to("meta")
-    allowed = import_module("torch.optim.adam")  # which lists the devices of its fused kernels
-    monkeypatch.setattr(allowed, "_device_dtype_check_for_fused", lambda *_, **__: None)
-    stepper = Stepper(learner, adamw(learner.student), 3.0, accumulate_steps=parts)
-    monkeypatch.setattr(torch, "autocast", lambda *_, **__: nullcontext())  # has no type for meta
-    monkeypatch.setattr(torch, "is_autocast_enabled", lambda *_: False)  # nor has this
+    stepper = on_meta(monkeypatch, learner, Stepper, parts)
     views = [group.to("meta") for group in views]
     values = VALUES | {"gram_weight": float(learner.anchor is not None)}
     masks = [Masks(*(part.to("meta") for part in mask)) for mask in masks_of(tiny, *settings, parts=parts)]
@@ -149,6 +159,41 @@ def test_all_of_a_step_is_on_the_learners_device(
 
 
 @pytest.mark.parametrize("parts", [1, 2])
+@pytest.mark.parametrize("overflows", [False, True])
+def test_no_operation_of_a_step_in_fp16_has_to_be_waited_for(tiny: Make, parts: int, overflows: bool) -> None:
+    """With the loss scaled, and where the gradient overflows: the scaler decides on the device."""
+    learner, stepper, views = made(tiny, *EVERY_KIND[1], parts=parts)
+    learner.loss_scale = LossScale()
+    learner.loss_scale.scale.fill_(256.0)  # under which this gradient fits into float16
+    stepper.autocast = lambda: torch.autocast("cpu", torch.float16)
+    stepper(views, VALUES)
+    if overflows:
+        stepper.parameters[3].register_hook(lambda grad: grad * float("inf"))
+    with Watch() as watch:
+        trained = stepper(views, VALUES, votes=lambda: (0.0, 1.0))
+    assert watch.waits == [] and watch.mixed == [] and watch.count > 200
+    numbers = trained.report.read()
+    assert numbers.finite and numbers.skipped == overflows and numbers.loss_scale == 256 / (1 + overflows)
+
+
+@pytest.mark.parametrize("parts", [1, 2])
+def test_all_of_a_step_in_fp16_is_on_the_learners_device(
+    tiny: Make, monkeypatch: pytest.MonkeyPatch, parts: int
+) -> None:
+    """On the meta device, as above; there autocast does nothing, and the scaler all that it does."""
+    learner, _, views = made(tiny, *EVERY_KIND[1])
+    learner.loss_scale = LossScale()
+    stepper = on_meta(monkeypatch, learner, Stepper, parts)
+    views = [group.to("meta") for group in views]
+    with Watch():
+        stepper(views, VALUES)
+    with Watch() as watch:
+        stepper(views, VALUES, votes=lambda: (0.0, 1.0))
+    assert watch.mixed == [] and watch.waits == [] and watch.count > 200
+    assert {tensor.device.type for tensor in learner.state_dict().values()} == {"meta"}
+
+
+@pytest.mark.parametrize("parts", [1, 2])
 def test_no_operation_of_a_distilling_step_has_to_be_waited_for(tiny: Make, tmp_path: Path, parts: int) -> None:
     """With a teacher of another width and patch size, and views of two sizes."""
     file = tmp_path / "teacher.safetensors"
@@ -164,11 +209,59 @@ def test_no_operation_of_a_distilling_step_has_to_be_waited_for(tiny: Make, tmp_
     assert trained.report.read().finite and trained.outputs.monitored[0].shape == (2, 4, 24)
 
 
+SUPERVISED = [
+    "name=tiny", "augment.size=16", "backbone.name=vit_tiny_patch4", "backbone.embed_dim=24", "backbone.depth=2",
+    "backbone.num_heads=2", "backbone.lgp=true", "backbone.gaug=true", "backbone.prr=true", "train.batch_size=4",
+    "classifier.mixup=0.8", "classifier.cutmix=1.0", "classifier.label_smoothing=0.1", "backbone.drop_path=0.2",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("place", ["cpu", "meta"])
+@pytest.mark.parametrize("average", [0.0, 0.9])
+@pytest.mark.parametrize("fp16", [False, True])
+@pytest.mark.parametrize("parts", [1, 2])
+def test_no_operation_of_a_supervised_step_has_to_be_waited_for(
+    monkeypatch: pytest.MonkeyPatch, place: str, average: float, fp16: bool, parts: int
+) -> None:
+    """Images and labels of a batch, mixed, and the step on them: with a moving average of the weights or without."""
+    run = finetune_settings.resolve_finetune(finetune_settings.load(None, SUPERVISED), 40)[0]
+    learner = build_classifier_learner(run, ["red", "green", "blue"])
+    learner.loss_scale = LossScale() if fp16 else None
+    images, labels = torch.rand(4, 3, 16, 16), torch.tensor([0, 1, 2, 0])
+    if place == "meta":
+        stepper = on_meta(monkeypatch, learner, ClassifierStepper, parts)
+        images, labels = images.to("meta"), labels.to("meta")
+    else:
+        stepper = ClassifierStepper(learner, adamw(learner.student), 3.0, accumulate_steps=parts)
+        stepper.autocast = lambda: torch.autocast("cpu", torch.float16, enabled=fp16)
+    mixing, values = Mixing(run.classifier, 3, 0), VALUES | {"teacher_momentum": average}
+    with Watch():
+        mixed, targets = mixing(images, labels, 0)
+        stepper([mixed[None], targets[None]], values)
+    for step in range(1, 4):  # mixup and cutmix
+        with Watch() as watch:
+            mixed, targets = mixing(images, labels, step)
+            trained = stepper([mixed[None], targets[None]], values, votes=lambda: (0.0, 1.0))
+        assert watch.waits == [] and watch.mixed == [] and watch.count > 100
+    assert {tensor.device.type for tensor in (*learner.state_dict().values(), *trained.outputs)} == {place}
+    if place == "cpu":
+        assert trained.report.read().finite
+
+
+def test_labels_that_are_smoothed_alone_stay_on_their_device() -> None:
+    """Not on the CPU, where torch reads them to check their bounds; on a GPU it does not."""
+    labels = torch.tensor([0, 1, 2, 0]).to("meta")
+    with Watch() as watch:
+        targets = smoothed(labels, 3, 0.1)
+    assert watch.waits == [] and watch.mixed == [] and targets.device.type == "meta" and targets.shape == (4, 3)
+
+
 def test_the_watch_sees_what_has_to_be_waited_for() -> None:
     x, elsewhere = torch.ones(3), torch.empty(3, device="meta")
     waiting: list[Callable[[], object]] = [
         lambda: float(x[0]), lambda: x.nonzero(), lambda: x[x > 0], lambda: x.unique(), lambda: bool(x.any()),
         lambda: torch.tensor([1.0]), lambda: x.to("meta"), lambda: elsewhere.copy_(x),
+        lambda: x.to("meta", torch.float16),
     ]  # fmt: skip
     for operation in waiting:
         with Watch() as watch:
@@ -189,6 +282,7 @@ def test_the_watch_sees_devices_meet() -> None:
     with Watch() as watch:
         elsewhere * torch.ones(())
         elsewhere.copy_(elsewhere)
+        x.to("cpu", torch.float16)
         x + x
     assert not watch.mixed and not watch.waits and watch.count > 3
 
