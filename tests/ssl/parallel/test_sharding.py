@@ -16,9 +16,11 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from rich.console import Console
 from torch import nn
 
-from nearfar.ssl import checkpoint, config
+from nearfar.ssl import checkpoint, config, train
+from nearfar.ssl.data import open_source
 from nearfar.ssl.disk.metrics import read_metrics
 from nearfar.ssl.errors import UserError
 from nearfar.ssl.learning.dino import build_dino_learner
@@ -256,6 +258,25 @@ def kill(file: Path, lines: int, together: Together) -> None:
 
 def losses(metrics: list[dict[str, Any]]) -> list[float]:
     return [line["loss"] for line in metrics if "loss" in line]
+
+
+def test_one_rank_continues_what_two_have_begun(
+    recipe: Callable[..., Path], trained: Callable[..., list[int]], quiet: Console
+) -> None:
+    """An epoch, stopped after its second step: the losses of one rank alone, whose sums are rounded otherwise."""
+    settings = ("train.epochs=1", "backbone.drop_path=0", "eval.knn_every_epochs=0", "head.batch_norm=false")
+    whole, parts = recipe(*settings, folder="whole"), recipe(*settings, folder="parts")
+    assert trained(2, parts, 2) == [2, 2]
+    for file in (parts, whole):
+        run = config.load(file)
+        assert train.pretrain(run, open_source(run.data.path), console=quiet).finished
+    log = (config.load(parts).path / "run.log").read_text()
+    assert "each of 2 ranks holds" in log and "Saved by 2 ranks, continued by 1" in log
+    (weights, metrics), (weights_of_parts, metrics_of_parts) = ended(whole), ended(parts)
+    assert len(losses(metrics)) == 4 and losses(metrics_of_parts) == pytest.approx(losses(metrics), rel=2e-3)
+    assert weights.keys() == weights_of_parts.keys() and any(name.startswith("optimizer/") for name in weights)
+    for name, tensor in weights.items():
+        torch.testing.assert_close(weights_of_parts[name], tensor, rtol=2e-2, atol=2e-4, msg=name)
 
 
 @pytest.mark.long
