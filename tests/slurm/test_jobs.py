@@ -3,18 +3,30 @@
 from __future__ import annotations
 
 import json
+import socket
 import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 
 from nearfar.launch import cli
 from nearfar.launch.slurm import control, queue, records
+from nearfar.ssl import checkpoint, config
+from nearfar.ssl.backbones import create
 from nearfar.ssl.disk.metrics import read_metrics
 
 Launch = Callable[..., Any]
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
 
 
 def losses(run: Path) -> list[float]:
@@ -159,3 +171,30 @@ def test_what_squeue_forgot_sacct_still_knows(accounting_cluster: Any, tmp_path:
             break
     assert found["1"].state == "COMPLETED" and found["2"].state == "FAILED" and found["1"].nodes == "node1"
     assert "3" not in found
+
+
+@pytest.mark.long
+def test_the_tasks_of_a_step_share_an_extraction_which_one_process_scores(
+    cluster: Any, pictures: Path, others: Path, tmp_path: Path
+) -> None:
+    """What docs/cluster.md says to do where one GPU is too slow: the features of both data sets by two tasks of srun,
+    to the bits of one process, and scores from them.
+    """
+    weights = tmp_path / "weights.safetensors"
+    torch.manual_seed(0)
+    run = config.load(None, ["name=r", "views.global_crops_size=32", "views.local_crops_size=16", "eval.size=32"])
+    network = create("vit_tiny_patch8", img_size=32, embed_dim=64, depth=1, num_heads=2)
+    checkpoint.export(weights, network, {"run": run.model_dump(mode="json"), "step": 1})
+    nearfar = [sys.executable, "-m", "nearfar.launch.cli"]
+    features = [*nearfar, "features", str(weights), "--device", "cpu", "--workers", "0"]
+    # The made-up nodes have names that lead nowhere.
+    meeting = ["env", "MASTER_ADDR=127.0.0.1", f"MASTER_PORT={free_port()}"]
+    tasks = ["srun", "--nodes=1", "--ntasks-per-node=2", "--cpus-per-task=1", *meeting, *features]
+    for command, images, store in ((tasks, pictures, "train"), (tasks, others, "val"), (features, pictures, "alone")):
+        subprocess.run([*command, str(images), str(tmp_path / store)], check=True, timeout=60)
+    shared, alone = (np.load(tmp_path / store / "features.npy") for store in ("train", "alone"))
+    assert shared.shape == (40, 64) and np.array_equal(shared, alone)
+    scored = [*nearfar, "eval", "knn", str(tmp_path / "train"), "--val", str(tmp_path / "val")]
+    subprocess.run([*scored, "--out", str(tmp_path / "results.json")], check=True, timeout=300)
+    (score,) = json.loads((tmp_path / "results.json").read_text())["scores"]
+    assert score["task"] == "knn" and 0 <= score["percent"] <= 100
