@@ -10,11 +10,13 @@ import json
 import os
 import socket
 import subprocess
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
+from urllib.parse import urlsplit
 
 import torch
 import torch.distributed as dist
@@ -27,6 +29,7 @@ from nearfar.ssl.parallel.heartbeat import FAILURE, MISTAKE, Heartbeat, of_attem
 T = TypeVar("T")
 
 JOIN_TIMEOUT = timedelta(minutes=5)  # until all ranks must have come together
+NAME_TIMEOUT = 30.0  # seconds until the name of the first rank's machine must be known, which may be starting
 COLLECTIVE_TIMEOUT = timedelta(minutes=20)  # for a rank that scores or saves while the others wait
 _beats: Heartbeat | None = None  # of the ranks that are joined now
 _met = False
@@ -97,7 +100,8 @@ def joined(
 
     Raises:
         PeerError: another rank ended first. Where connections break with the process, this is raised at once.
-        UserError: another rank ended first, because of a mistake of the user's; or two ranks share a GPU.
+        UserError: another rank ended first, because of a mistake of the user's; two ranks share a GPU; or the name of
+            the first rank's machine leads nowhere.
     """
     global _beats, _met
     if ranks.size == 1:
@@ -106,6 +110,7 @@ def joined(
     cuda = device != "cpu" and torch.cuda.is_available()
     if cuda:
         torch.cuda.set_device(ranks.local_rank % torch.cuda.device_count())
+    _require_known_host(ranks)
     try:
         store = _store(ranks)
         beats = Heartbeat(store, ranks.rank, ranks.size, first_of_machine=ranks.local_rank == 0, silence=silence)
@@ -167,6 +172,26 @@ def _refuse_shared_gpu(store: dist.Store) -> None:
             f"there than the {torch.cuda.device_count()} that each of them sees ({gpus.HIDING}). Start as many as "
             "there are GPUs, or compute on the CPU (train.device=cpu, or --device cpu)."
         )
+
+
+def _require_known_host(ranks: Ranks) -> None:
+    """torch asks for ten minutes for a name that leads nowhere, with a page of frames for a message."""
+    address = os.environ.get("MASTER_ADDR") if ranks.init_method == "env://" else urlsplit(ranks.init_method).hostname
+    if not address:
+        return  # torch says at once which variable is missing
+    until = time.monotonic() + NAME_TIMEOUT
+    while True:
+        try:
+            socket.getaddrinfo(address, None)
+            return
+        except OSError as error:
+            if time.monotonic() >= until:
+                raise UserError(
+                    f"Rank {ranks.rank} on {socket.gethostname()} cannot find the machine of the first rank: the name "
+                    f"'{address}' leads nowhere from here ({_short(error)}). Set MASTER_ADDR to an address that all "
+                    "machines of the run can reach, and MASTER_PORT to a free port there."
+                ) from error
+            time.sleep(1)
 
 
 def _store(ranks: Ranks) -> dist.Store:

@@ -24,6 +24,7 @@ from nearfar.ssl import checkpoint, config
 from nearfar.ssl.backbones import create
 from nearfar.ssl.data.views import epoch_order
 from nearfar.ssl.disk.metrics import read_metrics
+from nearfar.ssl.errors import UserError
 from nearfar.ssl.parallel import distributed
 from nearfar.ssl.parallel.distributed import Ranks, available_cores, from_environment
 from nearfar.ssl.settings.run import Run
@@ -63,6 +64,19 @@ def test_srun_without_an_address_meets_on_the_first_node_of_the_step(tmp_path: P
     first, second = (from_environment(env | {"SLURM_JOB_ID": "11", "SLURM_STEP_ID": step}) for step in "01")
     assert first.init_method.startswith("tcp://gpu07:") and second.init_method.startswith("tcp://gpu07:")
     assert first.init_method != second.init_method
+
+
+@pytest.mark.parametrize("init_method", ["tcp://node1.invalid:29500", "env://"])
+def test_a_first_machine_whose_name_leads_nowhere_is_named(init_method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch would ask for ten minutes."""
+    monkeypatch.setenv("MASTER_ADDR", "node1.invalid")
+    monkeypatch.setattr(distributed, "NAME_TIMEOUT", 0.0)
+    ranks = Ranks(1, 2, init_method=init_method)
+    with (
+        pytest.raises(UserError, match=r"'node1\.invalid' leads nowhere .* Set MASTER_ADDR"),
+        distributed.joined(ranks),
+    ):
+        raise AssertionError("it met nobody")
 
 
 def test_alone_every_sum_is_ones_own() -> None:
