@@ -116,7 +116,7 @@ def run(section: Section, seconds: float, environment: dict[str, str], out: Path
     while True:
         answer, log = out / f"{section.name}.json", out / f"{section.name}.log"
         answer.unlink(missing_ok=True)
-        given = [word.replace("{out}", str(answer)).replace("{batch}", str(batch)) for word in section.command]
+        given = [argument.replace("{out}", str(answer)).replace("{batch}", str(batch)) for argument in section.command]
         with log.open("w") as printed:
             process = subprocess.Popen(
                 [sys.executable, *given], cwd=ROOT, env=environment, stdout=printed, stderr=subprocess.STDOUT,

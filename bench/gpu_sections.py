@@ -129,8 +129,8 @@ def tests(target: Target, answer: Answer) -> None:
     answer.about(f"Tests marked `cuda`, {len(files)} files." if target.cuda else "The tests of tests/gpu, on the CPU.")
     with ThreadPoolExecutor(4 if target.cuda else 1) as pool, tempfile.TemporaryDirectory() as folder:
         reports = [Path(folder) / f"{number}.xml" for number in range(len(files))]
-        wanted = "cuda" if target.cuda else "not cuda"
-        for row, notes in pool.map(test_file, files, reports, repeat(wanted)):
+        marker = "cuda" if target.cuda else "not cuda"
+        for row, notes in pool.map(test_file, files, reports, repeat(marker)):
             answer.row(**row)
             for note in notes:
                 answer.note(note)
@@ -157,9 +157,9 @@ def outcomes(name: str, root: ET.Element) -> tuple[dict[str, int], list[str]]:
     cases = list(root.iter("testcase"))
     for case in cases:
         for bad in (*case.iter("failure"), *case.iter("error")):
-            said = f"{bad.get('message') or ''} {bad.text or ''}"
-            if "No module named" in said:
-                skips["it needs " + said.split("No module named")[1].split("'")[1]] += 1
+            reason = f"{bad.get('message') or ''} {bad.text or ''}"
+            if "No module named" in reason:
+                skips["it needs " + reason.split("No module named")[1].split("'")[1]] += 1
             else:
                 failed += 1
                 notes.append(f"{name}, {case.get('name')}: {' '.join(str(bad.get('message')).split())[:300]}")
@@ -285,12 +285,12 @@ def colors(target: Target, answer: Answer) -> None:
         answer.row(what=f"colors by {name}", ms=took)
 
     model, side, small = ("vit_tiny_patch16", 32, 16) if target.quick else ("vit_small_patch16", 224, 96)
-    asked = bench.StepOptions(
+    options = bench.StepOptions(
         model, batch, (side, small), 8, 64 if target.quick else 65536, target.device.type, "auto", 1
     )
-    compute = bench.choose_compute(asked)
-    stepper = bench.stepper_of("plain", asked, compute)
-    given = bench.views_of(asked, target.device)
+    compute = bench.choose_compute(options)
+    stepper = bench.stepper_of("plain", options, compute)
+    given = bench.views_of(options, target.device)
 
     def views(each: Any) -> list[Tensor]:
         return [normalize(group) for group in color_views(each, target.device)]

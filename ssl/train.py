@@ -156,9 +156,9 @@ class Meter:
         self.saving = self.training.saver.seconds
 
     def waiting(self, batches: Iterator[Batch]) -> Batch:
-        asked = time.monotonic()
+        began = time.monotonic()
         batch = next(batches)
-        self.waited += time.monotonic() - asked
+        self.waited += time.monotonic() - began
         return batch
 
     def log(self, trained: StepResult, values: dict[str, float]) -> None:

@@ -162,11 +162,11 @@ def _launch_on_slurm(
     from nearfar.launch.slurm import submission  # loads torch
 
     runs = [submission.for_cluster(run, share) for run in placed]
-    asked = submission.Submission(folder.expanduser().absolute(), runs, share, then, arguments.parallel)
+    requested = submission.Submission(folder.expanduser().absolute(), runs, share, then, arguments.parallel)
     if arguments.dry_run:
-        submission.describe_jobs(asked, Console())
+        submission.describe_jobs(requested, Console())
     else:
-        submission.submit(asked, Console())
+        submission.submit(requested, Console())
 
 
 def run_status(arguments: argparse.Namespace) -> None:

@@ -75,13 +75,13 @@ def logs(run: Path, follow: bool, kind: records.Kind = "train") -> None:
     job = records.latest_job(run, kind)
     if job is None:
         raise UserError(f"{run} has no {kind} job: it was not submitted to a cluster.")
-    place, ending = 0, not follow
+    position, ending = 0, not follow
     while True:
         if job.log.exists():
             with job.log.open("rb") as handle:
-                handle.seek(place)
+                handle.seek(position)
                 text = handle.read()
-            place += len(text)
+            position += len(text)
             sys.stdout.write(text.decode(errors="replace"))
             sys.stdout.flush()
         if follow and reader_left(sys.stdout):
@@ -100,11 +100,11 @@ def _print_reason(run: Path, job: Job, kind: records.Kind) -> None:
     """The end of the log of the rank that knows why, where that is not the first."""
     ending = records.read_ending(run, kind)
     known = ending if ending and ending.job == job.job and ending.why else None
-    told = known or last_end(job, records.attempts(run, kind), records.attempt_ends(run, kind))
-    if told is None or told.rank == 0:
+    end = known or last_end(job, records.attempts(run, kind), records.attempt_ends(run, kind))
+    if end is None or end.rank == 0:
         return
-    log = job.log_of(told.rank)
-    print(f"\n== rank {told.rank} ({log}): {told.why}")
+    log = job.log_of(end.rank)
+    print(f"\n== rank {end.rank} ({log}): {end.why}")
     if log.exists():
         print("\n".join(log.read_text(errors="replace").splitlines()[-LAST_LINES:]))
 

@@ -150,8 +150,8 @@ def signal_delay(run: Path, resources: Resources) -> int:
     if resources.signal_delay:
         return min(resources.signal_delay, 60 * resources.minutes - 1)
     pause = longest_pause(run)
-    wanted = UNMEASURED_DELAY if pause is None else 60 + math.ceil(2 * (pause + save_seconds(run)))
-    return min(wanted, 30 * resources.minutes)
+    delay = UNMEASURED_DELAY if pause is None else 60 + math.ceil(2 * (pause + save_seconds(run)))
+    return min(delay, 30 * resources.minutes)
 
 
 def longest_pause(run: Path) -> float | None:

@@ -136,13 +136,13 @@ def wait_for_lock(run: Path, stop: Callable[[], bool], patience: float = LOCK_PA
     Raises:
         InfrastructureError: it did not end in time.
     """
-    until, told = time.monotonic() + patience, False
+    until, announced = time.monotonic() + patience, False
     while not stop() and (holder := file_lock.holder(run / "lock")):
         if time.monotonic() > until:
             raise InfrastructureError(f"{run} is still in use by {holder} after {patience:.0f} s")
-        if not told:
+        if not announced:
             print(f"{run} is in use by {holder}, a process of an earlier attempt: waiting for its end.", flush=True)
-            told = True
+            announced = True
         time.sleep(1)
 
 
@@ -200,8 +200,8 @@ def rendezvous(folder: Path, process: JobProcess, deadline: float | None = None)
         if time.monotonic() > until:
             raise InfrastructureError(f"Rank {process.rank}: the first rank did not write {file} within {MEETING:g} s.")
         time.sleep(0.05)
-    os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"], told = file.read_text().split()
-    return None if told == "never" else float(told)
+    os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"], save_by = file.read_text().split()
+    return None if save_by == "never" else float(save_by)
 
 
 def _resolvable(node: str) -> str:

@@ -30,11 +30,11 @@ def launch(
     """
     from nearfar.launch.local.any_run import train
 
-    asked = _of_this_machine(given)
+    resources = _of_this_machine(given)
     for run in runs:
         run = _as_given(run, given, debug)
         if debug:
-            _debug(run, asked, then)
+            _debug(run, resources, then)
             continue
         before = records.read_ending(run.path)
         if not train(run, console).finished:
@@ -62,18 +62,18 @@ def describe_runs(
         run = _as_given(run, given, debug=False)
         count, why = processes.ranks_here(run)[1:]
         verb, images = VERBS[run.as_asked()], run.data.path or "no images (data.path= is not set)"
-        told = f"{run.path}: {verb} on {images}, {run.train.device}, "
-        told += f"{count} process{'es' if count != 1 else ''} ({why})"
-        told += f", {run.train.epochs} epochs" + (f"; then {', '.join(then)}" if then else "")
-        console.print(told, highlight=False, soft_wrap=True)
+        line = f"{run.path}: {verb} on {images}, {run.train.device}, "
+        line += f"{count} process{'es' if count != 1 else ''} ({why})"
+        line += f", {run.train.epochs} epochs" + (f"; then {', '.join(then)}" if then else "")
+        console.print(line, highlight=False, soft_wrap=True)
     console.print("Nothing was started. Leave out --dry-run to begin.", highlight=False, soft_wrap=True)
 
 
 def _of_this_machine(given: dict[str, Any]) -> Resources:
-    asked = Resources.model_validate({**given, "cpu": True, "gpus_per_node": None})
-    if asked.nodes > 1:
-        raise UserError(f"--nodes {asked.nodes} needs --cluster slurm: this is one machine.")
-    return asked
+    resources = Resources.model_validate({**given, "cpu": True, "gpus_per_node": None})
+    if resources.nodes > 1:
+        raise UserError(f"--nodes {resources.nodes} needs --cluster slurm: this is one machine.")
+    return resources
 
 
 def _as_given(run: Run | FinetuneRun, given: dict[str, Any], debug: bool) -> Run | FinetuneRun:
@@ -81,9 +81,9 @@ def _as_given(run: Run | FinetuneRun, given: dict[str, Any], debug: bool) -> Run
     update: dict[str, Any] = {}
     if given.get("cpu"):
         update["device"] = "cpu"
-    asked = given.get("tasks_per_node") or gpu_count(given.get("gpus_per_node"))
-    if asked and not debug:
-        update["world_size"] = asked
+    requested = given.get("tasks_per_node") or gpu_count(given.get("gpus_per_node"))
+    if requested and not debug:
+        update["world_size"] = requested
     return run.model_copy(update={"train": run.train.model_copy(update=update)})
 
 

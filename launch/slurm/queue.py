@@ -100,19 +100,19 @@ def requeue(job: str, patience: float = REQUEUE_PATIENCE) -> None:
     until, pause = time.monotonic() + patience, 1.0
     while True:
         try:
-            asked = _run("scontrol", "requeue", job)
-            said = _message(asked) if asked.returncode else ""
+            result = _run("scontrol", "requeue", job)
+            refusal = _message(result) if result.returncode else ""
         except UserError as error:  # it hangs
-            said = str(error)
-        if not said or "pending" in said.lower():
+            refusal = str(error)
+        if not refusal or "pending" in refusal.lower():
             return
-        final = any(words in said.lower() for words in _FINAL_REFUSALS)
+        final = any(words in refusal.lower() for words in _FINAL_REFUSALS)
         if final or time.monotonic() + pause > until:
             waited = "" if final else f" (asked again for {patience / 60:.0f} minutes)"
             raise UserError(
-                f"scontrol requeue {job}: {said}{waited}. The run is saved: `nearfar launch resubmit` continues it."
+                f"scontrol requeue {job}: {refusal}{waited}. The run is saved: `nearfar launch resubmit` continues it."
             )
-        print(f"scontrol requeue {job}: {said}. Asking again in {pause:.0f} s.", flush=True)
+        print(f"scontrol requeue {job}: {refusal}. Asking again in {pause:.0f} s.", flush=True)
         time.sleep(pause)
         pause = min(2 * pause, _LONGEST_PAUSE)
 
@@ -123,10 +123,10 @@ def details(job: str) -> dict[str, str]:
     Raises:
         UserError: SLURM does not know the job or does not answer.
     """
-    asked = _run("scontrol", "-o", "show", "job", job)
-    if asked.returncode:
-        raise UserError(f"scontrol show job {job}: {_message(asked)}.")
-    return {key: "" if value == "(null)" else value for key, value in re.findall(r"(\w+)=(\S*)", asked.stdout)}
+    result = _run("scontrol", "-o", "show", "job", job)
+    if result.returncode:
+        raise UserError(f"scontrol show job {job}: {_message(result)}.")
+    return {key: "" if value == "(null)" else value for key, value in re.findall(r"(\w+)=(\S*)", result.stdout)}
 
 
 def preempted(job: str) -> bool:
@@ -136,8 +136,9 @@ def preempted(job: str) -> bool:
         UserError: as `details`.
     """
     found = details(job)
-    asked, started = found.get("PreemptTime", "None"), found.get("StartTime", "")
-    return asked[:1].isdigit() and asked >= started  # ISO times of one clock; an older one is of an attempt before
+    preempted_at, started = found.get("PreemptTime", "None"), found.get("StartTime", "")
+    # ISO times of one clock; an older one is of an attempt before.
+    return preempted_at[:1].isdigit() and preempted_at >= started
 
 
 def exclude_node(job: str, node: str, also: str = "") -> bool:
@@ -176,10 +177,10 @@ def seconds_left(job: str) -> float | None:
     Raises:
         UserError: SLURM does not answer.
     """
-    asked = _run("squeue", "-h", "-j", job, "-o", "%L")
-    if asked.returncode:
-        raise UserError(f"squeue -j {job}: {_message(asked)}.")
-    return clock_seconds(asked.stdout)
+    result = _run("squeue", "-h", "-j", job, "-o", "%L")
+    if result.returncode:
+        raise UserError(f"squeue -j {job}: {_message(result)}.")
+    return clock_seconds(result.stdout)
 
 
 def clock_seconds(text: str) -> float | None:

@@ -70,9 +70,9 @@ def handle(submission: Path, kind: Kind, code: int) -> None:
         return  # cancelled, or requeued already
     log = submission / "log" / f"{job}_0_log.out"
     bad = first_failure(log.read_text(errors="replace") if log.exists() else "", code)
-    told = [end for end in records.attempt_ends(run, kind) if (end.job, end.restart) == (job, restart)]
-    why = told[-1].why if told and told[-1].infrastructure else bad.why
-    if not told or not told[-1].infrastructure:
+    ends = [end for end in records.attempt_ends(run, kind) if (end.job, end.restart) == (job, restart)]
+    why = ends[-1].why if ends and ends[-1].infrastructure else bad.why
+    if not ends or not ends[-1].infrastructure:
         records.end_attempt(
             run, AttemptEnd(kind=kind, job=job, restart=restart, why=why, rank=bad.rank, infrastructure=True)
         )

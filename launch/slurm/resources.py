@@ -72,7 +72,7 @@ class Resources(BaseModel):
     @field_validator("extra")
     @classmethod
     def _extras(cls, value: dict[str, str | int | bool]) -> dict[str, str | int | bool]:
-        plain = {key.replace("_", "-"): told for key, told in value.items()}
+        plain = {key.replace("_", "-"): entry for key, entry in value.items()}
         if wrong := [f"{key} ({_REFUSED_EXTRAS[key]})" for key in plain if key in _REFUSED_EXTRAS]:
             raise ValueError(f"not through extra: {', '.join(wrong)}")
         return plain
@@ -157,12 +157,14 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         if name in FILE_ONLY:
             continue
         flag, default = "--" + name.replace("_", "-"), field.default
-        told = (field.description or "") + ("" if default is None or default is False else f" (default {default:g})")
+        help_text = (field.description or "") + (
+            "" if default is None or default is False else f" (default {default:g})"
+        )
         if field.annotation is bool:
-            parser.add_argument(flag, action="store_true", default=None, help=told)
+            parser.add_argument(flag, action="store_true", default=None, help=help_text)
         else:
             kinds = [kind for kind in (str, int, float) if kind.__name__ in str(field.annotation)]
-            parser.add_argument(flag, type=kinds[0] if kinds else str, help=told)
+            parser.add_argument(flag, type=kinds[0] if kinds else str, help=help_text)
 
 
 def given(arguments: argparse.Namespace) -> dict[str, Any]:

@@ -28,4 +28,4 @@ def copy_code(target: Path) -> None:
 def _folder(name: str) -> Path | None:
     spec = importlib.util.find_spec(f"nearfar.{name}")
     places = (spec.submodule_search_locations if spec else None) or []
-    return next((Path(place) for place in places if Path(place).is_dir()), None)
+    return next((Path(folder) for folder in places if Path(folder).is_dir()), None)

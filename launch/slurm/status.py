@@ -210,9 +210,9 @@ def lines_of_several(all_of_them: Sequence[Status], width: int) -> Iterator[str]
     states = Counter(status.state for status in all_of_them)
     scored = Counter(status.evaluation for status in all_of_them if status.evaluation)
     lost = sum(status.lost for status in all_of_them)
-    told = f"{len(all_of_them)} runs: {_counted(states)}"
-    told += f"; evaluations: {_counted(scored)}" if scored else ""
-    yield told + (f"; {lost} steps done again" if lost else "")
+    line = f"{len(all_of_them)} runs: {_counted(states)}"
+    line += f"; evaluations: {_counted(scored)}" if scored else ""
+    yield line + (f"; {lost} steps done again" if lost else "")
 
 
 def _row(status: Status) -> dict[str, str]:

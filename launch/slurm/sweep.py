@@ -46,8 +46,8 @@ def runs(load: Callable[[list[str]], R], sweep: Sequence[str]) -> tuple[Path, li
         name = "_".join(f"{key}={_plain(value)}" for key, value in zip(short, combination, strict=True))
         chosen = [f"{key}={value}" for key, value in zip(keys, combination, strict=True)]
         # JSON is YAML, so a name such as lr=1 stays a name.
-        place = [f"folder={json.dumps(str(base.path))}", f"name={json.dumps(name)}"]
-        made.append(load([*fixed, *chosen, *place]))
+        location = [f"folder={json.dumps(str(base.path))}", f"name={json.dumps(name)}"]
+        made.append(load([*fixed, *chosen, *location]))
     return base.path, made
 
 

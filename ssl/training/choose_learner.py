@@ -42,10 +42,10 @@ def _check_patch(backbone: Backbone, name: str, sizes: dict[str, int]) -> None:
     small = {key: size for key, size in sizes.items() if size < backbone.patch_size}
     if not small or not (isinstance(backbone, Adapter) and backbone.isotropic):  # others take images of any size
         return
-    told = " and ".join(f"{key}={size}" for key, size in small.items())
+    too_small = " and ".join(f"{key}={size}" for key, size in small.items())
     larger = " ".join(f"{key}={backbone.patch_size}" for key in small)
     raise UserError(
-        f"{name} cuts images into patches of {backbone.patch_size} pixels, and {told} "
+        f"{name} cuts images into patches of {backbone.patch_size} pixels, and {too_small} "
         f"{'is' if len(small) == 1 else 'are'} smaller than one patch. Choose {larger} or a multiple, or a network of "
         "smaller patches."
     )

@@ -54,8 +54,8 @@ def set_up(kind: type[T], run: AnyRun, source: Source, observers: Observers, fol
         _spread(learner, resolved.train.shard)
     optimizer = kind.optimizer_for(resolved, learner)
     if origin:
-        step, said = fork.begin(origin, learner, optimizer, resolved, source.fingerprint, loader.steps_per_epoch)
-        warnings += said
+        step, notes = fork.begin(origin, learner, optimizer, resolved, source.fingerprint, loader.steps_per_epoch)
+        warnings += notes
     else:
         step = resume.restore(saved, learner, optimizer, source.fingerprint) if saved else 0
     compute = compile_learner(learner, resolved.train, compute, warnings)
@@ -189,10 +189,10 @@ def prepare_learner(learner: StudentTeacher, compute: Compute, recompute: bool) 
 
 def compile_learner(learner: StudentTeacher, train: TrainSettings, compute: Compute, warnings: list[str]) -> Compute:
     """Compile what student and teacher do in training, as `train.compile` says. Returns how the run computes now."""
-    backbones, wanted = (learner.student.backbone, learner.teacher.backbone), train.compile
-    if train.shard and wanted == "auto":
-        wanted = False  # compiled blocks of sharded networks were never tried
-    return compute._replace(compiled=compiled.switch_on(backbones, wanted, compute.device, warnings))
+    backbones, mode = (learner.student.backbone, learner.teacher.backbone), train.compile
+    if train.shard and mode == "auto":
+        mode = False  # compiled blocks of sharded networks were never tried
+    return compute._replace(compiled=compiled.switch_on(backbones, mode, compute.device, warnings))
 
 
 def _settings(

@@ -43,11 +43,11 @@ def test_ratios_are_taken_round_by_round(bench: Any) -> None:
 def test_steps_in_fp16_scale_their_losses_and_move_the_weights(bench: Any) -> None:
     """On a CPU, whose hardware may only emulate it: ours by its own scaler, dino's by torch's."""
     compute = bench.Compute(torch.device("cpu"), lambda: torch.autocast("cpu", torch.float16), device.FP16)
-    asked = bench.StepOptions("vit_tiny_patch16", 2, (32, 16), 1, 64, "cpu", "fp16", 1)
-    stepper = bench.stepper_of("plain", asked, compute)
+    options = bench.StepOptions("vit_tiny_patch16", 2, (32, 16), 1, 64, "cpu", "fp16", 1)
+    stepper = bench.stepper_of("plain", options, compute)
     assert stepper.learner.loss_scale is not None and bench.peak_flops(compute) > 0
     for name in ("dino", "plain"):
-        step = bench.step_of(name, asked, compute)
+        step = bench.step_of(name, options, compute)
         assert all(math.isfinite(step()) for _ in range(3))
 
 

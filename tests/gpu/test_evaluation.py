@@ -22,10 +22,10 @@ def test_features_are_those_of_the_cpu(device: torch.device, layer: str, pooling
     source = ArraySource(images, labels=np.arange(23) % 4)
     model = create("vit_tiny_patch8", img_size=32, embed_dim=48, depth=2, num_heads=3, lgp=True, gaug=True, prr=True)
     reading = Reading(32 if pooling != "grid" else (32, 32), layer=layer, pooling=pooling)
-    wanted = extract(model, source, reading, Decoding(8, workers=0))
+    expected = extract(model, source, reading, Decoding(8, workers=0))
     found = extract(model.to(device), source, reading, Decoding(8, workers=workers))
-    np.testing.assert_allclose(found.x, wanted.x, rtol=1e-4, atol=1e-4)
-    assert found.index.tolist() == wanted.index.tolist() and found.manifest == wanted.manifest
+    np.testing.assert_allclose(found.x, expected.x, rtol=1e-4, atol=1e-4)
+    assert found.index.tolist() == expected.index.tolist() and found.manifest == expected.manifest
 
 
 def blobs(n: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
@@ -39,12 +39,12 @@ def blobs(n: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
 def test_neighbors_have_the_bits_of_the_cpu(device: torch.device) -> None:
     memory, queries = blobs(9000, 0)[0], blobs(1100, 1)[0]
     memory[100:110] = memory[50]  # ties
-    found, wanted = (neighbors(memory, queries, 50, device=place) for place in (device, "cpu"))
-    assert torch.equal(found[0], wanted[0]) and torch.equal(found[1], wanted[1])
+    found, expected = (neighbors(memory, queries, 50, device=each) for each in (device, "cpu"))
+    assert torch.equal(found[0], expected[0]) and torch.equal(found[1], expected[1])
 
 
 def test_scores_are_those_of_the_cpu(device: torch.device) -> None:
     train, test = blobs(2000, 0), blobs(500, 1)
     assert knn(*train, *test, device=device) == knn(*train, *test)
-    found, wanted = (linear_probe(*train, *test, epochs=3, device=place) for place in (device, "cpu"))
-    assert found["top1"] == pytest.approx(wanted["top1"], abs=1.0) and wanted["top1"] > 50
+    found, expected = (linear_probe(*train, *test, epochs=3, device=each) for each in (device, "cpu"))
+    assert found["top1"] == pytest.approx(expected["top1"], abs=1.0) and expected["top1"] > 50

@@ -42,8 +42,8 @@ def scan_inputs(batch: int, length: int, width: int, n: int) -> list[Tensor]:
     ]  # fmt: skip
 
 
-def compare(found: list[Tensor], wanted: list[Tensor], tolerance: float) -> None:
-    for number, (a, b) in enumerate(zip(found, wanted, strict=True)):
+def compare(found: list[Tensor], expected: list[Tensor], tolerance: float) -> None:
+    for number, (a, b) in enumerate(zip(found, expected, strict=True)):
         assert a.shape == b.shape
         largest = b.detach().abs().max().clamp(min=1e-12)
         difference = float((a.detach().cpu().double() - b.detach()).abs().max() / largest)
@@ -61,15 +61,15 @@ def test_the_scan_and_its_gradients(
     exact = [v.double().requires_grad_() for v in small]
     here = [v.to(device).requires_grad_() for v in small]
     mirrored = [v.flip(1) if reverse and i in (0, 1, 3, 4) else v for i, v in enumerate(exact)]
-    wanted = recurrence(*mirrored)
-    wanted = wanted.flip(1) if reverse else wanted
+    expected = recurrence(*mirrored)
+    expected = expected.flip(1) if reverse else expected
     found = selective_scan(*here, reverse=reverse)
-    up = torch.randn(wanted.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    up = torch.randn(expected.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     up = up.to(dtype)
     gradients = torch.autograd.grad(found, here, up.to(device))
     compare(
         [found, *gradients],
-        [wanted, *torch.autograd.grad(wanted, exact, up.double())],
+        [expected, *torch.autograd.grad(expected, exact, up.double())],
         1e-4 if dtype == torch.float32 else 2e-2,
     )
 
@@ -90,13 +90,13 @@ def test_colors(device: torch.device, size: int) -> None:
     plan = plan_views(ViewSettings(solarize_prob=(0.0, 0.0, 0.0)), 0, 0, np.arange(n), np.full((n, 2), size))
     for view in range(3):
         group = color_of(plan, slice(view, view + 1))
-        wanted = color(images, group)
+        expected = color(images, group)
         ways = [color]
         if device.type == "cuda":
             pytest.importorskip("triton")
             ways.append(color_by_kernels)
         for way in ways:
-            torch.testing.assert_close(way(images.to(device), group).cpu(), wanted, rtol=1e-4, atol=2e-5)
+            torch.testing.assert_close(way(images.to(device), group).cpu(), expected, rtol=1e-4, atol=2e-5)
 
 
 def test_solarizing_inverts_what_is_bright(device: torch.device) -> None:
@@ -110,8 +110,8 @@ def test_solarizing_inverts_what_is_bright(device: torch.device) -> None:
     assert group.solarize.all()
     way = color_by_kernels if device.type == "cuda" else color
     found = way(images.to(device), group).cpu()[:, 0, 3, 3] * 255
-    wanted = [level if level < plan.solarize_threshold else 255 - level for level in levels.tolist()]
-    assert found.tolist() == pytest.approx(wanted, abs=0.01)
+    expected = [level if level < plan.solarize_threshold else 255 - level for level in levels.tolist()]
+    assert found.tolist() == pytest.approx(expected, abs=0.01)
 
 
 def window_inputs(grid: tuple[int, int], prefix: int, dtype: torch.dtype) -> list[Tensor]:
@@ -136,15 +136,15 @@ def test_both_routes_of_attention_with_a_window(
     exact = [x.double().requires_grad_() for x in leaves]
     q, k, v, rows, columns = exact
     logits = q @ k.transpose(-1, -2) / 32**0.5 + window_bias(rows, columns, q.shape[-2])
-    wanted = logits.softmax(-1) @ v
+    expected = logits.softmax(-1) @ v
     if route == "tables":
         found = flex_windows(compiled_once(_flex()), *here)
     else:
         found = attend(here[0], here[1], here[2], window_bias(here[3], here[4], here[0].shape[-2]).to(dtype))
-    up = torch.randn(wanted.shape, generator=torch.Generator().manual_seed(1)).to(dtype)
+    up = torch.randn(expected.shape, generator=torch.Generator().manual_seed(1)).to(dtype)
     gradients = torch.autograd.grad(found, here, up.to(device))
     compare(
         [found, *gradients],
-        [wanted, *torch.autograd.grad(wanted, exact, up.double())],
+        [expected, *torch.autograd.grad(expected, exact, up.double())],
         1e-4 if dtype == torch.float32 else 5e-2,
     )

@@ -47,10 +47,10 @@ def views_of(run: ResolvedRun, device: torch.device, batch: int = 4) -> list[Ten
     return [torch.randn((v, batch, 3, side, side), generator=generator).to(device) for v, side in sizes]
 
 
-def close(found: Tensor, wanted: Tensor, relative: float, whole: float) -> bool:
+def close(found: Tensor, expected: Tensor, relative: float, whole: float) -> bool:
     """Within a share of its own norm, or, for what is 0 but for rounding, of the largest of its kind."""
-    difference = (found.cpu().double() - wanted.double()).norm()
-    return bool(difference <= relative * wanted.double().norm() + 1e-6 * whole)
+    difference = (found.cpu().double() - expected.double()).norm()
+    return bool(difference <= relative * expected.double().norm() + 1e-6 * whole)
 
 
 @pytest.mark.parametrize(
@@ -67,18 +67,20 @@ def test_a_step_has_the_gradients_and_the_teacher_of_the_cpu(
     tiny_run: Make, device: torch.device, settings: list[str]
 ) -> None:
     run = tiny_run(*settings)
-    found, wanted = made(run, device), made(run, torch.device("cpu"))
+    found, expected = made(run, device), made(run, torch.device("cpu"))
     start = {name: value.clone() for name, value in found[0].teacher.named_parameters()}
-    numbers = [stepper(views_of(run, place), VALUES).report.read() for (_, stepper), place in
-               ((found, device), (wanted, torch.device("cpu")))]  # fmt: skip
+    numbers = [stepper(views_of(run, each), VALUES).report.read() for (_, stepper), each in
+               ((found, device), (expected, torch.device("cpu")))]  # fmt: skip
     assert all(each.finite for each in numbers)
     assert numbers[0].loss == pytest.approx(numbers[1].loss, rel=1e-4)
     assert numbers[0].grad_norm == pytest.approx(numbers[1].grad_norm, rel=1e-3)
     # AdamW's first moment after one step is a tenth of the clipped gradient.
-    ours, theirs = ([state["exp_avg"] for state in stepper.optimizer.state.values()] for _, stepper in (found, wanted))
+    ours, theirs = (
+        [state["exp_avg"] for state in stepper.optimizer.state.values()] for _, stepper in (found, expected)
+    )
     whole = max(float(moment.norm()) for moment in theirs)
     assert len(ours) > 20 and all(close(a, b, 1e-3, whole) for a, b in zip(ours, theirs, strict=True))
-    torch.testing.assert_close(found[0].loss.center.cpu(), wanted[0].loss.center, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(found[0].loss.center.cpu(), expected[0].loss.center, rtol=1e-4, atol=1e-6)
     students = dict(found[0].student.named_parameters())
     for name, teacher in found[0].teacher.named_parameters():
         torch.testing.assert_close(teacher, 0.9 * start[name] + 0.1 * students[name].detach(), rtol=1e-5, atol=1e-7)
@@ -101,12 +103,14 @@ def test_a_compiled_step_has_the_gradients_of_one_that_is_not(
         pytest.skip(why)
     torch._dynamo.reset()
     run = tiny_run("head.batch_norm=false", *settings)
-    found, wanted = made(run, device), made(run, device)
+    found, expected = made(run, device), made(run, device)
     for backbone in (found[0].student.backbone, found[0].teacher.backbone):
         compile_backbone(backbone, device, "inductor" if device.type == "cuda" else "aot_eager")
-    numbers = [stepper(views_of(run, device), VALUES).report.read() for _, stepper in (found, wanted)]
+    numbers = [stepper(views_of(run, device), VALUES).report.read() for _, stepper in (found, expected)]
     assert numbers[0].loss == pytest.approx(numbers[1].loss, rel=1e-4)
-    ours, theirs = ([state["exp_avg"] for state in stepper.optimizer.state.values()] for _, stepper in (found, wanted))
+    ours, theirs = (
+        [state["exp_avg"] for state in stepper.optimizer.state.values()] for _, stepper in (found, expected)
+    )
     whole = max(float(moment.norm()) for moment in theirs)
     assert len(ours) > 20 and all(close(a, b.cpu(), 1e-3, whole) for a, b in zip(ours, theirs, strict=True))
     torch._dynamo.reset()
@@ -192,20 +196,20 @@ def test_views_made_ahead_are_those_made_in_turn(tiny_run: Make, device: torch.d
     def views(batch: Batch) -> list[Tensor]:
         return [normalize(group) for group in color_views(batch, device)]
 
-    wanted = [[group.cpu() for group in views(batch)] for batch in loader_of(run, device, kind)]
+    expected = [[group.cpu() for group in views(batch)] for batch in loader_of(run, device, kind)]
     ahead = Prefetch(pinned(iter(loader_of(run, device, kind)), device), views, side_stream(device))
     busy, sums = torch.randn(2048 if device.type == "cuda" else 8, 64, device=device), []
-    for number in range(len(wanted)):
+    for number in range(len(expected)):
         _, groups = ahead.take()
         for _ in range(50):
             busy = torch.tanh(busy @ busy.T @ busy)
         sums.append([group + 0 for group in groups])  # on the stream that computes, behind all that work
         del groups
-        if number + 1 < len(wanted):
+        if number + 1 < len(expected):
             ahead.begin()
     assert len(sums) == 30
-    for found, expected in zip(sums, wanted, strict=True):
-        assert all(torch.equal(a.cpu(), b) for a, b in zip(found, expected, strict=True))
+    for found, group in zip(sums, expected, strict=True):
+        assert all(torch.equal(a.cpu(), b) for a, b in zip(found, group, strict=True))
 
 
 def test_a_checkpoint_continues_on_the_device(tiny_run: Make, device: torch.device, tmp_path: Path) -> None:
@@ -253,9 +257,11 @@ def test_a_run_that_was_stopped_continues_on_the_device(
             f"folder={tmp_path / str(stops)}", f"train.device={device.type}", "train.epochs=2", "data.workers=1",
             f"data.loader={kind}", "backbone.drop_path=0.2",
         )  # fmt: skip
-        asked: list[int] = []
+        requests: list[int] = []
         if stops:
-            ended = train.pretrain(run, noise(), should_stop=lambda asked=asked: asked.append(0) or len(asked) == 4)
+            ended = train.pretrain(
+                run, noise(), should_stop=lambda requests=requests: requests.append(0) or len(requests) == 4
+            )
             assert 4 <= ended.step < 6 and not ended.finished
         assert train.pretrain(run, noise()).finished
         lines = [line for line in read_metrics(run.path / "metrics.jsonl") if "loss" in line]

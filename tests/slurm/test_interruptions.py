@@ -20,7 +20,7 @@ from nearfar.ssl.disk.metrics import read_metrics
 PACE = 0.15  # seconds added to a step, so that a signal finds the run at work
 
 
-def told(what: str, lost: int, seconds: float) -> None:
+def message(what: str, lost: int, seconds: float) -> None:
     """For the table of bench/requeue.py."""
     if file := os.environ.get("NEARFAR_INTERRUPTIONS"):
         with Path(file).open("a") as handle:
@@ -72,7 +72,7 @@ def test_signals_requeues_preemptions_and_the_death_of_a_node_one_after_the_othe
     for number, (what, action) in enumerate(interruptions.items(), 1):
         run.reach(records.saved_step(run.run) + 2)
         lost, seconds = run.interrupted(action, number)
-        told(what, lost, seconds)
+        message(what, lost, seconds)
         assert lost <= (5 if "death" in what else 0), f"{what}\n{run.log}"
     assert len(run.finish().attempts) == 7
     cluster.start_node("node2")
@@ -90,5 +90,5 @@ def test_the_time_limit_again_and_again(
         assert ending.why == f"saved at step {attempt.step} after SIGUSR2"
         assert attempt.lost == 0 and attempt.step == ending.step
     again = min(line["time"] for line in read_metrics(limited.run / "metrics.jsonl") if line["time"] > attempts[2].time)
-    told("time limit", attempts[2].lost, again - saved[1].time)
+    message("time limit", attempts[2].lost, again - saved[1].time)
     same(limited.run, reference(2))

@@ -74,11 +74,11 @@ def test_evaluation_waits_through_a_requeue(
     assert (run.run / "report.html").exists()
     capsys.readouterr()
     assert cli.main(["launch", "logs", str(run.run), "-f"]) == 0
-    said = capsys.readouterr().out
-    assert "goes back to the queue" in said and "Continuing from step" in said
+    output = capsys.readouterr().out
+    assert "goes back to the queue" in output and "Continuing from step" in output
     assert cli.main(["launch", "status", str(run.run)]) == 0
-    said = capsys.readouterr().out
-    assert "state       finished" in said and "attempts    2" in said and "step        60 of 60" in said
+    output = capsys.readouterr().out
+    assert "state       finished" in output and "attempts    2" in output and "step        60 of 60" in output
 
 
 @pytest.mark.long
@@ -157,8 +157,8 @@ def test_a_sweep_is_an_array_of_which_one_element_requeues_alone(
     assert cli.main(["launch", "status", str(sweep.run)]) == 0
     assert "2 runs: 2 finished; evaluations: 2 finished" in capsys.readouterr().out
     assert cli.main(["report", str(sweep.run)]) == 0
-    said = capsys.readouterr().out
-    assert "lr" in said and "k-NN" in said and (sweep.run / "report.html").exists()
+    output = capsys.readouterr().out
+    assert "lr" in output and "k-NN" in output and (sweep.run / "report.html").exists()
 
 
 def test_what_squeue_forgot_sacct_still_knows(accounting_cluster: Any, tmp_path: Path) -> None:

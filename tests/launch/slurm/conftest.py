@@ -48,11 +48,11 @@ def run(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def asked(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+def requests(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """What was asked of SLURM; nothing waits for the end."""
-    said: list[str] = []
-    monkeypatch.setattr(queue, "requeue", lambda number, **_: said.append(f"requeue {number}"))
+    calls: list[str] = []
+    monkeypatch.setattr(queue, "requeue", lambda number, **_: calls.append(f"requeue {number}"))
     monkeypatch.setattr(queue, "preempted", lambda number: False)
     for module in (job, requeue):
-        monkeypatch.setattr(module, "wait_for_the_end", lambda *_: said.append("waited"))
-    return said
+        monkeypatch.setattr(module, "wait_for_the_end", lambda *_: calls.append("waited"))
+    return calls

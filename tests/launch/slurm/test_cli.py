@@ -157,16 +157,16 @@ def test_adapt_and_distill_are_submitted_with_what_their_verbs_fill_in(labeled: 
 def test_sweeps_of_finetuning(labeled: Path, capsys: pytest.CaptureFixture[str]) -> None:
     sweep = ["--sweep", "classifier.mixup=0,0.8", "train.epochs=3", "--dry-run", "--cluster"]
     assert cli.main([*WORDS, *sweep, "local"]) == 0
-    said = capsys.readouterr().out
+    output = capsys.readouterr().out
     for name in ("mixup=0", "mixup=0.8"):
-        assert f"runs/classes/{name}: finetune on pictures, cpu" in said
-    assert said.count("3 epochs") == 2
+        assert f"runs/classes/{name}: finetune on pictures, cpu" in output
+    assert output.count("3 epochs") == 2
     assert cli.main([*WORDS, *sweep, "slurm"]) == 0
     assert "--array=0-1" in capsys.readouterr().out and not (labeled / "runs").exists()
 
 
 @pytest.mark.parametrize(
-    ("words", "told"),
+    ("words", "message"),
     [
         (["launch", "finetune_cifar10"], "nearfar launch finetune finetune_cifar10"),
         (["launch", "classes.yaml"], "nearfar launch finetune classes.yaml"),
@@ -185,7 +185,7 @@ def test_sweeps_of_finetuning(labeled: Path, capsys: pytest.CaptureFixture[str])
     ],
 )
 def test_wrong_combinations_are_one_paragraph_and_write_nothing(
-    labeled: Path, words: list[str], told: str, capsys: pytest.CaptureFixture[str]
+    labeled: Path, words: list[str], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     old = labeled / "runs" / "old"
     (old / "checkpoints" / "step-000000001").mkdir(parents=True)
@@ -193,16 +193,16 @@ def test_wrong_combinations_are_one_paragraph_and_write_nothing(
     before = sorted(labeled.rglob("*"))
     assert cli.main([*words, "--cpu", "--cluster", "slurm", "--dry-run"]) == 2
     error = capsys.readouterr().err
-    assert told in error and error.startswith("nearfar: ") and error.count("\n") == 1
+    assert message in error and error.startswith("nearfar: ") and error.count("\n") == 1
     assert sorted(labeled.rglob("*")) == before
 
 
 def test_usr2_before_the_score_leads_back_to_the_queue(labeled: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[str] = []
-    monkeypatch.setattr(queue, "requeue", lambda number, **_: asked.append(number))
+    requests: list[str] = []
+    monkeypatch.setattr(queue, "requeue", lambda number, **_: requests.append(number))
     monkeypatch.setattr(queue, "seconds_left", lambda number: None)
-    place = JobProcess("7", 0, 1, 0, "localhost", labeled / "result.pkl")
-    monkeypatch.setattr(JobProcess, "this", staticmethod(lambda: place))
+    process = JobProcess("7", 0, 1, 0, "localhost", labeled / "result.pkl")
+    monkeypatch.setattr(JobProcess, "this", staticmethod(lambda: process))
     run = finetune_settings.load(Path("classes.yaml"), ["data.path=pictures", "data.val=others", "train.world_size=1"])
     settings = a_submission(run, labeled / "submission")
 
@@ -212,4 +212,4 @@ def test_usr2_before_the_score_leads_back_to_the_queue(labeled: Path, monkeypatc
     monkeypatch.setattr(finetune.Scoring, "__call__", stopped)
     with pytest.raises(SystemExit) as caught:
         job.train_job(settings, str(run.path))
-    assert caught.value.code == 0 and asked == ["7"] and records.read_ending(run.path) is None
+    assert caught.value.code == 0 and requests == ["7"] and records.read_ending(run.path) is None

@@ -69,22 +69,22 @@ def test_status_of_one_and_of_several(run: Path, capsys: pytest.CaptureFixture[s
         records.begin_attempt(run, "5", 0, 3)
         records.begin_attempt(run, "5", 1, 3)
     assert cli.main(["launch", "status", str(run)]) == 0
-    said = capsys.readouterr().out
+    output = capsys.readouterr().out
     for line in (
         "state       running",
         "attempts    2, 42 steps done again",
         "step        20 of 100",
         "loss        3.25",
     ):
-        assert line in said
-    assert str(run / "cluster" / "now" / "log" / "5_0_log.out") in said
+        assert line in output
+    assert str(run / "cluster" / "now" / "log" / "5_0_log.out") in output
     other = run.parent / "other"
     with records.locked(other):
         records.record_jobs(other, JOB.model_copy(update={"job": "6"}))
     records.write_ending(other, "train", Ending(state="failed", job="6", why="planted"))
     assert cli.main(["launch", "status", str(run.parent)]) == 0
-    said = capsys.readouterr().out
-    assert "running" in said and "20/100" in said and "failed" in said and "planted" in said
+    output = capsys.readouterr().out
+    assert "running" in output and "20/100" in output and "failed" in output and "planted" in output
 
 
 def test_logs(run: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -132,7 +132,7 @@ def test_a_followed_log_ends_with_its_reader(run: Path, monkeypatch: pytest.Monk
 
 
 @pytest.mark.parametrize(
-    ("words", "told"),
+    ("words", "message"),
     [
         (["status", "nowhere"], "There is no run folder nowhere"),
         (["status", "."], "Nothing in . was submitted"),
@@ -140,16 +140,16 @@ def test_a_followed_log_ends_with_its_reader(run: Path, monkeypatch: pytest.Monk
     ],
 )
 def test_folders_without_jobs(
-    words: list[str], told: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    words: list[str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "empty").mkdir()
     assert cli.main(["launch", *words]) == 2
-    assert told in " ".join(capsys.readouterr().err.split())
+    assert message in " ".join(capsys.readouterr().err.split())
 
 
 @pytest.mark.parametrize(
-    ("words", "told"),
+    ("words", "message"),
     [
         (["data.path=none", "--cpu"], "data.path="),
         (["data.path=''", "--cpu"], "data.path is not set"),
@@ -168,10 +168,10 @@ def test_folders_without_jobs(
     ],
 )
 def test_mistakes_are_told_before_anything_is_written(
-    here: Path, words: list[str], told: str, capsys: pytest.CaptureFixture[str]
+    here: Path, words: list[str], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert cli.main(["launch", "mine.yaml", *words, "--cluster", "slurm", "--dry-run"]) == 2
-    assert told in capsys.readouterr().err
+    assert message in capsys.readouterr().err
     assert not (here / "runs").exists()
 
 
@@ -180,10 +180,10 @@ def test_dry_run_prints_scripts_and_writes_nothing(here: Path, capsys: pytest.Ca
     words = ["train.epochs=3", "--nodes", "2", "--gpus-per-node", "8", "data.val=pictures", "--then", "eval=knn"]
     before = sorted(here.rglob("*"))
     assert cli.main(["launch", "mine.yaml", *words, "--cluster", "slurm", "--dry-run"]) == 0
-    said = capsys.readouterr().out
-    assert "2 x 8 processes" in said and "4 images a step each" in said
-    assert said.count("#!/bin/bash") == 2 and "--dependency=afterok:JOB" in said and "USR2@300" in said
-    assert f"{here}/runs/mine/cluster/STAMP/log" in said
+    output = capsys.readouterr().out
+    assert "2 x 8 processes" in output and "4 images a step each" in output
+    assert output.count("#!/bin/bash") == 2 and "--dependency=afterok:JOB" in output and "USR2@300" in output
+    assert f"{here}/runs/mine/cluster/STAMP/log" in output
     sweep = ["--cpu", "--sweep", "optim.lr=1e-3,1e-4", "--parallel", "1", "--dry-run"]
     assert cli.main(["launch", "mine.yaml", *sweep]) == 0
     assert "--array=0-1%1" in capsys.readouterr().out
@@ -210,9 +210,9 @@ def test_local_dry_run_trains_nothing(here: Path, capsys: pytest.CaptureFixture[
     words = ["--cpu", "--tasks-per-node", "2", "train.epochs=3", "--dry-run", "--cluster"]
     for cluster in ("local", "debug"):
         assert cli.main(["launch", "mine.yaml", *words, cluster]) == 0
-        said = capsys.readouterr().out
-        assert "runs/mine: pretrain on pictures, cpu, 2 processes (as set), 3 epochs" in said
-        assert "Nothing was started" in said
+        output = capsys.readouterr().out
+        assert "runs/mine: pretrain on pictures, cpu, 2 processes (as set), 3 epochs" in output
+        assert "Nothing was started" in output
     assert sorted(here.rglob("*")) == before
 
 
@@ -232,9 +232,9 @@ def test_a_refused_evaluation_leaves_the_training_and_says_both(
     here: Path, sbatch: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert cli.main([*SUBMIT, "data.val=pictures", "--then", "eval=knn"]) == 2
-    said = capsys.readouterr()
-    assert "job 1: mine" in said.out
-    assert "The training was accepted as job 1" in said.err and "its evaluation was refused" in said.err
+    output = capsys.readouterr()
+    assert "job 1: mine" in output.out
+    assert "The training was accepted as job 1" in output.err and "its evaluation was refused" in output.err
     (found,) = status.statuses([here / "runs" / "mine"])
     assert found.job is not None and found.job.job == "1" and found.evaluation == "failed" and "planted" in found.why
 
@@ -264,8 +264,8 @@ def test_resubmit_keeps_what_each_submission_asked_for(
 def test_settings_behind_sweep_are_no_sweep(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = ["--cpu", "--dry-run", "--sweep", "optim.lr=1e-3,1e-4", "train.epochs=3", "views.ratio=[0.7, 1.4]"]
     assert cli.main(["launch", "mine.yaml", "--cluster", "local", *words]) == 0
-    said = capsys.readouterr().out
-    assert said.count("3 epochs") == 2 and "runs/mine/lr=1e-3: " in said and "runs/mine/lr=1e-4: " in said
+    output = capsys.readouterr().out
+    assert output.count("3 epochs") == 2 and "runs/mine/lr=1e-3: " in output and "runs/mine/lr=1e-4: " in output
 
 
 def test_what_a_fork_leaves_is_named_by_an_absolute_path(here: Path) -> None:
@@ -295,8 +295,10 @@ def test_logs_end_with_the_rank_that_knows_why(run: Path, capsys: pytest.Capture
     (logs / "5_3_log.out").write_text("first\n" + "line\n" * 100 + "KeyError: planted\n")
     records.write_ending(run, "train", Ending(state="failed", job="5", rank=3, why="rank 3: KeyError: planted"))
     assert cli.main(["launch", "logs", str(run)]) == 0
-    said = capsys.readouterr().out
-    assert said.startswith("waiting\n\n== rank 3") and said.endswith("KeyError: planted\n") and "first" not in said
+    output = capsys.readouterr().out
+    assert (
+        output.startswith("waiting\n\n== rank 3") and output.endswith("KeyError: planted\n") and "first" not in output
+    )
 
 
 def test_why_comes_from_the_record_of_the_attempt(run: Path) -> None:
@@ -355,5 +357,5 @@ def test_status_for_programs(many: Path, capsys: pytest.CaptureFixture[str]) -> 
 def test_status_imports_no_torch() -> None:
     code = "import sys, nearfar.launch.slurm.cli, nearfar.launch.slurm.control, nearfar.launch.slurm.status; "
     code += "print([name for name in ('torch', 'timm', 'submitit', 'numpy') if name in sys.modules])"
-    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
-    assert said.strip() == "[]"
+    output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert output.strip() == "[]"

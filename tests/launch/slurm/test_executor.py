@@ -62,18 +62,18 @@ def test_the_lines_before_srun_put_the_snapshot_first_on_the_import_path(tmp_pat
     script = executor.executor(home, CPU, JobOptions("s")).script()
     setup = [line for line in script.splitlines() if line.startswith("export ")]
     code = "import nearfar.ssl.config, nearfar.launch.cli, os; print(nearfar.ssl.config.__file__)"
-    said = subprocess.run(
+    output = subprocess.run(
         ["bash", "-c", "\n".join([*setup, f"{shlex.quote(sys.executable)} -c '{code}'; echo $SRUN_CPUS_PER_TASK"])],
         capture_output=True, text=True, check=True, cwd="/",
     ).stdout.split("\n")  # fmt: skip
-    assert said[0] == str(home / "code" / "nearfar" / "ssl" / "config.py") and said[1] == "8"
+    assert output[0] == str(home / "code" / "nearfar" / "ssl" / "config.py") and output[1] == "8"
 
 
 def test_signals_are_ignored_until_python_answers_them(tmp_path: Path) -> None:
     made = executor.executor(tmp_path, CPU, JobOptions("s"))
     code = "import signal; print(signal.getsignal(signal.SIGUSR2), signal.getsignal(signal.SIGTERM))"
-    said = subprocess.run(["bash", "-c", f"{made.python} -c '{code}'"], capture_output=True, text=True, check=True)
-    assert said.stdout.split() == ["1", "1"] or said.stdout.count("SIG_IGN") == 2
+    output = subprocess.run(["bash", "-c", f"{made.python} -c '{code}'"], capture_output=True, text=True, check=True)
+    assert output.stdout.split() == ["1", "1"] or output.stdout.count("SIG_IGN") == 2
 
 
 def test_the_signal_comes_early_enough(tmp_path: Path) -> None:

@@ -29,7 +29,7 @@ from nearfar.ssl.errors import PeerError, UserError
 from nearfar.ssl.run.run_folder import RunFolder
 
 
-def place(rank: int = 0, size: int = 1, number: str = "7") -> JobProcess:
+def process(rank: int = 0, size: int = 1, number: str = "7") -> JobProcess:
     return JobProcess(number, rank, size, 0, "localhost", Path("result.pkl"))
 
 
@@ -49,23 +49,23 @@ def test_what_slurm_says_of_a_preemption(monkeypatch: pytest.MonkeyPatch, shown:
 
 def test_a_controller_that_is_away_is_asked_again(monkeypatch: pytest.MonkeyPatch) -> None:
     answers = ["Unable to contact slurm controller (connect failure)", "Unexpected message received", ""]
-    asked, slept = iter(answers), list[float]()
+    replies, slept = iter(answers), list[float]()
 
     def scontrol(*command: str) -> subprocess.CompletedProcess[str]:
-        said = next(asked)
-        return subprocess.CompletedProcess(command, bool(said), "", said)
+        reply = next(replies)
+        return subprocess.CompletedProcess(command, bool(reply), "", reply)
 
     monkeypatch.setattr(queue, "_run", scontrol)
     monkeypatch.setattr(queue.time, "sleep", slept.append)
     queue.requeue("7")
-    assert slept == [1.0, 2.0] and next(asked, None) is None
-    asked = iter(answers[:1] * 99)
+    assert slept == [1.0, 2.0] and next(replies, None) is None
+    replies = iter(answers[:1] * 99)
     with pytest.raises(UserError, match=r"Unable to contact .* \(asked again for 0 minutes\).*resubmit"):
         queue.requeue("7", patience=0)
-    asked = iter(["Requested operation is presently disabled", ""])
+    replies = iter(["Requested operation is presently disabled", ""])
     with pytest.raises(UserError, match=r"disabled\. The run is saved"):
         queue.requeue("7")
-    assert next(asked) == ""
+    assert next(replies) == ""
 
 
 @pytest.mark.parametrize(
@@ -83,10 +83,10 @@ def test_a_controller_that_is_away_is_asked_again(monkeypatch: pytest.MonkeyPatc
         (UserError("data.path is not set"), False),
     ],
 )
-def test_what_is_tried_again(run: Path, asked: list[str], error: Exception, expected: bool) -> None:
+def test_what_is_tried_again(run: Path, requests: list[str], error: Exception, expected: bool) -> None:
     assert job.is_infrastructure(error) is expected
     with pytest.raises(SystemExit) as caught:
-        job._failed(run, "train", place(1, 2), error)
+        job._failed(run, "train", process(1, 2), error)
     assert caught.value.code == (2 if isinstance(error, UserError) else 1)
     ending, (*_, end) = records.read_ending(run), [None, *records.attempt_ends(run)]
     assert (ending is None) is expected
@@ -98,11 +98,11 @@ def test_what_is_tried_again(run: Path, asked: list[str], error: Exception, expe
 
 def test_a_mistake_of_the_users_is_told_without_a_traceback(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
-        job._failed(run, "train", place(), UserError("data.path is not set"))
-    said = capsys.readouterr()
-    assert said.out == "nearfar: data.path is not set\n" and said.err == ""
+        job._failed(run, "train", process(), UserError("data.path is not set"))
+    output = capsys.readouterr()
+    assert output.out == "nearfar: data.path is not set\n" and output.err == ""
     with pytest.raises(UserError):  # outside SLURM the command line tells it
-        job._failed(run, "train", place()._replace(result=None), UserError("data.path is not set"))
+        job._failed(run, "train", process()._replace(result=None), UserError("data.path is not set"))
 
 
 def test_a_lock_of_an_attempt_before_is_waited_for(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -142,37 +142,37 @@ def test_a_job_that_slurm_has_requeued_already_is_no_error(monkeypatch: pytest.M
         queue.requeue("7")
 
 
-def test_a_rank_that_only_lost_another_leaves_the_word_to_it(run: Path, asked: list[str]) -> None:
+def test_a_rank_that_only_lost_another_leaves_the_word_to_it(run: Path, requests: list[str]) -> None:
     with pytest.raises(SystemExit):
-        job._failed(run, "train", place(1, 2), ValueError("planted"))
+        job._failed(run, "train", process(1, 2), ValueError("planted"))
     with pytest.raises(SystemExit):
-        job._failed(run, "train", place(0, 2), PeerError("Rank 1 ended"))
+        job._failed(run, "train", process(0, 2), PeerError("Rank 1 ended"))
     found = records.read_ending(run)
-    assert asked == ["waited"] and found is not None
+    assert requests == ["waited"] and found is not None
     assert found.why == f"rank 1 on {socket.gethostname()}: ValueError: planted"
 
 
 def test_ranks_meet_at_a_free_port_of_the_first_ones_node(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MASTER_ADDR", "not yet")  # and taken back after the test
     monkeypatch.setenv("MASTER_PORT", "0")
-    told: list[tuple[str, str, float | None]] = []
+    met: list[tuple[str, str, float | None]] = []
 
     def second() -> None:
-        deadline = job.rendezvous(tmp_path / "meeting", place(1, 2))
-        told.append((os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"], deadline))
+        deadline = job.rendezvous(tmp_path / "meeting", process(1, 2))
+        met.append((os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"], deadline))
 
     thread = threading.Thread(target=second)
     thread.start()
     time.sleep(0.2)  # the second may come first
-    assert not told
-    assert job.rendezvous(tmp_path / "meeting", place(0, 2), 1234.5) == 1234.5
+    assert not met
+    assert job.rendezvous(tmp_path / "meeting", process(0, 2), 1234.5) == 1234.5
     thread.join(timeout=20)
-    assert told == [(os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"], 1234.5)]
+    assert met == [(os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"], 1234.5)]
     with socket.socket() as probe:
         probe.bind((os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])))
     monkeypatch.setattr(job, "MEETING", 0.2)
     with pytest.raises(job.InfrastructureError, match="Rank 1: the first rank did not write"):
-        job.rendezvous(tmp_path / "meeting", place(1, 2, "8"))
+        job.rendezvous(tmp_path / "meeting", process(1, 2, "8"))
     assert job._resolvable("no-such-host.invalid") == socket.gethostname()
 
 
@@ -186,21 +186,21 @@ def test_a_signal_before_training_is_not_forgotten_inside_it() -> None:
 
 
 @pytest.mark.parametrize(
-    ("said", "seconds"),
+    ("output", "seconds"),
     [("59:12", 3552), ("1:00:00", 3600), ("2-03:04:05", 183845), ("0:07", 7), ("UNLIMITED", None), ("NOT_SET", None)],
 )
-def test_time_left_as_squeue_says_it(monkeypatch: pytest.MonkeyPatch, said: str, seconds: float | None) -> None:
-    monkeypatch.setattr(queue, "_run", lambda *command: subprocess.CompletedProcess(command, 0, f"{said}\n", ""))
+def test_time_left_as_squeue_says_it(monkeypatch: pytest.MonkeyPatch, output: str, seconds: float | None) -> None:
+    monkeypatch.setattr(queue, "_run", lambda *command: subprocess.CompletedProcess(command, 0, f"{output}\n", ""))
     assert queue.seconds_left("7") == seconds
 
 
 def test_the_first_rank_knows_when_to_save(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     SubmissionRecord(resources=Resources(cpu=True, signal_delay=40), runs=[run]).write(run)
     monkeypatch.setattr(queue, "seconds_left", lambda number: 100.0)
-    assert job.save_by(run, run, place()) == pytest.approx(time.time() + 60, abs=5)
-    assert job.save_by(run, run, place(1, 2)) is None
+    assert job.save_by(run, run, process()) == pytest.approx(time.time() + 60, abs=5)
+    assert job.save_by(run, run, process(1, 2)) is None
     monkeypatch.setattr(queue, "seconds_left", lambda number: None)
-    assert job.save_by(run, run, place()) is None
+    assert job.save_by(run, run, process()) is None
 
 
 def test_the_alarm_rings_in_time_and_not_afterwards() -> None:
@@ -265,5 +265,5 @@ def test_local_runs_processes_of_this_machine_one_run_after_the_other(
         assert "ranks: 2" in (run / "run.log").read_text() and (run / "results.json").exists()
     capsys.readouterr()
     assert cli.main(["report", "runs/mine"]) == 0
-    said = capsys.readouterr().out
-    assert "lr=1e-3" in said and "lr=2e-3" in said and "k-NN" in said
+    output = capsys.readouterr().out
+    assert "lr=1e-3" in output and "lr=2e-3" in output and "k-NN" in output

@@ -14,7 +14,7 @@ from nearfar.ssl.errors import UserError
 
 
 @pytest.mark.parametrize(
-    ("said", "why", "node"),
+    ("output", "why", "node"),
     [
         (
             "srun: error: node2: task 1: Killed\nsrun: error: node1: task 0: Terminated",
@@ -39,26 +39,26 @@ from nearfar.ssl.errors import UserError
         ("nothing", "srun ended with exit code 9: see the log", ""),
     ],
 )
-def test_who_it_was(said: str, why: str, node: str) -> None:
+def test_who_it_was(output: str, why: str, node: str) -> None:
     before = "nearfar: attempt 0 on n\nsrun: error: another: task 5: Killed\nnearfar: attempt 1 on n\n"
-    found = requeue_after_failure.first_failure(before + said + "\n", 9)
+    found = requeue_after_failure.first_failure(before + output + "\n", 9)
     assert (found.why, found.node) == (why, node)
 
 
 @pytest.fixture
-def asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+def requests(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """What is asked of SLURM; job 7 of the run in tmp_path/run, whose rank 1 was killed on node2, is running."""
-    said: list[str] = []
+    calls: list[str] = []
     monkeypatch.setenv("SLURM_JOB_ID", "7")
     monkeypatch.delenv("SLURM_ARRAY_JOB_ID", raising=False)
     monkeypatch.setattr(queue, "details", lambda job: {"JobState": "RUNNING"})
-    monkeypatch.setattr(queue, "requeue", lambda job: said.append(f"requeue {job}"))
-    monkeypatch.setattr(queue, "exclude_node", lambda job, node, also: said.append(f"without {node},{also}"))
+    monkeypatch.setattr(queue, "requeue", lambda job: calls.append(f"requeue {job}"))
+    monkeypatch.setattr(queue, "exclude_node", lambda job, node, also: calls.append(f"without {node},{also}"))
     SubmissionRecord(resources=Resources(cpu=True, tries=2, exclude="bad"), runs=[tmp_path / "run"]).write(tmp_path)
     (tmp_path / "log").mkdir()
     (tmp_path / "log" / "7_0_log.out").write_text("srun: error: node2: task 1: Killed\n")
     with records.locked(tmp_path / "run"):
-        return said
+        return calls
 
 
 def attempt(folder: Path, restart: int, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -67,12 +67,12 @@ def attempt(folder: Path, restart: int, monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_infrastructure_is_tried_again_a_bounded_number_of_times(
-    tmp_path: Path, asked: list[str], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, requests: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = tmp_path / "run"
     attempt(tmp_path, 0, monkeypatch)
     requeue_after_failure.handle(tmp_path, "train", 137)
-    assert asked == ["requeue 7", "without node2,bad"] and records.read_ending(run) is None
+    assert requests == ["requeue 7", "without node2,bad"] and records.read_ending(run) is None
     attempt(tmp_path, 1, monkeypatch)
     (run / "checkpoints" / "step-000000010").mkdir(parents=True)  # progress: it counts anew
     requeue_after_failure.handle(tmp_path, "train", 137)
@@ -80,23 +80,23 @@ def test_infrastructure_is_tried_again_a_bounded_number_of_times(
         attempt(tmp_path, restart, monkeypatch)
         requeue_after_failure.handle(tmp_path, "train", 137)
     ending = records.read_ending(run)
-    assert asked.count("requeue 7") == 3 and ending is not None and ending.state == "failed" and ending.rank == 1
+    assert requests.count("requeue 7") == 3 and ending is not None and ending.state == "failed" and ending.rank == 1
     assert ending.why.startswith("No progress: 2 attempts of job 7") and "rank 1 on node2 was killed" in ending.why
 
 
 def test_what_a_process_said_of_infrastructure_is_kept(
-    tmp_path: Path, asked: list[str], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, requests: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     attempt(tmp_path, 0, monkeypatch)
-    said = AttemptEnd(job="7", restart=0, rank=3, why="rank 3: NCCL error", infrastructure=True)
-    records.end_attempt(tmp_path / "run", said)
+    end = AttemptEnd(job="7", restart=0, rank=3, why="rank 3: NCCL error", infrastructure=True)
+    records.end_attempt(tmp_path / "run", end)
     requeue_after_failure.handle(tmp_path, "train", 1)
     assert [end.why for end in records.attempt_ends(tmp_path / "run")] == ["rank 3: NCCL error"]
-    assert asked[0] == "requeue 7"
+    assert requests[0] == "requeue 7"
 
 
 def test_a_mistake_a_cancelled_job_and_a_refusal_are_left_alone(
-    tmp_path: Path, asked: list[str], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, requests: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = tmp_path / "run"
     attempt(tmp_path, 0, monkeypatch)
@@ -105,7 +105,7 @@ def test_a_mistake_a_cancelled_job_and_a_refusal_are_left_alone(
     attempt(tmp_path, 0, monkeypatch)
     monkeypatch.setattr(queue, "details", lambda job: {"JobState": "CANCELLED"})
     requeue_after_failure.handle(tmp_path, "train", 143)
-    assert asked == [] and records.read_ending(run) is None
+    assert requests == [] and records.read_ending(run) is None
 
     def refuse(job: str) -> None:
         raise UserError("scontrol requeue 7: disabled")
@@ -118,7 +118,7 @@ def test_a_mistake_a_cancelled_job_and_a_refusal_are_left_alone(
 
 
 def test_elements_of_an_array_and_evaluations_have_their_own_records(
-    tmp_path: Path, asked: list[str], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, requests: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     runs = [tmp_path / name for name in ("one", "two")]
     SubmissionRecord(resources=Resources(cpu=True, tries=2), runs=runs).write(tmp_path)
@@ -127,7 +127,7 @@ def test_elements_of_an_array_and_evaluations_have_their_own_records(
     monkeypatch.setenv("SLURM_RESTART_COUNT", "0")
     with records.locked(runs[1]):
         requeue_after_failure.handle(tmp_path, "eval", 137)
-    assert asked == ["requeue 6_1"] and not runs[0].exists()
+    assert requests == ["requeue 6_1"] and not runs[0].exists()
     assert [end.job for end in records.attempt_ends(runs[1], "eval")] == ["6_1"]
 
 
@@ -137,13 +137,13 @@ def test_elements_of_an_array_and_evaluations_have_their_own_records(
 def test_a_node_is_left_out_only_where_enough_others_are(
     monkeypatch: pytest.MonkeyPatch, listed: str, excluded: bool
 ) -> None:
-    said = []
+    commands = []
 
     def answer(*command: str) -> subprocess.CompletedProcess[str]:
-        said.append(" ".join(command))
+        commands.append(" ".join(command))
         shown = "JobId=7 Partition=main NumNodes=1-1 ExcNodeList=(null)" if "show" in command else listed
         return subprocess.CompletedProcess(command, 0, shown, "")
 
     monkeypatch.setattr(queue, "_run", answer)
     assert queue.exclude_node("7", "node2", "bad") is excluded
-    assert ("scontrol update JobId=7 ExcNodeList=bad,node2" in said) is excluded
+    assert ("scontrol update JobId=7 ExcNodeList=bad,node2" in commands) is excluded

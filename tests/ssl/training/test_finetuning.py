@@ -102,9 +102,9 @@ def test_mixup_against_the_formula(tiny: Make) -> None:
     lam = (float(targets[0, 0]) - 0.2 / 3) / 0.8
     assert 0 < lam < 1
     want, want_targets = reference_mix(images, labels, lam, 3, 0.2)
-    place = np.array([0, 2, 4, 5, 3, 1])  # neighbors are put where timm mixes them
-    np.testing.assert_allclose(mixed.numpy(), want[place], atol=1e-6)
-    np.testing.assert_allclose(targets.numpy(), want_targets[place], atol=1e-6)
+    process = np.array([0, 2, 4, 5, 3, 1])  # neighbors are put where timm mixes them
+    np.testing.assert_allclose(mixed.numpy(), want[process], atol=1e-6)
+    np.testing.assert_allclose(targets.numpy(), want_targets[process], atol=1e-6)
 
 
 @pytest.mark.parametrize("which", ["classifier.mixup=0.8", "classifier.cutmix=1.0"])
@@ -267,10 +267,10 @@ def free_port() -> int:
 def test_a_classifier_loads_strictly_and_gives_its_backbone(tiny: Make, quiet: Any, tmp_path: Path) -> None:
     folder = finetune(tiny("train.epochs=1"), colored(24), console=quiet).folder
     whole = checkpoint.load_classifier(folder)
-    for place in (folder / checkpoint.CLASSIFIER, *(folder / "checkpoints").iterdir()):
-        again = checkpoint.load_classifier(place).state_dict()
+    for process in (folder / checkpoint.CLASSIFIER, *(folder / "checkpoints").iterdir()):
+        again = checkpoint.load_classifier(process).state_dict()
         assert all(torch.equal(again[name], tensor) for name, tensor in whole.state_dict().items())
-        backbone = checkpoint.load(place).state_dict()
+        backbone = checkpoint.load(process).state_dict()
         assert all(torch.equal(backbone[name], t) for name, t in whole.backbone.state_dict().items())
     about, tensors = checkpoint.about(folder), dict(whole.state_dict())
     del tensors["head.bias"]
@@ -284,8 +284,8 @@ def test_a_classifier_loads_strictly_and_gives_its_backbone(tiny: Make, quiet: A
 
 def test_a_run_starts_from_another(tiny: Make, quiet: Any) -> None:
     first = finetune(tiny("train.epochs=1"), colored(24), console=quiet).folder
-    asked = tiny("name=second", f"backbone.weights={first}")
-    resolved = resolve_finetune(asked, 24)[0]
+    second = tiny("name=second", f"backbone.weights={first}")
+    resolved = resolve_finetune(second, 24)[0]
     assert resolved.optim.layerwise_decay == 0.75 and resolve_finetune(tiny(), 24)[0].optim.layerwise_decay == 1
     started = build_classifier_learner(resolved, ["a", "b"]).student.backbone.state_dict()
     trained = checkpoint.load(first).state_dict()
@@ -303,9 +303,15 @@ def test_it_records_the_weights_that_it_began_with(tiny: Make, quiet: Any) -> No
 
 def test_kept_are_the_best_by_its_own_score_and_each_multiple(tiny: Make, quiet: Any) -> None:
     scores = iter([50.0, 90.0, 60.0, 70.0, 80.0])
-    asked = ["train.epochs=5", "train.keep_best=true", "train.keep_every=4", "train.keep_last=1", "eval.every_epochs=1"]
+    settings = [
+        "train.epochs=5",
+        "train.keep_best=true",
+        "train.keep_every=4",
+        "train.keep_last=1",
+        "eval.every_epochs=1",
+    ]
     observers = Observers(probe=lambda classifier, run: {"val_top1": next(scores)})
-    run = tiny(*asked)
+    run = tiny(*settings)
     finetune(run, colored(24), observers, console=quiet)  # 3 steps an epoch
     kept = [checkpoint_names.step_of(path) for path in checkpoint_names.finished(run.path / "checkpoints")]
     assert kept == [4, 6, 8, 12, 15]
@@ -335,7 +341,7 @@ def test_a_folder_keeps_its_kind_of_run(tiny: Make, quiet: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    ("labels", "classes", "told"),
+    ("labels", "classes", "message"),
     [
         (None, None, "have no labels, and a classifier needs them"),
         ([0] * 6, ["cat"], "two classes or more, but in pics all 6 images are of class cat"),
@@ -344,9 +350,9 @@ def test_a_folder_keeps_its_kind_of_run(tiny: Make, quiet: Any) -> None:
         ([0, 1, -1, 0, 1, 0], None, "must be class numbers from 0 on, but -1"),
     ],
 )
-def test_labels_that_teach_nothing(labels: Any, classes: Any, told: str, tiny: Make, quiet: Any) -> None:
+def test_labels_that_teach_nothing(labels: Any, classes: Any, message: str, tiny: Make, quiet: Any) -> None:
     source = ArraySource(np.zeros((6, 20, 20, 3), np.uint8), labels, classes=classes)
-    with pytest.raises(UserError, match=told):
+    with pytest.raises(UserError, match=message):
         class_names(source, "pics")
     with pytest.raises(UserError):
         finetune(tiny(), source, console=quiet)
@@ -354,7 +360,7 @@ def test_labels_that_teach_nothing(labels: Any, classes: Any, told: str, tiny: M
 
 
 @pytest.mark.parametrize(
-    ("settings", "told"),
+    ("settings", "message"),
     [
         (["augment.size=18"], "augment.size=18 is not a multiple of the patch size 4 (nearest: 16)"),
         (["train.batch_size=9", "classifier.mixup=1"], "mix pairs of images"),
@@ -366,10 +372,10 @@ def test_labels_that_teach_nothing(labels: Any, classes: Any, told: str, tiny: M
         (["eval.size=32", "eval.resize=16"], "eval.resize=16 is smaller than the crop"),
     ],
 )
-def test_settings_that_contradict_each_other(settings: list[str], told: str) -> None:
+def test_settings_that_contradict_each_other(settings: list[str], message: str) -> None:
     with pytest.raises(UserError) as error:
         finetune_settings.load(None, [*TINY, *settings])
-    assert told in str(error.value)
+    assert message in str(error.value)
 
 
 def test_a_loss_that_is_not_finite_is_told_and_nothing_is_saved(
