@@ -38,7 +38,7 @@ td.best { font-weight: 700; color: var(--accent) } tr.difference td, tr.differen
 details { margin-top: 1rem } summary { cursor: pointer; color: var(--accent); padding: .3rem 0 }
 details table { font-size: .85rem; margin-top: .6rem } .text td { padding-block: .15rem; text-align: left }
 .text td:last-child { overflow-wrap: anywhere }
-.runs th, .runs td + td { white-space: nowrap }
+.runs th, .runs th + td, .runs td + td { white-space: nowrap }
 .scroll { overflow-x: auto } .missing { background: var(--wash); padding: .7rem 1rem; border-radius: 6px;
           color: var(--soft) }
 .verdict { border-left: 4px solid var(--accent); background: var(--wash); padding: .7rem 1rem; margin: 1.2rem 0;
