@@ -4,6 +4,7 @@ A source knows how many images there are and reads one of them as an upright 8-b
 makes a file unreadable is raised as `BadImage`.
 """
 
+import os
 from collections.abc import Iterator, Sequence
 from functools import cached_property
 from typing import Protocol
@@ -59,6 +60,23 @@ def array_parts(*arrays: NDArray | None) -> Iterator[bytes]:
         else:
             yield f"{array.dtype.str}{array.shape}".encode()
             yield np.ascontiguousarray(array[:: max(1, len(array) // 1000)]).tobytes()
+
+
+def sampled_images(n: int) -> range:
+    """About a hundred of n images, evenly spaced: those whose bytes a fingerprint holds."""
+    return range(0, n, max(1, n // 100))
+
+
+def first_bytes(path: str, offset: int = 0, size: int = 2**16) -> bytes:
+    """Of a file's `size` bytes from `offset` on at most the first 64 KiB; none where they cannot be read."""
+    if not os.path.isfile(path):  # a pipe, say, on which open() would hang
+        return b""
+    try:
+        with open(path, "rb") as file:
+            file.seek(offset)
+            return file.read(min(size, 2**16))
+    except OSError:
+        return b""
 
 
 def class_numbers(labels: ArrayLike | None, n: int) -> NDArray[np.int64] | None:

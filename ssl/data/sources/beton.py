@@ -24,6 +24,7 @@ from PIL import Image
 
 from nearfar.ssl.data import libjpeg
 from nearfar.ssl.data.decode import FORMATS, decode
+from nearfar.ssl.data.sources.base import sampled_images
 from nearfar.ssl.disk import digests
 from nearfar.ssl.errors import BadImage, UserError
 from nearfar.ssl.wording import printable
@@ -252,6 +253,6 @@ class BetonSource:
     @cached_property
     def fingerprint(self) -> str:
         """The writer's digest of all bytes; for files of other writers sizes, offsets and some of the bytes."""
-        some = () if "digest" in self.about else range(0, len(self), max(1, len(self) // 100))
+        some = () if "digest" in self.about else sampled_images(len(self))
         known = [str(self.about.get("digest")).encode(), self._records_digest]
         return digests.of_bytes(chain(known, (self.stored(i) for i in some)))[:32]

@@ -11,7 +11,7 @@ from PIL import Image
 
 from nearfar.ssl.data.decode import FORMATS, decode_path, read_path
 from nearfar.ssl.data.missing import SUFFIXES, found_in
-from nearfar.ssl.data.sources.base import array_parts, class_numbers
+from nearfar.ssl.data.sources.base import array_parts, class_numbers, first_bytes, sampled_images
 from nearfar.ssl.disk import digests
 from nearfar.ssl.errors import BadImage, UserError
 from nearfar.ssl.wording import printable
@@ -69,10 +69,13 @@ class PathSource:
 
     @cached_property
     def fingerprint(self) -> str:
-        """All names and labels, and the sizes of at most a thousand files (all would take minutes on a cluster)."""
+        """All names and labels, the sizes of about a thousand files, and how about a hundred of them begin: names and
+        sizes alone may be those of other images, such as the frames of another film. (All would take minutes on a
+        cluster.)"""
         some = range(0, len(self), max(1, len(self) // 1000))
         sizes = [os.path.getsize(self.path(i)) if os.path.isfile(self.path(i)) else -1 for i in some]
-        return digests.fingerprint(["\n".join(self.names), str(sizes), *array_parts(self.labels)])
+        begins = (first_bytes(self.path(i)) for i in sampled_images(len(self)))
+        return digests.fingerprint(["\n".join(self.names), str(sizes), *array_parts(self.labels), *begins])
 
 
 class FolderSource(PathSource):

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from nearfar.ssl.data.decode import decode, upright
-from nearfar.ssl.data.sources.base import class_numbers
+from nearfar.ssl.data.sources.base import class_numbers, sampled_images
 from nearfar.ssl.disk import digests
 from nearfar.ssl.errors import BadImage, UserError
 from nearfar.ssl.wording import printable
@@ -79,7 +79,7 @@ class HuggingFaceSource:
     @cached_property
     def fingerprint(self) -> str:
         labels = b"" if self.labels is None else self.labels.tobytes()
-        some = [self.encoded(i) or self.read(i).tobytes() for i in range(0, len(self), max(1, len(self) // 100))]
+        some = [self.encoded(i) or self.read(i).tobytes() for i in sampled_images(len(self))]
         return digests.fingerprint([str(len(self)).encode(), labels, *some])
 
 

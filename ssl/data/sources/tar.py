@@ -15,6 +15,7 @@ from PIL import Image
 
 from nearfar.ssl.data.decode import decode
 from nearfar.ssl.data.missing import SUFFIXES
+from nearfar.ssl.data.sources.base import first_bytes, sampled_images
 from nearfar.ssl.disk import digests
 from nearfar.ssl.errors import BadImage, UserError
 from nearfar.ssl.wording import printable
@@ -88,8 +89,13 @@ class TarSource:
 
     @cached_property
     def fingerprint(self) -> str:
+        """All names, labels and where images are, and how about a hundred of them begin."""
         labels = b"" if self.labels is None else self.labels.tobytes()
-        return digests.fingerprint(["\n".join(self._names), self._places.tobytes(), labels])
+        begins = (
+            first_bytes(self.shards[shard], offset, size)
+            for shard, offset, size in self._places[list(sampled_images(len(self)))].tolist()
+        )
+        return digests.fingerprint(["\n".join(self._names), self._places.tobytes(), labels, *begins])
 
 
 def _members(shard: str) -> Iterator[tuple[str, int, int]]:

@@ -167,6 +167,21 @@ def test_the_fingerprint_follows_the_data(tmp_path: Path) -> None:
     assert len(set(prints)) == len(prints)
 
 
+def test_other_images_under_the_same_names_and_of_the_same_sizes_have_another_fingerprint(tmp_path: Path) -> None:
+    """Such as the frames of two films: they would pass for the images that a network has learned."""
+    for film, value in (("train", 1), ("val", 2)):
+        for frame in range(3):
+            file = tmp_path / film / f"{frame:06}.bmp"
+            file.parent.mkdir(exist_ok=True)
+            Image.fromarray(np.full((20, 30, 3), 10 * value + frame, np.uint8)).save(file)
+    train, val = FolderSource(tmp_path / "train"), FolderSource(tmp_path / "val")
+    sizes = {os.path.getsize(source.path(i)) for source in (train, val) for i in range(3)}
+    assert train.names == val.names and len(sizes) == 1
+    assert train.fingerprint != val.fingerprint
+    (tmp_path / "train").rename(tmp_path / "moved")
+    assert FolderSource(tmp_path / "moved").fingerprint == train.fingerprint
+
+
 def test_a_folder_that_may_not_be_read_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A class that vanished without a word would renumber the labels of the others."""
     for name in ("cats", "dogs"):

@@ -93,6 +93,15 @@ def test_shards_without_labels_and_their_fingerprint(tmp_path: Path) -> None:
     assert a.fingerprint != b.fingerprint == open_source(tmp_path / "b").fingerprint
 
 
+def test_other_images_at_the_same_places_have_another_fingerprint(tmp_path: Path) -> None:
+    for part, value in (("train", 1), ("val", 2)):
+        (tmp_path / part).mkdir()
+        bitmap = io.BytesIO()
+        Image.fromarray(np.full((20, 30, 3), value, np.uint8)).save(bitmap, "BMP")
+        write_tar(tmp_path / part / "000.tar", {"a.bmp": bitmap.getvalue()})
+    assert open_source(tmp_path / "train").fingerprint != open_source(tmp_path / "val").fingerprint
+
+
 def test_shards_that_are_wrong(tmp_path: Path) -> None:
     file = tmp_path / "a.tar"
     file.write_bytes(b"no tar file, but longer than a header is: " * 30)
