@@ -53,14 +53,16 @@ def step_seconds(
         return 0 if count > 1 and times < 2 else min(top, count * max(2, min(8, times)))
 
     with unchanged(learner):
-        timed(1)  # loads and allocates
+        cold = timed(1)  # it also loads and allocates
+        if distributed.from_first(lambda: cold * images * left < SHORT):
+            return None
         begun = time.monotonic()
         tried = [(1, timed(1))]
         if distributed.from_first(lambda: tried[0][1] * images * left < SHORT):
             return None
         while tried[-1][0] < top and (count := top if cuda else distributed.from_first(lambda: next_count(*tried[-1]))):
-            cold = timed(count)  # the first of a size allocates, and on a GPU chooses and compiles kernels
-            tried.append((count, timed(count) if cuda or count > 2 else cold))
+            first = timed(count)  # of a size, it allocates, and on a GPU chooses and compiles kernels
+            tried.append((count, timed(count) if cuda or count > 2 else first))
     return distributed.mean_of({"seconds": _of(images, tried)})["seconds"]
 
 

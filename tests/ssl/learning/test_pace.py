@@ -197,6 +197,7 @@ RANKS = """
 """
 
 
+@pytest.mark.long
 def test_two_sharded_ranks_are_the_same_with_and_without(
     tiny_settings: list[str], tmp_path: Path, together: Callable[..., list[subprocess.Popen[str]]],
     finish: Callable[..., list[str]], same_runs: Callable[[Path, Path, int], None],
