@@ -244,15 +244,15 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         path = [str(import_path(Path(folder))), os.environ.get("PYTHONPATH", "")]
         environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, path)), "PYTHONUNBUFFERED": "1"}
-        for target, section in enumerate(chosen):
+        for number, section in enumerate(chosen):
             left = ends - time.monotonic()
             if left < 5:
                 break
             print(f"{section.title} ...", flush=True)
-            share = left * section.seconds / sum(later.seconds for later in chosen[target:])
+            share = left * section.seconds / sum(later.seconds for later in chosen[number:])
             done.append((section, run(section, share, environment, out)))
             print(f"  {done[-1][1].outcome}, {done[-1][1].seconds:.0f} s", flush=True)
-            write(out, done, [later.name for later in chosen[target + 1 :]], missing)
+            write(out, done, [later.name for later in chosen[number + 1 :]], missing)
     print(f"\n{(out / 'gpu.md').read_text()}\nWritten to {out / 'gpu.md'} and {out / 'gpu.json'}.")
     return int(len(done) < len(chosen) or any(found.outcome != "done" for _, found in done))
 

@@ -133,23 +133,19 @@ def _masks(pictured: FigureInputs) -> Figure:
     classes = (score.detail or {}).get("classes")
     if not isinstance(classes, int):
         raise UserError("The segmentation score does not say how many classes there are.")
-    subject, reading_of_score = pictured.subject, score.reading
+    subject, scored = pictured.subject, score.reading
     patch = subject.backbone.patch_size
-    height, width = sides(reading_of_score["size"]) if reading_of_score.get("size") else native_grid(train, patch)
+    height, width = sides(scored["size"]) if scored.get("size") else native_grid(train, patch)
     size = whole_patches(height, patch), whole_patches(width, patch)  # crops and windows may be of any size
-    reading = Reading(size, layer=str(reading_of_score["layer"]), pooling="grid", amp=subject.amp)
+    reading = Reading(size, layer=str(scored["layer"]), pooling="grid", amp=subject.amp)
     few = Decoding(batch_size=8)
     grids = [
         extract(subject.backbone, spread(source, n), reading, few) for source, n in ((train, MASKED), (val, SHOWN))
     ]
-    locat = (
-        reading_of_score.get("head") == "locat"
-    )  # here on whole images, without crops: its head, with that head's own steps
-    training = (
-        ProbeTraining("mlp")
-        if locat
-        else ProbeTraining(str(reading_of_score.get("head", "linear")), reading_of_score.get("steps"))
-    )
+    if scored.get("head") == "locat":  # here on whole images, without crops: its head, with that head's own steps
+        training = ProbeTraining("mlp")
+    else:
+        training = ProbeTraining(str(scored.get("head", "linear")), scored.get("steps"))
     truth = grids[1].mask_list()
     predicted = predict_masks(
         (grids[0].x, grids[0].mask_list()), (grids[1].x, [mask.shape for mask in truth]), classes, training,

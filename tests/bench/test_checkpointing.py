@@ -2,22 +2,16 @@
 
 from __future__ import annotations
 
-import importlib.util
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-FILE = Path(__file__).resolve().parents[2] / "bench" / "checkpointing.py"
-
 
 @pytest.fixture(scope="module")
-def bench() -> Any:
-    spec = importlib.util.spec_from_file_location("bench_checkpointing", FILE)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def bench(load_bench: Callable[[str], Any]) -> Any:
+    return load_bench("checkpointing")
 
 
 def test_shares_and_ratios(bench: Any) -> None:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import json
 import os
 import subprocess
 import sys
 import xml.etree.ElementTree as ET
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,23 +18,14 @@ import torch
 BENCH = Path(__file__).resolve().parents[2] / "bench"
 
 
-def loaded(name: str) -> Any:
-    spec = importlib.util.spec_from_file_location(f"bench_{name}", BENCH / f"{name}.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[f"bench_{name}"] = module
-    spec.loader.exec_module(module)
-    return module
+@pytest.fixture(scope="module")
+def bench(load_bench: Callable[[str], Any]) -> Any:
+    return load_bench("gpu")
 
 
 @pytest.fixture(scope="module")
-def bench() -> Any:
-    return loaded("gpu")
-
-
-@pytest.fixture(scope="module")
-def parts() -> Any:
-    return loaded("gpu_sections")
+def parts(load_bench: Callable[[str], Any]) -> Any:
+    return load_bench("gpu_sections")
 
 
 def command(*options: str) -> subprocess.CompletedProcess[str]:

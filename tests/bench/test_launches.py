@@ -2,26 +2,17 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
 from collections import Counter
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 
-FILE = Path(__file__).resolve().parents[2] / "bench" / "launches.py"
-
 
 @pytest.fixture(scope="module")
-def bench() -> Any:
-    spec = importlib.util.spec_from_file_location("bench_launches", FILE)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["bench_launches"] = module
-    spec.loader.exec_module(module)
-    return module
+def bench(load_bench: Callable[[str], Any]) -> Any:
+    return load_bench("launches")
 
 
 def counted(bench: Any, function: Any) -> int:

@@ -3,26 +3,17 @@ registers."""
 
 from __future__ import annotations
 
-import importlib.util
-import sys
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 
 pytest.importorskip("triton", reason="needs Triton")
 
-BENCH = Path(__file__).resolve().parents[2] / "bench" / "registers.py"
-
 
 @pytest.fixture(scope="module")
-def bench() -> Any:
-    spec = importlib.util.spec_from_file_location("bench_registers", BENCH)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["bench_registers"] = module
-    spec.loader.exec_module(module)
-    return module
+def bench(load_bench: Callable[[str], Any]) -> Any:
+    return load_bench("registers")
 
 
 @pytest.mark.parametrize("part", ["colors", pytest.param("scan", marks=pytest.mark.long)])

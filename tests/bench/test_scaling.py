@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-_spec = importlib.util.spec_from_file_location("scaling", ROOT / "bench" / "scaling.py")
-assert _spec is not None and _spec.loader is not None
-scaling = importlib.util.module_from_spec(_spec)
-sys.modules["scaling"] = scaling
-_spec.loader.exec_module(scaling)
 
 
-def test_by_hand() -> None:
+@pytest.fixture(scope="module")
+def scaling(load_bench: Callable[[str], Any]) -> Any:
+    return load_bench("scaling")
+
+
+def test_by_hand(scaling: Any) -> None:
     """Round numbers: 10 parameters, 1 token, 100 FLOP/s, two nodes of two GPUs."""
     cluster = scaling.Cluster(
         images=800, epochs=2, per_gpu=4, backbone=10, head=0, prototypes=0, student_tokens=1, teacher_tokens=1,
@@ -36,10 +36,10 @@ def test_by_hand() -> None:
     assert found.lost == pytest.approx(10 / found.interval + (found.interval / 2 + 10) / 1000)
 
 
-def test_one_gpu_talks_to_nobody() -> None:
+def test_one_gpu_talks_to_nobody(scaling: Any) -> None:
     found = scaling.needs(scaling.Cluster(), 1)
     assert found.gradients == found.center == found.waiting == 0 and found.efficiency == 1
 
 
-def test_the_page_shows_what_the_script_prints() -> None:
+def test_the_page_shows_what_the_script_prints(scaling: Any) -> None:
     assert scaling.table(scaling.Cluster(), scaling.GPUS) in (ROOT / "docs" / "scaling.md").read_text()

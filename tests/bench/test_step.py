@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import importlib.util
 import math
-import sys
+from collections.abc import Callable
 from contextlib import nullcontext
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,19 +12,10 @@ import torch
 
 from nearfar.ssl.parallel import device
 
-BENCH = Path(__file__).resolve().parents[2] / "bench"
-
 
 @pytest.fixture(scope="module")
-def bench() -> Any:
-    sys.path.insert(0, str(BENCH))
-    spec = importlib.util.spec_from_file_location("bench_step", BENCH / "step.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["bench_step"] = module
-    spec.loader.exec_module(module)
-    sys.path.remove(str(BENCH))
-    return module
+def bench(load_bench: Callable[[str], Any]) -> Any:
+    return load_bench("step")
 
 
 def test_ratios_are_taken_round_by_round(bench: Any) -> None:

@@ -257,11 +257,9 @@ def test_a_run_that_was_stopped_continues_on_the_device(
             f"folder={tmp_path / str(stops)}", f"train.device={device.type}", "train.epochs=2", "data.workers=1",
             f"data.loader={kind}", "backbone.drop_path=0.2",
         )  # fmt: skip
-        requests: list[int] = []
+        steps: list[int] = []
         if stops:
-            ended = train.pretrain(
-                run, noise(), should_stop=lambda requests=requests: requests.append(0) or len(requests) == 4
-            )
+            ended = train.pretrain(run, noise(), should_stop=lambda steps=steps: steps.append(0) or len(steps) == 4)
             assert 4 <= ended.step < 6 and not ended.finished
         assert train.pretrain(run, noise()).finished
         lines = [line for line in read_metrics(run.path / "metrics.jsonl") if "loss" in line]

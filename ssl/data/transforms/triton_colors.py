@@ -128,14 +128,14 @@ def _blur_kernel(  # type: ignore[no-untyped-def]
 ):
     """One block of one channel, blurred along a row (ACROSS) or a column, with reflected borders; then solarized."""
     channel = tl.program_id(0).to(tl.int64)
-    offset = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    inside = offset < height * width
+    index = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = index < height * width
     plane = channel * height * width
     row = packed + channel // 3 * columns
-    middle = tl.load(x + plane + offset, inside, 0.0)
+    middle = tl.load(x + plane + index, inside, 0.0)
     if tl.load(row + _SIGMA) > 0:
-        line = offset // width
-        column = offset - line * width
+        line = index // width
+        column = index - line * width
         blurred = middle * tl.load(row + _TAPS)
         for tap in tl.static_range(1, RADIUS + 1):
             if ACROSS:
@@ -150,4 +150,4 @@ def _blur_kernel(  # type: ignore[no-untyped-def]
     if not ACROSS:
         if tl.load(row + _SOLARIZE) > 0:
             middle = tl.where(middle >= threshold, 1.0 - middle, middle)
-    tl.store(out + plane + offset, middle, inside)
+    tl.store(out + plane + index, middle, inside)

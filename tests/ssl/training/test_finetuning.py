@@ -267,10 +267,10 @@ def free_port() -> int:
 def test_a_classifier_loads_strictly_and_gives_its_backbone(tiny: Make, quiet: Any, tmp_path: Path) -> None:
     folder = finetune(tiny("train.epochs=1"), colored(24), console=quiet).folder
     whole = checkpoint.load_classifier(folder)
-    for process in (folder / checkpoint.CLASSIFIER, *(folder / "checkpoints").iterdir()):
-        again = checkpoint.load_classifier(process).state_dict()
+    for weights in (folder / checkpoint.CLASSIFIER, *(folder / "checkpoints").iterdir()):
+        again = checkpoint.load_classifier(weights).state_dict()
         assert all(torch.equal(again[name], tensor) for name, tensor in whole.state_dict().items())
-        backbone = checkpoint.load(process).state_dict()
+        backbone = checkpoint.load(weights).state_dict()
         assert all(torch.equal(backbone[name], t) for name, t in whole.backbone.state_dict().items())
     about, tensors = checkpoint.about(folder), dict(whole.state_dict())
     del tensors["head.bias"]
