@@ -80,11 +80,13 @@ def require_images(run: AnyRun) -> None:
 def _require_no_weights(run: Run) -> None:
     for key, value in (
         ("optim.freeze_backbone_epochs", run.optim.freeze_backbone_epochs),
+        ("optim.freeze_batch_norm", run.optim.freeze_batch_norm),
         ("loss.anchor_weight", run.loss.anchor_weight),
     ):
         if value:
+            shown = "true" if value is True else f"{value:g}"
             raise UserError(
-                f"{key}={value:g} is for a run that begins with trained weights, and none are named: set "
+                f"{key}={shown} is for a run that begins with trained weights, and none are named: set "
                 "backbone.weights (`nearfar adapt WEIGHTS IMAGES` does), or leave it out."
             )
 

@@ -176,6 +176,8 @@ class Adapter(Backbone):
         images = pad_to_multiple(images, self.patch_size)
         if isinstance(self.model, OURS):
             return images
+        if not self.isotropic:  # convolutions keep the layout they are given, and most are faster in this one
+            images = images.contiguous(memory_format=torch.channels_last)
         size = (images.shape[-2], images.shape[-1])
         if size not in self._sizes:
             self._sizes[size] = self._running_size(images)
@@ -240,7 +242,7 @@ def _take_head_norm(model: nn.Module) -> nn.Module:
     if isinstance(fc_norm := getattr(model, "fc_norm", None), nn.Module):
         norm, model.fc_norm = fc_norm, nn.Identity()
     if isinstance(head := getattr(model, "head", None), nn.Module):
-        if norm is None or isinstance(norm, nn.Identity):
+        if (norm is None or isinstance(norm, nn.Identity)) and not hasattr(head, "fc1"):  # not one inside of an MLP
             norm = getattr(head, "norm", None)
         model.head = nn.Identity()
     if isinstance(getattr(model, "attn_pool", None), nn.Module):

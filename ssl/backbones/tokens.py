@@ -3,11 +3,12 @@
 import logging
 from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, Self
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from nearfar.ssl.errors import UserError
 from nearfar.ssl.patches import whole_patches
@@ -57,6 +58,20 @@ class Backbone(nn.Module):
     patch_size: int
     num_heads: int
     arch: dict[str, Any]
+    keeps_statistics = False
+
+    def keep_statistics(self) -> None:
+        """From now on batch norms use the running statistics that they have, in training too, and leave them alone."""
+        self.keeps_statistics = True
+        self.train(self.training)
+
+    def train(self, mode: bool = True) -> Self:
+        super().train(mode)
+        if self.keeps_statistics:
+            for module in self.modules():
+                if isinstance(module, _BatchNorm):
+                    module.eval()
+        return self
 
     def forward(self, images: Tensor, masks: Tensor | None = None) -> Tokens:
         """Tokens of the whole network: after its final norm, and after PRR when that is on.

@@ -26,7 +26,10 @@ State = dict[str, Tensor]
 NETWORKS = ("teacher", "model_ema", "state_dict", "model", "student")  # keys of a state inside a file, best first
 WRAPPERS = ("module.", "_orig_mod.", "backbone.", "model.")  # prefixes added by what wrapped the network
 TEACHER = "learner/teacher.backbone."  # in a checkpoint of ours
-HEADS = ("head.", "head_dist.", "fc.", "classifier.", "dino_head.", "ibot_head.", "projection_head.", "mask_token")
+HEADS = (
+    "head.", "head_dist.", "heads.", "heads_dist.", "aux_head.", "fc.", "classifier.", "classif.", "last_linear.",
+    "dino_head.", "ibot_head.", "projection_head.", "mask_token",
+)  # fmt: skip
 LGP_PARTS = ("local_mix", "bands_proj", "bands_mix", "bands_out", "gate", "fuse", "out", "norm")
 
 
@@ -192,7 +195,8 @@ def _unwrapped(state: State, match: Match) -> State:
 def _renamed(state: State, network: nn.Module, own: State, match: Match) -> State:
     """Names and layouts of other code bases in ours or timm's."""
     antialias = antialiased(state) or getattr(network, "pos_antialias", False)
-    state = {re.sub(r"^blocks\.\d+\.(\d+\.)", r"blocks.\1", key): value for key, value in state.items()}
+    # Blocks in chunks, as DINOv2 saves them; networks with stages have such names of their own.
+    state = {k if k in own else re.sub(r"^blocks\.\d+\.(\d+\.)", r"blocks.\1", k): v for k, v in state.items()}
     if isinstance(network, VisionTransformer) and "register_tokens" in state:
         state["reg_token"] = state.pop("register_tokens")
     for key in [key for key in state if re.search(r"\.attn\..*(var|alpha)", key) and ".gaug." not in key]:

@@ -114,6 +114,11 @@ class OptimSettings(Section):
     freeze_backbone_epochs: float = Field(
         0.0, ge=0, description="epochs at the start in which the heads learn alone, for a backbone that was trained"
     )
+    freeze_batch_norm: bool = Field(
+        False,
+        description="batch norms of a backbone that was trained keep its statistics, in place of those of each step "
+        "(a ViT or Vision Mamba has none); true in `nearfar adapt`",
+    )
     patch_embed_lr_mult: float = Field(
         1.0, gt=0, description="the patch embedding learns at this times its rate; 0.2 in DINOv2"
     )

@@ -33,6 +33,9 @@ def learner_of(run: ResolvedRun, weights: bool = True) -> Learner:
     if run.views.local_crops_number:
         sizes["views.local_crops_size"] = run.views.local_crops_size
     _check_patch(learner.student.backbone, run.backbone.name, sizes)
+    if run.optim.freeze_batch_norm:
+        for network in (learner.student, learner.teacher):
+            network.backbone.keep_statistics()
     return learner
 
 

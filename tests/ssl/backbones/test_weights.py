@@ -117,6 +117,20 @@ def test_timms_names_into_create(tmp_path: Path, name: str) -> None:
     assert "weights" not in backbone.arch  # an exported model needs no file but its own
 
 
+@pytest.mark.parametrize("name", ["tf_efficientnet_lite0", "legacy_seresnet18", "inception_next_atto"])
+def test_timms_files_of_convolutional_networks(tmp_path: Path, name: str) -> None:
+    """Their blocks are numbered by stage and block, as those of a ViT in chunks are by chunk and block."""
+    theirs = timm.create_model(name)
+    for module in theirs.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.uniform_(module.weight, 0.5, 1.5)
+            nn.init.uniform_(module.running_mean, -0.1, 0.1)
+    backbone: Any = create(f"timm/{name}", img_size=64, weights=saved(tmp_path, theirs.state_dict())).eval()
+    images = torch.randn(2, 3, 64, 64)
+    expected = theirs.eval().forward_features(images)
+    torch.testing.assert_close(backbone(images).map(), expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
+
+
 def test_a_norm_in_the_head_is_found(tmp_path: Path) -> None:
     theirs = timm.create_model("convnext_atto").eval()
     nn.init.normal_(theirs.head.norm.weight)
