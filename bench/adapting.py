@@ -5,7 +5,7 @@
 For each seed: a run on OLD; from its weights a naive run on NEW (fresh heads, full rate, nothing frozen) and an adapted
 one of the same length. Then the 20-NN accuracy of the start and of both on OLD and on NEW, with mean and standard
 deviation. `key=value` go to all runs. --old and --new give settings to one kind of run alone. With --start RUN every
-seed starts from that run on OLD.
+seed starts from that run on OLD, or from a file of any weights whose network the settings name.
 """
 
 from __future__ import annotations
@@ -46,7 +46,8 @@ def measure(given: argparse.Namespace, seed: int) -> dict[str, tuple[float, floa
     # The recipe's own settings, so that the two differ by what `adapt` does and by nothing else.
     nearfar("adapt", str(start), given.new_images, *common, *new, "name=adapted", *shlex.split(given.adapt))
     scores = {}
-    for name, run in {"start": start, "naive": folder / "naive", "adapted": folder / "adapted"}.items():
+    begun = folder / "adapted" / "start.safetensors"  # the same weights as `start`, which may be anybody's file
+    for name, run in {"start": begun, "naive": folder / "naive", "adapted": folder / "adapted"}.items():
         sets = {"old": (given.old_images, given.old_val), "new": (given.new_images, given.new_val)}
         old, fresh = (knn(run, *paths, folder / f"{name}-{kind}.json") for kind, paths in sets.items())
         scores[name] = (old, fresh)
@@ -62,7 +63,11 @@ def main() -> None:
     parser.add_argument("settings", nargs="*", metavar="key=value")
     parser.add_argument("--recipe", default="cifar10", help="of all runs")
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--start", type=Path, help="a run on OLD to begin with, instead of training one for each seed")
+    parser.add_argument(
+        "--start",
+        type=Path,
+        help="a run on OLD, or a file of weights, to begin with, instead of training one for each seed",
+    )
     parser.add_argument("--old", default="", help="settings of the first run alone, quoted")
     parser.add_argument("--new", default="", help="settings of the other runs alone, quoted")
     parser.add_argument("--adapt", default="", help="settings of the adapted run alone, quoted")
