@@ -8,10 +8,11 @@ from typing import Any, Literal, NamedTuple, Self
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from nearfar.ssl.errors import UserError
 from nearfar.ssl.patches import whole_patches
+
+BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.SyncBatchNorm)  # timm's derive from these
 
 log = logging.getLogger(__name__)
 
@@ -69,7 +70,7 @@ class Backbone(nn.Module):
         super().train(mode)
         if self.keeps_statistics:
             for module in self.modules():
-                if isinstance(module, _BatchNorm):
+                if isinstance(module, BATCH_NORMS):
                     module.eval()
         return self
 
