@@ -22,6 +22,7 @@ FORMAT = "nearfar results 2"
 MOST_BYTES = 64 * 2**20
 TITLES = {
     "knn": "k-NN top-1",
+    "whitened": "whitened k-NN top-1",
     "linear": "linear top-1",
     "logistic": "logistic top-1",
     "fewshot": "few-shot top-1",

@@ -9,7 +9,13 @@ from nearfar.eval.features.extraction import DEFAULT_DECODING, Features, Reading
 from nearfar.eval.features.images import Decoding
 from nearfar.eval.features.pixels import pixel_features, pixel_grid
 from nearfar.eval.scores.augmented import augmented_score
-from nearfar.eval.scores.further_scores import fewshot_score, logistic_score, position_score, retrieval_score
+from nearfar.eval.scores.further_scores import (
+    fewshot_score,
+    logistic_score,
+    position_score,
+    retrieval_score,
+    whitened_score,
+)
 from nearfar.eval.scores.headline_scores import (
     PIXEL_SIDE,
     POSITION_IMAGES,
@@ -97,6 +103,8 @@ def _score(task: str, reads: _Reads, classes: int | None) -> TaskScore:
     match task:
         case "knn":
             return knn_score(*reads.pooled(), device=device)
+        case "whitened":
+            return whitened_score(*reads.pooled(), device=device)
         case "linear":
             return _linear(reads)
         case "logistic":
@@ -156,10 +164,12 @@ def evaluate_pixels(
     Robustness is left out: what a shuffle of patches does to pixels is no property of a network.
     """
     chosen = set(tasks)
-    if chosen & {"knn", "linear", "logistic", "fewshot"}:
+    if chosen & {"knn", "whitened", "linear", "logistic", "fewshot"}:
         thumbnails = pixel_features(data[0], PIXEL_SIDE), pixel_features(data[1], PIXEL_SIDE)
         if "knn" in chosen:
             yield knn_score(*thumbnails, device=device)
+        if "whitened" in chosen:
+            yield whitened_score(*thumbnails, device=device)
         if "linear" in chosen:
             yield linear_score({"pixels": thumbnails}, protocol, device=device)
         if "logistic" in chosen:

@@ -1,19 +1,43 @@
-"""From features to the scores beside the headline ones: logistic regression, few labels, retrieval, position."""
+"""From features to the scores beside the headline ones: whitened k-NN, logistic regression, few labels, retrieval,
+position.
+"""
 
+from dataclasses import replace
 from typing import Any
 
 import torch
 
-from nearfar.eval import fewshot
+from nearfar.eval import fewshot, whitening
 from nearfar.eval.arrays import check_classes, check_labeled
 from nearfar.eval.features.extraction import Features
 from nearfar.eval.logistic import logistic_probe
 from nearfar.eval.position import position_probe
 from nearfar.eval.retrieval import retrieve
-from nearfar.eval.scores.headline_scores import Protocol, TaskScore, counted_classes, labels_of, origin_of
+from nearfar.eval.scores.headline_scores import (
+    Protocol,
+    TaskScore,
+    counted_classes,
+    knn_score,
+    labels_of,
+    origin_of,
+)
 from nearfar.ssl.errors import UserError
 
 HEADLINE_SHOTS = 5
+
+
+def whitened_score(train: Features, test: Features, *, device: torch.device | str = "cpu") -> TaskScore:
+    """`knn_score` after `whitening.fit` on the training features, without their labels.
+
+    Memory: both sets once more, in float32.
+    """
+    labels_of(train, test)
+    if train.x.shape[1:] != test.x.shape[1:]:
+        raise UserError(f"k-NN: training features have {train.x.shape[1]} dimensions, test features {test.x.shape[1]}.")
+    fitted = whitening.fit(train.x)
+    known, queries = (replace(each, x=fitted(each.x).numpy()) for each in (train, test))
+    score = knn_score(known, queries, device=device)
+    return TaskScore("whitened", score.percent, {**score.detail, "shrinkage": fitted.shrinkage})
 
 
 def logistic_score(train: Features, test: Features, *, device: torch.device | str = "cpu") -> TaskScore:

@@ -102,6 +102,7 @@ class Protocol:
             return {"head": self.head, "steps": self.steps, **seed, **given}
         others: dict[str, dict[str, Any]] = {
             "knn": {},
+            "whitened": {},
             "logistic": {"strength": 1.0},
             "fewshot": {"shots": list(fewshot.SHOTS), "shares": list(fewshot.SHARES), "draws": fewshot.DRAWS, **seed},
             "retrieval": {"memory": self.memory, "k": retrieval.NEIGHBORS, **seed},

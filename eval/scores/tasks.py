@@ -20,7 +20,7 @@ OF_ALL = ("knn", "linear", "logistic", "fewshot", "segment")
 """What `nearfar eval all` scores: all that reads the features which k-NN, linear probe and segmentation need anyway.
 The other evaluators run the network again, and are asked for by name."""
 _NEED_MASKS = ("segment", "retrieval")
-_NEED_LABELS = ("knn", "linear", "logistic", "fewshot", "robustness")
+_NEED_LABELS = ("knn", "whitened", "linear", "logistic", "fewshot", "robustness")
 _OF_OTHER_IMAGES = ("linear", "logistic", "fewshot", "segment", "retrieval", "position")
 MASKS_EXPLAINED = (
     f"Masks are 8-bit PNGs of class numbers from 0, {IGNORE} = ignore, in a folder `masks` beside `images`, with the "

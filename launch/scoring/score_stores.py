@@ -13,13 +13,19 @@ from nearfar.eval import results
 from nearfar.eval.features.extraction import Features, Reading
 from nearfar.eval.features.store import FeatureStore
 from nearfar.eval.results import DataName, Score
-from nearfar.eval.scores.further_scores import fewshot_score, logistic_score, position_score, retrieval_score
+from nearfar.eval.scores.further_scores import (
+    fewshot_score,
+    logistic_score,
+    position_score,
+    retrieval_score,
+    whitened_score,
+)
 from nearfar.eval.scores.headline_scores import Protocol, TaskScore, knn_score, linear_score, segment_score
 from nearfar.eval.scores.tasks import OF_ALL, not_apart
 from nearfar.launch.scoring.score_tables import detail_tables, remarks, score_table
 from nearfar.ssl.errors import UserError
 
-_OF_VECTORS = ("knn", "linear", "logistic", "fewshot")
+_OF_VECTORS = ("knn", "whitened", "linear", "logistic", "fewshot")
 _OF_GRIDS = ("segment", "retrieval", "position")
 
 
@@ -103,6 +109,8 @@ def _score(
     match task:
         case "knn":
             return knn_score(train, val, device=device)
+        case "whitened":
+            return whitened_score(train, val, device=device)
         case "linear":
             return linear_score({str(train.manifest["layer"]): (train, val)}, protocol, device=device)
         case "logistic":

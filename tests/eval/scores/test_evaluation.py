@@ -10,18 +10,19 @@ import numpy as np
 import pytest
 import torch
 
+from nearfar.eval import whitening
 from nearfar.eval.features.extraction import Features, Reading, extract
 from nearfar.eval.features.images import Decoding
 from nearfar.eval.features.pixels import pixel_grid, pixel_map
 from nearfar.eval.fewshot import few_labels, few_shot
-from nearfar.eval.knn import knn
+from nearfar.eval.knn import knn, leave_one_out
 from nearfar.eval.logistic import logistic_probe
 from nearfar.eval.position import position_probe
 from nearfar.eval.retrieval import retrieve
 from nearfar.eval.robustness import flipped
 from nearfar.eval.scores import evaluation
 from nearfar.eval.scores.evaluation import evaluate, evaluate_pixels
-from nearfar.eval.scores.further_scores import fewshot_score
+from nearfar.eval.scores.further_scores import fewshot_score, whitened_score
 from nearfar.eval.scores.headline_scores import Protocol
 from nearfar.eval.scores.robustness_score import perturbed_features
 from nearfar.ssl.backbones import Backbone, create
@@ -53,6 +54,22 @@ def scored(setting: Setting, task: str, **changes: bool | int | tuple[str, str])
 def pooled(setting: Setting) -> tuple[Features, Features]:
     model, train, test = setting
     return extract(model, train, READING), extract(model, test, READING)
+
+
+def test_whitened_features_are_fitted_on_those_of_knn(setting: Setting) -> None:
+    a, b = pooled(setting)
+    assert a.labels is not None and b.labels is not None
+    fitted = whitening.fit(a.x)
+    score = scored(setting, "whitened")
+    assert score.percent == knn(fitted(a.x), a.labels, fitted(b.x), b.labels, (20,))[20]
+    assert score.detail["shrinkage"] == fitted.shrinkage and score.detail["k"] == 20
+
+
+def test_whitened_features_of_one_set_leave_each_image_out_of_its_own_neighbors(setting: Setting) -> None:
+    a, _ = pooled(setting)
+    assert a.labels is not None
+    score, x = whitened_score(a, a), whitening.fit(a.x)(a.x)
+    assert score.detail["leave_one_out"] and score.percent == leave_one_out(x, a.labels, (20,))[20]
 
 
 def test_logistic_regression_and_few_labels_read_the_features_of_knn(setting: Setting) -> None:
@@ -152,7 +169,7 @@ def test_robustness_needs_images_to_learn_from_besides_those_it_scores(setting: 
 def test_pixels_are_scored_in_all_but_robustness(setting: Setting) -> None:
     _, train, test = setting
     found = {score.task: score for score in evaluate_pixels((train, test), PROTOCOL, patch=4)}
-    assert list(found) == ["knn", "linear", "logistic", "fewshot", "segment", "retrieval", "position"]
+    assert list(found) == ["knn", "whitened", "linear", "logistic", "fewshot", "segment", "retrieval", "position"]
     assert found["retrieval"].percent > 40 and found["position"].percent < 20
 
 

@@ -267,7 +267,12 @@ def test_features_on_disk_are_scored_without_the_network(stores: Path, capsys: p
     ("what", "train", "val", "message"),
     [
         ("knn", "cls-train", "other-val", "was made with checkpoint"),
-        ("segment", "cls-train", "cls-val", "which segment cannot read; knn, linear, logistic and fewshot can"),
+        (
+            "segment",
+            "cls-train",
+            "cls-val",
+            "which segment cannot read; knn, whitened, linear, logistic and fewshot can",
+        ),
         ("linear", "grid-train", "grid-val", "which linear cannot read; segment, retrieval and position can"),
         ("knn", "cls-train", None, "name those to score with --val"),
         ("knn", "cls-train", "nowhere", "There is nothing at"),

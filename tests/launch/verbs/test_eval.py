@@ -127,7 +127,7 @@ def test_the_pooling_is_part_of_what_a_score_is_of(evaluated: Evaluated) -> None
         ("linear", ("--augment", "--pooling", "cls,mean"), "--augment trains on one kind of feature"),
         ("knn", ("--pooling", "cls,mean"), "--pooling takes several for `eval linear` alone; `eval knn` reads one"),
         ("knn", ("--pooling", "grid"), 'not "grid"'),
-        ("segment", ("--pooling", "mean"), "--pooling is for `eval all`, `eval knn`, `eval linear`"),
+        ("segment", ("--pooling", "mean"), "--pooling is for `eval all`, `eval knn`, `eval whitened`"),
         ("segment", ("--window", "7"), "multiple of 4"),
         ("segment", ("--grid-size", "10", "16", "--baselines"), "cannot be cut into patches of 4x4: both sides must"),
         ("segment", ("--window", "8", "--stride", "9"), "between 1 and 8"),
@@ -143,7 +143,7 @@ def test_flags_that_mean_nothing_here_are_refused(
 # --- bad input -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("what", ["knn", "linear", "logistic", "fewshot", "robustness"])
+@pytest.mark.parametrize("what", ["knn", "whitened", "linear", "logistic", "fewshot", "robustness"])
 def test_missing_labels(evaluated: Evaluated, what: str) -> None:
     code, output, _ = evaluated(what, kind="images")
     assert code == 2 and "have no labels. Labels are class folders" in output
@@ -188,7 +188,7 @@ def test_fewer_images_than_k(evaluated: Evaluated, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "what", ["knn", "linear", "logistic", "fewshot", "robustness", "segment", "retrieval", "position"]
+    "what", ["knn", "whitened", "linear", "logistic", "fewshot", "robustness", "segment", "retrieval", "position"]
 )
 def test_features_that_are_not_finite(
     evaluated: Evaluated, shared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str
@@ -255,7 +255,8 @@ def stores(shared: Path) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("what", "kind"), [("logistic", "cls"), ("fewshot", "cls"), ("retrieval", "grid"), ("position", "grid")]
+    ("what", "kind"),
+    [("whitened", "cls"), ("logistic", "cls"), ("fewshot", "cls"), ("retrieval", "grid"), ("position", "grid")],
 )
 def test_features_on_disk_are_scored_alike(
     evaluated: Evaluated, stores: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], what: str, kind: str
