@@ -161,7 +161,7 @@ def test_folders_without_jobs(
         ),
         (["--cpu", "--then", "eval=knn"], "set data.val="),
         (["--cpu", "--then", "knn"], "--then knn: write eval="),
-        (["--cpu", "--then", "eval=color"], "any of knn, linear, logistic, fewshot, segment"),
+        (["--cpu", "--then", "eval=color"], "any of knn, whitened, linear, logistic, fewshot, segment"),
         (["--cpu", "--parallel", "2"], "--parallel is the number of runs of a --sweep"),
         (["--nodes", "2"], "Say --gpus-per-node 8"),
         (["--cpu", "optim.lrr=1"], "did you mean optim.lr?"),
