@@ -1,4 +1,4 @@
-"""The checks every evaluator makes of the arrays it is given."""
+"""The arrays that evaluators are given, of numpy or torch, and the checks that all make of them."""
 
 from collections.abc import Sequence
 from typing import NoReturn, TypeAlias
@@ -10,6 +10,15 @@ from torch import Tensor
 from nearfar.ssl.errors import UserError
 
 Array: TypeAlias = np.ndarray | Tensor
+
+
+def on_host(x: Array) -> np.ndarray:
+    return x if isinstance(x, np.ndarray) else x.cpu().numpy()
+
+
+def take(x: Array, rows: Tensor) -> Array:
+    """The rows of these numbers (int64, on the CPU), where x is."""
+    return x[rows.numpy()] if isinstance(x, np.ndarray) else x[rows.to(x.device)]
 
 
 def check_labeled(x: Array, y: Array | None, what: str) -> Tensor:

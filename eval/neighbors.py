@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nearfar.eval.arrays import Array, refuse_broken
+from nearfar.eval.arrays import Array, on_host, refuse_broken, take
 from nearfar.ssl.errors import UserError
 
 _TILE = 4096  # rows of the memory held as float32 at once
@@ -84,7 +84,7 @@ def _search(
         # too many neighbors equal to within float32 (duplicates, a collapsed network): these queries in float64
         lost = torch.nonzero(chunk.lost).flatten().cpu()
         if len(lost):
-            ((value[lost], index[lost]),) = _search(memory, [_take(part, lost)], k, device, torch.float64)
+            ((value[lost], index[lost]),) = _search(memory, [take(part, lost)], k, device, torch.float64)
         found.append((value, index))
     return found
 
@@ -94,7 +94,7 @@ class _Candidates:
 
     def __init__(self, queries: Tensor, k: int, n: int, dtype: torch.dtype) -> None:
         self.exact = dtype == torch.float64
-        self.queries, self.k, self.n = torch.from_numpy(exact_unit(_on_host(queries))), k, n
+        self.queries, self.k, self.n = torch.from_numpy(exact_unit(on_host(queries))), k, n
         self.factor = self.queries.T.contiguous().to(queries.device, dtype)
         self.margin = 0.0 if self.exact else 2 * rounding(queries.shape[1])
         self.width = k if self.exact else _width(k)
@@ -179,7 +179,7 @@ def _rescored(chunk: _Candidates, memory: Array, device: torch.device) -> tuple[
     index, kept, queries = index.cpu(), kept.cpu(), chunk.queries.numpy()
     value = np.full(index.shape, -np.inf)
     for i in range(len(value)):
-        near = exact_unit(_on_host(_take(memory, index[i][kept[i]])))
+        near = exact_unit(on_host(take(memory, index[i][kept[i]])))
         value[i, kept[i].numpy()] = np.einsum("ij,j->i", near, queries[i])
     best, order = torch.from_numpy(value).sort(dim=1, descending=True, stable=True)
     return best[:, : chunk.k], index.gather(1, order)[:, : chunk.k]
@@ -196,7 +196,7 @@ def unit(x: Tensor, dtype: torch.dtype) -> Tensor:
         low, high = norm.aminmax()
         if low > 1e-15 and high < 1e15:  # else squares may have left float32's range, or a row is zero or broken
             return x / norm
-    return torch.from_numpy(exact_unit(_on_host(x))).to(x.device, dtype)
+    return torch.from_numpy(exact_unit(on_host(x))).to(x.device, dtype)
 
 
 def exact_unit(x: np.ndarray) -> np.ndarray:
@@ -226,11 +226,3 @@ def _rows(x: Array, device: torch.device) -> Tensor:
     if isinstance(x, np.ndarray):
         x = torch.from_numpy(np.array(x))  # a memory map is read here, and only these rows
     return x.to(device)
-
-
-def _take(x: Array, rows: Tensor) -> Array:
-    return x[rows.numpy()] if isinstance(x, np.ndarray) else x[rows.to(x.device)]
-
-
-def _on_host(x: Array) -> np.ndarray:
-    return x if isinstance(x, np.ndarray) else x.cpu().numpy()

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nearfar.eval.arrays import Array
+from nearfar.eval.arrays import Array, on_host, take
 from nearfar.eval.neighbors import exact_unit
 from nearfar.ssl.errors import UserError
 
@@ -30,7 +30,7 @@ class Whitening(NamedTuple):
         mean, matrix = torch.from_numpy(self.mean), torch.from_numpy(self.matrix)
         out = torch.empty(tuple(x.shape), dtype=torch.float32)
         for start in range(0, len(x), _ROWS):
-            rows = torch.from_numpy(exact_unit(_on_host(x[start : start + _ROWS])))
+            rows = torch.from_numpy(exact_unit(on_host(x[start : start + _ROWS])))
             out[start : start + _ROWS] = (rows - mean) @ matrix
         return out
 
@@ -47,7 +47,7 @@ def fit(x: Array) -> Whitening:
 
     n, dim = x.shape
     chosen = np.linspace(0, n - 1, min(n, max(2, _FITTED // dim))).round().astype(np.int64)
-    rows = exact_unit(_on_host(x[chosen] if isinstance(x, np.ndarray) else x[torch.from_numpy(chosen).to(x.device)]))
+    rows = exact_unit(on_host(take(x, torch.from_numpy(chosen))))
     mean = rows.mean(0)
     covariance, shrinkage = ledoit_wolf(rows - mean, assume_centered=True)
     variance, directions = np.linalg.eigh(covariance)
@@ -58,7 +58,3 @@ def fit(x: Array) -> Whitening:
         )
     deviation = np.sqrt(np.maximum(variance, 1e-9 * variance[-1]))  # what never varies is no direction to divide by
     return Whitening(mean, directions / deviation, float(shrinkage))
-
-
-def _on_host(x: Array) -> np.ndarray:
-    return x if isinstance(x, np.ndarray) else x.cpu().numpy()

@@ -18,7 +18,7 @@ from nearfar.ssl.wording import listed
 
 OF_ALL = ("knn", "linear", "logistic", "fewshot", "segment")
 """What `nearfar eval all` scores: all that reads the features which k-NN, linear probe and segmentation need anyway.
-The other evaluators run the network again, and are asked for by name."""
+The other evaluators are asked for by name: most run the network again, and whitened k-NN is no published protocol."""
 _NEED_MASKS = ("segment", "retrieval")
 _NEED_LABELS = ("knn", "whitened", "linear", "logistic", "fewshot", "robustness")
 _OF_OTHER_IMAGES = ("linear", "logistic", "fewshot", "segment", "retrieval", "position")

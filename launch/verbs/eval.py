@@ -24,7 +24,7 @@ Score frozen features. Scores are added to results.json; none is ever removed.
 
 with labels (class folders, or a list with a label after a tab):
   knn         weighted k-NN, k = 10 to 200
-  whitened    k-NN of features whose directions all count alike: what their raw lengths hide
+  whitened    k-NN of features whose directions all count alike: what the few strongest ones hide
   linear      linear probe; --augment trains it on random views, as DINO does
   logistic    logistic regression solved by L-BFGS: a cross-check of the linear probe
   fewshot     1, 5 and 10 labeled images a class, 1 % and 10 % of the labels; 5 draws each
