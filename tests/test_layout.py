@@ -25,7 +25,7 @@ FLOORS: list[set[str]] = [
     {"heads"},
     {"data"},
     {"learning"},
-    {"checkpoint"},
+    {"checkpoint", "given_weights"},
     {"run"},
     {"training"},
     {"train", "replay"},

@@ -25,17 +25,18 @@ from nearfar.eval.scores.evaluation import check_grid_size, evaluate, evaluate_p
 from nearfar.eval.scores.headline_scores import Protocol, TaskScore
 from nearfar.eval.scores.tasks import TASKS, Data, Plan, plan
 from nearfar.launch.scoring.score_tables import detail_tables, remarks, score_table
-from nearfar.ssl import checkpoint
+from nearfar.ssl import checkpoint, config
 from nearfar.ssl.backbones import Backbone
 from nearfar.ssl.data import open_source
 from nearfar.ssl.disk import digests
 from nearfar.ssl.errors import UserError
+from nearfar.ssl.given_weights import file_of, load_given
 from nearfar.ssl.learning.dino import untrained_backbone
 from nearfar.ssl.parallel import gpus
 from nearfar.ssl.parallel.device import Compute
 from nearfar.ssl.run.run_folder import START
 from nearfar.ssl.settings.finetune_settings import FinetuneRun, recorded
-from nearfar.ssl.settings.run import Run
+from nearfar.ssl.settings.run import BackboneSettings, Run
 from nearfar.ssl.wording import listed
 
 
@@ -76,24 +77,31 @@ class Subject(NamedTuple):
 
     @staticmethod
     def of(model: Path) -> Subject:
-        """From a run folder, a checkpoint folder or an exported file.
+        """From a run folder, a checkpoint folder, an exported file or a public file of weights.
 
         Raises:
-            UserError: nothing there, or weights that were not exported from a run.
+            UserError: nothing there, or weights of a network that nobody knows.
         """
-        file = checkpoint.weights_file(model)
-        state = checkpoint.about(file)
-        if not isinstance(state.get("run"), dict):
-            raise UserError(f"{file} does not say which run it comes from.")
-        step = state.get("step")
-        run, step = _as_pretraining(state["run"]), step if isinstance(step, int) else None
-        return Subject(checkpoint.load(file), run, file.parent, step, given=model)
+        backbone, about = load_given(model)
+        step, run = about.get("step"), about.get("run")
+        settings = _as_pretraining(run) if isinstance(run, dict) else _as_public(backbone)
+        return Subject(backbone, settings, file_of(model).parent, step if isinstance(step, int) else None, given=model)
 
 
 def _as_pretraining(settings: dict[str, Any]) -> Run:
     """The settings under which a backbone was trained; of a supervised run what frozen features need of them."""
     run = recorded(settings)
     return run.as_pretraining() if isinstance(run, FinetuneRun) else run
+
+
+def _as_public(backbone: Backbone) -> Run:
+    """The settings that public weights are scored with: their own network, at the size that is usual for them."""
+    known = {key: value for key, value in backbone.arch.items() if key in BackboneSettings.model_fields}
+    size = max(1, round(224 / backbone.patch_size)) * backbone.patch_size
+    return config.validate(
+        {"name": "public", "backbone": known, "views": {"global_crops_size": size, "local_crops_size": size}}
+        | {"eval": {"size": size, "resize": round(size * 256 / 224)}}
+    )
 
 
 def sources(run: Run, train: str | None, val: str | None) -> tuple[Data, Data]:

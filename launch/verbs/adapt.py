@@ -4,20 +4,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
-import re
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from nearfar.launch.recipes import find_recipe
 from nearfar.launch.verbs.training_verb import RecipeAndSettings, TrainingVerb
 from nearfar.ssl.errors import UserError
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-NAMES = {192: "vit_tiny", 384: "vit_small", 768: "vit_base"}  # by width
-HEAD_WIDTH = 64  # of attention, in all public ViTs
 
 
 def _add_subject(parser: Any) -> None:
@@ -65,7 +57,7 @@ def settings_for(weights: str, guess: bool = True) -> list[str]:
         return [f"backbone.name={weights}", "backbone.pretrained=true"]
     from nearfar.launch.starting_weights import described
     from nearfar.ssl import checkpoint
-    from nearfar.ssl.backbones.weights import read_state, weights_in
+    from nearfar.ssl.backbones.weights import weights_in
 
     file = weights_in(Path(weights))
     start = [f"backbone.weights={weights}"]
@@ -75,7 +67,7 @@ def settings_for(weights: str, guess: bool = True) -> list[str]:
         about = {}
     if isinstance(about.get("arch"), dict):
         return [*start, *described(about["arch"]), *_of_run(about.get("run"))]
-    return [*start, *(vit_of(read_state(file), file) if guess else [])]
+    return [*start, *(_of_public(file) if guess else [])]
 
 
 def _of_run(run: Any) -> list[str]:
@@ -90,34 +82,19 @@ def _of_run(run: Any) -> list[str]:
     return found
 
 
-def vit_of(state: dict[str, Tensor], file: Path) -> list[str]:
-    """A ViT's settings from the names and shapes of its tensors, as DINO, DINOv2 and timm write them.
+def _of_public(file: Path) -> list[str]:
+    """A public file's network, and views of the usual sizes that its patches fit into.
 
     Raises:
-        UserError: it is no plain ViT with learned positions.
+        UserError: its tensors do not tell which network it is.
     """
-    from nearfar.ssl.backbones.weights import antialiased
+    from nearfar.launch.starting_weights import described
+    from nearfar.ssl.backbones.recognized import architecture_of, patch_size_of
 
-    tensors = {re.sub(r"^(module\.|backbone\.|_orig_mod\.|model\.)+", "", name): t for name, t in state.items()}
-    shapes = {name: tensor.shape for name, tensor in tensors.items()}
-    patch, positions = shapes.get("patch_embed.proj.weight"), shapes.get("pos_embed")
-    blocks = {int(found[1]) for name in shapes if (found := re.match(r"blocks\.(?:\d+\.)?(\d+)\.norm1\.weight", name))}
-    plain = any(name.endswith("mlp.fc1.weight") for name in shapes)
-    if patch is None or positions is None or len(patch) != 4 or not blocks or not plain:
-        raise UserError(
-            f"The tensors of {file} are not those of a plain ViT with learned positions, so it is not known which "
-            "network they belong to: add backbone.name=, for example backbone.name=timm/vit_small_patch16_dinov3 (or "
-            "backbone.name=timm/resnet50)."
-        )
-    width, side = int(patch[0]), int(patch[-1])
-    registers = shapes.get("register_tokens", shapes.get("reg_token"))
-    grid = math.isqrt(int(positions[1]))  # with CLS it is one more than a square
-    own = [f"backbone.name={NAMES.get(width, 'vit_base')}_patch{side}", f"backbone.pos_size={grid * side}"]
-    if width not in NAMES:
-        own += [f"backbone.embed_dim={width}", f"backbone.num_heads={max(1, width // HEAD_WIDTH)}"]
-    own += [f"backbone.depth={len(blocks)}"] if len(blocks) != 12 else []
-    own += [f"backbone.registers={int(registers[1])}"] if registers is not None else []
-    own += ["backbone.pos_antialias=true"] if antialiased(tensors) else []
-    own += ["backbone.layer_scale=1e-5"] if any(".ls1." in name for name in shapes) else []
+    try:
+        arch = architecture_of(file)
+    except UserError as error:
+        raise UserError(f"{error} Add backbone.name=, for example backbone.name=timm/resnet50.") from None
+    side = patch_size_of(arch)
     large, small = (max(1, round(size / side)) * side for size in (224, 96))  # never less than a patch
-    return [*own, f"views.global_crops_size={large}", f"views.local_crops_size={small}"]
+    return [*described(arch), f"views.global_crops_size={large}", f"views.local_crops_size={small}"]

@@ -165,7 +165,8 @@ def add_settings(parser: Any) -> None:
 
 
 def add_model(parser: argparse.ArgumentParser, also: str = "") -> None:
-    parser.add_argument("model", type=Path, help=f"run folder, checkpoint folder or exported .safetensors{also}")
+    files = "exported .safetensors or a file of public weights (DINO, DINOv2, DINOv3, timm)"
+    parser.add_argument("model", type=Path, help=f"run folder, checkpoint folder, {files}{also}")
 
 
 def add_reading(parser: argparse.ArgumentParser) -> None:

@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from nearfar.launch.verbs.command_line import add_model
 from nearfar.ssl.errors import UserError
 
 if TYPE_CHECKING:
@@ -22,7 +23,7 @@ def add_export(verbs: argparse._SubParsersAction) -> None:
         description="Write the teacher backbone. What is written for other programs is loaded again and compared with "
         "the network before it gets its name; nothing that exists is written over.",
     )
-    export.add_argument("model", type=Path, help="run folder, checkpoint folder or exported .safetensors")
+    add_model(export)
     export.add_argument(
         "out", type=Path, help="NAME.safetensors, NAME.onnx or NAME.pt2; for timm and huggingface a new folder"
     )
@@ -61,7 +62,8 @@ def run_export(arguments: argparse.Namespace) -> None:
         outcome = _write(exported, kind, out, tuple(arguments.size) if arguments.size else None)
     except OSError as error:
         raise UserError(f"{out} could not be written: {error.strerror or error}.") from error
-    print(f"{out}: {exported.arch['name']} of step {exported.about.get('step')}{outcome}")
+    origin = exported.about.get("origin") or f"step {exported.about.get('step')}"
+    print(f"{out}: {exported.arch['name']} of {origin}{outcome}")
 
 
 def _write(exported: ExportedBackbone, kind: str, out: Path, size: tuple[int, int] | None) -> str:

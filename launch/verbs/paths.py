@@ -40,8 +40,10 @@ def _require_weights(given: Path | str | None) -> None:
         raise UserError(f"{given} does not exist. {WHAT_TO_GIVE}")
     if isinstance(given, Path) and path.is_file():
         with path.open("rb") as file:
-            if file.read(9)[8:] != b"{":  # a header of JSON after its length
-                raise UserError(f"{given} is no .safetensors file. {WHAT_TO_GIVE}")
+            begin = file.read(9)
+        # Of safetensors a header of JSON after its length; of torch.save a zip, in older versions a pickle.
+        if begin[8:] != b"{" and not begin.startswith((b"PK\x03\x04", b"\x80\x02")):
+            raise UserError(f"{given} is no file of weights. {WHAT_TO_GIVE}")
 
 
 def require_settings_paths(run: AnyRun) -> None:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from nearfar.ssl.backbones.lgp import LGPPatchEmbed
 from nearfar.ssl.backbones.token_model import resize_positions
 from nearfar.ssl.backbones.tokens import Backbone, one_line
-from nearfar.ssl.backbones.transformers_layout import in_dinos_names
+from nearfar.ssl.backbones.transformers_layout import in_their_authors_names
 from nearfar.ssl.backbones.vit import VisionTransformer
 from nearfar.ssl.errors import UserError
 
@@ -59,12 +59,12 @@ def load_weights(model: nn.Module, path: str | Path) -> Match:
 
     Understood are facebookresearch/dino and DINOv2 `.pth` files (teacher before student, `module.backbone.`), timm's
     names (DINO, DINOv2, DINOv3, and whatever else timm itself converts for the model), those of Hugging Face
-    transformers for ViT and DINOv2, LocAt's, and our exports; `.pth` is read without running anything in it. Heads are
-    dropped. Everything else must fit, name by name and shape by shape, with three exceptions that the returned table
-    names: positions are resampled to the model's grid, as the code that they come from does it; GAug, LGP and a mask
-    token start fresh where the file has none of them; and learned positions are dropped where LGP or rotary positions
-    replace them. timm's models resample as timm does, whoever's weights they hold; for a file's own numbers at every
-    size load it into ours, made with the `pos_size` (224 for DINO's) and `pos_antialias` of its table.
+    transformers for ViT, DINOv2 and DINOv3, LocAt's, and our exports; `.pth` is read without running anything in it.
+    Heads are dropped. Everything else must fit, name by name and shape by shape, with three exceptions that the
+    returned table names: positions are resampled to the model's grid, as the code that they come from does it; GAug,
+    LGP and a mask token start fresh where the file has none of them; and learned positions are dropped where LGP or
+    rotary positions replace them. timm's models resample as timm does, whoever's weights they hold; for a file's own
+    numbers at every size load it into ours, made with the `pos_size` (224 for DINO's) and `pos_antialias` of its table.
 
     Raises:
         UserError: the file cannot be read safely, holds no network, or belongs to another architecture.
@@ -74,16 +74,18 @@ def load_weights(model: nn.Module, path: str | Path) -> Match:
     own = dict(network.state_dict())
     state, match = read_state(path), Match(path.name)
     state = _unwrapped(state, match)
+    try:
+        state = _renamed(state, network, own, match)
+    except UserError:
+        raise
+    except (RuntimeError, ValueError, TypeError, IndexError, KeyError, AttributeError, AssertionError) as error:
+        # timm's converters presume the architecture that they are for
+        raise UserError(_other_architecture(path, network, one_line(str(error), 200))) from None
     if isinstance(model, Backbone):  # a final norm that timm keeps in its head lives beside the network
         kept = getattr(model, "final_norm", nn.Identity()).state_dict()
         for prefix in ("fc_norm.", "head.norm.", "final_norm."):
             if kept and all(prefix + key in state for key in kept):
                 own |= {prefix + key: tensor for key, tensor in kept.items()}
-    try:
-        state = _renamed(state, network, own, match)
-    except (RuntimeError, ValueError, TypeError, IndexError, KeyError, AttributeError, AssertionError) as error:
-        # timm's converters presume the architecture that they are for
-        raise UserError(_other_architecture(path, network, one_line(str(error), 200))) from None
     for name in [name for name in state if name.startswith(HEADS) and name not in own]:
         match.dropped.append(name)
         del state[name]
@@ -105,7 +107,7 @@ def load_weights(model: nn.Module, path: str | Path) -> Match:
 
 def read_state(path: Path) -> State:
     """The tensors of the best network in a `.safetensors` file or a pickled one, by name; those of Hugging Face
-    transformers' ViT and DINOv2 under DINO's names.
+    transformers' ViT, DINOv2 and DINOv3 under their authors' names.
 
     A pickled file is read by torch's restricted reader, which runs nothing; the one class allowed beside tensors is
     argparse.Namespace, which DINO stores its settings in.
@@ -150,7 +152,7 @@ def read_state(path: Path) -> State:
     for name, tensor in tensors.items():
         if tensor.layout != torch.strided or tensor.is_quantized or tensor.is_meta or tensor.is_complex():
             raise UserError(f"{one_line(name, 100)} in {path} is not a dense tensor of real numbers.")
-    return in_dinos_names(tensors)
+    return in_their_authors_names(tensors)
 
 
 def weights_in(path: Path) -> Path:
@@ -209,6 +211,7 @@ def _renamed(state: State, network: nn.Module, own: State, match: Match) -> Stat
                 if f"{name}.{kind}" in state:  # the convolution that LGP replaced
                     state[f"{name}.proj.{kind}"] = state.pop(f"{name}.{kind}")
     _fit_positions(state, network, own, antialias, match)
+    _leave_out_attention_biases(state, own, match)
     return _converted(state, network, own, match)
 
 
@@ -222,6 +225,35 @@ def _fit_positions(state: State, network: nn.Module, own: State, antialias: bool
             del state["pos_embed"]
     elif positions is not None and isinstance(network, VisionTransformer):
         state["pos_embed"] = _fitted(positions, network, antialias, match)
+
+
+def _leave_out_attention_biases(state: State, own: State, match: Match) -> None:
+    """Drop biases of attention that change nothing where the network has none, as most of timm's DINOv3 have none.
+
+    Raises:
+        UserError: they change something, and timm would drop them in silence.
+    """
+    if any(re.search(r"\.attn\.(qkv\.bias|q_bias|q_proj\.bias)$", name) for name in own):
+        return
+    biases = [name for name in state if name.endswith(".attn.qkv.bias")]
+    for name in [name for name in biases if name.replace("bias", "weight") in own]:
+        if has_query_or_value_bias(name, state[name]):
+            raise UserError(
+                f"{match.source} has biases of queries and values ({name}), and this network has none: choose the one "
+                "that has them (timm calls DINOv3's so with _qkvb at the end: timm/vit_small_patch16_dinov3_qkvb)."
+            )
+        match.dropped.append(name)
+        del state[name]
+
+
+def has_query_or_value_bias(name: str, tensor: Tensor) -> bool:
+    """Is it a bias of attention that changes what it computes? That of keys does not: softmax takes it out again."""
+    if name.endswith((".q_bias", ".v_bias")):
+        return True  # written for networks that have them
+    if not name.endswith(".attn.qkv.bias") or tensor.ndim != 1 or len(tensor) % 3:
+        return False
+    query, _, value = tensor.chunk(3)
+    return bool(query.any() or value.any())
 
 
 def antialiased(state: Mapping[str, Tensor]) -> bool:

@@ -5,7 +5,10 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-WHAT_TO_GIVE = "Give a run folder, a checkpoint folder (step-XXXXXXXXX) or a .safetensors file."
+WHAT_TO_GIVE = (
+    "Give a run folder, a checkpoint folder (step-XXXXXXXXX) or a file of weights: an exported .safetensors, or a "
+    "public one of DINO, DINOv2, DINOv3 or timm."
+)
 
 _NAME = re.compile(r"step-([0-9]{9})", re.ASCII)
 

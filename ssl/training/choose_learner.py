@@ -7,12 +7,12 @@ from typing import Any
 
 import torch
 
-from nearfar.ssl import checkpoint
 from nearfar.ssl.backbones import Backbone, create
 from nearfar.ssl.backbones.adapter import Adapter
 from nearfar.ssl.backbones.factory import OUR_NAME, VIM_NAME
 from nearfar.ssl.disk import digests
 from nearfar.ssl.errors import UserError
+from nearfar.ssl.given_weights import load_given
 from nearfar.ssl.learning.dino import build_backbone, build_dino_learner
 from nearfar.ssl.learning.distill import Distiller, FrozenTeacher, Pooling, ProjectedStudent
 from nearfar.ssl.learning.learner import Learner
@@ -109,7 +109,7 @@ def _named(name: str, file: str | None, size: int) -> tuple[Backbone, Pooling]:
 
 
 def _described(settings: DistillSettings) -> tuple[Backbone, Pooling]:
-    """A network from a file of ours, which says what it is."""
+    """A network from a file that says what it is: ours, or a public one whose tensors tell."""
     path = Path(str(settings.teacher)).expanduser()
     if settings.teacher_weights:
         raise UserError(
@@ -123,8 +123,9 @@ def _described(settings: DistillSettings) -> tuple[Backbone, Pooling]:
             "distill.teacher_weights=FILE) a name such as vit_small_patch16. A run needs its teacher to continue, too."
         )
     try:
-        head = checkpoint.about(path).get("run", {}).get("head", {})
-        return checkpoint.load(path), "mean" if head.get("pooling") == "mean" else "cls"
+        backbone, about = load_given(path)
+        head = about.get("run", {}).get("head", {})
+        return backbone, "mean" if head.get("pooling") == "mean" else "cls"
     except UserError as error:
         raise UserError(
             f"The teacher cannot be read. {error} A public file of weights needs the name of its network as well: "

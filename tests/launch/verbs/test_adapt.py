@@ -14,7 +14,7 @@ import yaml
 from PIL import Image
 
 from nearfar.launch import cli
-from nearfar.launch.verbs.adapt import settings_for, vit_of
+from nearfar.launch.verbs.adapt import settings_for
 from nearfar.ssl import checkpoint, config
 from nearfar.ssl.backbones import create
 from nearfar.ssl.disk.metrics import read_metrics
@@ -134,7 +134,9 @@ def test_weights_with_patches_larger_than_what_they_are_to_see(here: Path, capsy
     for file, setting, message in cases:
         assert message in refused(capsys, "adapt", file, "new", *SMALL, *views, setting)
     large = {"patch_embed.proj.weight": torch.ones(192, 3, 512, 512), "pos_embed": torch.ones(1, 2, 192)}
-    found = vit_of(large | {"blocks.0.norm1.weight": torch.ones(192), "blocks.0.mlp.fc1.weight": torch.ones(1)}, here)
+    blocks = {"blocks.0.norm1.weight": torch.ones(192), "blocks.0.mlp.fc1.weight": torch.ones(1)}
+    torch.save(large | blocks, here / "large.pth")
+    found = settings_for("large.pth")
     assert {"views.global_crops_size=512", "views.local_crops_size=512"} <= set(found)
     assert not Path("runs/adapt-new").exists()
 
@@ -142,7 +144,7 @@ def test_weights_with_patches_larger_than_what_they_are_to_see(here: Path, capsy
 def test_what_cannot_be_is_one_paragraph(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "nowhere" in refused(capsys, "adapt", "nowhere", "new", *SMALL)
     torch.save({"stem.conv.weight": torch.ones(2, 2)}, "other.pth")
-    assert "add backbone.name=" in refused(capsys, "adapt", "other.pth", "new", *SMALL)
+    assert "Add backbone.name=" in refused(capsys, "adapt", "other.pth", "new", *SMALL)
     assert "another architecture" in refused(capsys, "adapt", "runs/mine", "new", *SMALL, "backbone.embed_dim=48")
     message = refused(capsys, "adapt", "runs/mine", "new", *SMALL, "views.local_crops_size=4")
     assert "views.local_crops_size=4 is not a multiple of the patch size 8" in message

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -47,6 +48,18 @@ def test_a_student_is_distilled_and_scored_like_any_run(
     same = ["--train", str(images), "--val", str(images), "--workers", "0"]
     assert main(["eval", "knn", str(run), *same]) == 0
     assert "k-NN" in capsys.readouterr().out and (run / "report.html").exists()
+
+
+def test_a_public_file_teaches(images: Path, same_bits: Callable[..., None]) -> None:
+    """Its network is told from its tensors; the student learns what it learns from the same teacher in our own file."""
+    network = create("vit_tiny_patch8", img_size=16, embed_dim=64, depth=1, num_heads=1)
+    checkpoint.export(images.parent / "ours.safetensors", network, {"step": 3})
+    state = {name.removeprefix("model."): tensor for name, tensor in network.state_dict().items()}
+    torch.save({"teacher": state}, images.parent / "public.pth")
+    for teacher in ("ours.safetensors", "public.pth"):
+        assert distill(images.parent / teacher, images, f"name={teacher[:4]}") == 0
+    ours, public = (checkpoint.load(images.parent / "runs" / name) for name in ("ours", "publ"))
+    same_bits(public.state_dict(), ours.state_dict())
 
 
 def test_the_dry_run_says_what_would_be_trained(

@@ -99,6 +99,35 @@ def test_every_evaluator_has_a_name(evaluated: Evaluated, what: str, flags: tupl
     assert rows.get(what, "") in output
 
 
+def test_public_weights_are_scored_read_and_written_as_they_are(
+    shared: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A .pth in DINO's names: the same scores and features as the self-describing file that `export` makes of it."""
+    torch.manual_seed(1)
+    network = create("vit_tiny_patch4", img_size=SIDE, embed_dim=64, depth=2, num_heads=1)
+    state = {f"backbone.{name.removeprefix('model.')}": tensor for name, tensor in network.state_dict().items()}
+    torch.save({"teacher": state | {"head.mlp.0.weight": torch.ones(2, 2)}}, tmp_path / "public.pth")
+    monkeypatch.chdir(tmp_path)
+    images = ["--train", str(shared / "train/classes"), "--val", str(shared / "val/classes"), "--size", "16"]
+    assert cli.main(["export", "public.pth", "ours.safetensors"]) == 0
+    assert "vit_base_patch4 of public.pth" in capsys.readouterr().out.replace("\n", " ")
+    for file in ("public.pth", "ours.safetensors"):
+        assert cli.main(["eval", "knn", file, *images, "--baselines", "--out", f"{file}.json", "--workers", "0"]) == 0
+        assert cli.main(["features", file, str(shared / "val/classes"), f"{file}.features", "--size", "16"]) == 0
+    (first, *_), (second, *_) = (
+        json.loads(Path(f"{file}.json").read_text())["scores"] for file in ("public.pth", "ours.safetensors")
+    )
+    assert first["percent"] == second["percent"] and first["weights"] == second["weights"]
+    found, same = (np.load(f"{file}.features/features.npy") for file in ("public.pth", "ours.safetensors"))
+    assert np.array_equal(found, same) and found.shape == (12, 64)
+    capsys.readouterr()
+    assert cli.main(["eval", "knn", "public.pth"]) == 2
+    assert "name labeled images with --val" in capsys.readouterr().err
+    picture = next((shared / "val").rglob("*.png"))
+    assert cli.main(["eval", "knn", str(picture), *images]) == 2
+    assert "is no file of weights" in " ".join(capsys.readouterr().err.split())
+
+
 def test_all_is_what_reads_the_same_features(evaluated: Evaluated) -> None:
     code, output, scores = evaluated("all", "--epochs", "2")
     assert code == 0 and {score["task"] for score in scores} == {"knn", "linear", "logistic", "fewshot"}

@@ -1,0 +1,111 @@
+"""Which network a public file of weights holds, told from the names and shapes of its tensors."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from nearfar.ssl.backbones.factory import create
+from nearfar.ssl.backbones.tokens import Backbone
+from nearfar.ssl.backbones.weights import antialiased, has_query_or_value_bias, read_state, weights_in
+from nearfar.ssl.errors import UserError
+
+HEAD_WIDTH = 64  # of attention, in all public ViTs
+VITS = {192: "vit_tiny", 384: "vit_small", 768: "vit_base"}  # ours, by width
+# DINOv3's networks as timm calls them: ViTs by width and whether their MLP is gated, ConvNeXts by width and depth.
+DINOV3_VITS = {
+    (192, False): "tiny", (384, False): "small", (384, True): "small_plus", (768, False): "base",
+    (1024, False): "large", (1280, True): "huge_plus", (4096, True): "7b",
+}  # fmt: skip
+DEPTHS = {"large": 24, "huge_plus": 32, "7b": 40}  # others have 12 blocks
+CONVNEXTS = {(96, 9): "tiny", (96, 27): "small", (128, 27): "base", (192, 27): "large"}
+
+
+def load_public(path: str | Path) -> Backbone:
+    """The network of a public file of weights, in evaluation mode: at every size what its authors' code computes.
+
+    Raises:
+        UserError: unreadable, or a network that its tensors do not tell (then `create(name, weights=path)` takes it).
+    """
+    backbone = create(**architecture_of(path), weights=path)
+    return backbone.eval().requires_grad_(False)
+
+
+def architecture_of(path: str | Path) -> dict[str, Any]:
+    """Arguments of `create` for the network that a file holds, as DINO, DINOv2, DINOv3 and timm write it, or Hugging
+    Face transformers.
+
+    Raises:
+        UserError: unreadable, or none of these.
+    """
+    file = weights_in(Path(path))
+    tensors = {re.sub(r"^(module\.|backbone\.|_orig_mod\.|model\.)+", "", k): t for k, t in read_state(file).items()}
+    found = _plain_vit(tensors) or _dinov3_vit(tensors) or _convnext(tensors)
+    if found is None:
+        raise UserError(
+            f"The tensors of {file} are not those of a plain ViT with learned positions or of a network of DINOv3, so "
+            "it is not known which network they belong to."
+        )
+    return found
+
+
+def patch_size_of(arch: Mapping[str, Any]) -> int:
+    """The side in pixels of a patch of such a network (of a ConvNeXt: its total stride)."""
+    named = re.search(r"patch(\d+)", arch["name"])
+    return int(named[1]) if named else 32
+
+
+def _plain_vit(tensors: Mapping[str, Tensor]) -> dict[str, Any] | None:
+    """A ViT with learned positions, which ours can be."""
+    patch, positions = tensors.get("patch_embed.proj.weight"), tensors.get("pos_embed")
+    depth = _count(tensors, r"blocks\.(?:\d+\.)?(\d+)\.norm1\.weight")
+    plain = any(name.endswith("mlp.fc1.weight") for name in tensors)
+    if patch is None or positions is None or patch.ndim != 4 or positions.ndim != 3 or not depth or not plain:
+        return None
+    width, side = patch.shape[0], patch.shape[-1]
+    grid = math.isqrt(positions.shape[1])  # with CLS it is one more than a square
+    found: dict[str, Any] = {"name": f"{VITS.get(width, 'vit_base')}_patch{side}", "pos_size": grid * side}
+    if width not in VITS:
+        found |= {"embed_dim": width, "num_heads": max(1, width // HEAD_WIDTH)}
+    if depth != 12:
+        found["depth"] = depth
+    registers = tensors.get("register_tokens", tensors.get("reg_token"))
+    if registers is not None:
+        found["registers"] = registers.shape[1]
+    if antialiased(tensors):
+        found["pos_antialias"] = True
+    if any(".ls1." in name for name in tensors):
+        found["layer_scale"] = 1e-5
+    return found
+
+
+def _dinov3_vit(tensors: Mapping[str, Tensor]) -> dict[str, Any] | None:
+    """A ViT with rotary positions, registers and layer scale, in its authors' names or timm's."""
+    patch = tensors.get("patch_embed.proj.weight")
+    has_registers = "storage_tokens" in tensors or ("reg_token" in tensors and "blocks.0.gamma_1" in tensors)
+    if patch is None or not has_registers or "pos_embed" in tensors or patch.shape[2:] != (16, 16):
+        return None
+    gated = "blocks.0.mlp.w1.weight" in tensors or "blocks.0.mlp.fc1_g.weight" in tensors
+    size = DINOV3_VITS.get((patch.shape[0], gated))
+    if size is None or _count(tensors, r"blocks\.(\d+)\.norm1\.weight") != DEPTHS.get(size, 12):
+        return None
+    biases = any(has_query_or_value_bias(name, tensor) for name, tensor in tensors.items())
+    return {"name": f"timm/vit_{size}_patch16_dinov3{'_qkvb' if biases or size == 'tiny' else ''}"}
+
+
+def _convnext(tensors: Mapping[str, Tensor]) -> dict[str, Any] | None:
+    """A ConvNeXt as its authors write it, and DINOv3's."""
+    stem = tensors.get("downsample_layers.0.0.weight")
+    depth = _count(tensors, r"stages\.2\.(\d+)\.dwconv\.weight")
+    if stem is None or stem.ndim != 4 or (stem.shape[0], depth) not in CONVNEXTS or "stages.0.0.gamma" not in tensors:
+        return None
+    return {"name": f"timm/convnext_{CONVNEXTS[stem.shape[0], depth]}"}
+
+
+def _count(tensors: Mapping[str, Tensor], pattern: str) -> int:
+    return len({found[1] for name in tensors if (found := re.fullmatch(pattern, name))})

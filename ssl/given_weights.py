@@ -1,0 +1,51 @@
+"""Weights that a user names: ours, which describe themselves, or a public file, which its tensors tell."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+
+from nearfar.ssl import checkpoint
+from nearfar.ssl.backbones import Backbone
+from nearfar.ssl.backbones.recognized import load_public
+from nearfar.ssl.backbones.weights import weights_in
+from nearfar.ssl.disk import checkpoint_names
+from nearfar.ssl.errors import UserError
+
+
+def load_given(path: str | Path) -> tuple[Backbone, dict[str, Any]]:
+    """The backbone, in evaluation mode, and what is recorded about it (`checkpoint.about`; of a public file `arch` and
+    the `origin`, its name).
+
+    Raises:
+        UserError: nothing there, damaged, or a network that nobody knows.
+    """
+    path = Path(path)
+    if not is_public(path):
+        return checkpoint.load(path), checkpoint.about(path)
+    try:
+        backbone = load_public(path)
+    except UserError as error:
+        raise UserError(f"{error} {checkpoint_names.WHAT_TO_GIVE}") from None
+    return backbone, {"arch": backbone.arch, "origin": path.name}
+
+
+def file_of(path: Path) -> Path:
+    """The file that holds the weights of `path`. Raises UserError where there is none."""
+    return weights_in(path) if is_public(path) else checkpoint.weights_file(path)
+
+
+def is_public(path: Path) -> bool:
+    """Is it a file of another code base, or a folder with such a file? What is not there or damaged: no."""
+    if path.is_dir():
+        ours = (checkpoint.TEACHER, checkpoint.CLASSIFIER, checkpoint.TENSORS, "checkpoints")
+        return (path / "model.safetensors").is_file() and not any((path / name).exists() for name in ours)
+    if not path.is_file() or path.suffix != ".safetensors":
+        return path.is_file()
+    try:
+        with safe_open(path, "pt") as handle:
+            return "nearfar" not in (handle.metadata() or {})
+    except (OSError, ValueError, SafetensorError):
+        return False
