@@ -1,4 +1,4 @@
-"""Weights that a user names: ours, which describe themselves, or a public file, which its tensors tell."""
+"""Weights that a user names: ours, which describe themselves, a public file, which its tensors tell, or timm's."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from nearfar.ssl import checkpoint
-from nearfar.ssl.backbones import Backbone
+from nearfar.ssl.backbones import Backbone, create
 from nearfar.ssl.backbones.recognized import load_public
 from nearfar.ssl.backbones.weights import weights_in
 from nearfar.ssl.disk import checkpoint_names
@@ -16,13 +16,18 @@ from nearfar.ssl.errors import UserError
 
 
 def load_given(path: str | Path) -> tuple[Backbone, dict[str, Any]]:
-    """The backbone, in evaluation mode, and what is recorded about it (`checkpoint.about`; of a public file `arch` and
-    the `origin`, its name).
+    """The backbone, in evaluation mode, and what is recorded about it (`checkpoint.about`; of public weights `arch` and
+    the `origin`, their name).
+
+    path: a folder or a file, or timm/NAME for what timm publishes.
 
     Raises:
         UserError: nothing there, damaged, or a network that nobody knows.
     """
     path = Path(path)
+    if is_published(path):
+        backbone = create(path.as_posix(), pretrained=True).eval().requires_grad_(False)
+        return backbone, {"arch": backbone.arch, "origin": path.as_posix()}
     if not is_public(path):
         return checkpoint.load(path), checkpoint.about(path)
     try:
@@ -32,9 +37,19 @@ def load_given(path: str | Path) -> tuple[Backbone, dict[str, Any]]:
     return backbone, {"arch": backbone.arch, "origin": path.name}
 
 
-def file_of(path: Path) -> Path:
-    """The file that holds the weights of `path`. Raises UserError where there is none."""
-    return weights_in(path) if is_public(path) else checkpoint.weights_file(path)
+def folder_of(path: Path) -> Path:
+    """Where the scores of these weights belong: beside their file, and for timm/NAME here.
+
+    Raises UserError where there is nothing.
+    """
+    if is_published(path):
+        return Path()
+    return (weights_in(path) if is_public(path) else checkpoint.weights_file(path)).parent
+
+
+def is_published(path: Path) -> bool:
+    """Is it the name of what timm publishes (timm/NAME), and no path of that name?"""
+    return len(path.parts) == 2 and path.parts[0] == "timm" and not path.exists()
 
 
 def is_public(path: Path) -> bool:

@@ -14,7 +14,7 @@ from torch import Tensor
 from nearfar.ssl import checkpoint
 from nearfar.ssl.backbones import Backbone, VisionTransformer
 from nearfar.ssl.errors import UserError
-from nearfar.ssl.given_weights import file_of, load_given
+from nearfar.ssl.given_weights import folder_of, load_given
 from nearfar.ssl.run import kept
 
 TOLERANCE = 1e-4  # largest difference of a feature, relative to the largest feature where that is above 1
@@ -58,7 +58,7 @@ class ExportedBackbone:
 
 
 def to_export(model: Path, which: str | None = None, license_id: str = "unknown") -> ExportedBackbone:
-    """From a run folder, a checkpoint folder, an exported file or a public file of weights.
+    """From a run folder, a checkpoint folder, an exported file, a public file of weights or timm/NAME.
 
     which: of a run, the checkpoint of this step, or the `best`; None: its last weights.
 
@@ -67,8 +67,9 @@ def to_export(model: Path, which: str | None = None, license_id: str = "unknown"
     """
     if which is not None:
         model = kept.checkpoint_of(model, which)
-    file = file_of(model)
-    folder = file.parent if file.name != checkpoint.TENSORS else file.parent.parent.parent
+    folder = folder_of(model)
+    if (folder / checkpoint.TENSORS).is_file():  # a checkpoint, whose run has the scores
+        folder = folder.parent.parent
     return ExportedBackbone(*load_given(model), folder / "results.json", license_id)
 
 

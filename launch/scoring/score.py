@@ -30,7 +30,7 @@ from nearfar.ssl.backbones import Backbone
 from nearfar.ssl.data import open_source
 from nearfar.ssl.disk import digests
 from nearfar.ssl.errors import UserError
-from nearfar.ssl.given_weights import file_of, load_given
+from nearfar.ssl.given_weights import folder_of, load_given
 from nearfar.ssl.learning.dino import untrained_backbone
 from nearfar.ssl.parallel import gpus
 from nearfar.ssl.parallel.device import Compute
@@ -77,7 +77,7 @@ class Subject(NamedTuple):
 
     @staticmethod
     def of(model: Path) -> Subject:
-        """From a run folder, a checkpoint folder, an exported file or a public file of weights.
+        """From a run folder, a checkpoint folder, an exported file, a public file of weights or timm/NAME.
 
         Raises:
             UserError: nothing there, or weights of a network that nobody knows.
@@ -85,7 +85,7 @@ class Subject(NamedTuple):
         backbone, about = load_given(model)
         step, run = about.get("step"), about.get("run")
         settings = _as_pretraining(run) if isinstance(run, dict) else _as_public(backbone)
-        return Subject(backbone, settings, file_of(model).parent, step if isinstance(step, int) else None, given=model)
+        return Subject(backbone, settings, folder_of(model), step if isinstance(step, int) else None, given=model)
 
 
 def _as_pretraining(settings: dict[str, Any]) -> Run:

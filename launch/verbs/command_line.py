@@ -165,7 +165,7 @@ def add_settings(parser: Any) -> None:
 
 
 def add_model(parser: argparse.ArgumentParser, also: str = "") -> None:
-    files = "exported .safetensors or a file of public weights (DINO, DINOv2, DINOv3, timm)"
+    files = "exported .safetensors, a file of public weights (DINO, DINOv2, DINOv3, timm) or timm/NAME"
     parser.add_argument("model", type=Path, help=f"run folder, checkpoint folder, {files}{also}")
 
 

@@ -32,8 +32,8 @@ def require_paths(arguments: argparse.Namespace) -> None:
 
 
 def _require_weights(given: Path | str | None) -> None:
-    """given: a path of ours; as a string of anyone's, or what timm publishes, or a setting that came too early."""
-    if given is None or (isinstance(given, str) and (given.startswith("timm/") or "=" in given)):
+    """given: a path, or what timm publishes; as a string also a setting that came too early."""
+    if given is None or str(given).startswith("timm/") or (isinstance(given, str) and "=" in given):
         return
     path = Path(given).expanduser()
     if not path.exists():

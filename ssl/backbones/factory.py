@@ -227,8 +227,8 @@ def _timm_model(name: str, required: dict[str, Any], optional: dict[str, Any], p
             if pretrained:
                 raise UserError(
                     f"The published weights of {name} are not available: they are not in the cache, and could not be "
-                    f"downloaded ({reason}). Give a file of them with backbone.weights=FILE in place of "
-                    "backbone.pretrained=true, or leave both out."
+                    f"downloaded ({reason}). Give a file of them instead (in settings backbone.weights=FILE, without "
+                    "backbone.pretrained=true)."
                 ) from error
             raise UserError(f"{name} cannot be built: these settings do not fit it ({reason}).") from error
     if not (hasattr(model, "forward_features") and getattr(model, "feature_info", None)):
