@@ -174,9 +174,9 @@ def load_optimizer(
             optimizer.state[parameter][key] = split_like(value, parameter)
 
 
-def export(path: Path, backbone: Backbone, about: dict[str, Any]) -> None:
+def export(path: str | Path, backbone: Backbone, about: dict[str, Any]) -> None:
     """Write a backbone as one safetensors file that records its architecture; `load` reads it."""
-    export_tensors(path, backbone.state_dict(), {"arch": backbone.arch, **about})
+    export_tensors(Path(path), backbone.state_dict(), {"arch": backbone.arch, **about})
 
 
 def export_tensors(path: Path, tensors: Mapping[str, Tensor], about: dict[str, Any]) -> None:

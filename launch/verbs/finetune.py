@@ -34,8 +34,8 @@ def _add_subject(parser: Any) -> None:
         "--from",
         dest="weights",
         metavar="WEIGHTS",
-        help="weights to start from, with their backbone if they describe it: a run's folder, a "
-        "checkpoint or an exported file (backbone.weights= starts the recipe's own backbone from any file)",
+        help="weights to start from, with their backbone: a run's folder, a checkpoint, an exported file, a public "
+        "one (DINO, DINOv2, DINOv3, timm) or timm/NAME (backbone.weights= starts the recipe's own backbone from any file)",
     )
 
 

@@ -158,7 +158,7 @@ def test_nearfar_starts_from_the_folder_for_transformers(tmp_path: Path, switche
     assert cli.main(["export", str(run), str(out), "--to", "huggingface"]) == 0
     expected = {"backbone.embed_dim=48", "backbone.depth=2", "backbone.pos_size=32", f"backbone.weights={out}"}
     found = set(settings_for(str(out)))
-    assert expected <= found and ("backbone.layer_scale=1e-5" in found) == bool(switches)
+    assert expected <= found and ("backbone.layer_scale=1e-05" in found) == bool(switches)
     again = create("vit_tiny_patch8", **{**SMALL, **switches})
     load_weights(again, out)
     tokens, images = checkpoint.load(run), torch.randn(1, 3, 32, 32)
