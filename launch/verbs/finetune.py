@@ -35,7 +35,8 @@ def _add_subject(parser: Any) -> None:
         dest="weights",
         metavar="WEIGHTS",
         help="weights to start from, with their backbone: a run's folder, a checkpoint, an exported file, a public "
-        "one (DINO, DINOv2, DINOv3, timm) or timm/NAME (backbone.weights= starts the recipe's own backbone from any file)",
+        "one (DINO, DINOv2, DINOv3, timm) or timm/NAME (backbone.weights= starts the recipe's own backbone from a "
+        "file)",
     )
 
 
