@@ -94,7 +94,7 @@ def _of_public(file: Path) -> list[str]:
     try:
         arch = architecture_of(file)
     except UserError as error:
-        raise UserError(f"{error} Add backbone.name=, for example backbone.name=timm/resnet50.") from None
+        raise UserError(f"{error} Add backbone.name=, for example backbone.name=timm/regnety_016.") from None
     side = patch_size_of(arch)
     large, small = (max(1, round(size / side)) * side for size in (224, 96))  # never less than a patch
     return [*described(arch), f"views.global_crops_size={large}", f"views.local_crops_size={small}"]

@@ -23,6 +23,11 @@ DINOV3_VITS = {
     (1024, False): "large", (1280, True): "huge_plus", (4096, True): "7b",
 }  # fmt: skip
 DEPTHS = {"large": 24, "huge_plus": 32, "7b": 40}  # others have 12 blocks
+# By the blocks of each stage, and whether a block has a third convolution.
+RESNETS: dict[tuple[int | bool, ...], int] = {
+    (2, 2, 2, 2, False): 18, (3, 4, 6, 3, False): 34, (3, 4, 6, 3, True): 50, (3, 4, 23, 3, True): 101,
+    (3, 8, 36, 3, True): 152,
+}  # fmt: skip
 CONVNEXTS = {(96, 9): "tiny", (96, 27): "small", (128, 27): "base", (192, 27): "large"}
 
 
@@ -37,19 +42,19 @@ def load_public(path: str | Path) -> Backbone:
 
 
 def architecture_of(path: str | Path) -> dict[str, Any]:
-    """Arguments of `create` for the network that a file holds, as DINO, DINOv2, DINOv3 and timm write it, or Hugging
-    Face transformers.
+    """Arguments of `create` for the network that a file holds, as DINO, DINOv2, DINOv3, torchvision and timm write it,
+    or Hugging Face transformers: a plain ViT, one of DINOv3's, a ConvNeXt or a ResNet.
 
     Raises:
         UserError: unreadable, or none of these.
     """
     file = weights_in(Path(path))
     tensors = {re.sub(r"^(module\.|backbone\.|_orig_mod\.|model\.)+", "", k): t for k, t in read_state(file).items()}
-    found = _plain_vit(tensors) or _dinov3_vit(tensors) or _convnext(tensors)
+    found = _plain_vit(tensors) or _dinov3_vit(tensors) or _convnext(tensors) or _resnet(tensors)
     if found is None:
         raise UserError(
-            f"The tensors of {file} are not those of a plain ViT with learned positions or of a network of DINOv3, so "
-            "it is not known which network they belong to."
+            f"The tensors of {file} are not those of a plain ViT with learned positions, of a network of DINOv3 or of "
+            "a ResNet, so it is not known which network they belong to."
         )
     return found
 
@@ -105,6 +110,16 @@ def _convnext(tensors: Mapping[str, Tensor]) -> dict[str, Any] | None:
     if stem is None or stem.ndim != 4 or (stem.shape[0], depth) not in CONVNEXTS or "stages.0.0.gamma" not in tensors:
         return None
     return {"name": f"timm/convnext_{CONVNEXTS[stem.shape[0], depth]}"}
+
+
+def _resnet(tensors: Mapping[str, Tensor]) -> dict[str, Any] | None:
+    """A ResNet of the usual width in the names of torchvision, which are timm's."""
+    first, inner = tensors.get("conv1.weight"), tensors.get("layer1.0.conv2.weight")
+    if first is None or first.shape != (64, 3, 7, 7) or inner is None or inner.shape != (64, 64, 3, 3):
+        return None
+    blocks = [_count(tensors, rf"layer{stage}\.(\d+)\.conv1\.weight") for stage in (1, 2, 3, 4)]
+    depth = RESNETS.get((*blocks, "layer1.0.conv3.weight" in tensors))
+    return {"name": f"timm/resnet{depth}"} if depth else None
 
 
 def _count(tensors: Mapping[str, Tensor], pattern: str) -> int:

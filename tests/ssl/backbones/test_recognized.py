@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 import timm
 import torch
+import torchvision
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from nearfar.ssl.backbones import create, load_weights
 from nearfar.ssl.backbones.recognized import architecture_of, load_public, patch_size_of
@@ -103,6 +104,23 @@ def test_a_convnext_in_its_authors_names_keeps_its_final_norm(tmp_path: Path) ->
     torch.testing.assert_close(load_public(file)(images).map(), expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("depth", [18, 50])
+def test_a_resnet_of_torchvision(tmp_path: Path, depth: int) -> None:
+    """As DINO's own ResNet-50 is published, and those of solo-learn under a prefix."""
+    theirs = getattr(torchvision.models, f"resnet{depth}")()
+    for module in theirs.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.uniform_(module.weight, 0.5, 1.5)
+            nn.init.uniform_(module.running_mean, -0.1, 0.1)
+    theirs.fc = nn.Identity()
+    file = saved(tmp_path / "resnet.pth", {f"backbone.{name}": tensor for name, tensor in theirs.state_dict().items()})
+    assert architecture_of(file) == {"name": f"timm/resnet{depth}"}
+    images = torch.randn(1, 3, 64, 96)
+    expected = theirs.eval()(images)
+    atol = 1e-4 * float(expected.abs().max())
+    torch.testing.assert_close(load_public(file)(images).cls, expected, rtol=1e-4, atol=atol)
+
+
 @needs_transformers
 @pytest.mark.parametrize("gated", [False, True], ids=["mlp", "gated"])
 def test_a_vit_of_dinov3_from_transformers(tmp_path: Path, gated: bool) -> None:
@@ -143,8 +161,9 @@ def test_a_convnext_of_dinov3_from_transformers(tmp_path: Path) -> None:
         ({"patch_embed.proj.weight": (384, 3, 16, 16), "storage_tokens": (1, 4, 384)}, "not known which network"),
         ({"patch_embed.proj.weight": (384, 3, 16, 16), "pos_embed": (1,)}, "not known which network"),
         ({"downsample_layers.0.0.weight": (7, 3, 4, 4)}, "not known which network"),
+        ({"conv1.weight": (64, 3, 7, 7), "layer1.0.conv2.weight": (64, 64, 3, 3)}, "not known which network"),
     ],
-    ids=["resnet", "no blocks", "no grid", "no stages"],
+    ids=["a stem", "no blocks", "no grid", "no stages", "no depth"],
 )
 def test_what_its_tensors_do_not_tell(tmp_path: Path, tensors: dict[str, tuple[int, ...]], reason: str) -> None:
     file = saved(tmp_path / "other.pth", {name: torch.ones(shape) for name, shape in tensors.items()})
