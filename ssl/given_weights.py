@@ -57,8 +57,10 @@ def is_public(path: Path) -> bool:
     if path.is_dir():
         ours = (checkpoint.TEACHER, checkpoint.CLASSIFIER, checkpoint.TENSORS, "checkpoints")
         return (path / "model.safetensors").is_file() and not any((path / name).exists() for name in ours)
-    if not path.is_file() or path.suffix != ".safetensors":
-        return path.is_file()
+    if not path.is_file() or path.name == checkpoint.TENSORS:  # of a checkpoint, which is described beside it
+        return False
+    if path.suffix != ".safetensors":
+        return True
     try:
         with safe_open(path, "pt") as handle:
             return "nearfar" not in (handle.metadata() or {})

@@ -30,6 +30,7 @@ def test_ours_and_public_files_are_told_apart(tmp_path: Path) -> None:
     save_file(state, tmp_path / "run" / "model.safetensors")  # a run's folder that somebody put a file into
     checkpoint.export(tmp_path / "run" / "teacher.safetensors", backbone, {"step": 4})
     (tmp_path / "cut.safetensors").write_bytes((tmp_path / "ours.safetensors").read_bytes()[:100])
+    save_file(state, tmp_path / checkpoint.TENSORS)  # of a checkpoint of ours
     public = [path.name for path in sorted(tmp_path.iterdir()) if is_public(path)]
     assert public == ["folder", "theirs.pth", "theirs.safetensors"] and not is_public(tmp_path / "nothing")
     assert folder_of(tmp_path / "folder") == tmp_path / "folder" and folder_of(tmp_path / "theirs.pth") == tmp_path
