@@ -15,7 +15,8 @@ from nearfar.ssl.backbones.tokens import Backbone
 from nearfar.ssl.backbones.weights import antialiased, has_query_or_value_bias, read_state, weights_in
 from nearfar.ssl.errors import UserError
 
-HEAD_WIDTH = 64  # of attention, in all public ViTs
+HEAD_WIDTH = 64  # of attention, which tensors do not tell, in all public ViTs but these:
+HEADS = {1152: 16, 1280: 16, 1408: 16, 1664: 16}  # ViT-SO400M, H, g and G, by width
 VITS = {192: "vit_tiny", 384: "vit_small", 768: "vit_base"}  # ours, by width
 # DINOv3's networks as timm calls them: ViTs by width and whether their MLP is gated, ConvNeXts by width and depth.
 DINOV3_VITS = {
@@ -76,7 +77,7 @@ def _plain_vit(tensors: Mapping[str, Tensor]) -> dict[str, Any] | None:
     grid = math.isqrt(positions.shape[1])  # with CLS it is one more than a square
     found: dict[str, Any] = {"name": f"{VITS.get(width, 'vit_base')}_patch{side}", "pos_size": grid * side}
     if width not in VITS:
-        found |= {"embed_dim": width, "num_heads": max(1, width // HEAD_WIDTH)}
+        found |= {"embed_dim": width, "num_heads": HEADS.get(width, max(1, width // HEAD_WIDTH))}
     if depth != 12:
         found["depth"] = depth
     registers = tensors.get("register_tokens", tensors.get("reg_token"))

@@ -171,5 +171,15 @@ def test_what_its_tensors_do_not_tell(tmp_path: Path, tensors: dict[str, tuple[i
         load_public(file)
 
 
+@pytest.mark.parametrize("name", ["vit_large_patch16_224", "vit_huge_patch14_224", "vit_little_patch16_reg4_gap_256"])
+def test_heads_are_known_by_the_width(tmp_path: Path, name: str) -> None:
+    """The reference is timm's table; tensors are the same for every number of heads."""
+    with torch.device("meta"):
+        theirs = timm.create_model(name)
+    state = {key: torch.zeros(1).expand(tensor.shape) for key, tensor in theirs.state_dict().items() if tensor.ndim}
+    found = architecture_of(saved(tmp_path / "vit.pth", state))
+    assert (found["embed_dim"], found["num_heads"]) == (theirs.embed_dim, theirs.blocks[0].attn.num_heads)
+
+
 def test_a_patch_may_be_larger_than_the_usual_views() -> None:
     assert [patch_size_of({"name": name}) for name in ("vit_tiny_patch512", "timm/convnext_base")] == [512, 32]
