@@ -8,10 +8,9 @@ from typing import Any, Literal
 
 import timm
 import torch
-from timm.data import IMAGENET_DEFAULT_MEAN as MEAN
-from timm.data import IMAGENET_DEFAULT_STD as STD
 from torch import nn
 
+from nearfar.ssl.backbones import normalization
 from nearfar.ssl.backbones.adapter import Adapter
 from nearfar.ssl.backbones.published import cache_only_when_offline
 from nearfar.ssl.backbones.scan import Scan
@@ -19,7 +18,7 @@ from nearfar.ssl.backbones.timm_grafts import add_gaug, add_lgp
 from nearfar.ssl.backbones.tokens import Backbone
 from nearfar.ssl.backbones.vim import VisionMamba
 from nearfar.ssl.backbones.vit import WIDTHS, VisionTransformer
-from nearfar.ssl.backbones.weights import load_weights
+from nearfar.ssl.backbones.weights import load_weights, weights_in
 from nearfar.ssl.errors import UserError
 
 VIM_NAME = re.compile(r"vim_(tiny|small|base)_patch(\d+)(_uni)?(_lgp)?")
@@ -92,6 +91,9 @@ def create(  # noqa: PLR0913 - a network's settings, each by name
 
 def _with_weights(backbone: Backbone, weights: str | Path) -> Backbone:
     log.info("%s", load_weights(backbone, weights))
+    if seen := normalization.beside(weights_in(Path(weights))):
+        network: Any = backbone.model
+        normalization.see_as_published(network, str(weights), *seen)
     return backbone
 
 
@@ -194,7 +196,7 @@ def _create_timm(
     (required if drop_path else optional)["drop_path_rate"] = drop_path
     model = _timm_model(name, required, optional, pretrained)
     if pretrained:
-        _see_as_published(model, name)
+        normalization.see_as_published(model, name, *normalization.of_published(model))
     if grafts["lgp"]:
         add_lgp(model, grafts["levels"], grafts["wavelet"], drop_path)
     if grafts["gaug"]:
@@ -238,32 +240,6 @@ def _timm_model(name: str, required: dict[str, Any], optional: dict[str, Any], p
     if not (hasattr(model, "forward_features") and getattr(model, "feature_info", None)):
         raise UserError(f"{name} does not say what its features are, so it cannot be a backbone here.")
     return model
-
-
-def _see_as_published(model: nn.Module, name: str) -> None:
-    """Have a published network see images that are normalized by ImageNet's numbers as it saw them by its own.
-
-    timm's ViTs of Google's weights, for one, saw values from -1 to 1. What differs is a factor and an offset for each
-    color, which go into the first convolution; where that pads its input (it would pad with another color) or has no
-    bias, a warning says so.
-    """
-    config: Any = getattr(model, "pretrained_cfg", None) or {"mean": MEAN, "std": STD}
-    here, theirs = (torch.tensor(each) for each in ((MEAN, STD), (config["mean"], config["std"])))
-    if torch.equal(here, theirs):
-        return
-    factor, offset = here[1] / theirs[1], (here[0] - theirs[0]) / theirs[1]
-    found = config.get("first_conv")
-    first = model.get_submodule(found) if isinstance(found, str) else None
-    if not isinstance(first, nn.Conv2d) or first.bias is None or any(first.padding) or first.groups > 1:
-        log.warning(
-            "%s was trained on images with mean %s and deviation %s, and sees them here with ImageNet's: its features "
-            "can be worse than published.", name, config["mean"], config["std"],
-        )  # fmt: skip
-        return
-    with torch.no_grad():
-        first.bias += (first.weight.sum((2, 3)) * offset).sum(1)
-        first.weight *= factor[:, None, None]
-    log.info("%s saw images with mean %s and deviation %s: its first layer allows for it.", name, *theirs.tolist())
 
 
 def _did_you_mean(name: str) -> str:
