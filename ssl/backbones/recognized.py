@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from collections.abc import Mapping
@@ -13,6 +14,7 @@ from torch import Tensor
 from nearfar.ssl.backbones.factory import create
 from nearfar.ssl.backbones.tokens import Backbone
 from nearfar.ssl.backbones.weights import antialiased, has_query_or_value_bias, read_state, weights_in
+from nearfar.ssl.disk import bounded_files
 from nearfar.ssl.errors import UserError
 
 HEAD_WIDTH = 64  # of attention, which tensors do not tell, in all public ViTs but these:
@@ -51,7 +53,7 @@ def architecture_of(path: str | Path) -> dict[str, Any]:
     """
     file = weights_in(Path(path))
     tensors = {re.sub(r"^(module\.|backbone\.|_orig_mod\.|model\.)+", "", k): t for k, t in read_state(file).items()}
-    found = _plain_vit(tensors) or _dinov3_vit(tensors) or _convnext(tensors) or _resnet(tensors)
+    found = _plain_vit(tensors, file) or _dinov3_vit(tensors) or _convnext(tensors) or _resnet(tensors)
     if found is None:
         raise UserError(
             f"The tensors of {file} are not those of a plain ViT with learned positions, of a network of DINOv3 or of "
@@ -66,8 +68,8 @@ def patch_size_of(arch: Mapping[str, Any]) -> int:
     return int(named[1]) if named else 32
 
 
-def _plain_vit(tensors: Mapping[str, Tensor]) -> dict[str, Any] | None:
-    """A ViT with learned positions, which ours can be."""
+def _plain_vit(tensors: Mapping[str, Tensor], file: Path) -> dict[str, Any] | None:
+    """A ViT with learned positions, which ours can be. Raises UserError where its number of heads is not known."""
     patch, positions = tensors.get("patch_embed.proj.weight"), tensors.get("pos_embed")
     depth = _count(tensors, r"blocks\.(?:\d+\.)?(\d+)\.norm1\.weight")
     plain = any(name.endswith("mlp.fc1.weight") for name in tensors)
@@ -77,7 +79,15 @@ def _plain_vit(tensors: Mapping[str, Tensor]) -> dict[str, Any] | None:
     grid = math.isqrt(positions.shape[1])  # with CLS it is one more than a square
     found: dict[str, Any] = {"name": f"{VITS.get(width, 'vit_base')}_patch{side}", "pos_size": grid * side}
     if width not in VITS:
-        found |= {"embed_dim": width, "num_heads": HEADS.get(width, max(1, width // HEAD_WIDTH))}
+        found["embed_dim"] = width
+    heads = _heads_beside(file) or HEADS.get(width, width // HEAD_WIDTH if width % HEAD_WIDTH == 0 else None)
+    if heads is None:
+        raise UserError(
+            f"{file} holds a ViT of width {width}, and its tensors do not tell how many heads it has: name them "
+            "(backbone.name, backbone.embed_dim, backbone.num_heads)."
+        )
+    if width not in VITS or heads != width // HEAD_WIDTH:
+        found["num_heads"] = heads
     if depth != 12:
         found["depth"] = depth
     registers = tensors.get("register_tokens", tensors.get("reg_token"))
@@ -88,6 +98,18 @@ def _plain_vit(tensors: Mapping[str, Tensor]) -> dict[str, Any] | None:
     if any(".ls1." in name for name in tensors):
         found["layer_scale"] = 1e-5
     return found
+
+
+def _heads_beside(file: Path) -> int | None:
+    """The number of heads that a folder of transformers says of its model.safetensors."""
+    if file.name != "model.safetensors":
+        return None
+    try:
+        config = json.loads(bounded_files.read_text(file.with_name("config.json"), bounded_files.MAX_BYTES))
+        heads = config["num_attention_heads"]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return None
+    return heads if type(heads) is int and 0 < heads <= 1024 else None
 
 
 def _dinov3_vit(tensors: Mapping[str, Tensor]) -> dict[str, Any] | None:

@@ -117,7 +117,7 @@ def test_a_resnet_of_torchvision(tmp_path: Path, depth: int) -> None:
     assert architecture_of(file) == {"name": f"timm/resnet{depth}"}
     images = torch.randn(1, 3, 64, 96)
     expected = theirs.eval()(images)
-    atol = 1e-4 * float(expected.abs().max())
+    atol = 1e-4 * float(expected.detach().abs().max())
     torch.testing.assert_close(load_public(file)(images).cls, expected, rtol=1e-4, atol=atol)
 
 
@@ -179,6 +179,21 @@ def test_heads_are_known_by_the_width(tmp_path: Path, name: str) -> None:
     state = {key: torch.zeros(1).expand(tensor.shape) for key, tensor in theirs.state_dict().items() if tensor.ndim}
     found = architecture_of(saved(tmp_path / "vit.pth", state))
     assert (found["embed_dim"], found["num_heads"]) == (theirs.embed_dim, theirs.blocks[0].attn.num_heads)
+
+
+def test_heads_that_nothing_tells_are_not_guessed(tmp_path: Path) -> None:
+    """A folder of transformers says them in its config.json."""
+    made = create("vit_tiny_patch8", img_size=32, embed_dim=48, depth=1, num_heads=3).eval()
+    state = {name.removeprefix("model."): tensor for name, tensor in made.state_dict().items()}
+    save_file(state, tmp_path / "model.safetensors")
+    for says in (None, "{", '{"num_attention_heads": "3"}', '{"num_attention_heads": 0}'):
+        if says:
+            (tmp_path / "config.json").write_text(says)
+        with pytest.raises(UserError, match="width 48, and its tensors do not tell how many heads"):
+            architecture_of(tmp_path)
+    (tmp_path / "config.json").write_text('{"num_attention_heads": 3}')
+    images = torch.randn(1, 3, 32, 32)
+    assert torch.equal(load_public(tmp_path)(images).patches, made(images).patches)
 
 
 def test_a_patch_may_be_larger_than_the_usual_views() -> None:
