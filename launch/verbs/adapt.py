@@ -53,21 +53,20 @@ def settings_for(weights: str, guess: bool = True) -> list[str]:
     Raises:
         UserError: no such weights, or their network is not known and must be named.
     """
-    if weights.startswith("timm/"):
-        return [f"backbone.name={weights}", "backbone.pretrained=true"]
-    from nearfar.launch.starting_weights import described
+    from nearfar.launch.starting_weights import architecture_settings, described
     from nearfar.ssl import checkpoint
-    from nearfar.ssl.backbones.weights import weights_in
+    from nearfar.ssl.given_weights import is_public, is_published
 
-    file = weights_in(Path(weights))
+    path = Path(weights)
+    if is_published(path):
+        return architecture_settings(weights)
     start = [f"backbone.weights={weights}"]
-    try:
-        about = checkpoint.about(file) if file.suffix == ".safetensors" else {}
-    except UserError:  # another's safetensors, or damaged, which `read_state` will say
-        about = {}
-    if isinstance(about.get("arch"), dict):
-        return [*start, *described(about["arch"]), *_of_run(about.get("run"))]
-    return [*start, *(_of_public(file) if guess else [])]
+    if is_public(path):
+        return [*start, *(_of_public(path) if guess else [])]
+    about = checkpoint.about(path)
+    if not isinstance(about.get("arch"), dict):
+        return architecture_settings(weights)  # which says that it is not known
+    return [*start, *described(about["arch"]), *_of_run(about.get("run"))]
 
 
 def _of_run(run: Any) -> list[str]:
