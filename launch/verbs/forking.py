@@ -43,13 +43,17 @@ def _settings_of(start: str, settings: list[str]) -> tuple[Path, list[str]]:
     from nearfar.ssl import config
     from nearfar.ssl.disk import bounded_files
     from nearfar.ssl.run import fork
+    from nearfar.ssl.settings.defaults import as_begun
 
     file = run / "config.yaml"
     if not file.is_file():
         raise UserError(f"{run} has no config.yaml to take settings from: name a recipe before --from.")
     fork.check_pretraining(bounded_files.read_yaml(file, "recipe"), run)
-    source, given = config.load(file), {setting.partition("=")[0].strip() for setting in settings}
+    source, given = as_begun(config.load(file)), {setting.partition("=")[0].strip() for setting in settings}
     own = [f"name={source.name}-fork", "train.restart_schedule=false", "backbone.weights=", "backbone.pretrained=false"]
+    own.append(f"optim.teacher_momentum_end={source.optim.teacher_momentum_end}")
+    if "optim.schedule" in given:  # a cosine's ends do not hold for another schedule
+        own[-1:] = ["optim.teacher_momentum_end=null", "optim.weight_decay_end=null"]
     if "views.global_crops_size" in given:  # the size of the scores follows it, unless it was another one
         own += ["eval.resize=null"] + ["eval.size=null"] * (source.eval.size == source.views.global_crops_size)
     return file, [each for each in own if each.partition("=")[0] not in given] + settings

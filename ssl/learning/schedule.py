@@ -29,12 +29,11 @@ class Schedule:
         warmup = round(optim.warmup_epochs * self.steps_per_epoch)
         temp_epochs = math.ceil(loss.warmup_teacher_temp_epochs)
         start = min(loss.warmup_teacher_temp, loss.teacher_temp)
-        momentum_end = 1.0 if optim.schedule == "cosine" else optim.teacher_momentum
         gram = {"gram_weight": loss.gram_weight if step >= self._gram_start else 0.0} if loss.gram_weight else {}
         return gram | {
             "lr": self._learning_rate(step, warmup),
             "weight_decay": cosine(optim.weight_decay, optim.weight_decay_end, step, steps),
-            "teacher_momentum": cosine(optim.teacher_momentum, momentum_end, step, steps),
+            "teacher_momentum": cosine(optim.teacher_momentum, optim.teacher_momentum_end, step, steps),
             "teacher_temp": linear(start, loss.teacher_temp, step // self.steps_per_epoch, temp_epochs),
         }
 

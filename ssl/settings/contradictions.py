@@ -177,6 +177,11 @@ def _wrong_schedule(run: Run) -> Iterator[str]:
             f"optim.weight_decay_end={optim.weight_decay_end:g} needs optim.schedule=cosine: with {optim.schedule} the "
             f"weight decay stays at optim.weight_decay={optim.weight_decay:g}"
         )
+    if optim.schedule != "cosine" and optim.teacher_momentum_end not in (None, optim.teacher_momentum):
+        yield (
+            f"optim.teacher_momentum_end={optim.teacher_momentum_end:g} needs optim.schedule=cosine: with "
+            f"{optim.schedule} the momentum stays what it is (optim.teacher_momentum_end=null)"
+        )
     if optim.schedule != "wsd" and optim.cooldown_epochs is not None:
         yield f"optim.cooldown_epochs is a setting of optim.schedule=wsd, not of {optim.schedule}"
     cooldown, warmup, epochs = optim.cooldown_epochs or 0, optim.warmup_epochs or 0, run.train.epochs

@@ -139,7 +139,14 @@ class OptimSettings(Section):
         None,
         ge=0,
         le=1,
-        description="momentum of the teacher at the start of the run; with the cosine schedule it rises to 1",
+        description="momentum of the teacher at the start of the run",
+    )
+    teacher_momentum_end: float | None = Field(
+        None,
+        ge=0,
+        le=1,
+        description="momentum of the teacher at the end of the run, along a cosine; optim.teacher_momentum where "
+        "optim.schedule is not cosine",
     )
     freeze_last_layer_epochs: float | None = Field(
         None, ge=0, description="epochs at the start in which the prototypes do not learn"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -129,6 +130,11 @@ def test_a_fork_has_the_settings_of_the_run_that_it_left(here: Path, refused: Re
     assert cli.main(["pretrain", "--from", "runs/mine", "optim.lr=1e-4", "train.epochs=2"]) == 0
     fork, mine = (config.load(Path(f"runs/{name}/config.yaml")) for name in ("mine-fork", "mine"))
     assert (fork.optim.lr, fork.train.epochs, fork.head) == (1e-4, 2, mine.head)
+    assert (
+        cli.main(["pretrain", "--from", "runs/mine", "optim.schedule=constant", "train.epochs=2", "name=constant"]) == 0
+    )
+    optim = config.load(Path("runs/constant/config.yaml")).optim
+    assert optim.teacher_momentum_end == optim.teacher_momentum and optim.weight_decay_end == optim.weight_decay
     larger = ["views.global_crops_size=48", "train.restart_schedule=true", "name=larger"]
     assert cli.main(["launch", "--cluster", "debug", larger[0], "--from", "runs/mine-fork", *larger[1:]]) == 0
     stage = config.load(Path("runs/larger/config.yaml"))
@@ -136,6 +142,17 @@ def test_a_fork_has_the_settings_of_the_run_that_it_left(here: Path, refused: Re
     assert cli.main(["report", "runs/larger"]) == 0
     page = Path("runs/larger/report.html").read_text()
     assert "runs/mine-fork, step " in page and "runs/mine, step " in page
+
+
+def test_a_fork_of_a_run_from_before_there_was_an_end_of_the_momentum(here: Path) -> None:
+    assert cli.main([*PRETRAIN, "train.epochs=1"]) == 0
+    file = Path("runs/mine/config.yaml")
+    written, ending = file.read_text(), r"teacher_momentum_end: [\d.]+,\s+"
+    assert config.load(file).optim.teacher_momentum_end == 0.98
+    file.write_text(re.sub(ending, "", written))
+    assert config.load(file).optim.teacher_momentum_end is None
+    assert cli.main(["pretrain", "--from", "runs/mine", "train.epochs=2"]) == 0
+    assert config.load(Path("runs/mine-fork/config.yaml")).optim.teacher_momentum_end == 1
 
 
 def test_no_space_left_is_told_with_the_checkpoint_before_intact(here: Path, capfd: pytest.CaptureFixture[str]) -> None:

@@ -298,6 +298,7 @@ def test_imagenet_for_a_hundred_epochs_is_dino_as_published() -> None:
         run.optim.lr == pytest.approx(5e-4 * 4)
         and run.optim.warmup_epochs == 10
         and run.optim.teacher_momentum == 0.996
+        and run.optim.teacher_momentum_end == 1
     )
     assert run.loss.warmup_teacher_temp == 0.04 and run.loss.warmup_teacher_temp_epochs == 30
     assert run.optim.freeze_last_layer_epochs == 1
@@ -312,6 +313,24 @@ def test_a_short_run_has_shorter_warm_ups_and_a_faster_teacher() -> None:
     )
     assert run.optim.teacher_momentum == 0.98
     assert derived(2_000, "train.epochs=100").optim.teacher_momentum == pytest.approx(1 - 20 / 3100, abs=1e-4)
+
+
+def test_the_teacher_of_a_short_run_follows_to_the_end() -> None:
+    """It forgets what is older than a twentieth of the run; DINO's rise to 1 stops it for a quarter of 5,000 steps."""
+    for images, epochs, end in ((2_000, 10, 0.98), (40_000, 8, 0.996), (40_000, 20, round(1 - 20 / 12_500, 5))):
+        assert derived(images, f"train.epochs={epochs}").optim.teacher_momentum_end == end
+    assert derived(40_000, "train.epochs=8", "optim.teacher_momentum=0.999").optim.teacher_momentum_end == 0.999
+    assert derived(40_000, "train.epochs=80").optim.teacher_momentum_end == 1
+
+
+def test_a_run_from_before_there_was_an_end_of_the_momentum_goes_on_as_it_was() -> None:
+    asked = config.load(None, ["train.epochs=10"])
+    for schedule, end in (("cosine", 1.0), ("constant", 0.98)):
+        run = config.validate(asked.model_dump() | {"optim": {"schedule": schedule}})
+        saved = resolve(run, 2_000)[0].model_dump()
+        del saved["optim"]["teacher_momentum_end"]
+        continued, _ = resolve(run, 2_000, saved=config.validate(saved))
+        assert continued.optim.teacher_momentum_end == end, schedule
 
 
 def test_nothing_is_left_open_and_every_derived_value_is_told_with_its_reason() -> None:
@@ -335,6 +354,7 @@ def test_explicit_values_win() -> None:
         "optim.warmup_epochs=0",
         "optim.weight_decay_end=0.3",
         "optim.teacher_momentum=0.5",
+        "optim.teacher_momentum_end=0.9",
         "optim.freeze_last_layer_epochs=0",
         "data.workers=0",
         "train.threads=1",

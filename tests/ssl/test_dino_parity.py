@@ -156,8 +156,8 @@ def made(tiny: Make) -> tuple[Learner, Stepper, Schedule]:
         "backbone.lgp=false", "backbone.gaug=false", "backbone.prr=false", "backbone.drop_path=0",
         "backbone.patch_size=4", "head.batch_norm=false", f"views.local_crops_number={LOCAL_VIEWS}",
         f"train.epochs={EPOCHS}", f"train.batch_size={BATCH}", "optim.lr=5e-3", "optim.warmup_epochs=1",
-        "optim.teacher_momentum=0.9", f"optim.clip_grad={CLIP}", "optim.freeze_last_layer_epochs=1",
-        "loss.teacher_temp=0.07", "loss.warmup_teacher_temp_epochs=3",
+        "optim.teacher_momentum=0.9", "optim.teacher_momentum_end=1", f"optim.clip_grad={CLIP}",
+        "optim.freeze_last_layer_epochs=1", "loss.teacher_temp=0.07", "loss.warmup_teacher_temp_epochs=3",
     )  # fmt: skip
     resolved = resolve(run, BATCH * STEPS_PER_EPOCH)[0]
     learner = build_dino_learner(resolved).double()

@@ -149,6 +149,7 @@ def test_golden_steps(
         "optim.lr=0.01",
         "optim.warmup_epochs=0.4",
         "optim.teacher_momentum=0.9",
+        "optim.teacher_momentum_end=1",
         f"optim.clip_grad={CLIP}",
         "optim.freeze_last_layer_epochs=0.4",
         "loss.teacher_temp=0.07",

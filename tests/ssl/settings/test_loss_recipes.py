@@ -81,6 +81,7 @@ def test_a_run_that_was_resolved_and_written_down_is_read_as_it_is() -> None:
     assert resolved.loss.gram_start_epoch == 8 and resolved.optim.cooldown_epochs == 2
     assert resolved.head.ibot_prototypes == resolved.head.prototypes
     assert resolved.optim.weight_decay_end == resolved.optim.weight_decay
+    assert resolved.optim.teacher_momentum_end == resolved.optim.teacher_momentum
 
 
 @pytest.mark.parametrize(
@@ -100,6 +101,10 @@ def test_a_run_that_was_resolved_and_written_down_is_read_as_it_is() -> None:
         (
             ["optim.schedule=constant", "optim.weight_decay_end=0.4"],
             r"weight_decay_end=0\.4 needs optim\.schedule=cosine",
+        ),
+        (
+            ["optim.schedule=constant", "optim.teacher_momentum=0.99", "optim.teacher_momentum_end=1"],
+            r"teacher_momentum_end=1 needs optim\.schedule=cosine.*teacher_momentum_end=null",
         ),
         (["loss.recipe=dinov3", "optim.weight_decay_end=0.4"], r"weight_decay_end=0\.4 needs optim\.schedule=cosine"),
         (["optim.cooldown_epochs=3"], r"cooldown_epochs is a setting of optim\.schedule=wsd, not of cosine"),
