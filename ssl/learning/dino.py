@@ -14,7 +14,7 @@ from nearfar.ssl.learning.gram import gram_loss
 from nearfar.ssl.learning.health import teacher_health
 from nearfar.ssl.learning.ibot import PatchLoss
 from nearfar.ssl.learning.learner import HeadedBackbone, Learner, Outputs
-from nearfar.ssl.learning.losses import DINOLoss, cosine_loss, koleo
+from nearfar.ssl.learning.losses import DINOLoss, coding_rate, cosine_loss, koleo
 from nearfar.ssl.learning.masks import BlockMasks, Masks
 from nearfar.ssl.parallel.sharding import whole
 from nearfar.ssl.settings.defaults import ResolvedRun
@@ -72,13 +72,22 @@ class Network(HeadedBackbone):
         )
 
 
+class LossWeights(NamedTuple):
+    """What each part that is added to DINO's loss counts; 0 = off."""
+
+    koleo: float = 0.0
+    coding_rate: float = 0.0
+    ibot: float = 0.0
+    anchor: float = 0.0
+
+
 class DINOLearner(Learner):
     """DINO: a student that matches, on every view, what its own moving average says of the global views.
 
     Both networks run in training mode, as in the reference: batch norm (of a head or of a convolutional backbone)
     uses the statistics of the step in each. The teacher must be built without drop-path. What came after DINO is added
-    to its loss: KoLeo, iBOT where a step has masks, and what keeps patches (Gram anchoring) and features near those of
-    `anchor`, a frozen earlier teacher or the weights that the run began with.
+    to its loss: KoLeo, the coding rate, iBOT where a step has masks, and what keeps patches (Gram anchoring) and
+    features near those of `anchor`, a frozen earlier teacher or the weights that the run began with.
     """
 
     student: Network
@@ -89,19 +98,15 @@ class DINOLearner(Learner):
         student: Network,
         teacher: Network,
         loss: DINOLoss,
-        koleo_weight: float = 0.0,
+        weights: LossWeights,
         ibot: PatchLoss | None = None,
-        ibot_weight: float = 0.0,
         anchor: Backbone | None = None,
-        anchor_weight: float = 0.0,
     ) -> None:
         super().__init__(student, teacher)
         self.loss = loss
-        self.koleo_weight = koleo_weight
+        self.weights = weights
         self.ibot = ibot
-        self.ibot_weight = ibot_weight
         self.anchor = anchor
-        self.anchor_weight = anchor_weight
         if anchor is not None:
             anchor.requires_grad_(False)
 
@@ -139,17 +144,18 @@ class DINOLearner(Learner):
         student = self.student_outputs(groups, masks)
         loss, parts = self.loss(student.logits, probabilities), {}
         self.loss.note_teacher(teacher.logits)
-        weights = {"koleo": self.koleo_weight, "ibot": self.ibot_weight}
-        weights |= {"gram": gram_weight, "anchor": self.anchor_weight}
-        if self.koleo_weight:
+        weights = {**self.weights._asdict(), "gram": gram_weight}
+        if self.weights.koleo:
             parts["koleo"] = koleo(student.features[: len(groups[0])])
+        if self.weights.coding_rate:
+            parts["coding_rate"] = -coding_rate(student.features)
         if masks is not None:
             parts["ibot"] = self.ibot_loss(student, teacher, masks, teacher_temp)
-        if gram_weight or self.anchor_weight:
+        if gram_weight or self.weights.anchor:
             anchored = self.anchor_tokens(groups[0])
             if gram_weight:
                 parts["gram"] = gram_loss(student.patches, anchored.patches)
-            if self.anchor_weight:
+            if self.weights.anchor:
                 seen = anchored.pooled(self.student.pooling)
                 parts["anchor"] = cosine_loss(student.features[: len(groups[0])].flatten(0, 1), seen)
         loss = sum((weights[name] * part for name, part in parts.items()), loss)
@@ -239,7 +245,8 @@ def build_dino_learner(run: ResolvedRun, weights: bool = True) -> DINOLearner:
     dino = DINOLoss(head.prototypes, loss.student_temp, loss.center_momentum, sinkhorn)
     ibot = PatchLoss(patch_prototypes, loss.student_temp, loss.center_momentum, sinkhorn) if loss.ibot_weight else None
     anchor = bare(0.0, loss.gram_teacher) if loss.gram_weight or loss.anchor_weight else None
-    learner = DINOLearner(student, teacher, dino, loss.koleo_weight, ibot, loss.ibot_weight, anchor, loss.anchor_weight)
+    counts = LossWeights(loss.koleo_weight, loss.coding_rate_weight, loss.ibot_weight, loss.anchor_weight)
+    learner = DINOLearner(student, teacher, dino, counts, ibot, anchor)
     if anchor is not None and not loss.gram_teacher:
         learner.take_anchor()
     return learner.train()

@@ -100,6 +100,23 @@ def koleo(features: Tensor) -> Tensor:
         return -(distance + 1e-8).log().mean(0).sum()
 
 
+def coding_rate(features: Tensor, precision: float = 0.5) -> Tensor:
+    """How many directions features (V, B, D), before the head, use alike: -> scalar, highest when all D are.
+
+    logdet(I + D / precision^2 M) / (2 D) with M the mean of f f^T over the unit features f of all views, images and
+    ranks: the coding rate of SimDINO (Wu et al. 2025, section 3), for one dimension. Its center is not taken away, as
+    the cosine of a k-NN does not take it away.
+    """
+    with torch.autocast(features.device.type, enabled=False):
+        precise = features.flatten(0, 1).to(torch.promote_types(features.dtype, torch.float32))
+        rows = F.normalize(precise, dim=-1, eps=1e-8)
+        width = rows.shape[1]
+        scale = width / precision**2 / (len(rows) * distributed.count())
+        spread = torch.eye(width, dtype=rows.dtype, device=rows.device) + distributed.all_sum(scale * rows.T @ rows)
+        # cholesky_ex neither waits for a GPU nor raises: of features that are not finite the rate is NaN, as the loss
+        return torch.linalg.cholesky_ex(spread).L.diagonal().log().mean()
+
+
 class BalancedLoss(nn.Module):
     """A loss on logits whose teacher is balanced by a running center of its own or by Sinkhorn-Knopp."""
 

@@ -83,8 +83,8 @@ class Stepper:
             optimizer: as `optim.adamw` makes it for the student.
             clip_grad: largest norm of a tensor's gradient; 0 = off.
             accumulate_steps: parts in which the images of a step pass, one after the other. Loss, gradient and
-                center are those of the whole; batch norm, Sinkhorn-Knopp and KoLeo see one part (of all ranks) at a
-                time.
+                center are those of the whole; batch norm, Sinkhorn-Knopp, KoLeo and the coding rate see one part (of
+                all ranks) at a time.
         """
         self.learner, self.optimizer, self.clip_grad, self.autocast = learner, optimizer, clip_grad, autocast
         self.accumulate_steps = accumulate_steps

@@ -32,6 +32,12 @@ class LossSettings(Section):
     koleo_weight: float = Field(
         0.0, ge=0, description="weight of the KoLeo loss on the features of the global views; 0.1 in DINOv2, 0 = off"
     )
+    coding_rate_weight: float = Field(
+        0.0,
+        ge=0,
+        description="weight of the coding rate of the features of all views, which is raised (SimDINO): they use all "
+        "their directions alike; 0 = off",
+    )
     ibot_weight: float = Field(
         0.0, ge=0, description="weight of iBOT's loss on hidden patches of the global views; 1 in DINOv2, 0 = off"
     )
@@ -160,7 +166,7 @@ class TrainSettings(Section):
         1,
         ge=1,
         description="parts in which each process computes its share of a step, for less memory: the gradient is that "
-        "of the whole, but batch norm, Sinkhorn-Knopp and KoLeo see one part at a time",
+        "of the whole, but batch norm, Sinkhorn-Knopp, KoLeo and the coding rate see one part at a time",
     )
     world_size: int | None = Field(
         None,

@@ -16,7 +16,7 @@ from nearfar.ssl import config
 from nearfar.ssl.learning.dino import build_block_masks, build_dino_learner, untrained_backbone
 from nearfar.ssl.learning.gram import gram_loss
 from nearfar.ssl.learning.learner import Learner
-from nearfar.ssl.learning.losses import koleo
+from nearfar.ssl.learning.losses import coding_rate, koleo
 from nearfar.ssl.learning.masks import Masks
 from nearfar.ssl.learning.optim import clip_gradients, multiply_alike, parameter_groups
 from nearfar.ssl.settings.defaults import resolve
@@ -74,6 +74,15 @@ def test_koleo_is_weighed_on_the_students_global_views(made: Make) -> None:
     features = plain.student_outputs(views).features
     difference = apart(views, 0.04).loss - plain(views, 0.04).loss
     torch.testing.assert_close(difference, 0.3 * koleo(features[:2]), rtol=1e-4, atol=1e-5)
+
+
+def test_the_coding_rate_of_all_of_the_students_views_is_raised(made: Make) -> None:
+    plain, spread = made("backbone.drop_path=0"), made("backbone.drop_path=0", "loss.coding_rate_weight=0.3")
+    views = groups()
+    features = plain.student_outputs(views).features
+    got = spread(views, 0.04)
+    torch.testing.assert_close(got.loss - plain(views, 0.04).loss, -0.3 * coding_rate(features), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(got.parts["coding_rate"], -coding_rate(features).detach())
 
 
 def test_the_teacher_begins_as_the_student_and_is_not_trained(made: Make, same_bits: Callable[..., None]) -> None:

@@ -315,7 +315,7 @@ def test_a_public_file_is_a_teacher_with_the_name_of_its_network(tmp_path: Path)
     assert torch.allclose(found.tokens(image).cls, theirs.eval()(image).cls, atol=1e-6)
 
 
-@pytest.mark.parametrize("weight", ["koleo_weight", "ibot_weight", "gram_weight"])
+@pytest.mark.parametrize("weight", ["koleo_weight", "coding_rate_weight", "ibot_weight", "gram_weight"])
 def test_other_losses_contradict_a_teacher(weight: str) -> None:
     with pytest.raises(UserError, match=f"loss.{weight}=1 and distill.teacher=x contradict"):
         config.load(None, ["distill.teacher=x", f"loss.{weight}=1"])

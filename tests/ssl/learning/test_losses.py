@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from nearfar.ssl.learning.losses import DINOLoss, cosine_loss, dino_loss, koleo, sinkhorn_knopp
+from nearfar.ssl.learning.losses import DINOLoss, coding_rate, cosine_loss, dino_loss, koleo, sinkhorn_knopp
 
 Array = NDArray[np.float64]
 
@@ -179,6 +179,32 @@ def test_koleo_pushes_apart_and_stays_finite_for_twins() -> None:
     twins = torch.ones(1, 3, 4, requires_grad=True)
     koleo(twins).backward()
     assert twins.grad is not None and torch.isfinite(twins.grad).all()
+
+
+@given(views=st.integers(1, 3), batch=st.integers(1, 7), width=st.integers(1, 6), seed=st.integers(0, 999))
+@settings(max_examples=30, deadline=None)
+def test_the_coding_rate_is_the_papers_for_one_dimension(views: int, batch: int, width: int, seed: int) -> None:
+    features = np.random.default_rng(seed).normal(size=(views, batch, width))
+    unit = (features / np.linalg.norm(features, axis=-1, keepdims=True)).reshape(-1, width)
+    spread = sum(np.outer(row, row) for row in unit) / len(unit)
+    rate = np.linalg.slogdet(np.eye(width) + width / 0.3**2 * spread)[1] / 2
+    assert float(coding_rate(torch.from_numpy(features), 0.3)) == pytest.approx(rate / width, rel=1e-9)
+
+
+def test_the_coding_rate_is_highest_when_all_directions_are_used_alike() -> None:
+    features = torch.randn(2, 8, 4, generator=torch.Generator().manual_seed(0)).double().requires_grad_()
+    assert torch.autograd.gradcheck(coding_rate, features)
+    even = float(coding_rate(torch.eye(4).double()[None]))
+    assert even == pytest.approx(np.log(1 + 4) / 2)  # D / .5^2 times M = I / D
+    one_direction = float(coding_rate(torch.ones(1, 4, 4).double()))
+    assert one_direction < float(coding_rate(features)) < even
+
+
+def test_the_coding_rate_of_features_that_are_not_finite_is_not_finite() -> None:
+    features = torch.randn(1, 8, 4)
+    features[0, 3, 1] = torch.nan
+    assert not torch.isfinite(coding_rate(features))
+    assert torch.isfinite(coding_rate(torch.zeros(1, 3, 4)))
 
 
 def test_the_cosine_loss_is_one_minus_the_mean_cosine_whatever_the_lengths() -> None:

@@ -44,7 +44,7 @@ IN_PLACE = {"aten::_fused_adamw_", "aten::_fused_sgd_"}
 EVERY_KIND = [
     ["head.batch_norm=false"],
     ["backbone.lgp=true", "backbone.gaug=true", "backbone.prr=true", "backbone.drop_path=0.2"],
-    ["loss.centering=sinkhorn_knopp", "loss.koleo_weight=0.1"],
+    ["loss.centering=sinkhorn_knopp", "loss.koleo_weight=0.1", "loss.coding_rate_weight=0.2"],
     ["backbone.name=vim_tiny_patch16", "backbone.lgp=true", "backbone.prr=true", "backbone.gaug=false"],
     ["loss.ibot_weight=1", "loss.gram_weight=1"],
     ["loss.recipe=dinov3"],

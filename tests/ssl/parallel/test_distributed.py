@@ -170,7 +170,7 @@ def test_ranks_with_a_slice_each_agree_with_one_rank_in_float64(
     teacher = tmp_path / "teacher.safetensors"
     checkpoint.export(teacher, create("vit_tiny_patch8", img_size=16, embed_dim=12, depth=1, num_heads=2), {"step": 1})
     cases = [
-        [*small, "loss.centering=sinkhorn_knopp", "loss.koleo_weight=0.1"],
+        [*small, "loss.centering=sinkhorn_knopp", "loss.koleo_weight=0.1", "loss.coding_rate_weight=0.2"],
         [*small, "head.batch_norm=false"],
         small,
         [*small, "loss.ibot_weight=1"],

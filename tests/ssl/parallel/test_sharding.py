@@ -124,7 +124,7 @@ def test_a_sharded_step_is_the_unsharded_one_up_to_rounding(
     small += ["views.global_crops_size=16", "views.local_crops_size=8", "train.batch_size=8"]
     vim = ["backbone.name=vim_tiny_patch4", "backbone.gaug=false", "backbone.prr=false", "backbone.num_heads=null"]
     cases = [
-        ([*small, "loss.centering=sinkhorn_knopp", "loss.koleo_weight=0.1"], "float64"),
+        ([*small, "loss.centering=sinkhorn_knopp", "loss.koleo_weight=0.1", "loss.coding_rate_weight=0.2"], "float64"),
         ([*small, "head.batch_norm=false", "train.accumulate_steps=2"], "float64"),
         ([*small, *vim, "head.batch_norm=false"], "float64"),
         ([*small, "head.batch_norm=false"], "float32"),
