@@ -104,8 +104,8 @@ def coding_rate(features: Tensor, precision: float = 0.5) -> Tensor:
     """How many directions features (V, B, D), before the head, use alike: -> scalar, highest when all D are.
 
     logdet(I + D / precision^2 M) / (2 D) with M the mean of f f^T over the unit features f of all views, images and
-    ranks: the coding rate of SimDINO (Wu et al. 2025, section 3), for one dimension. Its center is not taken away, as
-    the cosine of a k-NN does not take it away.
+    ranks: the coding rate of SimDINO (Wu et al. 2025, section 3), for one dimension. The mean is not subtracted, as the
+    cosine of a k-NN does not subtract it.
     """
     with torch.autocast(features.device.type, enabled=False):
         precise = features.flatten(0, 1).to(torch.promote_types(features.dtype, torch.float32))
