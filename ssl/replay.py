@@ -17,7 +17,7 @@ from nearfar.ssl.data.transforms.colors import color_views
 from nearfar.ssl.data.transforms.normalize import normalize
 from nearfar.ssl.learning.dino import build_block_masks
 from nearfar.ssl.learning.learner import Learner
-from nearfar.ssl.learning.optim import adamw_of
+from nearfar.ssl.learning.optim import optimizer_of
 from nearfar.ssl.learning.schedule import Schedule
 from nearfar.ssl.learning.step import Stepper
 from nearfar.ssl.parallel import device
@@ -54,7 +54,7 @@ def replay(
     width = learner.teacher.backbone.embed_dim
     compute = device.choose(where or run.train.device, precision or run.train.precision, width, "--device ")
     prepare_learner(learner, compute, run.train.checkpoint_activations)
-    optimizer = adamw_of(run.optim, learner.student)
+    optimizer = optimizer_of(run.optim, learner.student)
     resume.restore(saved, learner, optimizer, source.fingerprint)
     loader = loader_of(run, source, ALONE, compute.device)
     failed = saved.state["failed"]

@@ -1,4 +1,4 @@
-"""The optimizer of a run: AdamW, which parameters decay, and how gradients are clipped."""
+"""The optimizer of a run: AdamW or Muon, which parameters decay, and how gradients are clipped."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from nearfar.ssl.backbones.token_model import decays
 from nearfar.ssl.errors import UserError
+from nearfar.ssl.learning.muon import Muon, matrices
 from nearfar.ssl.parallel import distributed
 from nearfar.ssl.parallel.sharding import is_sharded, local
 from nearfar.ssl.settings.optimization import OptimSettings
@@ -19,19 +20,24 @@ def parameter_groups(
     layerwise_decay: float = 1.0,
     patch_embed_lr_mult: float = 1.0,
     backbone_lr_mult: float = 1.0,
+    muon: bool = False,
 ) -> list[dict[str, Any]]:
     """AdamW's groups: what decays, and what does not, each at every rate there is (`lr_scale`, a factor).
 
-    By default there are two, at the same rate. layerwise_decay and so on: see `rate_scales`.
+    By default there are two, at the same rate. layerwise_decay and so on: see `rate_scales`. muon: what Muon takes is
+    in groups with `matrices`.
     """
     scales = rate_scales(student, layerwise_decay, patch_embed_lr_mult, backbone_lr_mult)
-    groups: dict[tuple[bool, float], list[nn.Parameter]] = {(True, 1.0): [], (False, 1.0): []}
+    taken = matrices(student) if muon else set[str]()
+    groups: dict[tuple[bool, float, bool], list[nn.Parameter]] = {(True, 1.0, False): [], (False, 1.0, False): []}
     for name, parameter in student.named_parameters():
         if parameter.requires_grad:
-            groups.setdefault((decays(name, parameter), scales.get(name, 1.0)), []).append(parameter)
+            kind = (decays(name, parameter), scales.get(name, 1.0), name in taken)
+            groups.setdefault(kind, []).append(parameter)
     return [
-        {"params": found, "decays": decay, "lr_scale": scale} | ({} if decay else {"weight_decay": 0.0})
-        for (decay, scale), found in groups.items()
+        {"params": found, "decays": decay, "lr_scale": scale, "matrices": matrix}
+        | ({} if decay else {"weight_decay": 0.0})
+        for (decay, scale, matrix), found in groups.items()
     ]
 
 
@@ -76,9 +82,12 @@ def adamw(
     return torch.optim.AdamW([group for group in groups if group["params"]], lr=0.0, fused=True)
 
 
-def adamw_of(run: OptimSettings, student: nn.Module) -> torch.optim.AdamW:
+def optimizer_of(run: OptimSettings, student: nn.Module) -> torch.optim.Optimizer:
     """As the settings of a run say."""
-    return adamw(student, run.layerwise_decay, run.patch_embed_lr_mult, run.backbone_lr_mult)
+    rates = run.layerwise_decay, run.patch_embed_lr_mult, run.backbone_lr_mult
+    if run.name == "adamw":
+        return adamw(student, *rates)
+    return Muon(group for group in parameter_groups(student, *rates, muon=True) if group["params"])
 
 
 def set_rates(optimizer: torch.optim.Optimizer, lr: float, weight_decay: float) -> None:

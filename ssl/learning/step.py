@@ -80,7 +80,7 @@ class Stepper:
     ) -> None:
         """
         Args:
-            optimizer: as `optim.adamw` makes it for the student.
+            optimizer: as `optim.optimizer_of` makes it for the student.
             clip_grad: largest norm of a tensor's gradient; 0 = off.
             accumulate_steps: parts in which the images of a step pass, one after the other. Loss, gradient and
                 center are those of the whole; batch norm, Sinkhorn-Knopp, KoLeo and the coding rate see one part (of
@@ -132,7 +132,8 @@ class Stepper:
         unchanged = torch.maximum(self.not_finite, skipped)
         set_rates(self.optimizer, values["lr"], values["weight_decay"])
         self.optimizer.found_inf = unchanged  # type: ignore[attr-defined]  # as torch's GradScaler hands it over
-        self.optimizer.step()
+        with self.autocast():  # Muon multiplies matrices
+            self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         learner.after_step(values["teacher_momentum"], unchanged)
         if scaling is not None:

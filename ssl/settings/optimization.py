@@ -95,6 +95,11 @@ class DistillSettings(Section):
 
 
 class OptimSettings(Section):
+    name: Literal["adamw", "muon"] = Field(
+        "adamw",
+        description="adamw, as DINO; muon: the matrices of linear layers and convolutions move along their "
+        "orthogonalized momentum, with steps of AdamW's size, and all else by AdamW",
+    )
     lr: float | None = Field(None, gt=0, description="highest learning rate; default: 5e-4 x batch size / 256")
     min_lr: float = Field(
         1e-6, ge=0, description="learning rate at the end of the run (the constant schedule does not get there)"

@@ -18,7 +18,7 @@ from nearfar.ssl.learning.dino import build_block_masks
 from nearfar.ssl.learning.health import CollapseWatch, falling_score, features_lost, nothing_learned, patience
 from nearfar.ssl.learning.learner import Learner, Outputs
 from nearfar.ssl.learning.masks import Masks
-from nearfar.ssl.learning.optim import adamw_of
+from nearfar.ssl.learning.optim import optimizer_of
 from nearfar.ssl.learning.schedule import Schedule
 from nearfar.ssl.learning.step import Numbers, StepResult
 from nearfar.ssl.parallel import distributed
@@ -59,7 +59,7 @@ class Pretraining(Training[ResolvedRun, Learner]):
 
     @classmethod
     def optimizer_for(cls, run: ResolvedRun, learner: Learner) -> torch.optim.Optimizer:
-        return adamw_of(run.optim, learner.student)
+        return optimizer_of(run.optim, learner.student)
 
     @classmethod
     def schedule_for(cls, run: ResolvedRun, steps_per_epoch: int) -> Schedule:

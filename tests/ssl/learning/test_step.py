@@ -23,7 +23,7 @@ from nearfar.ssl.learning.learner import Learner
 from nearfar.ssl.learning.loss_scale import LossScale
 from nearfar.ssl.learning.masks import Masks
 from nearfar.ssl.learning.mixing import Mixing, smoothed
-from nearfar.ssl.learning.optim import adamw
+from nearfar.ssl.learning.optim import adamw, optimizer_of
 from nearfar.ssl.learning.step import Stepper
 from nearfar.ssl.learning.student_teacher import StudentTeacher
 from nearfar.ssl.settings import finetune_settings
@@ -48,8 +48,9 @@ EVERY_KIND = [
     ["backbone.name=vim_tiny_patch16", "backbone.lgp=true", "backbone.prr=true", "backbone.gaug=false"],
     ["loss.ibot_weight=1", "loss.gram_weight=1"],
     ["loss.recipe=dinov3"],
+    ["backbone.lgp=true", "optim.name=muon"],
 ]
-KINDS = ["plain", "ideas", "sinkhorn and koleo", "vim", "ibot and gram", "dinov3"]
+KINDS = ["plain", "ideas", "sinkhorn and koleo", "vim", "ibot and gram", "dinov3", "muon"]
 
 
 class Watch(TorchDispatchMode):
@@ -98,7 +99,11 @@ def made(tiny: Make, *settings: str, parts: int = 1) -> tuple[Learner, Stepper, 
     generator = torch.Generator().manual_seed(0)
     sizes = ((2, 32), (run.views.local_crops_number, 16))
     views = [torch.randn((views, 4, 3, side, side), generator=generator) for views, side in sizes]
-    return learner, Stepper(learner, adamw(learner.student), run.optim.clip_grad, accumulate_steps=parts), views
+    return (
+        learner,
+        Stepper(learner, optimizer_of(run.optim, learner.student), run.optim.clip_grad, accumulate_steps=parts),
+        views,
+    )
 
 
 def on_meta(monkeypatch: pytest.MonkeyPatch, learner: StudentTeacher, kind: type[Stepper], parts: int) -> Stepper:
