@@ -21,7 +21,7 @@ from nearfar.ssl.data import open_source
 from nearfar.ssl.data.loaders.base import Batch
 from nearfar.ssl.data.sources.base import Source, passed_over
 from nearfar.ssl.disk import checkpoint_names
-from nearfar.ssl.learning.student_teacher import StudentTeacher
+from nearfar.ssl.learning.optim import moment_bytes
 from nearfar.ssl.parallel.device import Compute
 from nearfar.ssl.parallel.distributed import Ranks, available_cores
 from nearfar.ssl.run import announce
@@ -74,9 +74,7 @@ def dry_run(run: Run | FinetuneRun, console: Console) -> None:
             measured = measure(training)
     finally:
         torch.set_num_threads(threads)
-    for line in _costs(
-        training.run, training.learner, training.schedule.steps - training.step, training.compute, measured
-    ):
+    for line in _costs(training, measured):
         console.print(line, highlight=False, markup=False, soft_wrap=True)
 
 
@@ -181,9 +179,11 @@ def _sizes(training: Training[Any, Any], scores: str) -> list[str]:
     ]
 
 
-def _costs(run: AnyRun, learner: StudentTeacher, steps: int, compute: Compute, measured: Measured) -> list[str]:
+def _costs(training: Training[Any, Any], measured: Measured) -> list[str]:
+    run, compute, steps = training.run, training.compute, training.schedule.steps - training.step
     ranks = run.train.world_size or 1
-    disk = announce.disk_sizes(learner, run.train.keep_last)
+    moments = moment_bytes(training.optimizer)
+    disk = announce.disk_sizes(training.learner, moments, run.train.keep_last)
     count = f"{measured.steps} timed steps" if measured.steps else "a single step with its start-up"
     by = "" if ranks == 1 else f" by one of the {ranks} processes, alone and so with the machine to itself"
     memory = "of GPU memory" if compute.device.type == "cuda" else "of memory"
@@ -200,8 +200,8 @@ def _costs(run: AnyRun, learner: StudentTeacher, steps: int, compute: Compute, m
             * run.train.save_in_background
         ),
         f"Disk       about {byte_size(disk.most)}: {run.train.keep_last} checkpoints, and one being written, of "
-        f"{byte_size(disk.checkpoint)} each (student, teacher, and two moments of the optimizer, each a backbone of "
-        f"{byte_size(disk.backbone)} and a head of {byte_size(disk.head)}"
+        f"{byte_size(disk.checkpoint)} each (student and teacher, each a backbone of {byte_size(disk.backbone)} and a "
+        f"head of {byte_size(disk.head)}; the optimizer's moments, {byte_size(moments)}"
         + (f"; the frozen anchor, {byte_size(disk.anchor)}" if disk.anchor else "")
         + "), and the exported weights",
         "",

@@ -23,7 +23,7 @@ class MemoryNeed(NamedTuple):
 
     weights: int  # student and teacher, and networks that stay as they are
     gradients: int
-    moments: int  # of AdamW
+    moments: int  # of the optimizer; two of AdamW
     activations: int  # of the student
     logits: int  # gradient of the student's, and the teacher's with its probabilities
 

@@ -90,6 +90,15 @@ def optimizer_of(run: OptimSettings, student: nn.Module) -> torch.optim.Optimize
     return Muon(group for group in parameter_groups(student, *rates, muon=True) if group["params"])
 
 
+def moment_bytes(optimizer: torch.optim.Optimizer) -> int:
+    """What its state takes once every weight has moved: AdamW's two moments, or Muon's momentum."""
+    return sum(
+        (1 if group["matrices"] else 2) * p.numel() * p.element_size()
+        for group in optimizer.param_groups
+        for p in group["params"]
+    )
+
+
 def set_rates(optimizer: torch.optim.Optimizer, lr: float, weight_decay: float) -> None:
     for group in optimizer.param_groups:
         group["lr"] = lr * group["lr_scale"]

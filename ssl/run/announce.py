@@ -43,10 +43,9 @@ def start_lines(
     if names := passed_over(source):
         lines.append(passed_over_line(names))
     lines += learner.notes
-    lines.append(disk_line(learner, run.train.keep_last, run.train.save_in_background))
     if run.train.shard:
         lines.append(
-            f"train.shard: each of {run.train.world_size} ranks holds its rows of student, teacher and AdamW's moments."
+            f"train.shard: each of {run.train.world_size} ranks holds its rows of student, teacher and moments."
             if (run.train.world_size or 1) > 1
             else "train.shard=true changes nothing: this process is alone."
         )
@@ -194,8 +193,8 @@ def memory_line(run: ResolvedRun | ResolvedFinetune, need: MemoryNeed, free: int
     have = "" if free is None else f"; {byte_size(free)} are free"
     line = (
         f"{each} needs about {byte_size(need.total)} of memory: weights {byte_size(need.weights)}, gradients "
-        f"{byte_size(need.gradients)}, AdamW {byte_size(need.moments)}, activations {byte_size(need.activations)} for "
-        f"{images} images at a time, logits {byte_size(need.logits)}; besides libraries and data workers{have}."
+        f"{byte_size(need.gradients)}, optimizer {byte_size(need.moments)}, activations {byte_size(need.activations)} "
+        f"for {images} images at a time, logits {byte_size(need.logits)}; besides libraries and data workers{have}."
     )
     if free is None or need.total <= free:
         return line
@@ -230,8 +229,11 @@ class DiskSizes(NamedTuple):
     most: int
 
 
-def disk_sizes(learner: StudentTeacher, keep: int) -> DiskSizes:
-    """Of a run that keeps so many checkpoints: student, teacher, AdamW's two moments, and a frozen anchor if any."""
+def disk_sizes(learner: StudentTeacher, moments: int, keep: int) -> DiskSizes:
+    """Of a run that keeps so many checkpoints: student, teacher, the optimizer's moments, and a frozen anchor if any.
+
+    moments: bytes, as `optim.moment_bytes` has them.
+    """
 
     def size(module: nn.Module) -> int:
         return sum(tensor.numel() * tensor.element_size() for tensor in module.state_dict().values())
@@ -239,18 +241,19 @@ def disk_sizes(learner: StudentTeacher, keep: int) -> DiskSizes:
     backbone, head = size(learner.student.backbone), size(learner.student) - size(learner.student.backbone)
     inside = set(learner.modules())
     anchor = sum(size(network) for network in learner.frozen if network in inside)
-    one = 4 * (backbone + head) + anchor
+    one = 2 * (backbone + head) + moments + anchor
     return DiskSizes(backbone, head, anchor, one, (keep + 1) * one + backbone)
 
 
-def disk_line(learner: StudentTeacher, keep: int, copied: bool) -> str:
+def disk_line(learner: StudentTeacher, moments: int, keep: int, copied: bool) -> str:
     """What a checkpoint holds, and how much disk space the run will take; `copied`: it is written from a copy."""
-    backbone, head, anchor, one, most = disk_sizes(learner, keep)
+    backbone, head, anchor, one, most = disk_sizes(learner, moments, keep)
     with_anchor = ", and the frozen anchor" if anchor else ""
     return (
-        f"A checkpoint takes {byte_size(one)}: student, teacher and AdamW's two moments, each a backbone of "
-        f"{byte_size(backbone)} and a head of {byte_size(head)}{with_anchor}. With train.keep_last={keep}, one more "
-        f"while it is written, and the exported weights the run takes up to {byte_size(most)} of disk."
+        f"A checkpoint takes {byte_size(one)}: student and teacher, each a backbone of {byte_size(backbone)} and "
+        f"a head of {byte_size(head)}, the optimizer's moments, {byte_size(moments)}{with_anchor}. With "
+        f"train.keep_last={keep}, one more while it is written, and the exported weights the run takes up to "
+        f"{byte_size(most)} of disk."
         + (f" It is written from a copy, which takes {byte_size(one)} of the host's memory." if copied else "")
     )
 

@@ -1,6 +1,6 @@
 """A fork: a new run that begins with a checkpoint of another one, and with other settings.
 
-Student, teacher, heads and center are taken over. By default the run goes on at the checkpoint's step, with AdamW's
+Student, teacher, heads and center are taken over. By default the run goes on at the checkpoint's step, with its
 moments: nothing changed, it ends with the bits of the run that it left. With train.restart_schedule it begins at step 0
 of a schedule of its own, and the moments, which belong to another rate and other gradients, begin at zero.
 """
@@ -185,6 +185,12 @@ def _step_to_go_on(saved: Checkpoint, run: ResolvedRun, fingerprint: str, steps_
         raise UserError(
             f"A fork of {run.train.start_from} cannot go on at step {step} with {' and '.join(other)}, since its steps "
             "see other images. Add train.restart_schedule=true to begin at step 0 with these weights."
+        )
+    if (before := source.get("optim", {}).get("name", "adamw")) != run.optim.name:
+        raise UserError(
+            f"A fork of {run.train.start_from} cannot go on at step {step} with optim.name={run.optim.name}: the "
+            f"checkpoint has the moments of {before}. Add train.restart_schedule=true to begin at step 0 with these "
+            "weights."
         )
     if step >= run.train.epochs * steps_per_epoch:
         longer = step // steps_per_epoch + 1

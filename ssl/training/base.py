@@ -25,6 +25,7 @@ from nearfar.ssl.data.transforms.colors import color_views
 from nearfar.ssl.data.transforms.normalize import normalize
 from nearfar.ssl.errors import UserError
 from nearfar.ssl.learning import memory
+from nearfar.ssl.learning.optim import moment_bytes
 from nearfar.ssl.learning.step import Numbers, Stepper, StepResult
 from nearfar.ssl.learning.student_teacher import StudentTeacher
 from nearfar.ssl.parallel import distributed
@@ -216,7 +217,9 @@ class Training(ABC, Generic[R, L]):
             self.run, self.derived, self.learner, self.schedule.steps, self.compute, self.step, self.source,
             self.loader.title,
         )  # fmt: skip
-        for line in [*self.warnings, *lines]:
+        keep, copied = self.run.train.keep_last, self.run.train.save_in_background
+        disk = announce.disk_line(self.learner, moment_bytes(self.optimizer), keep, copied)
+        for line in [*self.warnings, disk, *lines]:
             self.log.say(line)
         self.log.settings(self.description["run"])
 

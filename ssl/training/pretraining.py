@@ -18,7 +18,7 @@ from nearfar.ssl.learning.dino import build_block_masks
 from nearfar.ssl.learning.health import CollapseWatch, falling_score, features_lost, nothing_learned, patience
 from nearfar.ssl.learning.learner import Learner, Outputs
 from nearfar.ssl.learning.masks import Masks
-from nearfar.ssl.learning.optim import optimizer_of
+from nearfar.ssl.learning.optim import moment_bytes, optimizer_of
 from nearfar.ssl.learning.schedule import Schedule
 from nearfar.ssl.learning.step import Numbers, StepResult
 from nearfar.ssl.parallel import distributed
@@ -162,6 +162,7 @@ def needed(learner: Learner, run: ResolvedRun, compute: Compute) -> memory.Memor
     """What a step of one rank keeps in memory; to be asked before anything is split over ranks or compiled."""
     images = run.train.batch_size // run.train.world_size // run.train.accumulate_steps
     need = memory.estimate(learner, views_of(run), images, compute.autocast, run.train.checkpoint_activations)
+    need = need._replace(moments=moment_bytes(optimizer_of(run.optim, learner.student)))
     return need.split(run.train.world_size) if run.train.shard else need
 
 

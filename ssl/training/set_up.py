@@ -129,7 +129,7 @@ def learner_on_device(
     """
     learner = kind.built(run, source, weights)
     compute = device.choose(run.train.device, run.train.precision, learner.teacher.backbone.embed_dim)
-    # Student, its gradients and AdamW's two moments; the teacher; what stays as it is.
+    # Student, its gradients and (at most) two moments; the teacher; what stays as it is.
     needed = 4 * _size(learner.student) + _size(learner.teacher) + sum(map(_size, learner.frozen))
     gpus.require_room(compute.device, needed, "the weights and the optimizer's state")
     prepare_learner(learner, compute, run.train.checkpoint_activations)

@@ -62,7 +62,7 @@ STEPS = """
     from nearfar.ssl.run import resume
     from nearfar.ssl.settings.defaults import resolve
     from nearfar.ssl.learning.dino import build_dino_learner
-    from nearfar.ssl.learning.optim import adamw
+    from nearfar.ssl.learning.optim import optimizer_of
     from nearfar.ssl.parallel.sharding import is_sharded, local, shard
     from nearfar.ssl.learning.step import Stepper
 
@@ -81,7 +81,7 @@ STEPS = """
                     shard(learner.teacher, learns=False)
                     for p in learner.parameters():
                         assert is_sharded(p) and local(p).numel() <= -(-len(p) // world.size) * (p.numel() // len(p))
-                optimizer = adamw(learner.student)
+                optimizer = optimizer_of(run.optim, learner.student)
                 stepper = Stepper(learner, optimizer, 0.02, accumulate_steps=run.train.accumulate_steps)
                 if dtype == "bfloat16":
                     stepper.autocast = lambda: torch.autocast("cpu", torch.bfloat16)
@@ -127,6 +127,7 @@ def test_a_sharded_step_is_the_unsharded_one_up_to_rounding(
         ([*small, "loss.centering=sinkhorn_knopp", "loss.koleo_weight=0.1", "loss.coding_rate_weight=0.2"], "float64"),
         ([*small, "head.batch_norm=false", "train.accumulate_steps=2"], "float64"),
         ([*small, *vim, "head.batch_norm=false"], "float64"),
+        ([*small, "backbone.lgp=true", "head.batch_norm=false", "optim.name=muon"], "float64"),
         ([*small, "head.batch_norm=false"], "float32"),
         ([*small, "head.batch_norm=false"], "bfloat16"),
     ]

@@ -125,6 +125,8 @@ def test_what_cannot_be_is_named_and_nothing_is_written(
     assert "train.epochs=5 or more" in message and "restart_schedule" in message
     message = refused(tiny("name=fork", f"{start}@10", "train.batch_size=4"), images, quiet)
     assert "train.batch_size 8 -> 4" in message
+    message = refused(tiny("name=fork", f"{start}@10", "optim.name=muon"), images, quiet)
+    assert "the moments of adamw" in message and "restart_schedule" in message
     message = refused(tiny("name=fork", f"{start}@10"), Subset(images, list(range(32))), quiet)
     assert "other images" in message and "restart_schedule" in message
     message = refused(tiny("name=fork", "train.start_from=nowhere"), images, quiet)

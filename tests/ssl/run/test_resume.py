@@ -115,6 +115,7 @@ SUCCESSORS = {
         "loss.gram_teacher_epoch=1",
         "loss.centering=centering",
     ],
+    "ibot and muon": ["loss.ibot_weight=1", "backbone.lgp=true", "optim.name=muon"],
     "vim, wsd": [
         "backbone.name=vim_tiny_patch8", "backbone.gaug=false", "backbone.num_heads=null", "loss.recipe=dinov2",
         "optim.schedule=wsd",
