@@ -102,8 +102,8 @@ def matrices(network: nn.Module) -> set[str]:
 def orthogonal(directions: Tensor) -> Tensor:
     """U V^T, nearly, of each U S V^T in directions (K, n, m); singular values come to .7 to 1.2, those of 0 stay.
 
-    Five rounds of Newton and Schulz's iteration with Jordan's coefficients, which allow for bf16: under autocast the
-    products are in its numbers.
+    Five rounds of Newton and Schulz's iteration with Jordan's coefficients, which allow for bf16: under its autocast
+    the products are in bf16. Not for float16, in which squares of what is small in X are nothing.
     """
     x = directions
     if tall := x.shape[1] > x.shape[2]:

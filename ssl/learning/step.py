@@ -132,7 +132,7 @@ class Stepper:
         unchanged = torch.maximum(self.not_finite, skipped)
         set_rates(self.optimizer, values["lr"], values["weight_decay"])
         self.optimizer.found_inf = unchanged  # type: ignore[attr-defined]  # as torch's GradScaler hands it over
-        with self.autocast():  # Muon multiplies matrices
+        with self.autocast() if scaling is None else nullcontext():  # Muon's products, too small for float16
             self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         learner.after_step(values["teacher_momentum"], unchanged)

@@ -28,6 +28,7 @@ from nearfar.ssl.learning.step import Stepper
 from nearfar.ssl.learning.student_teacher import StudentTeacher
 from nearfar.ssl.settings import finetune_settings
 from nearfar.ssl.settings.defaults import resolve
+from nearfar.ssl.settings.optimization import OptimSettings
 from nearfar.ssl.settings.run import Run
 from nearfar.ssl.training.choose_learner import learner_of
 from nearfar.ssl.training.finetuning import ClassifierStepper
@@ -106,14 +107,17 @@ def made(tiny: Make, *settings: str, parts: int = 1) -> tuple[Learner, Stepper, 
     )
 
 
-def on_meta(monkeypatch: pytest.MonkeyPatch, learner: StudentTeacher, kind: type[Stepper], parts: int) -> Stepper:
+def on_meta(
+    monkeypatch: pytest.MonkeyPatch, learner: StudentTeacher, kind: type[Stepper], parts: int, optim: str = "adamw"
+) -> Stepper:
     """A stepper of the learner, which goes to the meta device."""
     learner.to("meta")
     allowed = import_module("torch.optim.adam")  # which lists the devices of its fused kernels
     monkeypatch.setattr(allowed, "_device_dtype_check_for_fused", lambda *_, **__: None)
     monkeypatch.setattr(torch, "autocast", lambda *_, **__: nullcontext())  # has no type for meta
     monkeypatch.setattr(torch, "is_autocast_enabled", lambda *_: False)  # nor has this
-    return kind(learner, adamw(learner.student), 3.0, accumulate_steps=parts)
+    optimizer = optimizer_of(OptimSettings.model_validate({"name": optim}), learner.student)
+    return kind(learner, optimizer, 3.0, accumulate_steps=parts)
 
 
 def masks_of(tiny: Make, *settings: str, parts: int = 1) -> list[Masks]:
@@ -143,7 +147,7 @@ def test_all_of_a_step_is_on_the_learners_device(
 ) -> None:
     """On the meta device: no tensor of the step is made on the host, meets one there, or is copied."""
     learner, _, views = made(tiny, *settings)
-    stepper = on_meta(monkeypatch, learner, Stepper, parts)
+    stepper = on_meta(monkeypatch, learner, Stepper, parts, "muon" if "optim.name=muon" in settings else "adamw")
     views = [group.to("meta") for group in views]
     values = VALUES | {"gram_weight": float(learner.anchor is not None)}
     masks = [Masks(*(part.to("meta") for part in mask)) for mask in masks_of(tiny, *settings, parts=parts)]
@@ -179,6 +183,19 @@ def test_no_operation_of_a_step_in_fp16_has_to_be_waited_for(tiny: Make, parts: 
     assert watch.waits == [] and watch.mixed == [] and watch.count > 200
     numbers = trained.report.read()
     assert numbers.finite and numbers.skipped == overflows and numbers.loss_scale == 256 / (1 + overflows)
+
+
+@pytest.mark.parametrize(("dtype", "within"), [(torch.bfloat16, True), (torch.float16, False)])
+def test_the_optimizer_multiplies_in_bf16_and_not_in_fp16(
+    tiny: Make, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, within: bool
+) -> None:
+    """Muon orthogonalizes what is too small for float16."""
+    learner, stepper, views = made(tiny, "optim.name=muon")
+    learner.loss_scale = LossScale() if dtype == torch.float16 else None
+    stepper.autocast = lambda: torch.autocast("cpu", dtype)
+    seen: list[bool] = []
+    monkeypatch.setattr(stepper.optimizer, "step", lambda: seen.append(torch.is_autocast_enabled("cpu")))
+    assert stepper(views, VALUES).report.read().finite and seen == [within]
 
 
 @pytest.mark.parametrize("parts", [1, 2])
