@@ -35,7 +35,7 @@ from nearfar.ssl import config
 from nearfar.ssl.learning.compiled import compile_backbone, compiler_missing
 from nearfar.ssl.learning.dino import build_dino_learner
 from nearfar.ssl.learning.learner import share_batch_norm
-from nearfar.ssl.learning.optim import adamw
+from nearfar.ssl.learning.optim import optimizer_of
 from nearfar.ssl.learning.step import Stepper
 from nearfar.ssl.parallel import device, distributed
 from nearfar.ssl.parallel.device import Compute
@@ -45,6 +45,7 @@ from nearfar.ssl.training.set_up import prepare_learner
 VALUES = {"lr": 1e-6, "weight_decay": 0.04, "teacher_momentum": 0.996, "teacher_temp": 0.04}
 IDEAS = {"LGP": ("lgp",), "LGP + GAug + PRR": ("lgp", "gaug", "prr")}
 COMPILED = ", compiled"  # after a name: its blocks by torch.compile
+MUON = ", Muon"  # after a name: its matrices by Muon in place of AdamW
 NAMES = ["dino", "plain", *IDEAS, "Vim"]
 
 
@@ -73,13 +74,13 @@ def views_of(options: StepOptions, target: torch.device) -> list[Tensor]:
 
 
 def settings_of(name: str, options: StepOptions) -> list[str]:
-    name = name.removesuffix(COMPILED)
+    muon, name = name.endswith(MUON), name.removesuffix(COMPILED).removesuffix(MUON)
     model = options.model.replace("vit_", "vim_") if name == "Vim" else options.model
     return [
         f"backbone.name={model}", f"head.prototypes={options.prototypes}", "head.batch_norm=false",
         f"views.global_crops_size={options.crops[0]}", f"views.local_crops_size={options.crops[1]}",
         f"views.local_crops_number={options.local_crops}", f"train.batch_size={options.batch * distributed.count()}",
-        *(f"backbone.{idea}=true" for idea in IDEAS.get(name, ())),
+        *(f"backbone.{idea}=true" for idea in IDEAS.get(name, ())), *(["optim.name=muon"] if muon else []),
     ]  # fmt: skip
 
 
@@ -108,7 +109,7 @@ def stepper_of(name: str, options: StepOptions, compute: Compute) -> Stepper:
         torch._dynamo.config.recompile_limit = 64  # a run has one network, and here are several in a process
         for backbone in (learner.student.backbone, learner.teacher.backbone):
             compile_backbone(backbone, compute.device)
-    return Stepper(learner, adamw(learner.student), 3.0, compute.autocast)
+    return Stepper(learner, optimizer_of(run.optim, learner.student), 3.0, compute.autocast)
 
 
 def choose_compute(options: StepOptions) -> Compute:
@@ -124,7 +125,7 @@ def products(name: str, options: StepOptions) -> float:
     compute = Compute(torch.device("cpu"), nullcontext, "float32")
     one = options._replace(batch=2, prototypes=64)
     counted = []
-    name = name.removesuffix(COMPILED)
+    name = name.removesuffix(COMPILED).removesuffix(MUON)
     plain = "LGP" if name in IDEAS else name
     for each in (one, one._replace(prototypes=128), one._replace(batch=4)):
         step = step_of(plain, each, compute)
@@ -136,9 +137,8 @@ def products(name: str, options: StepOptions) -> float:
     return options.batch * (image + prototype * (options.prototypes - 64)) + once - 2 * image
 
 
-def peak_flops(compute: Compute) -> float:
-    """FLOP/s of one large matrix product in the precision of the step, the best of several."""
-    n = 8192 if compute.device.type == "cuda" else 2048
+def peak_flops(compute: Compute, n: int) -> float:
+    """FLOP/s of one product of n x n matrices in the precision of the step, the best of several."""
     dtype = torch.bfloat16 if compute.bf16 else torch.float16 if compute.fp16 else torch.float32
     a, b = (torch.randn(n, n, device=compute.device, dtype=dtype) for _ in range(2))
     best = float("inf")
@@ -257,8 +257,9 @@ def arguments() -> argparse.Namespace:
         "--steps", type=int, default=0, help="steps of each variant in a round (default: 1 on a CPU, 10 on a GPU)"
     )
     parser.add_argument(
-        "--only", nargs="+", default=NAMES, choices=[*NAMES, *(name + COMPILED for name in NAMES[1:])], metavar="NAME",
-        help=f"of {', '.join(NAMES)}; all but the first also as 'NAME{COMPILED}'. Ratios are against the first",
+        "--only", nargs="+", default=NAMES, metavar="NAME",
+        choices=[*NAMES, *(name + after for name in NAMES[1:] for after in (COMPILED, MUON))],
+        help=f"of {', '.join(NAMES)}; after all but the first may stand '{COMPILED}' or '{MUON}'. Ratios: to the first",
     )  # fmt: skip
     parser.add_argument("--no-memory", action="store_true")
     parser.add_argument("--json", type=Path)
@@ -274,7 +275,7 @@ def main() -> None:
     ranks = distributed.from_environment()
     with distributed.joined(ranks):
         compute = choose_compute(options)
-        peak = peak_flops(compute)
+        peak = peak_flops(compute, 8192 if compute.device.type == "cuda" else 2048)
         steps = given.steps or (10 if compute.device.type == "cuda" else 1)
         measured = measure(given.only, options, compute, given.rounds, steps, not given.no_memory)
         if not ranks.first:

@@ -34,8 +34,8 @@ def test_steps_in_fp16_scale_their_losses_and_move_the_weights(bench: Any) -> No
     compute = bench.Compute(torch.device("cpu"), lambda: torch.autocast("cpu", torch.float16), device.FP16)
     options = bench.StepOptions("vit_tiny_patch16", 2, (32, 16), 1, 64, "cpu", "fp16", 1)
     stepper = bench.stepper_of("plain", options, compute)
-    assert stepper.learner.loss_scale is not None and bench.peak_flops(compute) > 0
-    for name in ("dino", "plain"):
+    assert stepper.learner.loss_scale is not None and bench.peak_flops(compute, 64) > 0
+    for name in ("dino", "plain", "plain, Muon"):
         step = bench.step_of(name, options, compute)
         assert all(math.isfinite(step()) for _ in range(3))
 

@@ -98,6 +98,10 @@ def test_settings_that_are_there_are_not_advised_again() -> None:
     fresh = verdict(table(trained=25.0, untrained=25.0), SICK, {})
     assert fresh is not None and "koleo" in fresh.advice and "batch_norm" in fresh.advice
     assert got is not None and "koleo" not in got.advice and "batch_norm" not in got.advice
+    healthy = verdict(table(trained=25.0, untrained=25.0), WELL, {"optim.name": "adamw"})
+    with_muon = verdict(table(trained=25.0, untrained=25.0), WELL, {"optim.name": "muon"})
+    assert healthy is not None and "optim.name=muon" in healthy.advice
+    assert with_muon is not None and "muon" not in with_muon.advice
 
 
 def test_without_baselines_only_a_collapse_is_known() -> None:
