@@ -165,7 +165,7 @@ def _advice(last: Mapping[str, float], settings: Mapping[str, Any], step: int | 
         tries.append("a lower optim.lr")
     else:
         short = steps is not None and steps < _FEW_STEPS and settings.get("optim.name") != "muon"
-        tries += ["optim.name=muon (learns faster in few steps)"] if short else []
+        tries += ["optim.name=muon (a short run may learn faster by it)"] if short else []
         tries.append("a higher optim.lr")
         tries.append("larger crops (views.global_crops_scale, views.local_crops_scale)")
     return f"Try {'; '.join(tries[:4])}."
