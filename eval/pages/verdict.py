@@ -54,7 +54,11 @@ def verdict(
     facts = f"{own} ({compared})" if compared else own
     facts += _health(last)
     besides = _other_tasks(table, task)
-    advice = _advice(last, settings, score.step)
+    start = others.get("start")
+    if start is not None and not _weak(last):
+        advice = _advice_from_weights(_Margin.of(score, start), settings)
+    else:
+        advice = _advice(last, settings, score.step)
     if not others:
         if _weak(last):
             return Verdict(f"{facts}: the features vary little from image to image.", advice, False, besides)
@@ -169,6 +173,19 @@ def _advice(last: Mapping[str, float], settings: Mapping[str, Any], step: int | 
         tries.append("a higher optim.lr")
         tries.append("larger crops (views.global_crops_scale, views.local_crops_scale)")
     return f"Try {'; '.join(tries[:4])}."
+
+
+def _advice_from_weights(gained: _Margin, settings: Mapping[str, Any]) -> str:
+    """For a run that began with weights: what they knew was lost, or what is new hardly learned."""
+    anchor = settings.get("loss.anchor_weight")
+    if gained.worse:
+        tighter = f"loss.anchor_weight={3 * anchor:g}" if anchor else "loss.anchor_weight=1 (holds what they know)"
+        return f"The starting weights may serve as they are. Or try a lower optim.lr; {tighter}; fewer train.epochs."
+    tries = [f"loss.anchor_weight={anchor / 3:.1g} (lets features move further)"] if anchor else []
+    if settings.get("optim.backbone_lr_mult", 1.0) < 1:
+        tries.append("optim.backbone_lr_mult=1 with optim.layerwise_decay=0.9")
+    tries += ["a higher optim.lr", "more of your own images"]
+    return f"Try {'; '.join(tries)}."
 
 
 def chance_difference(percents: Sequence[float], images: Sequence[int]) -> float:

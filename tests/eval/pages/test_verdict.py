@@ -104,6 +104,22 @@ def test_settings_that_are_there_are_not_advised_again() -> None:
     assert with_muon is not None and "muon" not in with_muon.advice
 
 
+def test_a_run_from_weights_is_not_told_to_move_further_away() -> None:
+    """It was advised a higher rate and more training, also where training had destroyed what the weights knew."""
+    adapt = {"loss.anchor_weight": 1.0, "optim.backbone_lr_mult": 0.1}
+    lost = verdict(table(trained=40.0, start=60.0, untrained=30.0), WELL, adapt)
+    assert lost is not None and not lost.good and "worse than the starting weights" in lost.finding
+    assert "as they are" in lost.advice and "a lower optim.lr" in lost.advice and "loss.anchor_weight=3;" in lost.advice
+    naive = verdict(table(trained=40.0, start=60.0), WELL, {"loss.anchor_weight": 0.0})
+    assert naive is not None and "loss.anchor_weight=1 " in naive.advice
+    careful = verdict(table(trained=60.5, start=60.0, untrained=30.0), WELL, adapt)
+    assert careful is not None and "loss.anchor_weight=0.3" in careful.advice
+    assert "backbone_lr_mult=1" in careful.advice and "a higher optim.lr" in careful.advice
+    assert "muon" not in careful.advice and "more training" not in careful.advice
+    collapsed = verdict(table(trained=25.0, start=60.0), SICK, adapt)
+    assert collapsed is not None and "koleo" in collapsed.advice
+
+
 def test_without_baselines_only_a_collapse_is_known() -> None:
     healthy = verdict(table(trained=25.0), WELL, {})
     assert healthy is not None and healthy.good and "--baselines" in healthy.advice
