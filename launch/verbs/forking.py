@@ -49,11 +49,20 @@ def _settings_of(start: str, settings: list[str]) -> tuple[Path, list[str]]:
     if not file.is_file():
         raise UserError(f"{run} has no config.yaml to take settings from: name a recipe before --from.")
     fork.check_pretraining(bounded_files.read_yaml(file, "recipe"), run)
-    source, given = as_begun(config.load(file)), {setting.partition("=")[0].strip() for setting in settings}
+    source, given = as_begun(config.load(file)), {_key(setting) for setting in settings}
+    before = source.optim.schedule
     own = [f"name={source.name}-fork", "train.restart_schedule=false", "backbone.weights=", "backbone.pretrained=false"]
-    own.append(f"optim.teacher_momentum_end={source.optim.teacher_momentum_end}")
-    if "optim.schedule" in given:  # a cosine's ends do not hold for another schedule
-        own[-1:] = ["optim.teacher_momentum_end=null", "optim.weight_decay_end=null"]
+    schedule = ([each.partition("=")[2].strip() for each in settings if _key(each) == "optim.schedule"] or [before])[-1]
+    if schedule == before == "cosine":
+        own.append(f"optim.teacher_momentum_end={source.optim.teacher_momentum_end}")
+    else:  # the ends of another schedule do not hold, and constants follow what the fork begins with
+        own += ["optim.teacher_momentum_end=null", "optim.weight_decay_end=null"]
+    if schedule != before:
+        own.append("optim.cooldown_epochs=null")
     if "views.global_crops_size" in given:  # the size of the scores follows it, unless it was another one
         own += ["eval.resize=null"] + ["eval.size=null"] * (source.eval.size == source.views.global_crops_size)
-    return file, [each for each in own if each.partition("=")[0] not in given] + settings
+    return file, [each for each in own if _key(each) not in given] + settings
+
+
+def _key(setting: str) -> str:
+    return setting.partition("=")[0].strip()
