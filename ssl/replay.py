@@ -23,7 +23,7 @@ from nearfar.ssl.learning.step import Stepper
 from nearfar.ssl.parallel import device
 from nearfar.ssl.parallel.distributed import ALONE
 from nearfar.ssl.run import announce, failed_step, resume
-from nearfar.ssl.settings.defaults import ResolvedRun, as_resolved
+from nearfar.ssl.settings.defaults import ResolvedRun, as_begun, as_resolved
 from nearfar.ssl.training.base import step_seed
 from nearfar.ssl.training.choose_learner import learner_of
 from nearfar.ssl.training.set_up import loader_of, prepare_learner
@@ -31,7 +31,7 @@ from nearfar.ssl.training.set_up import loader_of, prepare_learner
 
 def settings_of(saved: Checkpoint) -> ResolvedRun:
     """The resolved settings of the run that a step belongs to."""
-    return as_resolved(ResolvedRun, config.validate(saved.state["run"]))
+    return as_resolved(ResolvedRun, as_begun(config.validate(saved.state["run"])))
 
 
 def replay(

@@ -165,6 +165,17 @@ def test_what_is_no_record_is_refused_in_words(
         failed_step.read(run.path)
 
 
+def test_a_record_from_before_there_was_an_end_of_the_momentum(
+    tiny: Make, images: ArraySource, quiet: Console, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = tiny()
+    stopped(run, images, quiet, monkeypatch, 3)
+    record = failed_step.read(run.path)
+    del record.state["run"]["optim"]["teacher_momentum_end"]
+    assert replay.settings_of(record).optim.teacher_momentum_end == 1
+    assert "gradient's norm" in replay.replay(record, images)[0]
+
+
 def test_a_full_disk_does_not_hide_what_happened(
     tiny: Make, images: ArraySource, quiet: Console, monkeypatch: pytest.MonkeyPatch
 ) -> None:
