@@ -41,6 +41,17 @@ def test_a_cluster_recipe_resolves_and_says_that_it_was_not_run(name: str) -> No
         assert decided <= {each.key for each in derived} and not published & {each.key for each in derived}
 
 
+@pytest.mark.parametrize("name", sorted(CLUSTER))
+def test_a_cluster_recipe_takes_another_schedule_and_has_the_published_end_of_the_momentum(name: str) -> None:
+    images = IMAGES[name.partition("_")[0]]
+    assert resolve(config.load(CLUSTER[name]), images, 8, world_size=8)[0].optim.teacher_momentum_end == 1
+    own_end = ["optim.weight_decay_end=0.04"] if "dinov2" in name else []
+    for other in ("optim.schedule=wsd", "loss.recipe=dinov3"):
+        settings = [other, *own_end]
+        optim = resolve(config.load(CLUSTER[name], settings), images)[0].optim
+        assert optim.schedule != "cosine" and optim.teacher_momentum_end == optim.teacher_momentum
+
+
 def test_published_rates() -> None:
     def lr(name: str, *settings: str) -> float:
         return resolve(config.load(CLUSTER[name], settings), 1_281_167)[0].optim.lr
