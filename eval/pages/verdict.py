@@ -54,9 +54,11 @@ def verdict(
     facts = f"{own} ({compared})" if compared else own
     facts += _health(last)
     besides = _other_tasks(table, task)
-    start = others.get("start")
-    if start is not None and not _weak(last):
-        advice = _advice_from_weights(_Margin.of(score, start), settings)
+    gained = _Margin.of(score, others["start"]) if "start" in others else None
+    if "classifier.pooling" in settings:
+        advice = _advice_with_labels(last, settings, score.step, gained)
+    elif gained is not None and not _weak(last):
+        advice = _advice_from_weights(gained, settings)
     else:
         advice = _advice(last, settings, score.step)
     if not others:
@@ -154,13 +156,8 @@ def _weak(last: Mapping[str, float]) -> bool:
 
 def _advice(last: Mapping[str, float], settings: Mapping[str, Any], step: int | None) -> str:
     """The likeliest cures first, each a setting as it is written."""
-    tries = []
-    steps = step if step is not None else last.get("step")
-    if steps is not None and steps < _FEW_STEPS:
-        longer = ""
-        if last.get("epoch") and last.get("step"):
-            longer = f", such as train.epochs={math.ceil(_FEW_STEPS * last['epoch'] / last['step'])}"
-        tries.append(f"more training than {counted(int(steps), 'step')}{longer}")
+    tries = _more_training(last, step)
+    few_steps = bool(tries)
     if _weak(last):
         tries += [] if settings.get("loss.koleo_weight") else ["loss.koleo_weight=0.1 (spreads the features)"]
         tries += [] if settings.get("head.batch_norm") else ["head.batch_norm=true"]
@@ -168,10 +165,37 @@ def _advice(last: Mapping[str, float], settings: Mapping[str, Any], step: int | 
             tries.append(f"fewer prototypes (head.prototypes={max(128, prototypes // 4)})")
         tries.append("a lower optim.lr")
     else:
-        short = steps is not None and steps < _FEW_STEPS and settings.get("optim.name") != "muon"
-        tries += ["optim.name=muon (a short run may learn faster by it)"] if short else []
+        if few_steps and settings.get("optim.name", "adamw") == "adamw":
+            tries.append("optim.name=muon (a short run may learn faster by it)")
         tries.append("a higher optim.lr")
         tries.append("larger crops (views.global_crops_scale, views.local_crops_scale)")
+    return f"Try {'; '.join(tries[:4])}."
+
+
+def _more_training(last: Mapping[str, float], step: int | None) -> list[str]:
+    """That few steps were made, where they were, with the epochs of enough."""
+    steps = step if step is not None else last.get("step")
+    if steps is None or steps >= _FEW_STEPS:
+        return []
+    longer = ""
+    if last.get("epoch") and last.get("step"):
+        longer = f", such as train.epochs={math.ceil(_FEW_STEPS * last['epoch'] / last['step'])}"
+    return [f"more training than {counted(int(steps), 'step')}{longer}"]
+
+
+def _advice_with_labels(
+    last: Mapping[str, float], settings: Mapping[str, Any], step: int | None, gained: _Margin | None
+) -> str:
+    """For a supervised run. gained: over the weights that it began with."""
+    if gained is not None and gained.worse:
+        return (
+            "The starting weights may serve as they are. Or try a lower optim.lr; a lower optim.layerwise_decay; fewer "
+            "train.epochs."
+        )
+    tries = _more_training(last, step)
+    if not (settings.get("backbone.weights") or settings.get("backbone.pretrained")):
+        tries.append("pretraining first (nearfar pretrain, then backbone.weights=RUN)")
+    tries += ["a higher optim.lr", "larger crops (augment.scale)", "more labeled images"]
     return f"Try {'; '.join(tries[:4])}."
 
 

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 
 import numpy as np
 import pytest
 
 from nearfar.eval.pages.verdict import chance_difference, verdict
 from nearfar.eval.results import DataName, Score
+from nearfar.eval.run_files import flat
+from nearfar.ssl.settings.finetune_settings import FinetuneRun
+from nearfar.ssl.settings.listing import all_settings
+from nearfar.ssl.settings.run import Run
 
 
 def table(images: int = 1000, **percents: float) -> dict[str, dict[str, Score]]:
@@ -118,6 +123,29 @@ def test_a_run_from_weights_is_not_told_to_move_further_away() -> None:
     assert "muon" not in careful.advice and "more training" not in careful.advice
     collapsed = verdict(table(trained=25.0, start=60.0), SICK, adapt)
     assert collapsed is not None and "koleo" in collapsed.advice
+
+
+@pytest.mark.parametrize("run", [Run(), FinetuneRun()])
+@pytest.mark.parametrize("metrics", [WELL, SICK])
+@pytest.mark.parametrize("others", [{}, {"start": 60.0}, {"start": 20.0}, {"start": 25.0}])
+def test_advice_names_settings_that_the_run_has(
+    run: Run | FinetuneRun, metrics: list[dict[str, float]], others: dict[str, float]
+) -> None:
+    """A supervised run was advised crops and an optimizer of pretraining."""
+    got = verdict(table(trained=25.0, untrained=25.0, **others), metrics, flat(run.model_dump()))
+    assert got is not None and "optim.lr" in got.advice
+    known = {setting.key for setting in all_settings(type(run))}
+    assert set(re.findall(r"\b[a-z]+\.[a-z_]+", got.advice)) <= known
+
+
+def test_labels_are_advised_where_a_run_learns_from_labels() -> None:
+    scratch, begun = {"classifier.pooling": "cls"}, {"classifier.pooling": "cls", "backbone.weights": "runs/mine"}
+    alone = verdict(table(trained=25.0, untrained=25.0), WELL, scratch)
+    assert alone is not None and "pretraining first" in alone.advice and "more training than 500" in alone.advice
+    lost = verdict(table(trained=25.0, start=60.0), WELL, begun)
+    assert lost is not None and "as they are" in lost.advice and "optim.layerwise_decay" in lost.advice
+    same = verdict(table(trained=25.0, start=25.0), WELL, begun)
+    assert same is not None and "pretraining" not in same.advice and "more labeled images" in same.advice
 
 
 def test_without_baselines_only_a_collapse_is_known() -> None:
