@@ -16,6 +16,8 @@ QUINTIC = (3.4445, -4.7750, 2.0315)
 ROUNDS = 5
 # Root mean square of AdamW's steps in training, times the rate (Liu et al. 2025, section 2.2).
 STEP_SIZE = 0.2
+FUSED = {"qkv": 3, "kv": 2}  # linear layers by their last name: queries, keys and values below each other
+COLORS = 3  # a convolution of so many channels reads pixels
 SMALLEST_SIDE = 16  # fewer rows have too few directions for it to matter
 TOGETHER = 32  # matrices of one shape that are orthogonalized at a time: fewer kernels, and not all gradients twice
 
@@ -35,7 +37,7 @@ class Muon(torch.optim.Optimizer):
     found_inf: Tensor | None = None
 
     def __init__(self, groups: Iterable[dict[str, Any]]) -> None:
-        """groups: with "params" and "matrices", whether Muon takes them; `matrices` below says which it can."""
+        """groups: with "params" and "matrices": of how many each is made (see `matrices` below), or 0 for AdamW."""
         super().__init__(groups, {"lr": 0.0, "weight_decay": 0.0})
         others = [group for group in self.param_groups if not group["matrices"]]
         self.adamw = torch.optim.AdamW(others, lr=0.0, fused=True) if others else None  # on the same dicts
@@ -51,12 +53,11 @@ class Muon(torch.optim.Optimizer):
             self.adamw.step()
         for group in self.param_groups:
             if group["matrices"]:
-                for together in _alike([p for p in group["params"] if p.grad is not None]):
-                    self._move(together, group["lr"], group["weight_decay"])
+                for together in _alike([p for p in group["params"] if p.grad is not None], group["matrices"]):
+                    self._move(together, group["matrices"], group["lr"], group["weight_decay"])
 
-    def _move(self, weights: list[nn.Parameter], lr: float, decay: float) -> None:
+    def _move(self, weights: list[nn.Parameter], parts: int, lr: float, decay: float) -> None:
         """Weights of one shape, in parts of which each is a matrix."""
-        parts = _parts(weights[0])
         directions = [self._direction(weight).flatten(1).chunk(parts) for weight in weights]
         moves = orthogonal(torch.stack([part for each in directions for part in each])).unflatten(0, (-1, parts))
         size = lr * STEP_SIZE * max(moves.shape[-2:]) ** 0.5
@@ -81,26 +82,30 @@ class Muon(torch.optim.Optimizer):
         return after if self.found_inf is None else torch.where(self.found_inf.bool(), before, after)
 
 
-def matrices(network: nn.Module) -> set[str]:
-    """Names of the parameters that Muon takes: the weights of linear layers and of convolutions over all channels.
+def matrices(network: nn.Module) -> dict[str, int]:
+    """Names of the parameters that Muon takes, and of how many matrices each is made: 3 for `qkv`, 2 for `kv`, else 1.
 
-    Not of what reads pixels, not prototypes, tokens or positions, nor what has fewer than 16 rows or columns.
+    The weights of linear layers and of convolutions over all channels, but of what has fewer than 16 rows or columns
+    and of a convolution of three channels, which reads pixels. LGP's `bands_proj` mixes the colors in a linear layer,
+    and is taken. Prototypes, tokens and positions are no layer's weights.
     """
-    taken = set()
+    taken = dict[str, int]()
     for name, module in network.named_modules():
         if isinstance(module, nn.Linear):
-            shape = tuple(module.weight.shape)
-        elif isinstance(module, nn.Conv2d) and module.groups == 1 and module.in_channels > 3:
-            shape = (len(module.weight), module.weight[0].numel())
+            parts = FUSED.get(name.rpartition(".")[2], 1)
+        elif isinstance(module, nn.Conv2d) and module.groups == 1 and module.in_channels > COLORS:
+            parts = 1
         else:
             continue
-        if min(shape) >= SMALLEST_SIDE:
-            taken.add(f"{name}.weight")
+        if min(module.weight.flatten(1).shape) >= SMALLEST_SIDE:
+            taken[f"{name}.weight"] = parts
     return taken
 
 
 def orthogonal(directions: Tensor) -> Tensor:
-    """U V^T, nearly, of each U S V^T in directions (K, n, m); singular values come to .7 to 1.2, those of 0 stay.
+    """U V^T, nearly, of each U S V^T in directions (K, n, m); singular values come to .7 to 1.2, small ones to less.
+
+    From about .002 of X's norm on, that is: .001 comes to .47, .0001 to .05, and 0 stays.
 
     Five rounds of Newton and Schulz's iteration with Jordan's coefficients, which allow for bf16: under its autocast
     the products are in bf16. Not for float16, in which squares of what is small in X are nothing.
@@ -116,17 +121,12 @@ def orthogonal(directions: Tensor) -> Tensor:
     return x.mT if tall else x
 
 
-def _alike(weights: list[nn.Parameter]) -> Iterator[list[nn.Parameter]]:
+def _alike(weights: list[nn.Parameter], parts: int) -> Iterator[list[nn.Parameter]]:
     """Weights of one shape, a number at a time."""
-    by_shape: dict[tuple[torch.Size, int], list[nn.Parameter]] = {}
+    by_shape: dict[torch.Size, list[nn.Parameter]] = {}
     for weight in weights:
-        by_shape.setdefault((weight.shape, _parts(weight)), []).append(weight)
-    for (_, parts), found in by_shape.items():
-        count = max(1, TOGETHER // parts)
+        by_shape.setdefault(weight.shape, []).append(weight)
+    count = max(1, TOGETHER // parts)
+    for found in by_shape.values():
         for first in range(0, len(found), count):
             yield found[first : first + count]
-
-
-def _parts(weight: Tensor) -> int:
-    """3 for the one layer of queries, keys and values, (3 D, D); 1 for every other."""
-    return 3 if weight.ndim == 2 and weight.shape[0] == 3 * weight.shape[1] else 1

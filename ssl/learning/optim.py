@@ -25,19 +25,19 @@ def parameter_groups(
     """AdamW's groups: what decays, and what does not, each at every rate there is (`lr_scale`, a factor).
 
     By default there are two, at the same rate. layerwise_decay and so on: see `rate_scales`. muon: what Muon takes is
-    in groups with `matrices`.
+    in groups of its own, by `matrices`, the number of them in each weight; it is 0 for AdamW.
     """
     scales = rate_scales(student, layerwise_decay, patch_embed_lr_mult, backbone_lr_mult)
-    taken = matrices(student) if muon else set[str]()
-    groups: dict[tuple[bool, float, bool], list[nn.Parameter]] = {(True, 1.0, False): [], (False, 1.0, False): []}
+    taken = matrices(student) if muon else dict[str, int]()
+    groups: dict[tuple[bool, float, int], list[nn.Parameter]] = {(True, 1.0, 0): [], (False, 1.0, 0): []}
     for name, parameter in student.named_parameters():
         if parameter.requires_grad:
-            kind = (decays(name, parameter), scales.get(name, 1.0), name in taken)
+            kind = (decays(name, parameter), scales.get(name, 1.0), taken.get(name, 0))
             groups.setdefault(kind, []).append(parameter)
     return [
-        {"params": found, "decays": decay, "lr_scale": scale, "matrices": matrix}
+        {"params": found, "decays": decay, "lr_scale": scale, "matrices": parts}
         | ({} if decay else {"weight_decay": 0.0})
-        for (decay, scale, matrix), found in groups.items()
+        for (decay, scale, parts), found in groups.items()
     ]
 
 

@@ -6,11 +6,12 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from nearfar.ssl.backbones import create
+from nearfar.ssl.heads.dino import DINOHead
 from nearfar.ssl.learning.muon import Muon, matrices, orthogonal
-from nearfar.ssl.learning.optim import optimizer_of, parameter_groups, set_rates
+from nearfar.ssl.learning.optim import moment_bytes, optimizer_of, parameter_groups, set_rates
 from nearfar.ssl.settings.optimization import OptimSettings
 
 
@@ -59,17 +60,66 @@ def test_the_products_follow_autocast() -> None:
 
 
 def test_what_is_a_matrix() -> None:
-    assert matrices(Student()) == {"wide.weight", "tall.weight", "qkv.weight", "conv.weight"}
+    assert matrices(Student()) == {"wide.weight": 1, "tall.weight": 1, "qkv.weight": 3, "conv.weight": 1}
     settings: dict[str, Any] = {"img_size": 32, "embed_dim": 32, "depth": 1}
-    blocks = {"attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2"}
+    blocks = {"attn.qkv": 3, "attn.proj": 1, "mlp.fc1": 1, "mlp.fc2": 1}
     ours = create("vit_tiny_patch8", num_heads=2, gaug=True, mask_token=True, **settings)
-    assert matrices(ours) == {f"model.blocks.0.{name}.weight" for name in blocks}
+    assert matrices(ours) == {f"model.blocks.0.{name}.weight": parts for name, parts in blocks.items()}
     lgp = {name.removeprefix("model.") for name in matrices(create("vim_tiny_patch8", lgp=True, **settings))}
     assert {"blocks.0.mixer.in_proj.weight", "blocks.0.mixer.out_proj.weight"} < lgp
     assert {"patch_embed.bands_proj.weight", "patch_embed.out.1.weight"} < lgp
     assert not [name for name in lgp if name.endswith(("A_log", "conv1d.weight", "patch_embed.proj.weight"))]
     resnet = matrices(create("timm/test_resnet", img_size=32))
     assert "model.layer1.0.conv1.weight" in resnet and "model.conv1.0.weight" not in resnet
+
+
+def test_what_lies_below_each_other_is_told_by_name_and_not_by_shape() -> None:
+    """A head as wide as three times its features is one matrix; Hiera's wider queries, keys and values are three."""
+    head = DINOHead(32, prototypes=64, hidden=96, bottleneck=32)
+    assert tuple(dict(head.named_parameters())["mlp.0.weight"].shape) == (96, 32)
+    assert set(matrices(head).values()) == {1}
+    hiera = matrices(create("timm/hiera_tiny_224", img_size=64))
+    qkv = {name: parts for name, parts in hiera.items() if name.endswith("qkv.weight")}
+    assert len(qkv) == 12 and set(qkv.values()) == {3}
+    pvt = matrices(create("timm/pvt_v2_b0", img_size=64))
+    assert {parts for name, parts in pvt.items() if name.endswith("attn.kv.weight")} == {2}
+
+
+def test_moments_take_the_bytes_that_are_announced() -> None:
+    student, optimizer = made()
+    gradients(student, 0)
+    set_rates(optimizer, 0.01, 0.1)
+    optimizer.step()
+    held = [value for state in optimizer.state.values() for key, value in state.items() if key != "step"]
+    assert moment_bytes(optimizer) == sum(value.numel() * value.element_size() for value in held)
+
+
+def test_rates_by_depth_reach_matrices_and_all_else() -> None:
+    """Each weight's step is as long as its factor on the rate."""
+
+    class Learner(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.backbone = create("vit_tiny_patch8", img_size=32, embed_dim=32, depth=2, num_heads=2)
+            self.head = nn.Linear(32, 32)
+
+    def moved(**factors: float) -> dict[str, Tensor]:
+        torch.manual_seed(0)
+        student = Learner()
+        optimizer = optimizer_of(OptimSettings(name="muon", **factors), student)
+        before = {name: p.detach().clone() for name, p in student.named_parameters()}
+        gradients(student, 0)
+        set_rates(optimizer, 0.01, 0.0)
+        optimizer.step()
+        return {name: p.detach() - before[name] for name, p in student.named_parameters()}
+
+    plain = moved()
+    scaled = moved(layerwise_decay=0.5, patch_embed_lr_mult=0.1, backbone_lr_mult=3.0)
+    expected = {"head.weight": 1, "backbone.model.blocks.1.attn.qkv.weight": 1.5}
+    expected |= {"backbone.model.blocks.0.mlp.fc1.weight": 0.75, "backbone.model.blocks.0.mlp.fc1.bias": 0.75}
+    expected |= {"backbone.model.patch_embed.proj.weight": 0.0375, "backbone.model.norm.weight": 3}
+    for name, factor in expected.items():
+        torch.testing.assert_close(scaled[name], factor * plain[name], rtol=1e-3, atol=1e-6)
 
 
 def test_steps_are_those_of_torchs_muon_and_of_adamw() -> None:
@@ -155,7 +205,7 @@ def test_what_has_no_gradient_stays_and_many_of_a_shape_move_as_each_alone() -> 
         if number == 5:
             assert torch.equal(layer.weight, kept)
             continue
-        one = Muon([{"params": [twin.weight], "matrices": True, "decays": True, "lr_scale": 1.0}])
+        one = Muon([{"params": [twin.weight], "matrices": 1, "decays": True, "lr_scale": 1.0}])
         set_rates(one, 0.01, 0.1)
         twin.weight.grad = layer.weight.grad
         one.step()
