@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -38,6 +39,7 @@ SHOWN = 6  # images of each figure
 NEIGHBORS = 8
 MEMORY, QUERIES = 2000, 200  # images among which neighbors are looked for, and of which the share of right ones is told
 MASKED = 1000  # images that train the head of the predicted masks
+MASK_WORK = 600_000  # its steps times the cells of a grid, ten times that for the mlp: half a minute on one thread
 TOGETHER = (
     26  # images of one principal component analysis; every fifth is shown, which makes them those of the attention
 )
@@ -142,10 +144,7 @@ def _masks(pictured: FigureInputs) -> Figure:
     grids = [
         extract(subject.backbone, spread(source, n), reading, few) for source, n in ((train, MASKED), (val, SHOWN))
     ]
-    if scored.get("head") == "locat":  # here on whole images, without crops: its head, with that head's own steps
-        training = ProbeTraining("mlp")
-    else:
-        training = ProbeTraining(str(scored.get("head", "linear")), scored.get("steps"))
+    training = picture_head(scored, grids[0].x.shape[1] * grids[0].x.shape[2])
     truth = grids[1].mask_list()
     predicted = predict_masks(
         (grids[0].x, grids[0].mask_list()), (grids[1].x, [mask.shape for mask in truth]), classes, training,
@@ -159,11 +158,24 @@ def _masks(pictured: FigureInputs) -> Figure:
     used = sorted({int(n) for mask in [*truth, *predicted] for n in np.unique(mask) if n < classes})
     legend = tuple((names[number], mask_color(number, names)) for number in used)
     text = (
-        f"Test images, evenly spread, with their masks and what a head on the frozen patch tokens makes of them: the "
-        f"scored kind ({training.head}), here trained on {len(grids[0].x):,} images. "
-        f"Over all {score.val.images:,} test images of {score.val.path} the score is {score.percent:.1f} % mIoU."
+        f"Test images, evenly spread, with their masks and what a head on the frozen patch tokens makes of "
+        f"them; for this picture a head ({training.head}) learned from {len(grids[0].x):,} images in "
+        f"{training.steps_taken:,} steps. "
+        f"Over all {score.val.images:,} test images of {score.val.path} the score is {score.percent:.1f} % mIoU "
+        f"(head: {scored.get('head', 'linear')})."
     )
     return Figure("masks", title, text, groups, legend, "medium", of=score.key)
+
+
+def picture_head(scored: Mapping[str, Any], cells: int) -> ProbeTraining:
+    """The head that draws the predicted masks on grids of so many cells: the scored kind, for as long as a picture may.
+
+    LocAt's head learns on crops for minutes; the linear one stands in for it.
+    """
+    locat = scored.get("head") == "locat"
+    training = ProbeTraining() if locat else ProbeTraining(str(scored.get("head", "linear")), scored.get("steps"))
+    work = cells * (10 if training.head == "mlp" else 1)
+    return replace(training, steps=min(training.steps_taken, max(200, MASK_WORK // work)))
 
 
 def _attention(pictured: FigureInputs) -> Figure:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,10 +18,11 @@ if TYPE_CHECKING:
     from nearfar.launch.scoring.score import Subject
 
 
-def report_run(run: Path, subject: Subject | None = None) -> Path:
+def report_run(run: Path, subject: Subject | None = None, say: Callable[[str], object] = print) -> Path:
     """Draw the figures that are not there or older than the weights, write report.html, and return its path.
 
-    subject: the run's weights, where they are loaded already. What cannot be drawn is named on the page, and why.
+    subject: the run's weights, where they are loaded already. say: is told that pictures are drawn, which takes up to a
+    minute. What cannot be drawn is named on the page, and why.
 
     Raises:
         UserError: as `write_report`.
@@ -38,6 +40,7 @@ def report_run(run: Path, subject: Subject | None = None) -> Path:
         if _due(run, weights):
             from nearfar.launch.scoring.figures import draw_figures
 
+            say(f"Drawing the pictures of {run / 'report.html'} ...")
             (run / figures.FILE).unlink(missing_ok=True)  # of older weights
             figures.write(run / figures.FILE, draw_figures(run, subject))
     except (UserError, OSError) as error:

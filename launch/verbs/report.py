@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import sys
+from functools import partial
 from pathlib import Path
 
 from rich.console import Console
@@ -38,7 +40,7 @@ def run_report(arguments: argparse.Namespace) -> None:
             raise UserError("--format and --out are for several runs: name them, or a folder of runs.")
         from nearfar.launch.scoring.report import report_run  # loads torch, which a comparison does not need
 
-        print(report_run(given[0]))
+        print(report_run(given[0], say=partial(print, file=sys.stderr)))
         return
     for folder in given:
         if not (folder / "config.yaml").exists() and not runs_in(folder):

@@ -14,6 +14,7 @@ from PIL import Image
 from nearfar.eval import results
 from nearfar.eval.results import DataName, Score
 from nearfar.launch import cli
+from nearfar.launch.scoring.figures import picture_head
 from nearfar.launch.scoring.report import report_run
 from nearfar.ssl import checkpoint, config
 from nearfar.ssl.backbones import create
@@ -93,6 +94,28 @@ def test_predicted_masks_appear_once_segmentation_is_scored(tmp_path: Path) -> N
     assert "the score is 9.5 % mIoU" in report_run(run).read_text()
     (run / "figures.json").write_text('{"format": "nearfar figures 1", "figures": []}')  # of another version
     assert "the score is 9.5 % mIoU" in report_run(run).read_text()
+
+
+@pytest.mark.parametrize(
+    ("head", "steps", "cells", "expected"),
+    [("linear", None, 1200, ("linear", 500)), ("linear", None, 64, ("linear", 2000)), ("linear", 5, 64, ("linear", 5)),
+     ("mlp", None, 64, ("mlp", 500)), ("mlp", None, 1200, ("mlp", 200)), ("locat", 20_000, 1200, ("linear", 500))],
+)  # fmt: skip
+def test_a_picture_of_masks_takes_no_longer_than_half_a_minute(
+    head: str, steps: int | None, cells: int, expected: tuple[str, int]
+) -> None:
+    """LocAt's score was followed by minutes without a word, of the mlp for 500 steps on whole images."""
+    drawn = picture_head({"head": head, "steps": steps}, cells)
+    assert (drawn.head, drawn.steps_taken) == expected
+
+
+def test_drawing_is_told_and_the_path_stands_alone(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    run = make_run(tmp_path, "mine", **VIT)
+    cli.main(["report", str(run)])
+    told = capfd.readouterr()
+    assert told.out.splitlines() == [str(run / "report.html")] and "Drawing the pictures" in told.err
+    cli.main(["report", str(run)])
+    assert "Drawing" not in capfd.readouterr().err
 
 
 def test_a_network_without_attention_and_a_run_without_images_say_so(tmp_path: Path) -> None:
