@@ -11,7 +11,7 @@ from nearfar.eval.features.extraction import compute_share
 from nearfar.eval.features.images import Decoding
 from nearfar.ssl.backbones import Backbone
 from nearfar.ssl.data.sources.base import Source
-from nearfar.ssl.parallel.device import Compute, choose
+from nearfar.ssl.parallel.device import Compute, choose, keep_freed_memory
 from nearfar.ssl.parallel.distributed import from_environment, joined
 
 # The other ranks wait while the first one trains probes; if it dies, they notice by its heartbeat.
@@ -21,9 +21,13 @@ PATIENCE = timedelta(days=2)
 def compute_for(backbone: Backbone, device: str, setting: str = "--device ") -> Compute:
     """The device of `auto`, `cpu` or `cuda`, and whether frozen features are read in bf16 there, as training would.
 
-    setting: what the user wrote before the device's name, for messages. Raises UserError where there is none.
+    A process that computes on a CPU keeps the memory of a batch for the next one from here on. setting: what the user
+    wrote before the device's name, for messages. Raises UserError where there is none.
     """
-    return choose(device, "auto", backbone.embed_dim, setting)
+    compute = choose(device, "auto", backbone.embed_dim, setting)
+    if compute.device.type == "cpu":
+        keep_freed_memory()
+    return compute
 
 
 def by_all_ranks(

@@ -25,6 +25,7 @@ from nearfar.eval.scores.evaluation import sides
 from nearfar.eval.scores.headline_scores import PIXEL_SIDE, native_grid
 from nearfar.eval.scores.tasks import mask_class_names
 from nearfar.eval.segmentation import ProbeTraining, predict_masks
+from nearfar.launch.computing import compute_for
 from nearfar.launch.scoring.score import Subject, protocol_of
 from nearfar.ssl.backbones import Backbone
 from nearfar.ssl.data import open_source
@@ -61,7 +62,9 @@ def draw_figures(run: Path, subject: Subject | None = None) -> list[Figure]:
     Raises:
         UserError: no weights, or no images that can be read.
     """
-    subject = subject or Subject.of(run)
+    if subject is None:
+        subject = Subject.of(run)
+        subject = subject.on(compute_for(subject.backbone, "auto"))
     data = subject.run.data
     if not data.path:
         raise UserError("The run does not say which images it was trained on (data.path), so there is nothing to show.")

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import platform
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -82,6 +84,25 @@ def test_a_cpu_has_fp16_when_it_multiplies_it(
 ) -> None:
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities, raising=False)
     assert device.has_fp16(torch.device("cpu")) is answer
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc's switches")
+def test_freed_memory_is_kept_in_tensors_of_any_size() -> None:
+    """Those above 32 MiB were mapped anew each time, and given back to the system each time."""
+    code = """
+import torch
+from nearfar.ssl.parallel.device import keep_freed_memory
+def heap():
+    line = next(line for line in open("/proc/self/maps") if line.rstrip().endswith("[heap]"))
+    return [int(end, 16) for end in line.split()[0].split("-")]
+keep_freed_memory()
+for megabytes in (1, 40, 1000):  # untouched, so no page is taken
+    there = torch.empty(megabytes * 2**18).data_ptr()
+    first, last = heap()
+    print(first <= there < last - megabytes * 2**20)
+"""
+    told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    assert told == ["True"] * 3
 
 
 def test_what_is_compiled_is_part_of_the_rounding() -> None:
